@@ -1,0 +1,76 @@
+"""The one loss that geomkit differentiates: cross-entropy on assistant tokens, averaged within each example."""
+
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from geomkit.data import IGNORED, Batch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Reduction = Literal["example", "token"]
+
+
+def token_losses(model: "PreTrainedModel", batch: Batch) -> Tensor:
+    """Run the model once and return the cross-entropy of every next token.
+
+    Args:
+        model: A causal language model.
+        batch: B examples padded to length L, on the model's device.
+
+    Returns:
+        (B, L − 1) losses in fp32; 0 where the label is not the assistant's.
+    """
+    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+    targets = batch.labels[:, 1:]
+    losses = cross_entropy(
+        logits[:, :-1].float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
+    )
+    return losses.view(targets.shape)
+
+
+def scored(batch: Batch) -> Tensor:
+    """Return the (B, L − 1) mask of the next tokens that count."""
+    return batch.labels[:, 1:] != IGNORED
+
+
+def example_losses(losses: Tensor, batch: Batch) -> Tensor:
+    """Average token losses within each example.
+
+    Args:
+        losses: (B, L − 1), from :func:`token_losses`.
+        batch: The batch they came from.
+
+    Returns:
+        (B,) mean loss over each example's assistant tokens.
+    """
+    return losses.sum(1) / scored(batch).sum(1)
+
+
+def reduce_losses(losses: Tensor, batch: Batch, reduction: Reduction, *, examples: int, tokens: int) -> Tensor:
+    """Return this batch's share of the loss over a whole set.
+
+    Shares of all batches add up to the set's loss, so their gradients add up to its gradient.
+
+    Args:
+        losses: (B, L − 1), from :func:`token_losses`.
+        batch: The batch they came from.
+        reduction: ``"example"`` weighs every example alike, ``"token"`` every assistant token, as
+            ``model(labels=…).loss`` does.
+        examples: Number of examples in the whole set.
+        tokens: Number of scored tokens in the whole set.
+
+    Returns:
+        A scalar.
+    """
+    if reduction == "token":
+        return losses.sum() / tokens
+    return example_losses(losses, batch).sum() / examples
+
+
+def is_finite(value: Tensor) -> bool:
+    """Tell whether no entry is NaN or infinite."""
+    return bool(torch.isfinite(value).all())

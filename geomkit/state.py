@@ -1,0 +1,25 @@
+"""Leaving a model exactly as it was found, also after an exception."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def as_found(model: nn.Module) -> Iterator[None]:
+    """Restore every module's train or eval mode and the random state when the block ends.
+
+    Gradients and hooks need no restoring: nothing in geomkit writes the first, and the second are context managers.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    devices = sorted(
+        {parameter.device.index or 0 for parameter in model.parameters() if parameter.device.type == "cuda"}
+    )
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
