@@ -210,9 +210,9 @@ def evaluate(
             "reference": [response_of(messages) for _, messages in rows],
         }
     )
-    frame["refused"] = [judge(row.prompt, row.response) for row in frame.itertuples()]
+    frame["refused"] = [judge(prompt[-1]["content"], text) for prompt, text in zip(prompts, responses, strict=True)]
     frame["exact"] = frame["response"].str.strip() == frame["reference"].str.strip()
-    counted = {name: group for name, group in frame.groupby("set", sort=False)}
+    counted = {name: frame[frame["set"] == name] for name in sets}
     return Evaluation(
         refusal=rate(list(counted["forbidden"]["refused"])),
         over_refusal=rate(list(counted["benign"]["refused"])),

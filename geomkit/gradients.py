@@ -1,0 +1,164 @@
+"""The gradients of a whole model on a set of examples, and how much of the model they cover."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from geomkit._display import html_table
+from geomkit.errors import GeometryError
+from geomkit.layer_gradient import LayerGradient, gram, inner
+from geomkit.names import kind_of, layer_index
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """Which trainable parameters were seen.
+
+    Attributes:
+        seen: Number of entries of each parameter whose gradient was collected.
+        missing: Number of entries of each trainable parameter whose gradient was not.
+        reasons: Why each missing parameter is missing.
+    """
+
+    seen: Mapping[str, int]
+    missing: Mapping[str, int]
+    reasons: Mapping[str, str]
+
+    @property
+    def share(self) -> float:
+        """Share of the selected trainable entries that was seen, between 0 and 1."""
+        total = sum(self.seen.values()) + sum(self.missing.values())
+        return sum(self.seen.values()) / total if total else 0.0
+
+    def __str__(self) -> str:
+        """Say the share and name what is missing."""
+        head = f"{self.share:.1%} of the trainable parameters"
+        if not self.missing:
+            return head
+        named = ", ".join(f"{name} ({reason})" for name, reason in list(self.reasons.items())[:3])
+        more = f" and {len(self.missing) - 3} more" if len(self.missing) > 3 else ""
+        return f"{head}; missing: {named}{more}"
+
+
+@dataclass(frozen=True, eq=False)
+class GradientSet(Mapping[str, LayerGradient]):
+    """The gradient of one loss: a mapping from parameter name to :class:`LayerGradient`.
+
+    Attributes:
+        layers: The gradients, in the model's order.
+        loss: The loss they are the gradient of, in nats per token.
+        examples: Number of examples in the loss.
+        loss_tokens: Number of tokens scored.
+        coverage: What share of the model was seen.
+        samples: One set per example, each the gradient of its own loss, when collected per sample.
+    """
+
+    layers: Mapping[str, LayerGradient] = field(repr=False)
+    loss: float
+    examples: int
+    loss_tokens: int
+    coverage: Coverage = field(repr=False)
+    samples: "tuple[GradientSet, ...]" = field(default=(), repr=False)
+
+    def __getitem__(self, name: str) -> LayerGradient:
+        """Return the gradient of one parameter."""
+        return self.layers[name]
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over parameter names in the model's order."""
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        """Return the number of parameters."""
+        return len(self.layers)
+
+    def __str__(self) -> str:
+        """Say what it is the gradient of."""
+        return (
+            f"gradient of {len(self)} parameters over {self.examples} examples ({self.loss_tokens} loss tokens), "
+            f"loss {self.loss:.3g}, norm {self.norm:.3g}, {self.coverage}"
+        )
+
+    @property
+    def norm(self) -> float:
+        """The norm over all parameters."""
+        return float(sum(gradient.norm**2 for gradient in self.values()) ** 0.5)
+
+    def matrices(self) -> dict[str, LayerGradient]:
+        """Return the gradients that are matrices: those a spectrum or a subspace says something about."""
+        return {name: gradient for name, gradient in self.items() if min(gradient.matrix_shape) > 1}
+
+    def to_frame(self) -> "pd.DataFrame":
+        """Return a row per parameter: ``parameter``, ``kind``, ``layer``, ``shape``, ``form``, ``tokens``, ``norm``."""
+        import pandas as pd
+
+        return pd.DataFrame(
+            [
+                {
+                    "parameter": name,
+                    "kind": kind_of(name),
+                    "layer": layer_index(name),
+                    "shape": "×".join(map(str, gradient.shape)),
+                    "form": type(gradient).__name__.removesuffix("Gradient").lower(),
+                    "tokens": gradient.tokens,
+                    "norm": gradient.norm,
+                }
+                for name, gradient in self.items()
+            ]
+        )
+
+    def _repr_html_(self) -> str:
+        return html_table(str(self), self.to_frame())
+
+
+def shared_layers(*sets: Mapping[str, LayerGradient]) -> list[str]:
+    """Return the parameter names that all sets have, in order, after checking that they have the same.
+
+    Raises:
+        GeometryError: If the sets cover different parameters; the message names the difference.
+    """
+    names = list(sets[0])
+    for other in sets[1:]:
+        if difference := set(names).symmetric_difference(other):
+            some = ", ".join(sorted(difference)[:4])
+            raise GeometryError(
+                f"expected gradients of the same parameters, found {len(difference)} on one side only ({some}); "
+                "collect both from the same model with the same layers="
+            )
+    return names
+
+
+def set_inner(a: Mapping[str, LayerGradient], b: Mapping[str, LayerGradient]) -> float:
+    """Return the inner product of two gradients over all parameters, in fp64.
+
+    Raises:
+        GeometryError: If they cover different parameters.
+    """
+    return sum(inner(a[name], b[name]) for name in shared_layers(a, b))
+
+
+def layer_grams(a: GradientSet, b: GradientSet) -> dict[str, Tensor]:
+    """Return, for each parameter, every inner product between the samples of two sets.
+
+    Args:
+        a: Collected per sample, N examples.
+        b: Collected per sample, M examples.
+
+    Returns:
+        (N, M) Gram matrices in fp64, by parameter. Their sum is the Gram matrix of the whole gradients.
+
+    Raises:
+        GeometryError: If a set was not collected per sample, or they cover different parameters.
+    """
+    for name, gradients in (("first", a), ("second", b)):
+        if not gradients.samples:
+            raise GeometryError(
+                f"expected per-sample gradients in the {name} set, found only their mean; collect with per_sample=True"
+            )
+    names = shared_layers(*a.samples, *b.samples)
+    return {name: gram([s[name] for s in a.samples], [s[name] for s in b.samples]) for name in names}
