@@ -1,20 +1,16 @@
 """The one loss that geomkit differentiates: cross-entropy on assistant tokens, averaged within each example."""
 
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from geomkit.data import IGNORED, Batch
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 Reduction = Literal["example", "token"]
 
 
-def token_losses(model: "PreTrainedModel", batch: Batch) -> Tensor:
+def token_losses(model: nn.Module, batch: Batch) -> Tensor:
     """Run the model once and return the cross-entropy of every next token.
 
     Args:
@@ -69,8 +65,3 @@ def reduce_losses(losses: Tensor, batch: Batch, reduction: Reduction, *, example
     if reduction == "token":
         return losses.sum() / tokens
     return example_losses(losses, batch).sum() / examples
-
-
-def is_finite(value: Tensor) -> bool:
-    """Tell whether no entry is NaN or infinite."""
-    return bool(torch.isfinite(value).all())
