@@ -229,7 +229,7 @@ def _check_losses(losses: Tensor, batch: Batch) -> None:
     if len(broken):
         row = int(broken[0, 0])
         raise CollectionError(
-            f"example {batch.examples[row]}: expected a finite loss, found {float(losses[row])}; "
+            f"example {batch.examples[row]}: expected a finite loss, found {float(losses[row].detach())}; "
             "check the model's weights, or run it in fp32"
         )
 

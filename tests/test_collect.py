@@ -19,7 +19,7 @@ def backward(model, examples):
     for tokens in encode(TOKENIZER, examples):
         model.zero_grad(set_to_none=True)
         (batch,) = batches([tokens], 0, 1)
-        model(input_ids=batch.input_ids, labels=batch.labels).loss.backward()
+        model(input_ids=batch.input_ids, labels=batch.labels, use_cache=False).loss.backward()
         collected.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
     model.zero_grad(set_to_none=True)
     return collected
