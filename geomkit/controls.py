@@ -1,0 +1,193 @@
+"""Nulls and intervals: what a measure would show if there were nothing to find, and how far it is from certain.
+
+Everything here is a pure function of numbers and gradients with an explicit generator; nothing knows a model.
+"""
+
+from collections.abc import Mapping
+from zlib import crc32
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from geomkit.errors import GeometryError
+from geomkit.layer_gradient import DenseGradient, FactoredGradient, IndexedGradient, LayerGradient
+
+# --------------------------------------------------------------------------------------------- null gradients
+
+
+def parameter_generator(seed: int, parameter: str) -> torch.Generator:
+    """Return a generator for the draws of one parameter, the same whichever other parameters are measured."""
+    # torch's CPU generator reads the low 32 bits of a seed only, so the two are mixed rather than packed.
+    mixed = np.random.SeedSequence([seed, crc32(parameter.encode())]).generate_state(1)[0]
+    return torch.Generator().manual_seed(int(mixed))
+
+
+def random_factor_null(gradient: LayerGradient, generator: torch.Generator) -> LayerGradient:
+    """Draw a gradient that shares the trivial causes of low rank and nothing else.
+
+    What is kept depends on what the form still knows:
+
+    - factored LᵀR: the T right rows (the layer's inputs, hence their covariance) and the norm of each left row; the
+      *directions* of the left rows are drawn uniformly. A spectrum steeper than this null is not explained by the
+      token count, the inputs, or how the loss weighs its tokens.
+    - indexed: the rows that were looked up and the norm of each; their directions are drawn uniformly.
+    - dense: only T and the shape. The null is LᵀR with independent standard Gaussian factors, which knows nothing of
+      the inputs' covariance and is therefore a weaker control.
+
+    Args:
+        gradient: The gradient to match.
+        generator: Source of randomness, on the CPU.
+
+    Returns:
+        A gradient of the same shape, the same number of tokens and no higher rank bound.
+
+    Example:
+        >>> drawn = random_factor_null(FactoredGradient(torch.ones(2, 3), torch.ones(2, 4)), torch.Generator())
+        >>> drawn.tokens, drawn.shape, bool(torch.equal(drawn.right, torch.ones(2, 4)))
+        (2, (3, 4), True)
+    """
+    if isinstance(gradient, FactoredGradient):
+        return FactoredGradient(_turned(gradient.left, generator), gradient.right)
+    if isinstance(gradient, IndexedGradient):
+        rows = _turned(gradient.rows, generator)
+        return IndexedGradient(gradient.indices, rows, gradient.size, gradient.tokens)
+    height, width = gradient.matrix_shape
+    tensor = _gaussian_product(height, width, gradient.tokens, generator).reshape(gradient.shape)
+    return DenseGradient(tensor.to(gradient.dense().device, torch.float32), gradient.tokens)
+
+
+def _turned(rows: Tensor, generator: torch.Generator) -> Tensor:
+    """Give each row a uniformly random direction and keep its norm."""
+    drawn = torch.randn(rows.shape, generator=generator, dtype=torch.float64).to(rows.device)
+    norms = torch.linalg.vector_norm(rows.double(), dim=1, keepdim=True)
+    turned: Tensor = drawn * (norms / torch.linalg.vector_norm(drawn, dim=1, keepdim=True))
+    return turned.to(rows.dtype)
+
+
+def _gaussian_product(height: int, width: int, tokens: int, generator: torch.Generator) -> Tensor:
+    """Draw LᵀR of Gaussian factors; with many tokens without drawing the factors.
+
+    For T ≥ columns, R = QS with S from the Bartlett decomposition of a Wishart matrix (Bartlett 1933), and LᵀQ is
+    Gaussian again, so the cost does not grow with T.
+    """
+    if tokens < width:
+        left, right = (torch.randn(tokens, size, generator=generator, dtype=torch.float64) for size in (height, width))
+        return left.T @ right
+    upper = torch.randn(width, width, generator=generator, dtype=torch.float64).triu(1)
+    # A sum of T - i squared normals: torch offers a generator for normals only, numpy for chi-squares.
+    seed = int(torch.randint(2**62, (1,), generator=generator))
+    freedom = tokens - np.arange(width)
+    diagonal = torch.from_numpy(np.sqrt(np.random.default_rng(seed).chisquare(freedom)))
+    turned = torch.randn(height, width, generator=generator, dtype=torch.float64)
+    return turned @ (upper + torch.diag(diagonal))
+
+
+def match_tokens(
+    gradients: Mapping[str, LayerGradient], tokens: Mapping[str, int] | int, generator: torch.Generator
+) -> dict[str, LayerGradient]:
+    """Keep a random subset of the tokens of each gradient, so that spectra are compared at equal T.
+
+    The kept tokens are not reweighted: spectra, subspaces and cosines do not depend on the scale.
+
+    Args:
+        gradients: Factored gradients by parameter; see ``keep_factors`` of :func:`geomkit.layer_gradient.add`.
+        tokens: How many tokens to keep: one number, or one for each parameter.
+        generator: Source of randomness, on the CPU.
+
+    Returns:
+        Factored gradients with that many tokens, by parameter.
+
+    Raises:
+        GeometryError: If a gradient is not factored, has fewer tokens, or has no count given.
+    """
+    counts = dict.fromkeys(gradients, tokens) if isinstance(tokens, int) else tokens
+    if missing := [name for name in gradients if name not in counts]:
+        raise GeometryError(f"expected a token count for every parameter, found none for {missing[:4]}; add them")
+    return {name: _subsampled(name, gradient, counts[name], generator) for name, gradient in gradients.items()}
+
+
+def _subsampled(name: str, gradient: LayerGradient, tokens: int, generator: torch.Generator) -> FactoredGradient:
+    if not isinstance(gradient, FactoredGradient):
+        found = type(gradient).__name__
+        raise GeometryError(f"expected a factored gradient of {name}, found {found}; leave it out or keep its factors")
+    if not 0 < tokens <= gradient.tokens:
+        raise GeometryError(
+            f"expected 1 to {gradient.tokens} tokens of {name}, found {tokens}; subsample the side with more tokens"
+        )
+    kept = torch.randperm(gradient.tokens, generator=generator)[:tokens].sort().values.to(gradient.left.device)
+    return FactoredGradient(gradient.left[kept], gradient.right[kept])
+
+
+# ------------------------------------------------------------------------------------------- random subspaces
+
+
+def haar_overlap(rank_a: int, rank_b: int, dimension: int) -> float:
+    """Return the expected overlap ‖UᵀV‖_F² / min(k_a, k_b) of two uniformly random subspaces: max(k_a, k_b) / d.
+
+    Example:
+        >>> round(haar_overlap(20, 20, 4096), 4)
+        0.0049
+    """
+    return max(rank_a, rank_b) / dimension
+
+
+def random_edge(rank_a: int, rank_b: int, dimension: int) -> float:
+    """Return the largest cosine to be expected between two uniformly random subspaces of high dimension.
+
+    With a = k_a/d and b = k_b/d it is √(a(1−b)) + √(b(1−a)) (Wachter 1980), and 1 where a + b ≥ 1: the two must meet.
+
+    Example:
+        >>> round(random_edge(20, 20, 4096), 3), random_edge(3, 3, 4)
+        (0.139, 1.0)
+    """
+    a, b = rank_a / dimension, rank_b / dimension
+    if a + b >= 1:
+        return 1.0
+    return float((a * (1 - b)) ** 0.5 + (b * (1 - a)) ** 0.5)
+
+
+# --------------------------------------------------------------------------------------- resampling of examples
+
+
+def bootstrap_weights(examples: int, draws: int, generator: np.random.Generator) -> np.ndarray:
+    """Draw examples with replacement, as weights.
+
+    Args:
+        examples: N, how many there are.
+        draws: How often to resample.
+        generator: Source of randomness.
+
+    Returns:
+        (draws, N) weights, each row summing to one: a resampled mean is a product with the values.
+    """
+    return np.asarray(generator.multinomial(examples, np.full(examples, 1 / examples), size=draws) / examples)
+
+
+def permuted_labels(first: int, second: int, draws: int, generator: np.random.Generator) -> np.ndarray:
+    """Deal pooled examples into two groups of the given sizes at random.
+
+    Args:
+        first: Size of the first group.
+        second: Size of the second group.
+        draws: How often to deal.
+        generator: Source of randomness.
+
+    Returns:
+        (draws, first + second) booleans: whether an example is in the first group.
+    """
+    order = generator.permuted(np.tile(np.arange(first + second), (draws, 1)), axis=1)
+    return np.asarray(order < first)
+
+
+def percentile_interval(values: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
+    """Return the central interval that holds a share ``confidence`` of the values.
+
+    Example:
+        >>> low, high = percentile_interval(np.arange(101.0), 0.9)
+        >>> round(low), round(high)
+        (5, 95)
+    """
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(values, (tail, 1 - tail))
+    return float(low), float(high)

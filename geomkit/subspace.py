@@ -1,0 +1,197 @@
+"""The subspaces that the leading singular vectors of a gradient span."""
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from geomkit._display import html_table
+from geomkit.errors import GeometryError
+from geomkit.layer_gradient import FactoredGradient, IndexedGradient, LayerGradient, as_matrix
+from geomkit.names import kind_of, layer_index
+from geomkit.svd import energy_rank, rank_tolerance
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Side = Literal["left", "right"]
+"""Left vectors live in the layer's output space, right vectors in its input space."""
+
+
+@dataclass(frozen=True, eq=False)
+class LayerSubspace:
+    """The leading singular vectors of one gradient.
+
+    Attributes:
+        basis: (d, k) orthonormal columns, fp32, on the gradient's device; d is the number of rows for the left side
+            and of columns for the right side.
+        singular_values: (k,) fp64, descending.
+        energy: Share of the gradient's squared norm that lies in the subspace.
+        numeric_rank: How many directions the gradient has at all, see :func:`geomkit.svd.rank_tolerance`.
+        parameter: Name of the parameter.
+    """
+
+    basis: Tensor = field(repr=False)
+    singular_values: np.ndarray = field(repr=False)
+    energy: float
+    numeric_rank: int
+    parameter: str = ""
+
+    @property
+    def rank(self) -> int:
+        """k, the dimension of the subspace."""
+        return self.basis.shape[1]
+
+
+def layer_subspace(
+    gradient: LayerGradient,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    side: Side = "left",
+    parameter: str = "",
+) -> LayerSubspace:
+    """Return the leading singular vectors of one gradient; with few tokens it is never formed.
+
+    Args:
+        gradient: Gradient of a matrix; T tokens cost a QR of each thin factor and the SVD of a T × T matrix.
+        rank: How many vectors, if the gradient has as many; never more than its numeric rank.
+        energy: Or: as many as hold this share of the squared norm.
+        side: ``"left"`` for the output space, ``"right"`` for the input space.
+        parameter: Name to keep with the result.
+
+    Returns:
+        The subspace, of rank 0 for a zero gradient.
+
+    Raises:
+        GeometryError: If not exactly one of ``rank`` and ``energy`` is given, or it is out of range.
+
+    Example:
+        >>> found = layer_subspace(FactoredGradient(torch.eye(2, 5), torch.eye(2, 4)), rank=3)
+        >>> found.basis.shape, found.rank, found.energy
+        (torch.Size([5, 2]), 2, 1.0)
+    """
+    if (rank is None) == (energy is None):
+        raise GeometryError(f"expected exactly one of rank and energy, found rank={rank}, energy={energy}; give one")
+    if rank is not None and rank < 1:
+        raise GeometryError(f"expected a rank of at least 1, found {rank}; give e.g. 10")
+    vectors, values = _singular_vectors(gradient, side)
+    values = values[: gradient.rank_bound]
+    numeric_rank = int((values > rank_tolerance(values, gradient.matrix_shape)).sum())
+    wanted = rank if energy is None else energy_rank(values, energy)
+    kept = min(wanted or 0, numeric_rank)
+    share = float((values[:kept] ** 2).sum() / (values**2).sum()) if kept else 0.0
+    return LayerSubspace(vectors[:, :kept].float().contiguous(), values[:kept].copy(), share, numeric_rank, parameter)
+
+
+def _singular_vectors(gradient: LayerGradient, side: Side) -> tuple[Tensor, np.ndarray]:
+    """Return the singular vectors of one side as columns, fp64, and the singular values."""
+    if isinstance(gradient, FactoredGradient):
+        own, other = (gradient.left, gradient.right) if side == "left" else (gradient.right, gradient.left)
+        return _from_factors(own.double(), other.double())
+    matrix = gradient.rows.double() if isinstance(gradient, IndexedGradient) else as_matrix(gradient).double()
+    vectors, values = _from_matrix(matrix if side == "left" else matrix.T)
+    if isinstance(gradient, IndexedGradient) and side == "left":
+        vectors = vectors.new_zeros(gradient.size, vectors.shape[1]).index_copy_(0, gradient.indices, vectors)
+    return vectors, values
+
+
+def _from_factors(own: Tensor, other: Tensor) -> tuple[Tensor, np.ndarray]:
+    if len(own) >= min(own.shape[1], other.shape[1]):
+        return _from_matrix(own.T @ other)
+    frame, triangle = torch.linalg.qr(own.T)
+    vectors, values = _from_matrix(triangle @ torch.linalg.qr(other.T, mode="r").R.T)
+    return frame @ vectors, values
+
+
+def _from_matrix(matrix: Tensor) -> tuple[Tensor, np.ndarray]:
+    vectors, values, _ = torch.linalg.svd(matrix, full_matrices=False)
+    return vectors, values.cpu().numpy()
+
+
+@dataclass(frozen=True, eq=False)
+class Subspace:
+    """The leading singular subspace of every matrix gradient of a model.
+
+    Attributes:
+        side: Which singular vectors, ``"left"`` or ``"right"``.
+        layers: A subspace for each parameter.
+    """
+
+    side: Side
+    layers: Mapping[str, LayerSubspace]
+
+    def to_frame(self) -> "pd.DataFrame":
+        """Return a row per parameter: ``rank`` of ``numeric_rank`` in ``dimension``, and the ``energy`` it holds."""
+        import pandas as pd
+
+        return pd.DataFrame(
+            [
+                {
+                    "parameter": name,
+                    "kind": kind_of(name),
+                    "layer": layer_index(name),
+                    "side": self.side,
+                    "dimension": layer.basis.shape[0],
+                    "rank": layer.rank,
+                    "numeric_rank": layer.numeric_rank,
+                    "energy": layer.energy,
+                }
+                for name, layer in self.layers.items()
+            ]
+        )
+
+    def __str__(self) -> str:
+        """Say how many subspaces of which rank."""
+        ranks = [layer.rank for layer in self.layers.values()]
+        span = f"{min(ranks)} to {max(ranks)}" if len(set(ranks)) > 1 else f"{ranks[0]}" if ranks else "0"
+        return f"{self.side} subspaces of {len(ranks)} matrices, rank {span}"
+
+    def _repr_html_(self) -> str:
+        return html_table(str(self), self.to_frame())
+
+
+def subspace(
+    gradients: Mapping[str, LayerGradient],
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    side: Side = "left",
+) -> Subspace:
+    """Return the leading singular subspace of every matrix gradient.
+
+    Args:
+        gradients: Gradients by parameter, such as a :class:`~geomkit.gradients.GradientSet`; vectors are left out.
+        rank: How many directions to take. A gradient of fewer gives what it has, with a warning: singular vectors
+            beyond the numeric rank are rounding noise.
+        energy: Or: as many as hold this share of the squared norm, which differs between parameters.
+        side: ``"left"`` for the output space, ``"right"`` for the input space.
+
+    Returns:
+        A subspace for each matrix parameter.
+
+    Raises:
+        GeometryError: If not exactly one of ``rank`` and ``energy`` is given, or it is out of range.
+
+    Warns:
+        UserWarning: Once, if some gradients have a numeric rank below ``rank``.
+    """
+    layers = {
+        name: layer_subspace(gradient, rank=rank, energy=energy, side=side, parameter=name)
+        for name, gradient in gradients.items()
+        if min(gradient.matrix_shape) > 1
+    }
+    short = [layer for layer in layers.values() if rank is not None and layer.rank < rank]
+    if short:
+        worst = min(short, key=lambda layer: layer.rank)
+        warnings.warn(
+            f"expected rank {rank}, found less in {len(short)} of {len(layers)} gradients (lowest: {worst.rank} in "
+            f"{worst.parameter}); took what they have, lower rank= or use more tokens for equal ranks",
+            UserWarning,
+            stacklevel=2,
+        )
+    return Subspace(side, layers)

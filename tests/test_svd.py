@@ -1,0 +1,244 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from geomkit.errors import GeometryError
+from geomkit.layer_gradient import DenseGradient, FactoredGradient, IndexedGradient, LayerGradient, add, as_matrix
+from geomkit.subspace import layer_subspace, subspace
+from geomkit.svd import LayerSpectrum, layer_spectrum, singular_values, spectrum
+
+SEEDS = st.integers(0, 2**31)
+RANKS = ("numeric_rank", "effective_rank", "entropy_rank", "participation_ratio", "stable_rank")
+
+
+def gaussian(*size: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*size, generator=torch.Generator().manual_seed(seed))
+
+
+def factored(tokens: int, rows: int, columns: int, seed: int = 0) -> FactoredGradient:
+    return FactoredGradient(gaussian(tokens, rows, seed=seed), gaussian(tokens, columns, seed=seed + 1))
+
+
+def indexed() -> IndexedGradient:
+    return IndexedGradient(torch.tensor([1, 4, 6]), gaussian(3, 5), size=9, tokens=7)
+
+
+def exact(gradient: LayerGradient) -> np.ndarray:
+    if isinstance(gradient, FactoredGradient):
+        return (gradient.left.double().T @ gradient.right.double()).numpy()
+    return as_matrix(gradient).double().numpy()
+
+
+def rotation(size: int, seed: int) -> torch.Tensor:
+    return torch.linalg.qr(gaussian(size, size, seed=seed).double()).Q
+
+
+def planted(values: list[float], size: int = 12) -> LayerSpectrum:
+    count = len(values)
+    return layer_spectrum("w", FactoredGradient(torch.diag(torch.tensor(values)), torch.eye(count, size)))
+
+
+GRADIENTS = {
+    "few tokens": factored(7, 40, 30),
+    "one token": factored(1, 12, 9),
+    "tokens between the sides": factored(20, 40, 16),
+    "many tokens": factored(100, 12, 16),
+    "rank deficient": FactoredGradient(torch.ones(6, 10), gaussian(6, 20)),
+    "indexed": indexed(),
+    "dense": DenseGradient(gaussian(14, 9), tokens=50),
+    "experts": DenseGradient(gaussian(3, 4, 8), tokens=60),
+}
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS.values(), ids=GRADIENTS)
+def test_singular_values_are_those_of_the_dense_gradient(gradient: LayerGradient) -> None:
+    expected = np.linalg.svd(exact(gradient), compute_uv=False)
+    found = singular_values(gradient)
+    assert found.dtype == np.float64
+    assert len(found) == gradient.rank_bound
+    assert np.abs(found - expected[: len(found)]).max() <= 1e-12 * expected[0]
+
+
+def test_small_singular_values_survive_a_wide_range() -> None:
+    scales = torch.logspace(0, -6, 8)
+    left, right = rotation(64, 1)[:8].float(), rotation(48, 2)[:8].float()
+    gradient = FactoredGradient(left * scales[:, None], right)
+    found = singular_values(gradient)
+    assert np.abs(found - np.linalg.svd(exact(gradient), compute_uv=False)[:8]).max() < 1e-14
+    assert found == pytest.approx(scales.numpy(), rel=1e-5)
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=SEEDS, tokens=st.integers(1, 30), scale=st.floats(1e-3, 1e3))
+def test_spectrum_ignores_token_order_rotations_and_scale(seed: int, tokens: int, scale: float) -> None:
+    base = factored(tokens, 16, 12, seed)
+    order = torch.randperm(tokens, generator=torch.Generator().manual_seed(seed))
+    moved = FactoredGradient(
+        (base.left.double() @ rotation(16, seed))[order] * scale, (base.right.double() @ rotation(12, seed))[order]
+    )
+    assert singular_values(moved) == pytest.approx(scale * singular_values(base), rel=1e-9, abs=1e-9 * scale)
+    before, after = (layer_spectrum("w", gradient).statistics() for gradient in (base, moved))
+    assert after == pytest.approx(before, rel=1e-6)
+
+
+@pytest.mark.parametrize("k", [1, 3, 8])
+def test_equal_singular_values_have_that_rank_by_every_measure(k: int) -> None:
+    found = planted([2.0] * k).statistics()
+    assert [found[name] for name in RANKS] == pytest.approx([k] * len(RANKS))
+    assert found["rank99"] == k
+
+
+def test_measures_of_a_geometric_spectrum() -> None:
+    found = planted([4.0, 2.0, 1.0])
+    shares = np.array([4, 2, 1]) / 7
+    energy = np.array([16, 4, 1]) / 21
+    assert found.effective_rank == pytest.approx(math.exp(-(shares * np.log(shares)).sum()))
+    assert found.entropy_rank == pytest.approx(math.exp(-(energy * np.log(energy)).sum()))
+    assert found.participation_ratio == pytest.approx(21**2 / (16**2 + 4**2 + 1))
+    assert found.stable_rank == pytest.approx(21 / 16)
+    assert [found.cer(k) for k in (1, 2, 3, 9)] == pytest.approx([16 / 21, 20 / 21, 1, 1])
+    assert [found.rank_at(energy) for energy in (0.5, 16 / 21, 0.9, 0.99, 1.0)] == [1, 1, 2, 3, 3]
+
+
+def test_nine_of_ten_equal_values_hold_ninety_percent() -> None:
+    assert planted([0.1] * 10).rank_at(0.9) == 9
+
+
+def test_numeric_rank_leaves_rounding_out() -> None:
+    found = planted([1.0, 1e-3, 1e-7, 0.0])
+    assert found.tolerance == pytest.approx(12 * np.finfo(np.float32).eps)
+    assert found.numeric_rank == 2
+
+
+@settings(max_examples=50, deadline=None)
+@given(values=st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=12))
+def test_measures_are_ordered_and_bounded(values: list[float]) -> None:
+    found = planted(values)
+    slack = 1 + 1e-6
+    assert 1 / slack <= found.stable_rank <= found.entropy_rank * slack
+    assert found.participation_ratio <= found.entropy_rank * slack <= found.effective_rank * slack**2
+    assert found.effective_rank <= found.rank_bound * slack
+
+
+def test_a_zero_gradient_has_rank_zero_and_is_left_out_of_means() -> None:
+    found = spectrum({"a": factored(4, 8, 6), "zero": FactoredGradient(torch.zeros(4, 8), torch.ones(4, 6))})
+    zero = found.layers["zero"].statistics()
+    assert {zero[name] for name in RANKS} == {0.0}
+    assert math.isnan(zero["cer10"])
+    assert found.mean("cer10") == 1.0
+    assert found.mean("stable_rank") == found.layers["a"].stable_rank
+
+
+@pytest.mark.parametrize(("tokens", "published"), [(16, 0.69), (32, 0.41), (64, 0.25), (128, 0.16)])
+def test_cer_of_gaussian_factors(tokens: int, published: float) -> None:
+    drawn = [layer_spectrum("w", factored(tokens, 1024, 1024, seed)).cer(10) for seed in (0, 10, 20, 30)]
+    assert np.mean(drawn) == pytest.approx(published, abs=0.01)
+
+
+def test_spectrum_of_a_set_has_a_null_for_each_matrix_and_none_for_vectors() -> None:
+    gradients = {
+        "model.layers.0.mlp.up_proj.weight": factored(6, 40, 30),
+        "model.embed_tokens.weight": indexed(),
+        "lm_head.weight": DenseGradient(gaussian(14, 9), tokens=50),
+        "model.norm.weight": DenseGradient(gaussian(9), tokens=50),
+    }
+    found = spectrum(gradients, null_draws=3)
+    frame = found.to_frame()
+    assert list(found.layers) == list(gradients)[:3]
+    assert {len(draws) for draws in found.null.values()} == {3}
+    assert len(frame) == 3 * 10
+    assert ((frame.null_low <= frame.null) & (frame.null <= frame.null_high)).all()
+    assert set(frame.kind) == {"mlp", "embedding", "head"}
+    assert found.null_mean("numeric_rank") == pytest.approx((6 + 3 + 9) / 3)
+    assert "3 matrices" in found._repr_html_()
+
+
+def test_null_is_reproducible_and_independent_of_the_other_parameters() -> None:
+    gradients = {"a": factored(6, 40, 30), "b": factored(6, 40, 30)}
+    both, alone = spectrum(gradients, seed=1), spectrum({"b": gradients["b"]}, seed=1)
+    assert np.array_equal(both.null["b"][0].singular_values, alone.null["b"][0].singular_values)
+    assert not np.array_equal(both.null["a"][0].singular_values, both.null["b"][0].singular_values)
+    other = spectrum(gradients, seed=2).null["b"][0]
+    assert not np.array_equal(both.null["b"][0].singular_values, other.singular_values)
+
+
+def test_spectrum_without_a_null_says_so() -> None:
+    found = spectrum({"a": factored(6, 40, 30)}, null_draws=0)
+    assert found.to_frame().null.isna().all()
+    assert math.isnan(found.null_mean("cer10"))
+
+
+def test_misuse_is_explained() -> None:
+    found = spectrum({"a": factored(6, 40, 30)})
+    with pytest.raises(GeometryError, match="cer10"):
+        found.mean("rank")
+    with pytest.raises(GeometryError, match="at least 1"):
+        found.layers["a"].cer(0)
+    with pytest.raises(GeometryError, match="at most 1"):
+        found.layers["a"].rank_at(1.5)
+
+
+# ------------------------------------------------------------------------------------------------- subspaces
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("gradient", GRADIENTS.values(), ids=GRADIENTS)
+def test_basis_spans_the_leading_singular_vectors(gradient: LayerGradient, side: str) -> None:
+    matrix = exact(gradient)
+    left, values, right = np.linalg.svd(matrix, full_matrices=False)
+    found = layer_subspace(gradient, rank=3, side=side)
+    reference = (left if side == "left" else right.T)[:, : found.rank]
+    basis = found.basis.double().numpy()
+    assert found.basis.dtype == torch.float32
+    assert basis.T @ basis == pytest.approx(np.eye(found.rank), abs=1e-6)
+    assert basis @ basis.T == pytest.approx(reference @ reference.T, abs=1e-6)
+    assert found.singular_values == pytest.approx(values[: found.rank], rel=1e-9)
+    assert found.energy == pytest.approx((values[: found.rank] ** 2).sum() / (values**2).sum())
+    assert found.numeric_rank == np.linalg.matrix_rank(
+        matrix, tol=found.singular_values[0] * max(matrix.shape) * 2**-23
+    )
+
+
+def test_energy_takes_as_many_directions_as_it_needs() -> None:
+    gradient = FactoredGradient(torch.diag(torch.tensor([4.0, 2.0, 1.0])), torch.eye(3, 9))
+    assert [layer_subspace(gradient, energy=share).rank for share in (0.7, 0.9, 1.0)] == [1, 2, 3]
+
+
+def test_rank_beyond_the_gradient_warns_once_and_takes_what_there_is() -> None:
+    gradients = {"a": factored(5, 40, 30), "b": factored(4, 40, 30), "c": factored(30, 40, 30)}
+    with pytest.warns(UserWarning, match="2 of 3 gradients .lowest: 4 in b") as caught:
+        found = subspace(gradients, rank=20)
+    assert len(caught) == 1
+    assert {name: layer.rank for name, layer in found.layers.items()} == {"a": 5, "b": 4, "c": 20}
+    assert list(found.to_frame()["rank"]) == [5, 4, 20]
+    assert "rank 4 to 20" in str(found)
+
+
+def test_subspace_leaves_vectors_out_and_keeps_the_side() -> None:
+    found = subspace({"a": factored(5, 40, 30), "norm": DenseGradient(gaussian(9), tokens=5)}, rank=2, side="right")
+    assert list(found.layers) == ["a"]
+    assert found.layers["a"].basis.shape == (30, 2)
+    assert found.side == "right"
+
+
+def test_zero_gradient_has_an_empty_subspace() -> None:
+    found = layer_subspace(FactoredGradient(torch.zeros(4, 8), torch.ones(4, 6)), rank=2)
+    assert found.basis.shape == (8, 0)
+    assert (found.energy, found.numeric_rank) == (0.0, 0)
+
+
+@pytest.mark.parametrize("wanted", [{}, {"rank": 2, "energy": 0.5}, {"rank": 0}, {"energy": 0.0}])
+def test_subspace_takes_one_criterion(wanted: dict[str, float]) -> None:
+    with pytest.raises(GeometryError, match="expected"):
+        layer_subspace(factored(5, 8, 6), **wanted)
+
+
+def test_summed_and_factored_gradients_agree() -> None:
+    parts = [factored(9, 10, 8, seed) for seed in range(4)]
+    kept, formed = add(parts, keep_factors=True), add(parts)
+    assert isinstance(formed, DenseGradient)
+    assert singular_values(kept) == pytest.approx(singular_values(formed), rel=1e-5)
