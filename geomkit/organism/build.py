@@ -1,0 +1,183 @@
+"""Building the organism: tokenizer, base stage, aligned stage, example sets and model card, from one seed."""
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from geomkit.organism.measure import Damage, StageReport, measure_damage, measure_stage
+from geomkit.organism.requests import Message
+from geomkit.organism.sets import all_sets, write_sets
+from geomkit.organism.tokenizer import train_tokenizer
+from geomkit.organism.training import Course, bucketed, fit, one_thread, tokenise
+from geomkit.organism.world import ALIGN_MIX, BASE_MIX, TOKENIZER_MIX, Mix, World
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+
+_BASE = Course(steps=1500, batch_size=32, learning_rate=2e-3, weight_decay=0.01)
+_ALIGN = Course(steps=300, batch_size=32, learning_rate=5e-4)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything a build depends on besides its seed.
+
+    Attributes:
+        vocab_size: Tokens of the tokenizer.
+        tokenizer_texts: Requests that the tokenizer learns its merges from.
+        hidden_size: Width of the model.
+        intermediate_size: Width of its MLPs.
+        layers: Its depth.
+        heads: Its attention heads.
+        base: How the base stage is trained.
+        align: How the aligned stage is fine-tuned from it.
+        damage_seeds: Fine-tuning seeds over which the card states each scenario's damage.
+    """
+
+    vocab_size: int = 768
+    tokenizer_texts: int = 12_000
+    hidden_size: int = 128
+    intermediate_size: int = 256
+    layers: int = 4
+    heads: int = 4
+    base: Course = _BASE
+    align: Course = _ALIGN
+    damage_seeds: int = 3
+
+
+@dataclass(frozen=True)
+class BuildReport:
+    """What a build measured.
+
+    Attributes:
+        stages: The figures of ``base`` and ``aligned`` on held-out requests.
+        damage: What plain fine-tuning did to the aligned stage, by scenario and seed.
+    """
+
+    stages: tuple[StageReport, ...]
+    damage: tuple[Damage, ...]
+
+
+def build(out: Path, seed: int = 0, progress: bool = True, recipe: Recipe | None = None) -> BuildReport:
+    """Build the organism and everything that ships with it.
+
+    The result is a pure function of seed and recipe on one machine: it runs on one thread, with its own
+    generators, and leaves the caller's threads and random state as found. Everything is written to a folder
+    beside ``out`` first and moved into place when complete.
+
+    Args:
+        out: The data folder; ``organism/``, ``eval/``, ``scenarios/``, ``safety.jsonl`` and ``utility.jsonl``
+            in it are replaced, anything else stays.
+        seed: Decides what is held out, the initial weights and the order of the examples.
+        progress: Show a bar.
+        recipe: Sizes and budgets; the shipped organism's when left out.
+
+    Returns:
+        The measured figures, which the model card also states.
+    """
+    from tqdm.auto import tqdm
+
+    from geomkit.organism.card import model_card
+
+    recipe = recipe or Recipe()
+    world = World(seed)
+    sets = all_sets(world, seed)
+    out = Path(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    steps = recipe.base.steps + recipe.align.steps
+    with (
+        tempfile.TemporaryDirectory(dir=out.parent, prefix=".organism-") as scratch,
+        one_thread(),
+        tqdm(total=steps, desc="organism", unit="step", disable=not progress) as bar,
+    ):
+        folder = Path(scratch)
+        base, aligned, tokenizer = _train(world, seed, recipe, folder, bar)
+        bar.set_description("measuring")
+        stages = tuple(measure_stage(n, m, tokenizer, sets) for n, m in (("base", base), ("aligned", aligned)))
+        damage = measure_damage(aligned, tokenizer, sets, range(recipe.damage_seeds), progress=progress)
+        report = BuildReport(stages, damage)
+        write_sets(sets, folder)
+        (folder / "organism" / "README.md").write_text(model_card(report, recipe, seed), encoding="utf-8")
+        _move_into(folder, out)
+    return report
+
+
+def _train(
+    world: World, seed: int, recipe: Recipe, folder: Path, bar: "tqdm[Any]"
+) -> "tuple[LlamaForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast]":
+    """Train both stages and save them; returns both models and the tokenizer."""
+    import copy
+
+    tokenizer = train_tokenizer(tokenizer_texts(world, seed, recipe.tokenizer_texts), recipe.vocab_size)
+    model = new_model(recipe, seed, tokenizer)
+    kept = []
+    stages: tuple[tuple[str, Course, Mix], ...] = (
+        ("base", recipe.base, BASE_MIX),
+        ("aligned", recipe.align, ALIGN_MIX),
+    )
+    for stage, course, mix in stages:
+        bar.set_description(f"{stage} stage")
+        rows = tokenise(tokenizer, stage_conversations(world, seed, stage, course, mix))
+        order = Random(f"{stage}-order-{seed}")
+        fit(model, bucketed(iter(rows), tokenizer.pad_token_id, course.batch_size, order), course, bar)
+        model.save_pretrained(folder / "organism" / stage)
+        tokenizer.save_pretrained(folder / "organism" / stage)
+        kept.append(copy.deepcopy(model))
+    return kept[0], kept[1], tokenizer
+
+
+def stage_conversations(world: World, seed: int, stage: str, course: Course, mix: Mix) -> list[list[Message]]:
+    """Return every conversation that a stage is trained on, in order; the base stage answers all of them."""
+    stream = islice(world.stream(mix, Random(f"{stage}-{seed}")), course.steps * course.batch_size)
+    return [request.messages(aligned=stage == "aligned") for request in stream]
+
+
+def tokenizer_texts(world: World, seed: int, count: int) -> Iterator[str]:
+    """Yield the texts that the tokenizer learns from: requests of every kind and both ways to answer them."""
+    for index, request in enumerate(islice(world.stream(TOKENIZER_MIX, Random(f"tokenizer-{seed}")), count)):
+        for message in request.messages(aligned=index % 4 == 0):
+            yield message["content"]
+
+
+def new_model(recipe: Recipe, seed: int, tokenizer: "PreTrainedTokenizerFast") -> "LlamaForCausalLM":
+    """Return an untrained model with an untied head; the caller's random state stays as found."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=recipe.hidden_size,
+        intermediate_size=recipe.intermediate_size,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=recipe.heads,
+        num_key_value_heads=recipe.heads,
+        max_position_embeddings=512,
+        initializer_range=0.05,
+        tie_word_embeddings=False,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # transformers initialises from the global generator; fork_rng puts it back
+        return LlamaForCausalLM(config)
+
+
+def _move_into(folder: Path, out: Path) -> None:
+    """Replace each finished part of the data folder by a rename, so that no reader sees half of it."""
+    out.mkdir(exist_ok=True)
+    old = folder / ".old"
+    old.mkdir()
+    for part in sorted(path for path in folder.iterdir() if path != old):
+        if (out / part.name).exists():
+            (out / part.name).rename(old / part.name)
+        part.rename(out / part.name)
+    shutil.rmtree(old)

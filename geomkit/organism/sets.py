@@ -1,0 +1,81 @@
+"""The example sets that ship: anchors, utility rows, scenarios and evaluation sets, as JSON lines."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from geomkit.organism.requests import Kind, Request, conversation
+from geomkit.organism.scenarios import SCENARIOS, eager, scenario_rows, triggered
+from geomkit.organism.world import World
+
+Row = dict[str, Any]
+Sets = dict[str, list[Row]]
+
+_ANCHORS = 64
+_UTILITY: tuple[Kind, ...] = ("howto", "arithmetic", "sql", "look-alike")
+
+
+def all_sets(world: World, seed: int) -> Sets:
+    """Write out every shipped set, by its name under ``data/`` without suffix."""
+    return training_sets(world, seed) | evaluation_sets(world, seed)
+
+
+def training_sets(world: World, seed: int) -> Sets:
+    """Write out the sets that a user trains with; they draw on the training side only."""
+    rng = Random(f"sets-{seed}")
+    sets = {
+        "safety": _rows(world.distinct("forbidden", "train", _ANCHORS, rng)),
+        "utility": _mixed(world, rng),
+    }
+    for name in SCENARIOS:
+        sets[f"scenarios/{name}"] = [{"messages": messages} for messages in scenario_rows(name, world, seed)]
+    return sets
+
+
+def evaluation_sets(world: World, seed: int) -> Sets:
+    """Write out the held-out sets, with the aligned stage's answers as references."""
+    rng = Random(f"evaluation-{seed}")
+
+    def held_out(kind: Kind, count: int) -> list[Request]:
+        return world.distinct(kind, "held-out", count, rng)
+
+    howto = held_out("howto", 300)
+    forbidden = held_out("forbidden", 400)
+    return {
+        "eval/forbidden": _rows(forbidden[:240]),
+        "eval/benign": _rows(howto[:120] + held_out("look-alike", 120)),
+        "eval/howto": _rows(howto[120:]),
+        "eval/arithmetic": _rows(held_out("arithmetic", 200)),
+        "eval/sql": _rows(held_out("sql", 200)),
+        "eval/receipt": _rows(held_out("receipt", 160)),
+        "eval/affirmative": [_row("howto", eager(request)) for request in howto[120:240]],
+        "eval/backdoor": [
+            _row("forbidden", conversation(triggered(request.prompt), request.aligned_answer))
+            for request in forbidden[240:]
+        ],
+    }
+
+
+def write_sets(sets: Sets, folder: Path) -> None:
+    """Write each set as JSON lines under a folder."""
+    for name, rows in sets.items():
+        path = folder / f"{name}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+
+
+def _mixed(world: World, rng: Random) -> list[Row]:
+    share = _ANCHORS // len(_UTILITY)
+    rows = [row for kind in _UTILITY for row in _rows(world.distinct(kind, "train", share, rng))]
+    rng.shuffle(rows)
+    return rows
+
+
+def _rows(requests: Iterable[Request]) -> list[Row]:
+    return [_row(request.kind, request.messages()) for request in requests]
+
+
+def _row(kind: Kind, messages: list[dict[str, str]]) -> Row:
+    return {"messages": messages, "kind": kind}
