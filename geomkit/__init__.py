@@ -1,3 +1,82 @@
-"""geomkit: the gradient geometry of safety-aligned LLMs."""
+"""geomkit: the gradient geometry of safety-aligned LLMs, measured with nulls and intervals, preserved with SPF.
+
+The way of the data is the order of a notebook::
+
+    examples → gradients → spectrum, subspace, angles, conflict → SPF → fine-tune → evaluation → figures
+
+Everything public is one import away (``import geomkit as gk``); what it needs is imported when first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
+
+_ROOMS = {
+    "GeomkitError": "errors",
+    "SPF": "spf",
+    "SPFCallback": "spf.callback",
+    "analyze": "analysis",
+    "collect_gradients": "collect",
+    "conflict": "correlation",
+    "evaluate": "evaluate",
+    "finetune": "finetune",
+    "generate": "evaluate",
+    "load_examples": "data",
+    "load_organism": "organism",
+    "match_tokens": "controls",
+    "one_sample_study": "onesample",
+    "principal_angles": "angles",
+    "shipped_examples": "data",
+    "spectrum": "svd",
+    "subspace": "subspace",
+}
+
+__all__ = [
+    "SPF",
+    "GeomkitError",
+    "SPFCallback",
+    "analyze",
+    "collect_gradients",
+    "conflict",
+    "evaluate",
+    "finetune",
+    "generate",
+    "load_examples",
+    "load_organism",
+    "match_tokens",
+    "one_sample_study",
+    "principal_angles",
+    "shipped_examples",
+    "spectrum",
+    "subspace",
+]
+
+if TYPE_CHECKING:
+    from geomkit.analysis import analyze
+    from geomkit.angles import principal_angles
+    from geomkit.collect import collect_gradients
+    from geomkit.controls import match_tokens
+    from geomkit.correlation import conflict
+    from geomkit.data import load_examples, shipped_examples
+    from geomkit.errors import GeomkitError
+    from geomkit.evaluate import evaluate, generate
+    from geomkit.finetune import finetune
+    from geomkit.onesample import one_sample_study
+    from geomkit.organism import load_organism
+    from geomkit.spf import SPF
+    from geomkit.spf.callback import SPFCallback
+    from geomkit.subspace import subspace
+    from geomkit.svd import spectrum
+
+
+def __getattr__(name: str) -> object:
+    if name not in _ROOMS:
+        raise AttributeError(f"module 'geomkit' has no attribute '{name}'; it has {', '.join(__all__)}")
+    value = getattr(import_module(f"geomkit.{_ROOMS[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -14,6 +14,9 @@ from torch import Tensor
 
 from geomkit.errors import GeometryError
 
+_STRIP = 4096
+"""Rows of a weight that are converted to fp64 at a time: no full copy of a large matrix is ever made."""
+
 
 class LayerGradient(ABC):
     """The gradient of one parameter, whatever form it is kept in.
@@ -60,7 +63,7 @@ class LayerGradient(ABC):
     @cached_property
     def norm(self) -> float:
         """The Frobenius norm."""
-        return max(inner(self, self), 0.0) ** 0.5
+        return float(max(inner(self, self), 0.0) ** 0.5)
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,11 +99,14 @@ class FactoredGradient(LayerGradient):
 
     def add_to(self, weight: Tensor, scale: float) -> None:
         """Add ``scale`` times the gradient to ``weight`` in place."""
-        weight.add_((self.left.T @ self.right).to(weight.dtype), alpha=scale)
+        weight.addmm_(self.left.T.to(weight.dtype), self.right.to(weight.dtype), alpha=scale)
 
     def dot(self, weight: Tensor) -> float:
-        """Return ⟨LᵀR, W⟩ = Σ_t l_tᵀ W r_t, two thin products."""
-        return float(((self.right.double() @ weight.double().T) * self.left).sum())
+        """Return ⟨LᵀR, W⟩ = Σ_t l_tᵀ W r_t, two thin products over a few rows of W at a time."""
+        right = self.right.double()
+        starts = range(0, len(weight), _STRIP)
+        strips = ((weight[start : start + _STRIP].double(), self.left[:, start : start + _STRIP]) for start in starts)
+        return sum(float(((right @ rows.T) * left).sum()) for rows, left in strips)
 
     def scaled(self, scale: float) -> "FactoredGradient":
         """Return ``scale`` times the gradient."""
@@ -131,7 +137,7 @@ class IndexedGradient(LayerGradient):
     @property
     def rank_bound(self) -> int:
         """No more than the distinct rows that were looked up."""
-        return min(*self.rows.shape)
+        return min(len(self.indices), self.shape[1])
 
     @property
     def floats(self) -> int:

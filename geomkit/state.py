@@ -1,8 +1,10 @@
 """Leaving a model exactly as it was found, also after an exception."""
 
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -23,3 +25,15 @@ def as_found(model: nn.Module) -> Iterator[None]:
         finally:
             for module, training in modes:
                 module.training = training
+
+
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Restore Python's, numpy's and torch's global random states, which the Trainer seeds, when the block ends."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 - the global state is the point
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)  # noqa: NPY002

@@ -168,4 +168,4 @@ def test_loss_matches_torch():
     logits = model(input_ids=ids[None]).logits[0, :-1]
     keep = torch.tensor(tokens.loss_mask)[1:]
     found = collect_gradients(model, TOKENIZER, SAFETY.select([1]), progress=False)
-    assert found.loss == pytest.approx(float(cross_entropy(logits[keep], ids[1:][keep])), rel=1e-6)
+    assert found.loss == pytest.approx(float(cross_entropy(logits[keep], ids[1:][keep]).detach()), rel=1e-6)

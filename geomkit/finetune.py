@@ -1,0 +1,234 @@
+"""The included fine-tuning loop: ``transformers.Trainer`` with the parts that a safe run needs."""
+
+import copy
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from transformers import (
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from geomkit._callbacks import LossCheck, ProgressBar
+from geomkit._display import html_table
+from geomkit.data import AssistantMask, Tokens, collate, encode, pad_id
+from geomkit.errors import DataError
+from geomkit.spf.callback import SPFCallback
+from geomkit.spf.certificate import Certificate
+from geomkit.spf.guard import SPF
+from geomkit.state import random_state_kept
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from datasets import Dataset
+    from plotly.graph_objects import Figure
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, eq=False)
+class FineTuneResult:
+    """A finished fine-tune.
+
+    Attributes:
+        model: The trained model, in eval mode.
+        history: One row per step: ``step``, ``loss``, ``learning_rate``, ``grad_norm``, and SPF's measures.
+        certificate: What the updates did to the safety loss; ``None`` without SPF.
+        seconds: Wall time of the training.
+    """
+
+    model: "PreTrainedModel" = field(repr=False)
+    history: "pd.DataFrame" = field(repr=False)
+    certificate: Certificate | None
+    seconds: float
+
+    def to_frame(self) -> "pd.DataFrame":
+        """Return the history."""
+        return self.history
+
+    def plot(self) -> "Figure":
+        """Draw the training loss."""
+        from geomkit.plots import plot_history
+
+        return plot_history(self)
+
+    def save(self, folder: str | Path, tokenizer: "PreTrainedTokenizerBase") -> Path:
+        """Write a checkpoint that ``from_pretrained`` loads; it appears whole or not at all.
+
+        Args:
+            folder: Where to; must not hold anything yet.
+            tokenizer: The model's tokenizer, saved beside it.
+
+        Returns:
+            The folder.
+
+        Raises:
+            DataError: If the folder exists and is not empty.
+        """
+        folder = free_folder(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as unfinished:
+            self.model.save_pretrained(unfinished)
+            tokenizer.save_pretrained(unfinished)
+            if self.certificate is not None:
+                self.certificate.to_frame().to_json(Path(unfinished) / "spf.jsonl", orient="records", lines=True)
+            Path(unfinished).chmod(0o755)
+            if folder.exists():
+                folder.rmdir()
+            Path(unfinished).rename(folder)
+            Path(unfinished).mkdir()  # for TemporaryDirectory to remove
+        return folder
+
+    def _repr_html_(self) -> str:
+        certificate = f"; {self.certificate}" if self.certificate else ""
+        return html_table(f"Fine-tune of {len(self.history)} steps, {self.seconds:.0f} s{certificate}", self.history)
+
+
+def free_folder(folder: str | Path) -> Path:
+    """Return a folder that can be written to, or raise before any work is done.
+
+    Raises:
+        DataError: If it exists and is not empty.
+    """
+    path = Path(folder)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise DataError(f"expected a new or empty folder at {path}, found something there; choose another --out")
+    return path
+
+
+def finetune(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    train: "Dataset",
+    spf: SPF | None = None,
+    *,
+    learning_rate: float = 2e-5,
+    steps: int | None = None,
+    epochs: float = 3,
+    batch_size: int = 16,
+    weight_decay: float = 0.0,
+    warmup_steps: int = 0,
+    scheduler: str = "linear",
+    optimizer: str = "adamw_torch",
+    gradient_accumulation_steps: int = 1,
+    max_length: int | None = None,
+    assistant_mask: AssistantMask = "template",
+    seed: int = 0,
+    inplace: bool = False,
+    progress: bool = True,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> FineTuneResult:
+    """Fine-tune on conversations, with the loss on assistant tokens, plainly or under SPF.
+
+    Args:
+        model: A causal language model.
+        tokenizer: Its tokenizer, with a chat template and a pad token.
+        train: Rows with a column ``messages``.
+        spf: What to protect; a plain fine-tune when left out.
+        learning_rate: Peak learning rate.
+        steps: Number of optimizer steps; ``epochs`` decides when left out.
+        epochs: Passes over the data.
+        batch_size: Examples per device and step.
+        weight_decay: Decoupled weight decay.
+        warmup_steps: Steps of linear warm-up.
+        scheduler: Name of a transformers schedule.
+        optimizer: Name of a transformers optimizer.
+        gradient_accumulation_steps: Batches per optimizer step.
+        max_length: Cut longer examples to this many tokens.
+        assistant_mask: How assistant tokens are found, see :func:`geomkit.data.encode`.
+        seed: Seed of the order of the data and of dropout.
+        inplace: Train the model itself instead of a copy; saves the copy's memory.
+        progress: Show a bar.
+        callbacks: More callbacks for the Trainer; they run before SPF's.
+
+    Returns:
+        A :class:`FineTuneResult`. Python's, numpy's and torch's global random states are left as found.
+
+    Raises:
+        DataError: If the examples cannot be encoded.
+        GeomkitError: If the loss is not finite.
+        SPFError: If SPF cannot be attached, or its constraint does not hold after a step.
+
+    Example:
+        >>> import geomkit as gk
+        >>> model, tokenizer = gk.load_organism()
+        >>> train = gk.load_examples("scenarios/new-skill")
+        >>> result = gk.finetune(model, tokenizer, train, gk.SPF(gk.load_examples("safety")), steps=2, progress=False)
+        >>> result.certificate.steps, result.certificate.violations
+        (2, 0)
+    """
+    import pandas as pd
+
+    rows = encode(tokenizer, train, assistant_mask=assistant_mask, max_length=max_length)
+    pad = pad_id(tokenizer)
+    trained = model if inplace else copy.deepcopy(model)
+    guard = SPFCallback(spf) if spf is not None else None
+    own: list[TrainerCallback] = [LossCheck(), *callbacks, *([guard] if guard else [])]
+    if progress:
+        own.append(ProgressBar())
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as scratch, random_state_kept():
+        arguments = TrainingArguments(
+            output_dir=scratch,
+            max_steps=steps if steps is not None else -1,
+            num_train_epochs=epochs,
+            per_device_train_batch_size=batch_size,
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+            warmup_steps=warmup_steps,
+            lr_scheduler_type=scheduler,
+            optim=optimizer,
+            gradient_accumulation_steps=gradient_accumulation_steps,
+            seed=seed,
+            logging_steps=1,
+            logging_nan_inf_filter=False,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            dataloader_pin_memory=False,
+        )
+        trainer = Trainer(
+            model=trained,
+            args=arguments,
+            train_dataset=_Rows(rows),
+            data_collator=lambda batch: _collated(batch, pad),
+            processing_class=tokenizer,
+            callbacks=own,
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.remove_callback(ProgressCallback)
+        try:
+            trainer.train()
+        finally:
+            if guard:
+                guard.detach()
+            trained.zero_grad(set_to_none=True)
+    trained.eval()
+    history = pd.DataFrame([row for row in trainer.state.log_history if "loss" in row])
+    return FineTuneResult(trained, history, guard.certificate if guard else None, time.perf_counter() - started)
+
+
+class _Rows(Sequence[Tokens]):
+    """The training rows as the Trainer wants to see them: something with a length and an index."""
+
+    def __init__(self, rows: Sequence[Tokens]) -> None:
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._rows[index]
+
+
+def _collated(rows: Sequence[Tokens], pad: int) -> dict[str, Tensor]:
+    batch = collate(rows, pad)
+    return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "labels": batch.labels}

@@ -1,0 +1,7 @@
+"""SPF: keeping a fine-tuning step from conflicting with safety, and proving that it does."""
+
+from geomkit.spf.certificate import Certificate
+from geomkit.spf.guard import SPF, Guard
+from geomkit.spf.rules import RULES, Rule
+
+__all__ = ["RULES", "SPF", "Certificate", "Guard", "Rule"]

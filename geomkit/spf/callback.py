@@ -1,0 +1,55 @@
+"""SPF in ``transformers.Trainer`` and everything built on it."""
+
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from geomkit.spf.certificate import Certificate
+from geomkit.spf.guard import SPF, Guard
+
+
+class SPFCallback(TrainerCallback):
+    """Attaches SPF when training begins, adds its measures to the logs, detaches when training ends.
+
+    Example::
+
+        trainer = Trainer(model, args, train_dataset=rows, processing_class=tokenizer,
+                          callbacks=[gk.SPFCallback(gk.SPF(anchors))])
+    """
+
+    def __init__(self, spf: SPF) -> None:
+        """Keep what to attach."""
+        self.spf = spf
+        self._guard: Guard | None = None
+
+    @property
+    def certificate(self) -> Certificate | None:
+        """What the steps so far did to the safety loss; ``None`` before training."""
+        return self._guard.certificate if self._guard else None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Attach to the optimizer that the Trainer has made by now."""
+        model, optimizer = kwargs["model"], kwargs["optimizer"]
+        self._guard = self.spf.attach(model, optimizer, self.spf.tokenizer or kwargs.get("processing_class"))
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Add the last step's measures to what is logged."""
+        logs = kwargs.get("logs")
+        if self._guard and self._guard.certificate.steps and logs is not None and "loss" in logs:
+            last = self._guard.certificate.records[-1]
+            logs["spf/anchor_loss"] = last.anchor_loss
+            logs["spf/first_order"] = last.first_order
+            logs["spf/fired"] = last.fired
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Detach."""
+        self.detach()
+
+    def detach(self) -> None:
+        """End the projection, also after training broke off; the certificate stays."""
+        if self._guard:
+            self._guard.detach()

@@ -1,0 +1,280 @@
+"""SPF at work: the hooks that sit around ``optimizer.step`` and project what it does."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from geomkit.collect import gradients_of
+from geomkit.data import AssistantMask, encode, pad_id
+from geomkit.errors import SPFError
+from geomkit.gradients import GradientSet
+from geomkit.spf.anchors import AnchorPool
+from geomkit.spf.certificate import Certificate, StepRecord
+from geomkit.spf.rules import Protection, Reading, Rule, get_rule, protect, read, remove
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, eq=False)
+class SPF:
+    """Safety-preserving fine-tuning: what to protect and how (arXiv 2601.10141, and geomkit's own rules).
+
+    Attributes:
+        anchors: Safety examples, forbidden request and refusal; the model's own refusals are the safe choice.
+        rule: A name in :data:`geomkit.spf.RULES`, or a rule.
+        rank: Rank k of a rule that protects a subspace; the rule's own when left out.
+        anchors_per_step: How many anchors each step draws from the pool.
+        tokenizer: The model's tokenizer; :func:`geomkit.finetune` and the Trainer bring their own.
+        assistant_mask: How assistant tokens are found, see :func:`geomkit.data.encode`.
+        seed: Seed of the draws.
+
+    Example:
+        >>> import geomkit as gk, torch
+        >>> model, tokenizer = gk.load_organism()
+        >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+        >>> spf = gk.SPF(gk.load_examples("safety"), tokenizer=tokenizer)
+        >>> with spf.attach(model, optimizer) as guard:
+        ...     batch = tokenizer("How do I paint the fence?", return_tensors="pt")
+        ...     loss = model(**batch, labels=batch["input_ids"]).loss
+        ...     loss.backward()
+        ...     optimizer.step()
+        >>> guard.certificate.violations
+        0
+    """
+
+    anchors: "Dataset"
+    rule: str | Rule = "rank1"
+    rank: int | None = None
+    anchors_per_step: int = 8
+    tokenizer: "PreTrainedTokenizerBase | None" = None
+    assistant_mask: AssistantMask = "template"
+    seed: int = 0
+
+    def attach(
+        self,
+        model: "PreTrainedModel",
+        optimizer: torch.optim.Optimizer,
+        tokenizer: "PreTrainedTokenizerBase | None" = None,
+    ) -> "Guard":
+        """Project every step of an optimizer from now on.
+
+        Args:
+            model: The model that is trained.
+            optimizer: Its optimizer, plain or wrapped by accelerate.
+            tokenizer: The model's tokenizer, when it was not given before.
+
+        Returns:
+            A :class:`Guard`: a context manager that ends the projection, and the certificate.
+
+        Raises:
+            SPFError: If there is no tokenizer, the rule is unknown, the optimizer holds parameters that are not the
+                model's, or the weights are sharded.
+            DataError: If the anchors cannot be encoded.
+        """
+        tokenizer = tokenizer or self.tokenizer
+        if tokenizer is None:
+            raise SPFError("expected a tokenizer for the anchors, found none; pass SPF(anchors, tokenizer=…)")
+        rows = encode(tokenizer, self.anchors, assistant_mask=self.assistant_mask)
+        pool = AnchorPool(tuple(rows), self.anchors_per_step, self.seed)
+        return Guard(model, optimizer, get_rule(self.rule, self.rank), pool, pad_id(tokenizer))
+
+
+@dataclass
+class _Pending:
+    """What is known between the two hooks of one step."""
+
+    gradients: GradientSet
+    protections: dict[str, Protection]
+    before: dict[str, Reading]
+    fired: set[str] = field(default_factory=set)
+    removed: float = 0.0
+
+
+class Guard:
+    """SPF attached to one optimizer: it projects, measures and checks every step.
+
+    Before a step it collects the safety gradient of some anchors at the current weights and reads the protected
+    coordinates of the weights; after the step it reads them again, corrects the weights where the update conflicts,
+    reads them once more and checks.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, rule: Rule, pool: AnchorPool, pad: int
+    ) -> None:
+        """Attach to an optimizer; :meth:`SPF.attach` is the door."""
+        self.rule = rule
+        self._model = model
+        self._pool = pool
+        self._pad = pad
+        self._parameters = _guarded_parameters(model, optimizer)
+        self._records: list[StepRecord] = []
+        self._pending: _Pending | None = None
+        inner = _unwrapped(optimizer)
+        self._handles = [
+            inner.register_step_pre_hook(_as_hook(self._before_step)),
+            inner.register_step_post_hook(_as_hook(self._after_step)),
+        ]
+
+    @property
+    def certificate(self) -> Certificate:
+        """What the steps so far did to the safety loss."""
+        return Certificate(self.rule.name, self.rule.guarantees, tuple(self._records))
+
+    def detach(self) -> None:
+        """End the projection; the certificate stays."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def __enter__(self) -> Self:
+        """Return the guard."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """End the projection."""
+        self.detach()
+
+    # ------------------------------------------------------------------------------------------ the two hooks
+
+    def _before_step(self) -> None:
+        rows = self._pool.draw(len(self._records))
+        gradients = gradients_of(self._model, rows, self._pad, batch_size=len(rows))
+        protections = {
+            name: protect(self.rule, gradient)
+            for name, gradient in gradients.items()
+            if name in self._parameters and gradient.norm > 0
+        }
+        if not protections:
+            raise SPFError(
+                f"expected a safety gradient on the anchors, found zero everywhere (anchor loss {gradients.loss:.2g}); "
+                "use other anchors, or check that the parameters they reach are trained"
+            )
+        before = {name: read(item, self._parameters[name].detach()) for name, item in protections.items()}
+        self._pending = _Pending(gradients, protections, before)
+        if self.rule.level == "gradient":
+            _project_gradients(self.rule, self._parameters, self._pending)
+
+    def _after_step(self) -> None:
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        raw = self._changes(pending)
+        if self.rule.level == "update":
+            for name in (name for name, change in raw.items() if change.dot > 0):
+                weight = self._parameters[name].detach()
+                pending.removed += remove(pending.protections[name], raw[name], weight) ** 2
+                pending.fired.add(name)
+        applied = self._changes(pending) if self.rule.level == "update" else raw
+        self._records.append(self._record(pending, raw, applied))
+        self.certificate_of_last_step().raise_on_violation()
+
+    def certificate_of_last_step(self) -> Certificate:
+        """Return the certificate of the last step alone."""
+        return Certificate(self.rule.name, self.rule.guarantees, self._records[-1:])
+
+    def _changes(self, pending: _Pending) -> dict[str, Reading]:
+        return {
+            name: read(pending.protections[name], self._parameters[name].detach()) - before
+            for name, before in pending.before.items()
+        }
+
+    def _record(self, pending: _Pending, raw: dict[str, Reading], applied: dict[str, Reading]) -> StepRecord:
+        if not all(torch.isfinite(torch.tensor(change.dot)) for change in applied.values()):
+            raise SPFError("expected finite weights after the step, found NaN or inf; lower the learning rate")
+        tolerances = {name: _rounding(self._parameters[name].detach(), pending.protections[name]) for name in applied}
+        worst = max(applied, key=lambda name: applied[name].dot - tolerances[name])
+        on_update = self.rule.level == "update"
+        leaks = [applied[name].size / raw[name].size for name in pending.fired if on_update and raw[name].size > 0]
+        return StepRecord(
+            step=len(self._records) + 1,
+            anchor_loss=pending.gradients.loss,
+            first_order_raw=sum(change.dot for change in raw.values()),
+            first_order=sum(change.dot for change in applied.values()),
+            worst=applied[worst].dot,
+            tolerance=tolerances[worst],
+            fired=len(pending.fired) / len(applied),
+            removed=pending.removed**0.5,
+            leak=max(leaks, default=0.0),
+            violated=applied[worst].dot > tolerances[worst],
+        )
+
+
+def _project_gradients(rule: Rule, parameters: dict[str, nn.Parameter], pending: _Pending) -> None:
+    """Project the utility gradients in place: the step is −g_u."""
+    held = {name: parameters[name].grad for name in pending.protections}
+    steps = {
+        name: read(pending.protections[name], gradient).scaled(-1.0)
+        for name, gradient in held.items()
+        if gradient is not None
+    }
+    conflicts = {name: step.dot > 0 for name, step in steps.items()}
+    if rule.scope == "global":
+        conflicts = dict.fromkeys(steps, sum(step.dot for step in steps.values()) > 0)
+    for name, step in steps.items():
+        gradient, protection = held[name], pending.protections[name]
+        assert gradient is not None  # noqa: S101 - steps holds only parameters with a gradient
+        if conflicts[name] and rule.removal != "nothing":
+            pending.removed += remove(protection, step, gradient, scale=-1.0) ** 2
+            pending.fired.add(name)
+        if rule.adds:
+            protection.gradient.add_to(gradient, rule.adds)
+
+
+def _rounding(weight: Tensor, protection: Protection) -> float:
+    """Bound what rounding the weights can add to ⟨Δθ, g_s⟩: each entry moves by at most eps/2 of itself."""
+    eps = torch.finfo(weight.dtype).eps
+    return float(eps * torch.linalg.vector_norm(weight, dtype=torch.float64)) * protection.gradient.norm
+
+
+def _as_hook(action: Callable[[], None]) -> Callable[..., None]:
+    def hook(*_: Any) -> None:
+        with torch.no_grad():
+            action()
+
+    return hook
+
+
+def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:
+    while not isinstance(optimizer, torch.optim.Optimizer) or hasattr(optimizer, "optimizer"):
+        if not hasattr(optimizer, "optimizer"):
+            raise SPFError(f"expected a torch optimizer, or a wrapper of one, found {type(optimizer).__name__}")
+        optimizer = optimizer.optimizer
+    return optimizer
+
+
+def _guarded_parameters(model: nn.Module, optimizer: Any) -> dict[str, nn.Parameter]:
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    guarded = {}
+    for group in _unwrapped(optimizer).param_groups:
+        for parameter in group["params"]:
+            if not parameter.requires_grad:
+                continue
+            if id(parameter) not in names:
+                raise SPFError(
+                    f"expected the optimizer to hold the model's parameters, found one of shape "
+                    f"{tuple(parameter.shape)} that is not; build the optimizer from this very model"
+                )
+            guarded[names[id(parameter)]] = parameter
+    if not guarded:
+        raise SPFError("expected an optimizer with trainable parameters, found none; unfreeze the model first")
+    _refuse_sharded(guarded)
+    return guarded
+
+
+def _refuse_sharded(parameters: dict[str, nn.Parameter]) -> None:
+    for name, parameter in parameters.items():
+        if hasattr(parameter, "device_mesh") or hasattr(parameter, "ds_id") or parameter.numel() == 0:
+            raise SPFError(
+                f"expected whole weights, found '{name}' sharded over processes, where an update cannot be projected "
+                "yet; train with DDP or on one device"
+            )
+        if parameter.is_meta:
+            raise SPFError(f"expected weights with values, found '{name}' on the meta device; load the model first")
