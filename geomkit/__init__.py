@@ -19,9 +19,9 @@ _ROOMS = {
     "analyze": "analysis",
     "collect_gradients": "collect",
     "conflict": "correlation",
-    "evaluate": "evaluate",
-    "finetune": "finetune",
-    "generate": "evaluate",
+    "evaluate": "evaluation",
+    "finetune": "finetuning",
+    "generate": "evaluation",
     "load_examples": "data",
     "load_organism": "organism",
     "match_tokens": "controls",
@@ -60,8 +60,8 @@ if TYPE_CHECKING:
     from geomkit.correlation import conflict
     from geomkit.data import load_examples, shipped_examples
     from geomkit.errors import GeomkitError
-    from geomkit.evaluate import evaluate, generate
-    from geomkit.finetune import finetune
+    from geomkit.evaluation import evaluate, generate
+    from geomkit.finetuning import finetune
     from geomkit.onesample import one_sample_study
     from geomkit.organism import load_organism
     from geomkit.spf import SPF
