@@ -1,0 +1,195 @@
+"""Principal angles between the subspaces of two models' gradients, beside what random subspaces would show."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+from torch import Tensor
+
+from geomkit._display import html_table
+from geomkit.controls import haar_overlap, random_edge
+from geomkit.errors import GeometryError
+from geomkit.names import kind_of, layer_index
+from geomkit.subspace import LayerSubspace, Side, Subspace
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+
+@dataclass(frozen=True, eq=False)
+class LayerAngles:
+    """The principal angles between two subspaces of one parameter.
+
+    Attributes:
+        parameter: Name of the parameter.
+        angles: (min(k_a, k_b),) radians, descending as in :func:`scipy.linalg.subspace_angles`.
+        ranks: k_a and k_b.
+        dimension: d of the space they lie in.
+    """
+
+    parameter: str
+    angles: np.ndarray = field(repr=False)
+    ranks: tuple[int, int]
+    dimension: int
+
+    @cached_property
+    def overlap(self) -> float:
+        """Mean squared cosine, ‖UᵀV‖_F² / min(k_a, k_b): 1 if one contains the other, 0 if orthogonal."""
+        return float(np.mean(np.cos(self.angles) ** 2)) if len(self.angles) else float("nan")
+
+    @property
+    def expected_overlap(self) -> float:
+        """The overlap of two uniformly random subspaces, see :func:`geomkit.controls.haar_overlap`.
+
+        Gradients of one layer share their inputs' covariance and overlap more than that without any common content:
+        compare with an empirical null as well.
+        """
+        return haar_overlap(*self.ranks, self.dimension)
+
+    @property
+    def largest_cosine(self) -> float:
+        """The cosine of the smallest angle."""
+        return float(np.cos(self.angles[-1])) if len(self.angles) else float("nan")
+
+    @property
+    def random_edge(self) -> float:
+        """The largest cosine between uniformly random subspaces, see :func:`geomkit.controls.random_edge`."""
+        return random_edge(*self.ranks, self.dimension)
+
+
+@dataclass(frozen=True, eq=False)
+class Angles:
+    """The principal angles between two subspaces of a model's gradients.
+
+    Attributes:
+        side: Which singular vectors span them.
+        layers: The angles of each parameter.
+    """
+
+    side: Side
+    layers: Mapping[str, LayerAngles]
+
+    @property
+    def mean_overlap(self) -> float:
+        """Plain mean of the overlap over the parameters where both subspaces have a direction."""
+        return _mean([layer.overlap for layer in self.layers.values() if len(layer.angles)])
+
+    @property
+    def mean_expected_overlap(self) -> float:
+        """The same mean of what uniformly random subspaces would show."""
+        return _mean([layer.expected_overlap for layer in self.layers.values() if len(layer.angles)])
+
+    def to_frame(self) -> "pd.DataFrame":
+        """Return a row per parameter and statistic.
+
+        ``null`` is what uniformly random subspaces would show: :attr:`LayerAngles.expected_overlap` beside the
+        overlap, :attr:`LayerAngles.random_edge` beside the largest cosine, nothing beside the angles (in degrees).
+        """
+        import pandas as pd
+
+        return pd.DataFrame([row for layer in self.layers.values() for row in _rows(layer)])
+
+    def plot(self) -> "go.Figure":
+        """Draw it, see :func:`geomkit.plots.plot_angles`."""
+        from geomkit.plots import plot_angles
+
+        return plot_angles(self)
+
+    def __str__(self) -> str:
+        """Say the mean overlap beside that of random subspaces."""
+        return (
+            f"principal angles of {self.side} subspaces of {len(self.layers)} matrices: mean overlap "
+            f"{self.mean_overlap:.3g} (random subspaces {self.mean_expected_overlap:.3g})"
+        )
+
+    def _repr_html_(self) -> str:
+        return html_table(str(self), self.to_frame())
+
+
+def _mean(values: list[float]) -> float:
+    return float(np.mean(values)) if values else float("nan")
+
+
+def _rows(layer: LayerAngles) -> list[dict[str, object]]:
+    degrees = np.degrees(layer.angles) if len(layer.angles) else np.array([np.nan])
+    measured = {
+        "overlap": (layer.overlap, layer.expected_overlap),
+        "largest_cosine": (layer.largest_cosine, layer.random_edge),
+        "smallest_angle": (float(degrees[-1]), float("nan")),
+        "largest_angle": (float(degrees[0]), float("nan")),
+    }
+    return [
+        {
+            "parameter": layer.parameter,
+            "kind": kind_of(layer.parameter),
+            "layer": layer_index(layer.parameter),
+            "statistic": statistic,
+            "value": value,
+            "null": null,
+            "rank_a": layer.ranks[0],
+            "rank_b": layer.ranks[1],
+            "dimension": layer.dimension,
+        }
+        for statistic, (value, null) in measured.items()
+    ]
+
+
+def basis_angles(a: Tensor, b: Tensor) -> np.ndarray:
+    """Return the principal angles between the column spaces of two bases, radians, descending.
+
+    By sine where the angle is small and by cosine where it is large (Björck and Golub 1973), in fp64: two bases 1e-8
+    apart come out 1e-8 apart. (``subspace_angles`` of scipy 1.17 chooses between the two in reverse order, so that a
+    tiny angle beside a large one is lost.) Bases rounded to fp32 differ by about 1e-7 themselves.
+
+    Args:
+        a: (d, k_a) independent columns.
+        b: (d, k_b) independent columns.
+
+    Example:
+        >>> import torch
+        >>> angle = basis_angles(torch.eye(3)[:, :1], torch.tensor([[1.0], [1e-8], [0.0]]))
+        >>> print(f"{angle[0]:.2e}")
+        1.00e-08
+    """
+    frames = (np.linalg.qr(basis.detach().cpu().double().numpy()).Q for basis in (a, b))
+    small, large = sorted(frames, key=lambda frame: frame.shape[1])
+    across = large.T @ small
+    cosines = np.linalg.svd(across, compute_uv=False)[::-1]
+    sines = np.linalg.svd(small - large @ across, compute_uv=False)
+    return np.asarray(np.where(cosines**2 >= 0.5, np.arcsin(np.minimum(sines, 1)), np.arccos(np.minimum(cosines, 1))))
+
+
+def principal_angles(a: Subspace, b: Subspace) -> Angles:
+    """Measure the principal angles between two subspaces, parameter by parameter.
+
+    Args:
+        a: Subspaces of one gradient, from :func:`geomkit.subspace.subspace`.
+        b: Subspaces of another gradient of the same model and side.
+
+    Returns:
+        The angles, with overlaps and their expectation for uniformly random subspaces.
+
+    Raises:
+        GeometryError: If sides, parameters or dimensions differ.
+    """
+    if a.side != b.side:
+        raise GeometryError(f"expected subspaces of one side, found {a.side} and {b.side}; build both with one side=")
+    if difference := set(a.layers).symmetric_difference(b.layers):
+        some = ", ".join(sorted(difference)[:4])
+        raise GeometryError(
+            f"expected subspaces of the same parameters, found {len(difference)} on one side only ({some}); "
+            "collect both gradients with the same layers="
+        )
+    return Angles(a.side, {name: _layer_angles(name, layer, b.layers[name]) for name, layer in a.layers.items()})
+
+
+def _layer_angles(name: str, a: LayerSubspace, b: LayerSubspace) -> LayerAngles:
+    if a.basis.shape[0] != b.basis.shape[0]:
+        raise GeometryError(
+            f"expected subspaces of one space for {name}, found dimensions {a.basis.shape[0]} and {b.basis.shape[0]}; "
+            "collect both gradients from the same model"
+        )
+    return LayerAngles(name, basis_angles(a.basis, b.basis), (a.rank, b.rank), a.basis.shape[0])
