@@ -1,0 +1,27 @@
+"""One function per figure: each lays out a finished result and returns a plotly figure, never shows it.
+
+The figures share one template, registered with plotly as ``"geomkit"``, and fixed colours for the safety side, the
+utility side, the null, plain fine-tuning and SPF.
+"""
+
+from geomkit.plots._conflicts import plot_conflict, plot_conflict_examples
+from geomkit.plots._profiles import plot_cer, plot_spectrum
+from geomkit.plots._ranks import plot_effective_rank
+from geomkit.plots._runs import plot_certificate, plot_evaluation, plot_history
+from geomkit.plots._style import COLOURS, TEMPLATE
+from geomkit.plots._subspaces import plot_angles, plot_one_sample
+
+__all__ = [
+    "COLOURS",
+    "TEMPLATE",
+    "plot_angles",
+    "plot_cer",
+    "plot_certificate",
+    "plot_conflict",
+    "plot_conflict_examples",
+    "plot_effective_rank",
+    "plot_evaluation",
+    "plot_history",
+    "plot_one_sample",
+    "plot_spectrum",
+]

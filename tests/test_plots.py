@@ -1,0 +1,305 @@
+"""Figures: their traces, their units, and that what goes in comes out."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import plotly.io
+import pytest
+import torch
+
+from geomkit import plots
+from geomkit.angles import Angles, principal_angles
+from geomkit.correlation import Conflict, LayerConflict
+from geomkit.errors import GeometryError, SPFError
+from geomkit.evaluation import Evaluation
+from geomkit.layer_gradient import FactoredGradient, LayerGradient
+from geomkit.plots._style import looks, place_of
+from geomkit.rates import Rate
+from geomkit.spf.certificate import Certificate, StepRecord
+from geomkit.subspace import subspace
+from geomkit.svd import Spectrum, spectrum
+
+PLACES = ("self_attn.q_proj", "mlp.up_proj")
+NAMES = [f"model.layers.{layer}.{place}.weight" for layer in range(3) for place in PLACES]
+
+
+def gradients(tokens: int, seed: int) -> dict[str, LayerGradient]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: FactoredGradient(
+            torch.randn(tokens, 16, generator=generator), torch.randn(tokens, 12, generator=generator)
+        )
+        for name in [*NAMES, "lm_head.weight"]
+    }
+
+
+@pytest.fixture(scope="module")
+def safety() -> Spectrum:
+    return spectrum(gradients(6, 0), null_draws=3)
+
+
+@pytest.fixture(scope="module")
+def utility() -> Spectrum:
+    return spectrum(gradients(9, 1), null_draws=3)
+
+
+@pytest.fixture(scope="module")
+def angles() -> Angles:
+    return principal_angles(subspace(gradients(6, 0), rank=4), subspace(gradients(9, 1), rank=4))
+
+
+def trace(figure: go.Figure, name: str) -> go.Scatter:
+    (found,) = [each for each in figure.data if each.name == name]
+    return found
+
+
+# ------------------------------------------------------------------------------------------------- spectra
+
+
+def test_spectrum_draws_the_median_of_relative_singular_values(safety: Spectrum, utility: Spectrum) -> None:
+    figure = plots.plot_spectrum(safety, utility)
+    relative = [layer.singular_values / layer.singular_values[0] for layer in safety.layers.values()]
+    np.testing.assert_allclose(trace(figure, "safety").y[:6], np.median(relative, axis=0))
+    assert np.isnan(trace(figure, "safety").y[6:]).all()
+    assert np.isfinite(trace(figure, "utility").y).all()
+    assert len(figure.data) == 6
+    assert figure.layout.yaxis.type == "log"
+    assert figure.layout.xaxis.title.text == "index i of the singular value"
+
+
+def test_null_band_encloses_the_null_median(safety: Spectrum) -> None:
+    band, middle, _ = plots.plot_cer(safety).data
+    half = len(band.y) // 2
+    assert (band.y[:half] >= middle.y).all()
+    assert (band.y[half:][::-1] <= middle.y).all()
+
+
+def test_cer_passes_through_and_ends_at_one(safety: Spectrum) -> None:
+    figure = plots.plot_cer(safety, names=["safety"])
+    drawn = trace(figure, "safety")
+    expected = [np.median([layer.cer(k) for layer in safety.layers.values()]) for k in (1, 3, 6)]
+    np.testing.assert_allclose([drawn.y[0], drawn.y[2], drawn.y[-1]], expected)
+    assert drawn.y[-1] == pytest.approx(1)
+    assert drawn.line.color == plots.COLOURS["safety"]
+
+
+def test_no_null_no_band() -> None:
+    assert len(plots.plot_spectrum(spectrum(gradients(4, 0), null_draws=0)).data) == 1
+
+
+def test_many_singular_values_are_thinned() -> None:
+    gradient = FactoredGradient(torch.eye(500), torch.eye(500))
+    figure = plots.plot_spectrum(spectrum({"w": gradient}, null_draws=0))
+    assert figure.data[0].x[0] == 1
+    assert figure.data[0].x[-1] == 500
+    assert len(figure.data[0].x) <= 120
+
+
+def test_names_must_match_the_spectra(safety: Spectrum) -> None:
+    with pytest.raises(GeometryError, match="3 spectra and 2 names"):
+        plots.plot_spectrum(safety, safety, safety)
+    with pytest.raises(GeometryError, match="at least one"):
+        plots.plot_cer()
+
+
+def test_zero_gradients_are_refused() -> None:
+    zero = spectrum({"w": FactoredGradient(torch.zeros(2, 4), torch.zeros(2, 4))}, null_draws=1)
+    with pytest.raises(GeometryError, match="only zeros"):
+        plots.plot_spectrum(zero)
+
+
+def test_effective_rank_has_a_panel_per_place_and_the_null_range(safety: Spectrum, utility: Spectrum) -> None:
+    figure = plots.plot_effective_rank(safety, utility)
+    assert [note.text for note in figure.layout.annotations] == [*PLACES, "outside the layers"]
+    frame = safety.to_frame().query("statistic == 'effective_rank'")
+    rows = frame[frame["parameter"].str.contains("q_proj")]
+    null, value = figure.data[:2]
+    np.testing.assert_allclose(value.y, rows["value"])
+    np.testing.assert_allclose(null.y + null.error_y.array, rows["null_high"])
+    np.testing.assert_allclose(null.y - null.error_y.arrayminus, rows["null_low"])
+    np.testing.assert_allclose(np.round(value.x), [0, 1, 2])
+    assert [each.name for each in figure.data if each.showlegend] == [
+        "safety: null",
+        "safety",
+        "utility: null",
+        "utility",
+    ]
+
+
+def test_other_statistics_can_be_drawn(safety: Spectrum) -> None:
+    figure = plots.plot_effective_rank(safety, statistic="stable_rank")
+    assert figure.layout.yaxis.title.text == "stable rank"
+    with pytest.raises(GeometryError, match="expected a statistic among numeric_rank"):
+        plots.plot_effective_rank(safety, statistic="rank")
+
+
+# ------------------------------------------------------------------------------------------------- subspaces
+
+
+def test_angles_ascend_and_are_in_degrees(angles: Angles) -> None:
+    figure = plots.plot_angles(angles)
+    middle = trace(figure, "median over parameters")
+    degrees = [np.degrees(layer.angles[::-1]) for layer in angles.layers.values()]
+    np.testing.assert_allclose(middle.y, np.median(degrees, axis=0))
+    edges = [np.degrees(np.arccos(layer.random_edge)) for layer in angles.layers.values()]
+    assert trace(figure, "edge for random subspaces").y[0] == pytest.approx(np.median(edges))
+    assert "degrees" in figure.layout.yaxis.title.text
+    assert tuple(figure.layout.xaxis2.categoryarray) == ("0", "1", "2", "–")
+
+
+def test_angles_without_directions_are_refused() -> None:
+    zero = {"w": FactoredGradient(torch.zeros(2, 4), torch.zeros(2, 4))}
+    with pytest.warns(UserWarning, match="found less"):
+        nothing = subspace(zero, rank=2)
+    with pytest.raises(GeometryError, match="found none"):
+        plots.plot_angles(principal_angles(nothing, nothing))
+
+
+def test_one_sample_shows_every_example_and_the_expectation() -> None:
+    study = SimpleNamespace(
+        rank=10,
+        overlaps=np.array([0.5, 0.7, 0.9]),
+        overlap=0.7,
+        interval=(0.6, 0.8),
+        null=np.array([0.1, 0.3]),
+        null_mean=0.2,
+        null_interval=(0.1, 0.3),
+        expected=0.08,
+    )
+    figure = plots.plot_one_sample(study)
+    np.testing.assert_array_equal(trace(figure, "safety").x, study.overlaps)
+    np.testing.assert_array_equal(trace(figure, "utility").x, study.null)
+    mean = trace(figure, "safety: mean")
+    assert (mean.x[0], mean.x[0] + mean.error_x.array[0]) == pytest.approx((0.7, 0.8))
+    assert figure.layout.shapes[0].x0 == 0.08
+    assert "overlap" in figure.layout.xaxis.title.text
+
+
+# ------------------------------------------------------------------------------------------------- conflict
+
+
+def conflict() -> Conflict:
+    def layer(cosine: float) -> LayerConflict:
+        return LayerConflict("", cosine, cosine, (cosine - 0.1, cosine + 0.1), (-0.02, 0.02), 0.01)
+
+    return Conflict(
+        cosine=-0.1,
+        corrected=-0.12,
+        interval=(-0.2, -0.05),
+        null_interval=(-0.03, 0.03),
+        p_value=0.001,
+        negative=Rate(3, 4),
+        layers={**{name: layer(0.05 - 0.1 * place) for place, name in enumerate(NAMES)}, "lm_head.weight": layer(0.3)},
+        per_example=np.array([-0.3, -0.2, -0.1, 0.1]),
+    )
+
+
+def test_conflict_map_is_centred_and_marks_what_covers_zero() -> None:
+    cells, marks = plots.plot_conflict(conflict()).data
+    assert (cells.zmin, cells.zmid, cells.zmax) == pytest.approx((-0.45, 0, 0.45))
+    assert list(cells.y) == [*PLACES, "lm_head"]
+    assert list(cells.x) == ["0", "1", "2", "–"]
+    assert cells.z[0][0] == pytest.approx(0.05)
+    assert cells.z[2][3] == pytest.approx(0.3)
+    assert np.isnan(cells.z[2][0])
+    assert list(zip(marks.y, marks.x, strict=True)) == [("self_attn.q_proj", "0"), ("mlp.up_proj", "0")]
+
+
+def test_conflict_map_bears_zero_gradients() -> None:
+    nowhere = LayerConflict("", np.nan, np.nan, (-1.0, 1.0), (np.nan, np.nan), np.nan)
+    cells, marks = plots.plot_conflict(replace(conflict(), layers={"lm_head.weight": nowhere})).data
+    assert (cells.zmin, cells.zmax) == (-1, 1)
+    assert list(marks.x) == ["–"]
+
+
+def test_conflict_examples_pass_through() -> None:
+    figure = plots.plot_conflict_examples(conflict())
+    np.testing.assert_array_equal(figure.data[0].x, conflict().per_example)
+    assert "75.0%" in figure.layout.title.subtitle.text
+    assert figure.layout.shapes[0].x0 == 0
+
+
+# ------------------------------------------------------------------------------------------------------ runs
+
+
+def evaluation(refused: int) -> Evaluation:
+    return Evaluation(Rate(refused, 100), Rate(1, 100), {"sql": Rate(40, 50)}, pd.DataFrame())
+
+
+def test_evaluations_stand_side_by_side_with_their_intervals() -> None:
+    arms = {"aligned": evaluation(100), "SFT": evaluation(5), "SPF": evaluation(97)}
+    figure = plots.plot_evaluation(arms)
+    assert [each.name for each in figure.data] == list(arms)
+    tuned = trace(figure, "SFT")
+    assert list(tuned.x) == [0.05, 0.01, 0.8]
+    assert tuned.x[0] + tuned.error_x.array[0] == pytest.approx(Rate(5, 100).interval[1])
+    assert tuned.marker.color == plots.COLOURS["SFT"]
+    assert figure.layout.yaxis.ticktext == ("refusal", "over-refusal", "exact match: sql")
+    assert figure.layout.xaxis.title.text == "share of prompts"
+
+
+def test_one_evaluation_needs_no_legend() -> None:
+    figure = evaluation(90).plot()
+    assert len(figure.data) == 1
+    assert figure.layout.showlegend is False
+
+
+def certificate(violated: bool) -> Certificate:
+    steps = [StepRecord(step, 0.1, 2e-3, -1e-4, 0.0, 1e-8, 0.5, 0.02, 1e-7, violated) for step in (1, 2)]
+    return Certificate("test", guaranteed=True, records=steps)
+
+
+def test_certificate_draws_both_changes_and_the_fired_share() -> None:
+    figure = certificate(violated=False).plot()
+    assert list(trace(figure, "optimizer's own update").y) == [2e-3, 2e-3]
+    assert list(trace(figure, "applied update").y) == [-1e-4, -1e-4]
+    assert list(trace(figure, "parameters projected").y) == [0.5, 0.5]
+    assert "nats per token" in figure.layout.yaxis.title.text
+    assert figure.layout.xaxis2.title.text == "optimizer step"
+
+
+def test_certificate_marks_violations() -> None:
+    figure = certificate(violated=True).plot()
+    assert list(trace(figure, "violation in some parameter").x) == [1, 2]
+    assert "2 of 2 steps violate" in figure.layout.title.subtitle.text
+
+
+def test_empty_certificate_is_refused() -> None:
+    with pytest.raises(SPFError, match="train first"):
+        plots.plot_certificate(Certificate("test", guaranteed=True, records=[]))
+
+
+def test_history_leaves_out_rows_without_a_loss() -> None:
+    history = pd.DataFrame({"step": [1, 2, 3], "loss": [2.0, 1.0, np.nan]})
+    figure = plots.plot_history({"SPF": SimpleNamespace(history=history), "other": SimpleNamespace(history=history)})
+    assert list(trace(figure, "SPF").x) == [1, 2]
+    assert figure.layout.yaxis.title.text == "loss, nats per token"
+    assert len({each.line.color for each in figure.data}) == 2
+
+
+# ----------------------------------------------------------------------------------------------------- style
+
+
+def test_template_is_registered_but_not_the_default() -> None:
+    assert plotly.io.templates["geomkit"] == plots.TEMPLATE
+    assert plotly.io.templates.default != "geomkit"
+
+
+def test_series_get_distinct_colours_and_symbols() -> None:
+    chosen = looks(["aligned", "SFT", "mixing", "SPF", "safety"])
+    assert len({look.colour for look in chosen}) == len({look.symbol for look in chosen}) == 5
+
+
+def test_places_are_the_same_in_all_layers() -> None:
+    assert {place_of(name) for name in NAMES} == set(PLACES)
+    assert place_of("transformer.h.3.attn.c_proj.weight") == "attn.c_proj"
+    assert place_of("model.layers.0.self_attn.q_proj.bias") == "self_attn.q_proj.bias"
+
+
+def test_figures_carry_the_template(angles: Angles, safety: Spectrum) -> None:
+    for figure in (plots.plot_angles(angles), plots.plot_effective_rank(safety), plots.plot_conflict(conflict())):
+        assert figure.layout.template.layout.plot_bgcolor == "white"
+        assert figure.layout.title.text
