@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 
 from geomkit._display import html_table
-from geomkit.data import Message, batches, encode, load_examples, pad_id, prompt_of, response_of
+from geomkit.data import Message, encode, load_examples, pad_id, prompt_of, response_of
 from geomkit.errors import DataError
 from geomkit.judges import Judge, RefusalPhrases
-from geomkit.loss import example_losses, token_losses
+from geomkit.loss import losses_of
 from geomkit.rates import Rate, rate
 from geomkit.state import as_found
 
@@ -224,11 +224,5 @@ def mean_loss(
     Raises:
         DataError: If the examples cannot be encoded.
     """
-    encoded = encode(tokenizer, examples)
-    total = 0.0
-    with as_found(model), torch.no_grad():
-        model.eval()
-        for batch in batches(encoded, pad_id(tokenizer), batch_size):
-            on_device = batch.to(model.device)
-            total += float(example_losses(token_losses(model, on_device), on_device).sum())
-    return total / len(encoded)
+    losses = losses_of(model, encode(tokenizer, examples), pad_id(tokenizer), batch_size=batch_size)
+    return sum(losses) / len(losses)

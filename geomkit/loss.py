@@ -1,11 +1,14 @@
 """The one loss that geomkit differentiates: cross-entropy on assistant tokens, averaged within each example."""
 
+from collections.abc import Sequence
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from geomkit.data import IGNORED, Batch
+from geomkit.data import IGNORED, Batch, Tokens, batches
+from geomkit.state import as_found
 
 Reduction = Literal["example", "token"]
 
@@ -65,3 +68,22 @@ def reduce_losses(losses: Tensor, batch: Batch, reduction: Reduction, *, example
     if reduction == "token":
         return losses.sum() / tokens
     return example_losses(losses, batch).sum() / examples
+
+
+def losses_of(model: nn.Module, rows: Sequence[Tokens], pad: int, *, batch_size: int = 16) -> list[float]:
+    """Return each example's own loss, without a gradient; the model runs in eval mode and is left as found.
+
+    Args:
+        model: A causal language model.
+        rows: The examples.
+        pad: The id that fills short rows.
+        batch_size: Examples run at a time.
+    """
+    device = next(model.parameters()).device
+    losses: list[float] = []
+    with as_found(model), torch.no_grad():
+        model.eval()
+        for batch in batches(rows, pad, batch_size):
+            on_device = batch.to(device)
+            losses.extend(example_losses(token_losses(model, on_device), on_device).tolist())
+    return losses

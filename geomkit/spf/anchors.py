@@ -34,10 +34,9 @@ class AnchorPool:
                 f"expected at least one anchor and one per step, found {len(self.rows)} and {self.per_step}"
             )
 
-    def draw(self, step: int) -> Sequence[Tokens]:
-        """Return the anchors of one step; the same for the same seed and step, so that a run can be resumed."""
+    def draw(self, step: int) -> Sequence[int]:
+        """Choose the anchors of one step; the same for the same seed and step, so that a run can be resumed."""
         if self.per_step >= len(self.rows):
-            return self.rows
+            return range(len(self.rows))
         generator = np.random.default_rng((self.seed, step))
-        chosen = generator.choice(len(self.rows), self.per_step, replace=False)
-        return [self.rows[index] for index in sorted(chosen)]
+        return sorted(generator.choice(len(self.rows), self.per_step, replace=False).tolist())

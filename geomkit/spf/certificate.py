@@ -21,18 +21,20 @@ class StepRecord:
         anchor_loss: Safety loss on the step's anchors before the step, nats per token.
         first_order_raw: Σ ⟨Δθ, g_s⟩ of the optimizer's own update, nats per token.
         first_order: Σ ⟨Δθ, g_s⟩ of the update that was applied.
+        bound: What Σ ⟨Δθ, g_s⟩ may be: 0, or L_ref − L_s where drift is corrected.
         worst: The largest ⟨Δθ, g_s⟩ of a single parameter in the applied update.
-        tolerance: What rounding alone can add to that parameter's ⟨Δθ, g_s⟩.
+        tolerance: What rounding the weights alone can add to Σ ⟨Δθ, g_s⟩.
         fired: Share of the parameters whose step was projected.
-        removed: Norm of what was removed.
-        leak: What is left of the removed coordinates, relative to what they were; the largest over parameters.
-        violated: Whether some parameter's ⟨Δθ, g_s⟩ exceeds its tolerance.
+        removed: Norm of what was removed from the step.
+        leak: Norm of what is left of the removed coordinates, relative to what they were.
+        violated: Whether Σ ⟨Δθ, g_s⟩ exceeds its bound, or one parameter's exceeds 0, by more than the tolerance.
     """
 
     step: int
     anchor_loss: float
     first_order_raw: float
     first_order: float
+    bound: float
     worst: float
     tolerance: float
     fired: float
@@ -62,7 +64,7 @@ class Certificate:
 
     @property
     def violations(self) -> int:
-        """Number of steps in which some parameter's update raised the safety loss beyond rounding."""
+        """Number of steps whose update broke the constraint beyond rounding."""
         return sum(record.violated for record in self.records)
 
     @property
@@ -81,8 +83,9 @@ class Certificate:
         broken = next((record for record in self.records if record.violated), None)
         if broken is not None:
             raise SPFError(
-                f"step {broken.step}: expected ⟨Δθ, g_s⟩ ≤ {broken.tolerance:.2g} for every parameter, found "
-                f"{broken.worst:.2g}; another hook may change the weights after the guard's: attach SPF last"
+                f"step {broken.step}: expected Σ⟨Δθ, g_s⟩ ≤ {broken.bound:.2g} and ≤ 0 for every parameter, found "
+                f"{broken.first_order:.2g} and {broken.worst:.2g} (rounding allows {broken.tolerance:.2g}); another "
+                "hook may change the weights after the guard's: attach SPF last"
             )
 
     def to_frame(self) -> "pd.DataFrame":

@@ -1,5 +1,6 @@
 """SPF at work: the hooks that sit around ``optimizer.step`` and project what it does."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -12,6 +13,7 @@ from geomkit.collect import gradients_of
 from geomkit.data import AssistantMask, encode, pad_id
 from geomkit.errors import SPFError
 from geomkit.gradients import GradientSet
+from geomkit.loss import losses_of
 from geomkit.spf.anchors import AnchorPool
 from geomkit.spf.certificate import Certificate, StepRecord
 from geomkit.spf.rules import Protection, Reading, Rule, get_rule, protect, read, remove
@@ -92,8 +94,10 @@ class _Pending:
     gradients: GradientSet
     protections: dict[str, Protection]
     before: dict[str, Reading]
+    excess: float
     fired: set[str] = field(default_factory=set)
     removed: float = 0.0
+    leak: float = 0.0
 
 
 class Guard:
@@ -113,6 +117,7 @@ class Guard:
         self._pool = pool
         self._pad = pad
         self._parameters = _guarded_parameters(model, optimizer)
+        self._reference = losses_of(model, pool.rows, pad) if rule.drift_correction else None
         self._records: list[StepRecord] = []
         self._pending: _Pending | None = None
         inner = _unwrapped(optimizer)
@@ -145,7 +150,8 @@ class Guard:
     # ------------------------------------------------------------------------------------------ the two hooks
 
     def _before_step(self) -> None:
-        rows = self._pool.draw(len(self._records))
+        chosen = self._pool.draw(len(self._records))
+        rows = [self._pool.rows[index] for index in chosen]
         gradients = gradients_of(self._model, rows, self._pad, batch_size=len(rows))
         protections = {
             name: protect(self.rule, gradient)
@@ -158,7 +164,10 @@ class Guard:
                 "use other anchors, or check that the parameters they reach are trained"
             )
         before = {name: read(item, self._parameters[name].detach()) for name, item in protections.items()}
-        self._pending = _Pending(gradients, protections, before)
+        excess = 0.0
+        if self._reference is not None:
+            excess = max(0.0, gradients.loss - sum(self._reference[index] for index in chosen) / len(chosen))
+        self._pending = _Pending(gradients, protections, before, excess)
         if self.rule.level == "gradient":
             _project_gradients(self.rule, self._parameters, self._pending)
 
@@ -166,19 +175,32 @@ class Guard:
         pending, self._pending = self._pending, None
         if pending is None:
             return
-        raw = self._changes(pending)
+        raw = applied = self._changes(pending)
         if self.rule.level == "update":
-            for name in (name for name, change in raw.items() if change.dot > 0):
-                weight = self._parameters[name].detach()
-                pending.removed += remove(pending.protections[name], raw[name], weight) ** 2
-                pending.fired.add(name)
-        applied = self._changes(pending) if self.rule.level == "update" else raw
+            applied = self._project(pending, raw)
         self._records.append(self._record(pending, raw, applied))
-        self.certificate_of_last_step().raise_on_violation()
+        Certificate(self.rule.name, self.rule.guarantees, self._records[-1:]).raise_on_violation()
 
-    def certificate_of_last_step(self) -> Certificate:
-        """Return the certificate of the last step alone."""
-        return Certificate(self.rule.name, self.rule.guarantees, self._records[-1:])
+    def _project(self, pending: _Pending, raw: dict[str, Reading]) -> dict[str, Reading]:
+        """Correct the weights where the update conflicts, and return the changes that are left."""
+        pending.fired = {name for name, change in raw.items() if change.dot > 0}
+        for name in pending.fired:
+            weight = self._parameters[name].detach()
+            pending.removed += remove(pending.protections[name], raw[name], weight) ** 2
+        applied = self._changes(pending)
+        before, after = (sum(side[name].size ** 2 for name in pending.fired) for side in (raw, applied))
+        pending.leak = (after / before) ** 0.5 if before else 0.0
+        missing = pending.excess + sum(change.dot for change in applied.values())
+        if pending.excess == 0 or missing <= 0:
+            return applied
+        self._step_back(pending, missing)
+        return self._changes(pending)
+
+    def _step_back(self, pending: _Pending, change: float) -> None:
+        """Step along −g_s until Σ ⟨Δθ, g_s⟩ is lower by ``change``: a Polyak step on the safety loss."""
+        squared = sum(item.gradient.norm**2 for item in pending.protections.values())
+        for name, item in pending.protections.items():
+            item.gradient.add_to(self._parameters[name].detach(), -change / squared)
 
     def _changes(self, pending: _Pending) -> dict[str, Reading]:
         return {
@@ -187,23 +209,26 @@ class Guard:
         }
 
     def _record(self, pending: _Pending, raw: dict[str, Reading], applied: dict[str, Reading]) -> StepRecord:
-        if not all(torch.isfinite(torch.tensor(change.dot)) for change in applied.values()):
+        first_order = sum(change.dot for change in applied.values())
+        if not math.isfinite(first_order):
             raise SPFError("expected finite weights after the step, found NaN or inf; lower the learning rate")
-        tolerances = {name: _rounding(self._parameters[name].detach(), pending.protections[name]) for name in applied}
-        worst = max(applied, key=lambda name: applied[name].dot - tolerances[name])
-        on_update = self.rule.level == "update"
-        leaks = [applied[name].size / raw[name].size for name in pending.fired if on_update and raw[name].size > 0]
+        rounding = {
+            name: _rounding(self._parameters[name].detach(), item) for name, item in pending.protections.items()
+        }
+        worst = max(applied, key=lambda name: applied[name].dot - rounding[name])
+        bound, tolerance = -pending.excess, sum(rounding.values())
         return StepRecord(
             step=len(self._records) + 1,
             anchor_loss=pending.gradients.loss,
             first_order_raw=sum(change.dot for change in raw.values()),
-            first_order=sum(change.dot for change in applied.values()),
+            first_order=first_order,
+            bound=bound,
             worst=applied[worst].dot,
-            tolerance=tolerances[worst],
+            tolerance=tolerance,
             fired=len(pending.fired) / len(applied),
             removed=pending.removed**0.5,
-            leak=max(leaks, default=0.0),
-            violated=applied[worst].dot > tolerances[worst],
+            leak=pending.leak,
+            violated=applied[worst].dot > rounding[worst] or first_order > bound + tolerance,
         )
 
 

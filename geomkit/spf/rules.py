@@ -35,6 +35,8 @@ class Rule:
             ``rank`` left singular vectors of g_s; ``"nothing"`` removes nothing.
         rank: k of ``"left"``.
         adds: Multiple of g_s that is added to the utility gradient.
+        drift_correction: Also undo what earlier steps did beyond first order: where the anchors' loss L_s exceeds its
+            value L_ref before training, demand Σ ⟨Δθ, g_s⟩ ≤ L_ref − L_s, by a step of the needed length along −g_s.
         source: Where the rule comes from, and how it differs.
     """
 
@@ -45,6 +47,7 @@ class Rule:
     source: str
     rank: int = 0
     adds: float = 0.0
+    drift_correction: bool = False
 
     @property
     def guarantees(self) -> bool:

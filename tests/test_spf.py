@@ -1,0 +1,238 @@
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from geomkit.collect import collect_gradients
+from geomkit.errors import DataError, SPFError
+from geomkit.layer_gradient import DenseGradient, FactoredGradient
+from geomkit.spf import RULES, SPF
+from geomkit.spf.anchors import AnchorPool
+from geomkit.spf.rules import Rule, get_rule, protect, read, remove
+from tests.tiny import SAFETY, UTILITY, tiny_llama, tiny_tokenizer
+
+TOKENIZER = tiny_tokenizer()
+UPDATE_RULES = [name for name, rule in RULES.items() if rule.level == "update"]
+
+
+def utility_loss(model):
+    batch = TOKENIZER.apply_chat_template(
+        [UTILITY[0]["messages"]], tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    return model(input_ids=batch["input_ids"], labels=batch["input_ids"]).loss
+
+
+def train(model, spf, make_optimizer, steps=3, accumulate=1, clip=None):
+    optimizer = make_optimizer(model.parameters())
+    with spf.attach(model, optimizer) as guard:
+        for _ in range(steps):
+            for _ in range(accumulate):
+                (utility_loss(model) / accumulate).backward()
+            if clip:
+                nn.utils.clip_grad_norm_(model.parameters(), clip)
+            optimizer.step()
+            optimizer.zero_grad()
+    return guard.certificate
+
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
+    "sgd momentum decay": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.1),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1),
+    "adamw foreach": lambda p: torch.optim.AdamW(p, lr=0.01, foreach=True),
+    "adamw fused": lambda p: torch.optim.AdamW(p, lr=0.01, fused=True),
+    "adafactor": lambda p: torch.optim.Adafactor(p, lr=0.01),
+    "radam": lambda p: torch.optim.RAdam(p, lr=0.01),
+}
+
+
+@pytest.mark.parametrize("rule", [*UPDATE_RULES, "left without correction"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_the_applied_update_keeps_its_promise_under_every_optimizer(rule, optimizer):
+    """⟨Δθ, g_s⟩ ≤ 0 for every parameter, measured here from copies of the weights and autograd's own gradient."""
+    chosen = RULES.get(rule) or Rule("left", "update", "block", "left", "test", rank=2)
+    model = tiny_llama()
+    make = OPTIMIZERS[optimizer]
+    for _ in range(3):
+        before = copy.deepcopy(model)
+        loss = collect_gradients(before, TOKENIZER, SAFETY, progress=False)
+        certificate = train(model, SPF(SAFETY, rule=chosen, tokenizer=TOKENIZER), make, steps=1)
+        assert certificate.violations == 0
+        old, new = dict(before.named_parameters()), dict(model.named_parameters())
+        changes = {
+            name: float(((new[name].detach().double() - old[name].detach().double()) * loss[name].dense()).sum())
+            for name in loss
+        }
+        for name, change in changes.items():
+            bound = torch.finfo(torch.float32).eps * float(old[name].detach().norm()) * loss[name].norm
+            assert change <= 2 * bound, name
+        record = certificate.records[0]
+        assert record.first_order == pytest.approx(sum(changes.values()), abs=1e-6)
+        assert record.fired > 0
+        assert record.leak < 1e-3
+
+
+def test_leak_of_the_update_level_against_the_gradient_level():
+    """The published form hands a projected gradient to AdamW, which puts the conflict back."""
+    makers = {"rank1": RULES["rank1"], "demo": RULES["demo"]}
+    found = {
+        name: train(tiny_llama(), SPF(SAFETY, rule=rule, tokenizer=TOKENIZER), OPTIMIZERS["adamw"], steps=5)
+        for name, rule in makers.items()
+    }
+    worst = {name: max(record.worst for record in certificate.records) for name, certificate in found.items()}
+    assert found["rank1"].violations == 0
+    assert found["demo"].violations > 0
+    assert worst["demo"] > 1e3 * worst["rank1"]
+
+
+def test_gradient_level_holds_under_plain_sgd():
+    found = train(tiny_llama(), SPF(SAFETY, rule="demo", tokenizer=TOKENIZER), lambda p: torch.optim.SGD(p, lr=0.1))
+    assert found.violations == 0
+
+
+def test_clipping_and_accumulation():
+    spf = SPF(SAFETY, tokenizer=TOKENIZER)
+    found = train(tiny_llama(), spf, OPTIMIZERS["adamw"], steps=2, accumulate=3, clip=0.1)
+    assert (found.steps, found.violations) == (2, 0)
+
+
+def test_drift_correction_brings_the_safety_loss_back():
+    drift = Rule("rank1", "update", "block", "rank1", "test", drift_correction=True)
+    plain = Rule("rank1", "update", "block", "rank1", "test")
+    found = {
+        rule.drift_correction: train(
+            tiny_llama(), SPF(SAFETY, rule=rule, tokenizer=TOKENIZER), lambda p: torch.optim.SGD(p, lr=0.5), steps=10
+        )
+        for rule in (plain, drift)
+    }
+    assert any(record.bound < 0 for record in found[True].records)
+    assert all(record.first_order <= record.bound + record.tolerance for record in found[True].records)
+    assert found[True].records[-1].anchor_loss < found[False].records[-1].anchor_loss
+
+
+# ------------------------------------------------------------------------------------------- values by hand
+
+
+def test_rank1_values():
+    """d = (3, 1), g = (2, 0): the part along g is (3, 0)."""
+    protection = protect(RULES["rank1"], DenseGradient(torch.tensor([[2.0, 0.0]]), tokens=1))
+    weight = torch.tensor([[3.0, 1.0]])
+    removed = remove(protection, read(protection, weight), weight)
+    assert removed == pytest.approx(3.0)
+    assert torch.equal(weight, torch.tensor([[0.0, 1.0]]))
+
+
+def test_left_values_of_the_paper():
+    """Algorithm 1 removes U_k U_kᵀ g_u, computed here by numpy."""
+    generator = np.random.default_rng(0)
+    safety, step = generator.normal(size=(6, 4)).astype(np.float32), generator.normal(size=(6, 4)).astype(np.float32)
+    left = np.linalg.svd(safety)[0][:, :2]
+    expected = step - left @ (left.T @ step)
+    rule = Rule("paper", "gradient", "global", "left", "test", rank=2)
+    protection = protect(rule, DenseGradient(torch.from_numpy(safety), tokens=6))
+    weight = torch.from_numpy(step.copy())
+    reading = read(protection, weight)
+    remove(protection, type(reading)(reading.dot, reading.inside, tail=0.0), weight)
+    np.testing.assert_allclose(weight.numpy(), expected, atol=1e-6)
+
+
+def test_left_leaves_neither_the_subspace_nor_a_conflicting_tail():
+    generator = torch.Generator().manual_seed(0)
+    gradient = FactoredGradient(torch.randn(5, 8, generator=generator), torch.randn(5, 7, generator=generator))
+    protection = protect(Rule("left", "update", "block", "left", "test", rank=2), gradient)
+    weight = gradient.dense() + 0.1 * torch.randn(8, 7, generator=generator)
+    remove(protection, read(protection, weight), weight)
+    after = read(protection, weight)
+    assert after.dot == pytest.approx(0, abs=1e-4)
+    assert after.inside.abs().max() < 1e-5
+
+
+def test_the_paper_tests_conflict_once_for_all_parameters_and_the_demo_for_each():
+    fired = {}
+    for rule in ("paper", "demo"):
+        certificate = train(tiny_llama(), SPF(SAFETY, rule=rule, tokenizer=TOKENIZER), OPTIMIZERS["sgd"], steps=3)
+        fired[rule] = [record.fired for record in certificate.records]
+    assert all(share in {0.0, 1.0} for share in fired["paper"])
+    assert any(0 < share < 1 for share in fired["demo"])
+
+
+def test_mixing_adds_the_safety_gradient():
+    model = tiny_llama()
+    expected = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(expected.parameters(), lr=0.1)
+    safety = collect_gradients(expected, TOKENIZER, SAFETY, progress=False)
+    utility_loss(expected).backward()
+    for name, parameter in expected.named_parameters():
+        parameter.grad += safety[name].dense()
+    optimizer.step()
+    train(model, SPF(SAFETY, rule="mixing", tokenizer=TOKENIZER), OPTIMIZERS["sgd"], steps=1)
+    for found, wanted in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(found, wanted, atol=1e-6, rtol=1e-5)
+
+
+# --------------------------------------------------------------------------------------------------- manners
+
+
+def test_the_guard_leaves_gradients_modes_and_random_state_alone_and_detaches():
+    model = tiny_llama(attention_dropout=0.5).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    guard = SPF(SAFETY, tokenizer=TOKENIZER).attach(model, optimizer)
+    utility_loss(model).backward()
+    gradients = [parameter.grad.clone() for parameter in model.parameters()]
+    state = torch.get_rng_state()
+    optimizer.step()
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), gradients, strict=True))
+    assert torch.equal(state, torch.get_rng_state())
+    assert model.training
+    guard.detach()
+    optimizer.step()
+    assert guard.certificate.steps == 1
+
+
+def test_a_hook_that_undoes_the_projection_is_caught():
+    model = tiny_llama()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    guard = SPF(SAFETY, tokenizer=TOKENIZER).attach(model, optimizer)
+    safety = collect_gradients(model, TOKENIZER, SAFETY, progress=False)
+    project = guard._project
+
+    def project_and_tamper(pending, raw):
+        project(pending, raw)
+        for name, gradient in safety.items():
+            gradient.add_to(dict(model.named_parameters())[name].detach(), 1.0)
+        return guard._changes(pending)
+
+    guard._project = project_and_tamper
+    utility_loss(model).backward()
+    with pytest.raises(SPFError, match=r"step 1: expected .* attach SPF last"):
+        optimizer.step()
+
+
+def test_wrong_input_says_what_to_do():
+    model = tiny_llama()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(SPFError, match="expected a tokenizer"):
+        SPF(SAFETY).attach(model, optimizer)
+    with pytest.raises(SPFError, match="expected one of the rules rank1"):
+        SPF(SAFETY, rule="none", tokenizer=TOKENIZER).attach(model, optimizer)
+    with pytest.raises(SPFError, match="positive rank"):
+        get_rule("rank1", rank=3)
+    with pytest.raises(SPFError, match="build the optimizer from this very model"):
+        SPF(SAFETY, tokenizer=TOKENIZER).attach(tiny_llama(), optimizer)
+    meta = copy.deepcopy(model).to("meta")
+    on_meta = torch.optim.SGD(meta.parameters(), lr=0.1)
+    with pytest.raises(SPFError, match="meta device"):
+        SPF(SAFETY, tokenizer=TOKENIZER).attach(meta, on_meta)
+    with pytest.raises(DataError, match="at least one anchor"):
+        SPF(SAFETY, anchors_per_step=0, tokenizer=TOKENIZER).attach(model, optimizer)
+
+
+def test_draws_depend_on_seed_and_step_only():
+    pool = AnchorPool(tuple(range(20)), per_step=4, seed=1)
+    assert pool.draw(3) == pool.draw(3)
+    assert pool.draw(3) != pool.draw(4)
+    assert AnchorPool(pool.rows, 4, seed=2).draw(3) != pool.draw(3)
+    assert list(AnchorPool(pool.rows, 99).draw(0)) == list(range(20))
