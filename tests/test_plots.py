@@ -16,6 +16,7 @@ from geomkit.correlation import Conflict, LayerConflict
 from geomkit.errors import GeometryError, SPFError
 from geomkit.evaluation import Evaluation
 from geomkit.layer_gradient import FactoredGradient, LayerGradient
+from geomkit.onesample import LayerOneSample, OneSample
 from geomkit.plots._style import looks, place_of
 from geomkit.rates import Rate
 from geomkit.spf.certificate import Certificate, StepRecord
@@ -159,16 +160,9 @@ def test_angles_without_directions_are_refused() -> None:
 
 
 def test_one_sample_shows_every_example_and_the_expectation() -> None:
-    study = SimpleNamespace(
-        rank=10,
-        overlaps=np.array([0.5, 0.7, 0.9]),
-        overlap=0.7,
-        interval=(0.6, 0.8),
-        null=np.array([0.1, 0.3]),
-        null_mean=0.2,
-        null_interval=(0.1, 0.3),
-        expected=0.08,
-    )
+    overlaps, null = np.array([0.5, 0.7, 0.9]), np.array([0.1, 0.3])
+    layers = {"w": LayerOneSample("w", 4, 50, overlaps, null)}
+    study = OneSample("left", 10, overlaps, (0.6, 0.8), null, (0.1, 0.3), layers)
     figure = plots.plot_one_sample(study)
     np.testing.assert_array_equal(trace(figure, "safety").x, study.overlaps)
     np.testing.assert_array_equal(trace(figure, "utility").x, study.null)

@@ -83,7 +83,7 @@ def plot_one_sample(study: "OneSample") -> go.Figure:
     figure.update_layout(
         title=title(
             "Overlap of one example's subspace with that of the mean safety gradient",
-            f"rank {study.rank}, mean over layers; mean {_interval(study.overlap, study.interval)}, "
+            f"rank at most {study.rank}, mean over parameters; mean {_interval(study.overlap, study.interval)}, "
             f"null {_interval(study.null_mean, study.null_interval)}",
         ),
         xaxis={"title": "overlap, mean cos² of the principal angles", "rangemode": "tozero"},
