@@ -29,7 +29,7 @@ _ROOMS = {
     "principal_angles": "angles",
     "shipped_examples": "data",
     "spectrum": "svd",
-    "subspace": "subspace",
+    "subspace": "subspaces",
 }
 
 __all__ = [
@@ -66,7 +66,7 @@ if TYPE_CHECKING:
     from geomkit.organism import load_organism
     from geomkit.spf import SPF
     from geomkit.spf.callback import SPFCallback
-    from geomkit.subspace import subspace
+    from geomkit.subspaces import subspace
     from geomkit.svd import spectrum
 
 

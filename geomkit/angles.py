@@ -12,7 +12,7 @@ from geomkit._display import html_table
 from geomkit.controls import haar_overlap, random_edge
 from geomkit.errors import GeometryError
 from geomkit.names import kind_of, layer_index
-from geomkit.subspace import LayerSubspace, Side, Subspace
+from geomkit.subspaces import LayerSubspace, Side, Subspace
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -166,7 +166,7 @@ def principal_angles(a: Subspace, b: Subspace) -> Angles:
     """Measure the principal angles between two subspaces, parameter by parameter.
 
     Args:
-        a: Subspaces of one gradient, from :func:`geomkit.subspace.subspace`.
+        a: Subspaces of one gradient, from :func:`geomkit.subspaces.subspace`.
         b: Subspaces of another gradient of the same model and side.
 
     Returns:

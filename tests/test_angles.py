@@ -11,7 +11,7 @@ from geomkit.angles import basis_angles, principal_angles
 from geomkit.controls import haar_overlap, random_edge
 from geomkit.errors import GeometryError
 from geomkit.layer_gradient import FactoredGradient
-from geomkit.subspace import LayerSubspace, Subspace, subspace
+from geomkit.subspaces import LayerSubspace, Subspace, subspace
 
 SEEDS = st.integers(0, 2**31)
 

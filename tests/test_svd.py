@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from geomkit.errors import GeometryError
 from geomkit.layer_gradient import DenseGradient, FactoredGradient, IndexedGradient, LayerGradient, add, as_matrix
-from geomkit.subspace import layer_subspace, subspace
+from geomkit.subspaces import layer_subspace, subspace
 from geomkit.svd import LayerSpectrum, layer_spectrum, singular_values, spectrum
 
 SEEDS = st.integers(0, 2**31)

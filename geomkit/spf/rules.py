@@ -14,7 +14,7 @@ from torch import Tensor
 
 from geomkit.errors import SPFError
 from geomkit.layer_gradient import DenseGradient, FactoredGradient, LayerGradient, as_matrix
-from geomkit.subspace import layer_subspace
+from geomkit.subspaces import layer_subspace
 
 Level = Literal["gradient", "update"]
 Scope = Literal["global", "block"]
