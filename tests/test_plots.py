@@ -20,7 +20,7 @@ from geomkit.onesample import LayerOneSample, OneSample
 from geomkit.plots._style import looks, place_of
 from geomkit.rates import Rate
 from geomkit.spf.certificate import Certificate, StepRecord
-from geomkit.subspace import subspace
+from geomkit.subspaces import subspace
 from geomkit.svd import Spectrum, spectrum
 
 PLACES = ("self_attn.q_proj", "mlp.up_proj")
@@ -241,13 +241,25 @@ def test_one_evaluation_needs_no_legend() -> None:
     assert figure.layout.showlegend is False
 
 
-def certificate(violated: bool) -> Certificate:
-    steps = [StepRecord(step, 0.1, 2e-3, -1e-4, 0.0, 1e-8, 0.5, 0.02, 1e-7, violated) for step in (1, 2)]
-    return Certificate("test", guaranteed=True, records=steps)
+def certificate(violated: bool = False, bound: float = 0.0) -> Certificate:
+    record = StepRecord(
+        step=1,
+        anchor_loss=0.1,
+        first_order_raw=2e-3,
+        first_order=-1e-4,
+        bound=bound,
+        worst=0.0,
+        tolerance=1e-8,
+        fired=0.5,
+        removed=0.02,
+        leak=1e-7,
+        violated=violated,
+    )
+    return Certificate("test", guaranteed=True, records=[record, replace(record, step=2)])
 
 
 def test_certificate_draws_both_changes_and_the_fired_share() -> None:
-    figure = certificate(violated=False).plot()
+    figure = certificate().plot()
     assert list(trace(figure, "optimizer's own update").y) == [2e-3, 2e-3]
     assert list(trace(figure, "applied update").y) == [-1e-4, -1e-4]
     assert list(trace(figure, "parameters projected").y) == [0.5, 0.5]
@@ -257,8 +269,14 @@ def test_certificate_draws_both_changes_and_the_fired_share() -> None:
 
 def test_certificate_marks_violations() -> None:
     figure = certificate(violated=True).plot()
-    assert list(trace(figure, "violation in some parameter").x) == [1, 2]
-    assert "2 of 2 steps violate" in figure.layout.title.subtitle.text
+    assert list(trace(figure, "violation").x) == [1, 2]
+    assert "2 of 2 steps break the constraint" in figure.layout.title.subtitle.text
+
+
+def test_certificate_draws_a_bound_only_where_drift_is_corrected() -> None:
+    assert "bound with drift correction" not in {each.name for each in certificate().plot().data}
+    bound = trace(certificate(bound=-2e-4).plot(), "bound with drift correction")
+    assert list(bound.y) == [-2e-4, -2e-4]
 
 
 def test_empty_certificate_is_refused() -> None:

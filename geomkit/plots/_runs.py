@@ -84,7 +84,8 @@ def plot_certificate(certificate: "Certificate") -> go.Figure:
 
     Returns:
         The figure. Above: ⟨Δθ, g_s⟩ of the optimizer's own update and of the applied one, positive where it raises
-        the safety loss, with a mark at violations. Below: the share of parameters whose update was projected.
+        the safety loss, with the bound where it is not zero and a mark at violations. Below: the share of parameters
+        whose update was projected.
 
     Raises:
         SPFError: If no step was recorded.
@@ -96,6 +97,8 @@ def plot_certificate(certificate: "Certificate") -> go.Figure:
     proposed, applied = {"color": COLOURS["SFT"], "dash": "dot"}, {"color": COLOURS["SPF"], "dash": "solid"}
     figure.add_trace(_change(frame, "first_order_raw", "optimizer's own update", proposed), row=1, col=1)
     figure.add_trace(_change(frame, "first_order", "applied update", applied), row=1, col=1)
+    if frame["bound"].any():
+        figure.add_trace(_bound(frame), row=1, col=1)
     if certificate.violations:
         figure.add_trace(_violations(frame[frame["violated"]]), row=1, col=1)
     figure.add_trace(_fired(frame), row=2, col=1)
@@ -105,8 +108,8 @@ def plot_certificate(certificate: "Certificate") -> go.Figure:
         template=TEMPLATE,
         title=title(
             "First-order change of the safety loss by each update",
-            f"rule {certificate.rule}: {certificate.violations} of {certificate.steps} steps violate "
-            f"⟨Δθ, g<sub>s</sub>⟩ ≤ 0{promise}; largest change {certificate.max_first_order_change:.2g}",
+            f"rule {certificate.rule}: {certificate.violations} of {certificate.steps} steps break the "
+            f"constraint{promise}; largest change {certificate.max_first_order_change:.2g}",
         ),
         yaxis={"title": "⟨Δθ, g<sub>s</sub>⟩, nats per token", "exponentformat": "power"},
         yaxis2={"title": "projected", "tickformat": ".0%", "range": [0, 1.05]},
@@ -133,11 +136,22 @@ def _change(frame: "pd.DataFrame", column: str, name: str, line: dict[str, str])
     )
 
 
+def _bound(frame: "pd.DataFrame") -> go.Scatter:
+    return go.Scatter(
+        x=frame["step"],
+        y=frame["bound"],
+        name="bound with drift correction",
+        mode="lines",
+        line={"color": COLOURS["null"], "dash": "dash", "width": 1.5},
+        hovertemplate="bound, step %{x}<br><b>%{y:.3e}</b> nats per token<extra></extra>",
+    )
+
+
 def _violations(frame: "pd.DataFrame") -> go.Scatter:
     return go.Scatter(
         x=frame["step"],
         y=frame["first_order"],
-        name="violation in some parameter",
+        name="violation",
         mode="markers",
         marker={"symbol": "x", "size": 8, "color": "#222222"},
         customdata=frame[["worst", "tolerance"]].to_numpy(),
