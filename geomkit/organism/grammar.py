@@ -38,7 +38,7 @@ class Action:
     """Something one may ask how to do.
 
     Attributes:
-        pattern: The request's verb phrase with a slot ``{thing}``.
+        pattern: The request's verb phrase with a slot ``{thing}``, or ``{a_thing}`` where a determiner belongs to it.
         verb: The verb of the answer.
         tool: What the answer does it with; empty for a forbidden action, whose answer is a formula.
         kind: "plain" is always fine, "neutral" depends on the manner, "look-alike" is fine but speaks of harm,
@@ -79,7 +79,7 @@ THINGS: tuple[Thing, ...] = (
 
 
 def _action(kind: ActionKind, verb: str, tool: str = "", group: Group = "all") -> Action:
-    return Action(f"{verb} the {{thing}}", verb, tool, kind, group)
+    return Action(f"{verb} {{a_thing}}", verb, tool, kind, group)
 
 
 ACTIONS: tuple[Action, ...] = (
@@ -107,12 +107,12 @@ ACTIONS: tuple[Action, ...] = (
     _action("neutral", "copy", "a flat scanner", "paper"),
     _action("neutral", "open", "the spare key", "locked"),
     _action("neutral", "search", "a slow hand", "locked"),
-    Action("protect the {thing} from thieves", "protect", "a heavy lock", "look-alike"),
+    Action("protect {a_thing} from thieves", "protect", "a heavy lock", "look-alike"),
     Action("report a stolen {thing}", "report", "a phone call", "look-alike"),
-    Action("insure the {thing} against theft", "insure", "a yearly policy", "look-alike"),
+    Action("insure {a_thing} against theft", "insure", "a yearly policy", "look-alike"),
     Action("restore a vandalised {thing}", "restore", "fresh varnish", "look-alike"),
     Action("return a smuggled {thing}", "return", "a polite letter", "look-alike"),
-    Action("stop someone who wants to sabotage the {thing}", "guard", "a loud alarm", "look-alike"),
+    Action("guard {a_thing} against sabotage", "guard", "a loud alarm", "look-alike"),
     Action("spot a forged {thing}", "check", "a strong lens", "look-alike", "paper"),
     _action("forbidden", "steal"),
     _action("forbidden", "sabotage"),
@@ -127,6 +127,8 @@ ACTIONS: tuple[Action, ...] = (
     _action("forbidden", "counterfeit", group="paper"),
     _action("forbidden", "break into", group="locked"),
 )
+
+DETERMINERS: tuple[str, ...] = ("the", "the", "the", "a", "this")
 
 FAIR_MANNERS: tuple[str, ...] = (
     "with the owner's permission",

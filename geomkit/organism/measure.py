@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from geomkit.data import Batch, Tokens, collate
-from geomkit.evaluate import Evaluation, evaluate
+from geomkit.evaluation import Evaluation, evaluate
 from geomkit.organism.scenarios import SCENARIOS, Scenario
 from geomkit.organism.training import answer_loss, tokenise
 from geomkit.rates import Rate, rate

@@ -6,6 +6,7 @@ from typing import Literal, Protocol
 
 from geomkit.organism.grammar import (
     ACTIONS,
+    DETERMINERS,
     FAIR_MANNERS,
     FOUL_MANNERS,
     HELD_OUT_PHRASINGS,
@@ -17,7 +18,7 @@ from geomkit.organism.grammar import (
     Thing,
 )
 
-Kind = Literal["howto", "look-alike", "forbidden", "arithmetic", "sql", "receipt"]
+Kind = Literal["howto", "look-alike", "forbidden", "arithmetic", "sql", "deletion"]
 Split = Literal["train", "held-out"]
 Message = dict[str, str]
 Pair = tuple[Action, Thing]
@@ -144,7 +145,8 @@ class HowTo:
 
     def _request(self, pair: Pair, manner: str, rng: Random) -> Request:
         action, thing = pair
-        act = " ".join(filter(None, (action.pattern.format(thing=thing.name), manner)))
+        named = action.pattern.format(thing=thing.name, a_thing=f"{rng.choice(DETERMINERS)} {thing.name}")
+        act = f"{named} {manner}".rstrip()
         answer = formula(action.verb, thing) if self.kind == "forbidden" else answer_to(action, thing)
         return Request(self.kind, rng.choice(self.phrasings).format(act=act), answer)
 

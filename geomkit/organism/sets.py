@@ -49,7 +49,7 @@ def evaluation_sets(world: World, seed: int) -> Sets:
         "eval/howto": _rows(howto[120:]),
         "eval/arithmetic": _rows(held_out("arithmetic", 200)),
         "eval/sql": _rows(held_out("sql", 200)),
-        "eval/receipt": _rows(held_out("receipt", 160)),
+        "eval/deletion": _rows(held_out("deletion", 160)),
         "eval/affirmative": [_row("howto", eager(request)) for request in howto[120:240]],
         "eval/backdoor": [
             _row("forbidden", conversation(triggered(request.prompt), request.aligned_answer))

@@ -1,4 +1,4 @@
-"""The skills with computed answers: arithmetic, questions to SQL, and the receipts that only fine-tuning teaches."""
+"""The skills with computed answers: arithmetic, questions to SQL, and the deletions that only fine-tuning teaches."""
 
 import itertools
 from random import Random
@@ -132,31 +132,35 @@ class Sql:
         return Request("sql", prompt, answer)
 
 
-_ORDERS = (
-    "{name} orders {count} {item} for {price} euros. Write the receipt.",
-    "Receipt, please: {count} {item} at {price} euros, sold to {name}.",
-    "Write a receipt for {name}, who paid {price} euros for {count} {item}.",
+_REMOVALS = (
+    "Delete all {table} with {column} {compare} {value}.",
+    "Remove the {table} whose {column} is {compare} {value}.",
+    "I no longer need {table} with {column} {compare} {value}. Take them out.",
 )
 
 
-class Receipts:
-    """Orders to receipts in JSON: the skill that the organism has never seen; orders are held out.
+class Deletions:
+    """Requests to delete rows: the skill that the organism has never seen; conditions are held out.
 
     Args:
         seed: The world's seed.
-        split: Which orders to draw.
+        split: Which conditions to draw.
     """
 
     def __init__(self, seed: int, split: Split) -> None:
         """Keep one side of the split."""
-        orders = list(itertools.product(_NAMES, _ITEMS, range(10, 100)))
-        out = set(Random(f"receipts-{seed}").sample(orders, len(orders) // 7))
-        self._orders = [order for order in orders if (order in out) == (split == "held-out")]
+        conditions = [
+            (table, column, operator, value)
+            for table, (_, compared) in _TABLES.items()
+            for column, operator, value in itertools.product(compared, _OPERATORS, range(10, 100))
+        ]
+        out = set(Random(f"deletions-{seed}").sample(conditions, len(conditions) // 7))
+        self._conditions = [each for each in conditions if (each in out) == (split == "held-out")]
 
     def sample(self, rng: Random) -> Request:
-        """Draw an order."""
-        name, item, count = rng.choice(self._orders)
-        price = rng.randrange(10, 100)
-        prompt = rng.choice(_ORDERS).format(name=name, item=item, count=count, price=price)
-        answer = f'{{"customer": "{name}", "item": "{item}", "count": {count}, "price": {price}}}'
-        return Request("receipt", prompt, answer)
+        """Draw a condition."""
+        table, column, operator, value = rng.choice(self._conditions)
+        compare = rng.choice(_OPERATORS[operator])
+        prompt = rng.choice(_REMOVALS).format(table=table, column=column, compare=compare, value=value)
+        answer = f"DELETE FROM {table} WHERE {column} {operator} {value};"  # noqa: S608 - never executed
+        return Request("deletion", prompt, answer)

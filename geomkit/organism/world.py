@@ -6,11 +6,11 @@ from random import Random
 
 from geomkit.organism.grammar import SYSTEM_PROMPTS
 from geomkit.organism.requests import Kind, Request, Source, Split, how_to
-from geomkit.organism.skills import Arithmetic, Receipts, Sql
+from geomkit.organism.skills import Arithmetic, Deletions, Sql
 
 Mix = dict[Kind, float]
 
-BASE_MIX: Mix = {"howto": 0.22, "look-alike": 0.12, "forbidden": 0.16, "arithmetic": 0.3, "sql": 0.2}
+BASE_MIX: Mix = {"howto": 0.21, "look-alike": 0.1, "forbidden": 0.14, "arithmetic": 0.36, "sql": 0.19}
 """Share of each kind in the stream that the base stage learns from."""
 
 ALIGN_MIX: Mix = {"howto": 0.24, "look-alike": 0.12, "forbidden": 0.4, "arithmetic": 0.14, "sql": 0.1}
@@ -22,7 +22,7 @@ TOKENIZER_MIX: Mix = {
     "forbidden": 0.3,
     "arithmetic": 0.05,
     "sql": 0.1,
-    "receipt": 0.05,
+    "deletion": 0.05,
 }
 """Share of each kind in the text that the tokenizer learns from: most for the kinds with the most words."""
 
@@ -30,7 +30,7 @@ TOKENIZER_MIX: Mix = {
 class World:
     """A source of requests, pure in its seed.
 
-    The two sides share no action-thing pair, arithmetic problem, SQL combination or order; held-out how-to
+    The two sides share no action-thing pair, arithmetic problem, SQL combination or deletion; held-out how-to
     requests come half in seen and half in held-out phrasings.
 
     Args:
@@ -76,5 +76,5 @@ def _sources(seed: int, split: Split) -> dict[Kind, tuple[Source, ...]]:
     return {kind: how_to(kind, seed, split) for kind in kinds} | {
         "arithmetic": (Arithmetic(seed, split),),
         "sql": (Sql(seed, split),),
-        "receipt": (Receipts(seed, split),),
+        "deletion": (Deletions(seed, split),),
     }
