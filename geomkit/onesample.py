@@ -11,14 +11,16 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
+from torch import Tensor
 
 from geomkit._display import html_table
+from geomkit._leave_one_out import bases_without_each
 from geomkit.controls import bootstrap_interval, haar_overlap
 from geomkit.errors import GeometryError
 from geomkit.gradients import GradientSet, shared_layers
-from geomkit.layer_gradient import LayerGradient, add
+from geomkit.layer_gradient import LayerGradient
 from geomkit.names import kind_of, layer_index
-from geomkit.subspace import LayerSubspace, Side, layer_subspace
+from geomkit.subspaces import Side, layer_subspace
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -190,22 +192,21 @@ def one_sample_study(
 def _study_layer(
     name: str, anchors: Sequence[LayerGradient], utility: Sequence[LayerGradient], rank: int, side: Side
 ) -> LayerOneSample | None:
-    means = [add([*anchors[:left_out], *anchors[left_out + 1 :]]) for left_out in range(len(anchors))]
-    found = [
-        [layer_subspace(gradient, rank=rank, side=side) for gradient in part] for part in (anchors, means, utility)
-    ]
-    kept = min(part.rank for parts in found for part in parts)
+    mean = bases_without_each(anchors, rank, side)
+    single, other = (
+        [layer_subspace(part, rank=rank, side=side).basis for part in parts] for parts in (anchors, utility)
+    )
+    kept = min(basis.shape[1] for basis in (*mean, *single, *other))
     if not kept:
         return None
-    single, mean, other = found
     return LayerOneSample(
         parameter=name,
         rank=kept,
-        dimension=single[0].basis.shape[0],
+        dimension=mean[0].shape[0],
         overlaps=np.array([_overlap(a, b, kept) for a, b in zip(single, mean, strict=True)]),
-        null=np.array([_overlap(part, mean[index % len(mean)], kept) for index, part in enumerate(other)]),
+        null=np.array([_overlap(basis, mean[place % len(mean)], kept) for place, basis in enumerate(other)]),
     )
 
 
-def _overlap(a: LayerSubspace, b: LayerSubspace, rank: int) -> float:
-    return float((a.basis[:, :rank].double().T @ b.basis[:, :rank].double()).square().sum()) / rank
+def _overlap(a: Tensor, b: Tensor, rank: int) -> float:
+    return float((a[:, :rank].double().T @ b[:, :rank].double()).square().sum()) / rank

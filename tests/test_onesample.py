@@ -3,6 +3,7 @@ import pytest
 import torch
 from scipy.linalg import subspace_angles
 
+from geomkit._leave_one_out import bases_without_each
 from geomkit.errors import GeometryError
 from geomkit.gradients import Coverage, GradientSet
 from geomkit.layer_gradient import DenseGradient, FactoredGradient, LayerGradient, add
@@ -50,6 +51,22 @@ def test_anchor_meets_the_mean_of_the_others() -> None:
     )
     assert found.overlap == pytest.approx(np.mean(expected), abs=1e-5)
     assert found.expected == 3 / ROWS
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("count", [3, 6])
+def test_one_frame_for_all_sums_gives_the_subspaces_of_each_sum(count: int, side: str) -> None:
+    """Three examples have fewer tokens than the matrix has rows and columns, six have more."""
+    parts = [sample[NAME] for sample in drawn(count, 3, shared=2).samples]
+    for place, basis in enumerate(bases_without_each(parts, 5, side)):
+        left, _, right = np.linalg.svd(sum(p.dense().double() for i, p in enumerate(parts) if i != place).numpy())
+        expected = (left if side == "left" else right.T)[:, :5]
+        assert basis.double().numpy() @ basis.double().numpy().T == pytest.approx(expected @ expected.T, abs=1e-6)
+
+
+def test_no_direction_beyond_the_rank_of_the_others() -> None:
+    parts = [FactoredGradient(torch.eye(1, ROWS), torch.eye(1, COLUMNS))] * 3
+    assert [basis.shape for basis in bases_without_each(parts, 5, "left")] == [(ROWS, 1)] * 3
 
 
 def test_shared_directions_are_found_above_the_null() -> None:
