@@ -102,9 +102,12 @@ class Conflict:
 
     def __str__(self) -> str:
         """Say the cosine, its interval and its null."""
+        expected = "unknown, a mean is no larger than its noise"
+        if not np.isnan(self.corrected):
+            expected = f"{self.corrected:+.3f} {_span(self.interval)}"
         return (
             f"cosine of the mean gradients {self.cosine:+.3f} (shuffled {_span(self.null_interval)}, "
-            f"p = {self.p_value:.3g}); of the expected gradients {self.corrected:+.3f} {_span(self.interval)}; "
+            f"p = {self.p_value:.3g}); of the expected gradients {expected}; "
             f"utility examples against safety: {self.negative}"
         )
 

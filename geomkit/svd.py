@@ -267,6 +267,9 @@ def _mean(layers: list[LayerSpectrum], statistic: str) -> float:
 def spectrum(gradients: Mapping[str, LayerGradient], *, null_draws: int = 8, seed: int = 0) -> Spectrum:
     """Measure the singular spectrum of every matrix gradient, beside a null with the same tokens.
 
+    The null is only as strong as what the gradient's form still knows (:func:`geomkit.controls.random_factor_null`):
+    collect with ``form="factored"`` so that it shares the layer's inputs, which alone make a spectrum steep.
+
     Args:
         gradients: Gradients by parameter, such as a :class:`~geomkit.gradients.GradientSet`; vectors are left out.
         null_draws: How many gradients to draw from the null for each parameter; 0 for no null.

@@ -132,6 +132,14 @@ def test_interval_is_everything_where_a_mean_is_only_noise() -> None:
     assert np.mean([interval == (-1.0, 1.0) for interval in intervals]) > 0.8
 
 
+def test_a_mean_of_noise_is_said_to_be_one() -> None:
+    generator = np.random.default_rng(12)
+    sets = [from_rows(rows - rows.mean(0)) for rows in planted(generator, (6, 6), 0.0, 0.0, 60)]
+    found = conflict(*sets, draws=20)
+    assert math.isnan(found.corrected)
+    assert "no larger than its noise" in str(found)
+
+
 def test_p_value_is_uniform_when_examples_are_exchangeable() -> None:
     generator = np.random.default_rng(5)
     found = []
