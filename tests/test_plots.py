@@ -87,6 +87,13 @@ def test_cer_passes_through_and_ends_at_one(safety: Spectrum) -> None:
     assert drawn.line.color == plots.COLOURS["safety"]
 
 
+def test_null_band_survives_ranks_that_differ() -> None:
+    mixed = {"w": gradients(3, 0)[NAMES[0]], "v": gradients(9, 0)[NAMES[0]]}
+    band = plots.plot_spectrum(spectrum(mixed, null_draws=3)).data[0]
+    assert max(band.x) == 9
+    assert min(band.y) > 0
+
+
 def test_no_null_no_band() -> None:
     assert len(plots.plot_spectrum(spectrum(gradients(4, 0), null_draws=0)).data) == 1
 
@@ -200,6 +207,16 @@ def test_conflict_map_is_centred_and_marks_what_covers_zero() -> None:
     assert cells.z[2][3] == pytest.approx(0.3)
     assert np.isnan(cells.z[2][0])
     assert list(zip(marks.y, marks.x, strict=True)) == [("self_attn.q_proj", "0"), ("mlp.up_proj", "0")]
+
+
+def test_one_extreme_does_not_bleach_the_conflict_map() -> None:
+    weak = LayerConflict("", 0.1, 0.1, (0.05, 0.15), (-0.02, 0.02), 0.01)
+    layers = {f"model.layers.{layer}.mlp.up_proj.weight": weak for layer in range(40)}
+    figure = plots.plot_conflict(
+        replace(conflict(), layers={**layers, "model.norm.weight": replace(weak, cosine=-0.9)})
+    )
+    assert figure.data[0].zmax == pytest.approx(0.1)
+    assert figure.data[0].colorbar.title.text == "cosine, clipped at ±0.1"
 
 
 def test_conflict_map_bears_zero_gradients() -> None:

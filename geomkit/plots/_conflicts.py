@@ -8,7 +8,12 @@ import plotly.graph_objects as go
 from geomkit.plots._style import COLOURS, TEMPLATE, column_of, columns_of, layer_axis, place_of, title
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from geomkit.correlation import Conflict, LayerConflict
+
+_SHOWN = 0.95
+"""Share of the parameters whose cosine lies within the scale of colours."""
 
 
 def plot_conflict(conflict: "Conflict") -> go.Figure:
@@ -19,7 +24,8 @@ def plot_conflict(conflict: "Conflict") -> go.Figure:
 
     Returns:
         The figure: a row per kind of parameter, a column per layer, the cosine of the mean gradients in colours
-        centred at zero, and a mark where the interval for the expected gradients covers zero.
+        centred at zero (the largest 5 % may share the last colour), and a mark where the interval for the expected
+        gradients covers zero.
     """
     rows = list(dict.fromkeys(place_of(name) for name in conflict.layers))
     columns = columns_of(conflict.layers)
@@ -94,7 +100,7 @@ def _heatmap(
         place = rows.index(row), columns.index(column)
         values[place] = layer.cosine
         texts[place] = f"{name}<br>{_summary(layer, '<br>')}"
-    limit = float(np.abs(values[np.isfinite(values)]).max(initial=0.0)) or 1.0
+    limit, clipped = _limit(np.abs(values[np.isfinite(values)]))
     return go.Heatmap(
         z=values,
         x=columns,
@@ -108,8 +114,19 @@ def _heatmap(
         zmax=limit,
         xgap=1,
         ygap=1,
-        colorbar={"title": {"text": "cosine", "side": "right"}, "thickness": 14},
+        colorbar={
+            "title": {"text": f"cosine, clipped at ±{limit:.2g}" if clipped else "cosine", "side": "right"},
+            "thickness": 14,
+        },
     )
+
+
+def _limit(magnitudes: "NDArray[np.float64]") -> tuple[float, bool]:
+    """Where the colours end, and whether a value lies beyond: one norm can dwarf all matrices."""
+    if not magnitudes.any():
+        return 1.0, False
+    limit = float(np.quantile(magnitudes, _SHOWN, method="higher"))
+    return limit, limit < magnitudes.max()
 
 
 def _signed(layer: "LayerConflict") -> bool:

@@ -19,6 +19,9 @@ _Values = NDArray[np.float64]
 _MOST_POINTS = 120
 """Longer profiles are thinned to this many points, evenly on a log axis."""
 
+_LONG = 50
+"""Beyond this rank the energy is drawn over a log axis, since it gathers in the first few directions."""
+
 _BAND = (0.05, 0.95)
 """Quantiles of the null, over parameters and draws, between which a band lies."""
 
@@ -65,7 +68,7 @@ def plot_cer(*spectra: "Spectrum", names: Sequence[str] | None = None) -> go.Fig
     figure = _profiles(spectra, named(spectra, names), _energy, "CER = %{y:.1%}")
     figure.update_layout(
         title=title("Energy of the gradients in their first k directions", _SUBTITLE),
-        xaxis_title="rank k",
+        xaxis={"title": "rank k", "type": "log" if figure.data[-1].x[-1] > _LONG else "linear"},
         yaxis={"title": "CER(k), share of the squared norm", "tickformat": ".0%", "range": [0, 1.03]},
     )
     return figure
@@ -114,7 +117,8 @@ def _profiles(
             raise GeometryError(f"expected gradients, found only zeros in '{name}'; measure examples with a loss")
         if draws:
             low, middle, high = np.quantile(draws, (_BAND[0], 0.5, _BAND[1]), axis=0)
-            figure.add_trace(_band(indices, low, high, name, look.colour))
+            floor = float(middle[middle > 0].min())
+            figure.add_trace(_band(indices, low, high, floor, name, look.colour))
             figure.add_trace(_line(indices, middle, f"{name}: null", hover, color=look.colour, dash="dot", width=1.5))
         own = np.median(measured, axis=0)
         figure.add_trace(_line(indices, own, name, hover, color=look.colour, width=2.5))
@@ -133,12 +137,14 @@ def _line(x: _Indices, y: _Values, name: str, hover: str, **line: object) -> go.
     )
 
 
-def _band(x: _Indices, low: _Values, high: _Values, name: str, colour: str) -> go.Scatter:
-    """One closed outline; where its lower edge is zero, which a log axis lacks, it ends."""
-    inside = low > 0
+def _band(x: _Indices, low: _Values, high: _Values, floor: float, name: str, colour: str) -> go.Scatter:
+    """One closed outline; zeros of its lower edge, which a log axis lacks, are lifted to the lowest value drawn."""
+    inside = high > 0
+    x, low, high = x[inside], low[inside], high[inside]
+    low = np.minimum(np.where(low > 0, low, floor), high)
     return go.Scatter(
-        x=np.concatenate([x[inside], x[inside][::-1]]),
-        y=np.concatenate([high[inside], low[inside][::-1]]),
+        x=np.concatenate([x, x[::-1]]),
+        y=np.concatenate([high, low[::-1]]),
         legendgroup=f"{name}: null",
         showlegend=False,
         mode="lines",
