@@ -31,6 +31,8 @@ class SPF:
         anchors: Safety examples, forbidden request and refusal; the model's own refusals are the safe choice.
         rule: A name in :data:`geomkit.spf.RULES`, or a rule.
         rank: Rank k of a rule that protects a subspace; the rule's own when left out.
+        drift_correction: Also undo, to first order, what earlier steps did to the safety loss through curvature; the
+            rule's own choice when left out.
         anchors_per_step: How many anchors each step draws from the pool.
         tokenizer: The model's tokenizer; :func:`geomkit.finetune` and the Trainer bring their own.
         assistant_mask: How assistant tokens are found, see :func:`geomkit.data.encode`.
@@ -53,6 +55,7 @@ class SPF:
     anchors: "Dataset"
     rule: str | Rule = "rank1"
     rank: int | None = None
+    drift_correction: bool | None = None
     anchors_per_step: int = 8
     tokenizer: "PreTrainedTokenizerBase | None" = None
     assistant_mask: AssistantMask = "template"
@@ -84,7 +87,8 @@ class SPF:
             raise SPFError("expected a tokenizer for the anchors, found none; pass SPF(anchors, tokenizer=…)")
         rows = encode(tokenizer, self.anchors, assistant_mask=self.assistant_mask)
         pool = AnchorPool(tuple(rows), self.anchors_per_step, self.seed)
-        return Guard(model, optimizer, get_rule(self.rule, self.rank), pool, pad_id(tokenizer))
+        rule = get_rule(self.rule, self.rank, drift_correction=self.drift_correction)
+        return Guard(model, optimizer, rule, pool, pad_id(tokenizer))
 
 
 @dataclass

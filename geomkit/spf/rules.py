@@ -59,29 +59,38 @@ RULES: Mapping[str, Rule] = MappingProxyType(
     {
         rule.name: rule
         for rule in (
-            Rule("rank1", "update", "block", "rank1", "geomkit: the demo's projection, on the update"),
+            Rule(
+                "rank1",
+                "update",
+                "block",
+                "rank1",
+                "geomkit: the demonstration code's projection, on the update, with drift correction",
+                drift_correction=True,
+            ),
             Rule(
                 "left",
                 "update",
                 "block",
                 "left",
-                "geomkit: the paper's subspace, on the update, with the tail beyond rank k made harmless too",
+                "geomkit: the paper's subspace, on the update, with a harmless tail and drift correction",
                 rank=10,
+                drift_correction=True,
             ),
             Rule("paper", "gradient", "global", "left", "arXiv 2601.10141, Algorithm 1, as replicated", rank=20),
             Rule("demo", "gradient", "block", "rank1", "the paper's public demonstration code"),
             Rule("mixing", "gradient", "block", "nothing", "baseline: the safety loss added to the task's", adds=1.0),
+            Rule("measure", "gradient", "block", "nothing", "control: a plain fine-tune, only measured"),
         )
     }
 )
 """Every rule by name; :func:`get_rule` looks one up."""
 
 
-def get_rule(rule: str | Rule, rank: int | None = None) -> Rule:
-    """Look a rule up by name, and change its rank where one is given.
+def get_rule(rule: str | Rule, rank: int | None = None, *, drift_correction: bool | None = None) -> Rule:
+    """Look a rule up by name, and change its rank or its drift correction where one is given.
 
     Raises:
-        SPFError: If no rule has that name, or it has no rank to change.
+        SPFError: If no rule has that name, it has no rank to change, or it cannot correct drift.
 
     Example:
         >>> get_rule("left", rank=5).rank
@@ -91,6 +100,12 @@ def get_rule(rule: str | Rule, rank: int | None = None) -> Rule:
         if rule not in RULES:
             raise SPFError(f"expected one of the rules {', '.join(RULES)}, found '{rule}'")
         rule = RULES[rule]
+    if drift_correction is not None:
+        if drift_correction and not rule.guarantees:
+            raise SPFError(
+                f"expected a rule on the update for drift correction, found '{rule.name}'; use rank1 or left"
+            )
+        rule = replace(rule, drift_correction=drift_correction)
     if rank is None:
         return rule
     if rule.removal != "left" or rank < 1:

@@ -1,0 +1,221 @@
+"""The three insights in one call: low rank, conflict, one sample — each beside what could have refuted it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from geomkit._display import html_table
+from geomkit.angles import Angles, principal_angles
+from geomkit.collect import collect_gradients
+from geomkit.controls import match_tokens
+from geomkit.correlation import Conflict, conflict
+from geomkit.data import AssistantMask
+from geomkit.gradients import Coverage, GradientSet
+from geomkit.layer_gradient import FactoredGradient, LayerGradient
+from geomkit.onesample import OneSample, one_sample_study
+from geomkit.subspaces import subspace
+from geomkit.svd import Spectrum, spectrum
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from datasets import Dataset
+    from plotly.graph_objects import Figure
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, eq=False)
+class Analysis:
+    """What safety and utility gradients look like, and how they lie to each other.
+
+    Attributes:
+        safety: Spectra of the mean safety gradient of every linear layer.
+        utility: The same of the mean utility gradient, at the same number of tokens.
+        angles: Principal angles between their leading left subspaces.
+        conflict: Cosines between the two.
+        one_sample: What single safety examples find of the mean safety subspace.
+        coverage: What share of the model was seen.
+        tokens: Number of tokens in each layer's spectra, the same on both sides; the median over layers.
+    """
+
+    safety: Spectrum
+    utility: Spectrum
+    angles: Angles
+    conflict: Conflict
+    one_sample: OneSample
+    coverage: Coverage
+    tokens: int
+
+    def to_dict(self) -> dict[str, dict[str, object]]:
+        """Return the headline numbers: ``spectrum``, ``conflict``, ``one_sample``."""
+        return {
+            "spectrum": {
+                "safety": _headline(self.safety, self.tokens),
+                "utility": _headline(self.utility, self.tokens),
+            },
+            "conflict": {
+                "cosine": self.conflict.cosine,
+                "corrected": self.conflict.corrected,
+                "negative_share": self.conflict.negative.value,
+                "negative_share_interval": list(self.conflict.negative.interval),
+                "interval": list(self.conflict.interval),
+                "null_interval": list(self.conflict.null_interval),
+                "p_value": self.conflict.p_value,
+            },
+            "one_sample": {
+                "overlap": self.one_sample.overlap,
+                "interval": list(self.one_sample.interval),
+                "null": self.one_sample.null_mean,
+                "null_interval": list(self.one_sample.null_interval),
+                "expected": self.one_sample.expected,
+            },
+        }
+
+    def to_frame(self) -> "pd.DataFrame":
+        """Return one row per headline number: ``question``, ``measure``, ``value``, ``interval``, ``null``."""
+        import pandas as pd
+
+        rows = [
+            ("low rank?", f"{statistic.replace('_', ' ')}, {name} gradient", side.mean(statistic), "", _number(null))
+            for name, side in (("safety", self.safety), ("utility", self.utility))
+            for statistic in ("effective_rank", "cer10")
+            for null in [side.null_mean(statistic)]
+        ]
+        found, study = self.conflict, self.one_sample
+        low, high = found.negative.interval
+        rows += [
+            ("conflict?", "cosine, bias-corrected", found.corrected, _span(found.interval), _span(found.null_interval)),
+            ("conflict?", "utility examples against safety", found.negative.value, _span((low, high)), "0.5"),
+            (
+                "one sample?",
+                "overlap with the mean's subspace",
+                study.overlap,
+                _span(study.interval),
+                _number(study.null_mean),
+            ),
+        ]
+        return pd.DataFrame(rows, columns=["question", "measure", "value", "interval", "null"])
+
+    def plot(self) -> "Figure":
+        """Draw the normalised spectra with their nulls."""
+        from geomkit.plots import plot_spectrum
+
+        return plot_spectrum(self.safety, self.utility, names=("safety", "utility"))
+
+    def _repr_html_(self) -> str:
+        return html_table(f"Gradient geometry at {self.tokens} tokens; {self.coverage}", self.to_frame())
+
+
+def analyze(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    safety: "Dataset",
+    utility: "Dataset",
+    *,
+    examples: int | None = 32,
+    rank: int = 10,
+    null_draws: int = 8,
+    layers: str = "*",
+    batch_size: int = 8,
+    assistant_mask: AssistantMask = "template",
+    max_length: int | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Analysis:
+    """Measure the paper's three insights on a model and two sets of examples.
+
+    Spectra are those of the mean gradients of the linear layers, after a random subset of tokens has been drawn on
+    the side that has more, so that both have the same T; the null of each keeps its T, its inputs and the size of
+    each token's share, and randomises the output directions.
+
+    Args:
+        model: A causal language model; left as found.
+        tokenizer: Its tokenizer, with a chat template and a pad token.
+        safety: Forbidden requests and refusals.
+        utility: Benign requests and answers.
+        examples: Use no more than this many of each, drawn at random; all when ``None``. Factors of every example
+            are kept, so memory grows with it.
+        rank: Number of directions compared between subspaces.
+        null_draws: Draws from the null of each layer's spectrum.
+        layers: Glob pattern on parameter names.
+        batch_size: Examples run at a time.
+        assistant_mask: How assistant tokens are found, see :func:`geomkit.data.encode`.
+        max_length: Cut longer examples to this many tokens.
+        seed: Seed of all random draws.
+        progress: Show bars.
+
+    Returns:
+        An :class:`Analysis`.
+
+    Raises:
+        DataError: If examples cannot be encoded.
+        CollectionError: If a loss or gradient is not finite, or no parameter matches.
+        GeometryError: If a set has fewer than three examples.
+    """
+
+    def collect(side: "Dataset") -> GradientSet:
+        return collect_gradients(
+            model,
+            tokenizer,
+            _drawn(side, examples, seed),
+            per_sample=True,
+            layers=layers,
+            form="factored",
+            batch_size=batch_size,
+            assistant_mask=assistant_mask,
+            max_length=max_length,
+            progress=progress,
+        )
+
+    safe, useful = collect(safety), collect(utility)
+    matched_safe, matched_useful = _matched(safe, useful, seed)
+    return Analysis(
+        safety=spectrum(matched_safe, null_draws=null_draws, seed=seed),
+        utility=spectrum(matched_useful, null_draws=null_draws, seed=seed),
+        angles=principal_angles(subspace(matched_safe, rank=rank), subspace(matched_useful, rank=rank)),
+        conflict=conflict(safe, useful, seed=seed),
+        one_sample=one_sample_study(safe, useful, rank=rank, seed=seed),
+        coverage=safe.coverage,
+        tokens=int(np.median([gradient.tokens for gradient in matched_safe.values()])),
+    )
+
+
+def _drawn(examples: "Dataset", count: int | None, seed: int) -> "Dataset":
+    if count is None or len(examples) <= count:
+        return examples
+    chosen = np.random.default_rng(seed).choice(len(examples), count, replace=False)
+    return examples.select(sorted(chosen.tolist()))
+
+
+def _matched(
+    safety: GradientSet, utility: GradientSet, seed: int
+) -> tuple[dict[str, LayerGradient], dict[str, LayerGradient]]:
+    """Bring the factored gradients of both sides to the same number of tokens, parameter by parameter."""
+    names = [name for name, gradient in safety.items() if isinstance(gradient, FactoredGradient)]
+    tokens = {name: min(safety[name].tokens, utility[name].tokens) for name in names}
+    generator = torch.Generator().manual_seed(seed)
+
+    def cut(side: Mapping[str, LayerGradient]) -> dict[str, LayerGradient]:
+        return match_tokens({name: side[name] for name in names}, tokens, generator)
+
+    return cut(safety), cut(utility)
+
+
+def _headline(side: Spectrum, tokens: int) -> dict[str, object]:
+    return {
+        "tokens": tokens,
+        "effective_rank": side.mean("effective_rank"),
+        "cer10": side.mean("cer10"),
+        "null_effective_rank": side.null_mean("effective_rank"),
+        "null_cer10": side.null_mean("cer10"),
+    }
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}"
+
+
+def _span(interval: tuple[float, float]) -> str:
+    return f"[{interval[0]:.3g}, {interval[1]:.3g}]"

@@ -1,0 +1,250 @@
+"""The command line: ``geomkit tour``, ``analyze``, ``finetune``, ``organism build``."""
+
+import datetime as dt
+import json
+import logging
+import math
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from geomkit import __version__
+from geomkit.errors import DataError, GeomkitError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from geomkit.data import AssistantMask
+    from geomkit.report import Section
+
+app = typer.Typer(
+    help="Gradient geometry of safety-aligned LLMs, and SPF.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+organism_app = typer.Typer(help="The model organism that ships with geomkit.", no_args_is_help=True)
+app.add_typer(organism_app, name="organism")
+
+Out = Annotated[Path, typer.Option(help="Folder for report.html.", file_okay=False)]
+Json = Annotated[Path | None, typer.Option("--json", help="Also write the numbers to this file.", dir_okay=False)]
+Seed = Annotated[int, typer.Option(help="Seed of everything drawn at random.", min=0)]
+ModelOption = Annotated[str, typer.Option(help="Folder, hub id, organism/aligned or organism/base.")]
+PadToken = Annotated[str | None, typer.Option(help="Pad token, for tokenizers that name none.")]
+Mask = Annotated[str, typer.Option("--assistant-mask", help="template (its markers) or prefix (without markers).")]
+MaxLength = Annotated[int | None, typer.Option(help="Cut longer examples to this many tokens.", min=2)]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, …")]
+
+
+def main() -> None:
+    """Run the command line; a mistake in the input prints one line and exits with 1."""
+    _quiet()
+    try:
+        app()
+    except GeomkitError as error:
+        sys.stderr.write(f"geomkit: {' '.join(str(error).split())}\n")
+        sys.exit(1)
+
+
+def _quiet() -> None:
+    """Keep a line of stages on the terminal, and other libraries' chatter off it."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    logging.getLogger("geomkit").setLevel(logging.INFO)
+
+
+def _prepare(threads: int) -> None:
+    import torch
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    # More threads are many times slower on models as small as the organism, when the machine is busy.
+    torch.set_num_threads(threads)
+
+
+def _version(show: bool) -> None:
+    if show:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say the version.")
+    ] = False,
+) -> None:
+    """Gradient geometry of safety-aligned LLMs, and SPF."""
+
+
+@app.command()
+def tour(out: Out = Path("geomkit-tour"), json_file: Json = None, seed: Seed = 0) -> None:
+    """Walk the whole way once on the shipped organism, and write report.html."""
+    _prepare(threads=1)
+    from geomkit.pages import tour_sections
+    from geomkit.tour import run_tour
+
+    found = run_tour(seed=seed)
+    _show(found.to_frame(), "What fine-tuning did, with and without SPF")
+    _show(found.analysis.to_frame(), "What the gradients look like")
+    _write(out, json_file, "A tour of geomkit", tour_sections(found), found.to_dict())
+
+
+@app.command()
+def analyze(
+    model: ModelOption,
+    safety: Annotated[str, typer.Option(help="Forbidden requests and refusals: JSONL file, hub id or shipped set.")],
+    utility: Annotated[str, typer.Option(help="Benign requests and answers.")],
+    out: Out = Path("geomkit-analysis"),
+    json_file: Json = None,
+    examples: Annotated[int, typer.Option(help="Use no more than this many of each.", min=3)] = 32,
+    layers: Annotated[str, typer.Option(help="Glob pattern on parameter names.")] = "*",
+    batch_size: Annotated[int, typer.Option(help="Examples run at a time.", min=1)] = 8,
+    max_length: MaxLength = None,
+    assistant_mask: Mask = "template",
+    pad_token: PadToken = None,
+    dtype: Dtype = "auto",
+    threads: Annotated[int, typer.Option(help="CPU threads.", min=1)] = 1,
+    seed: Seed = 0,
+) -> None:
+    """Measure rank, conflict and one-sample overlap of a model's gradients, and write report.html."""
+    _prepare(threads)
+    from geomkit.analysis import analyze as run_analysis
+    from geomkit.data import load_examples
+    from geomkit.models import load_model
+    from geomkit.pages import analysis_sections
+
+    safe, useful = load_examples(safety), load_examples(utility)
+    loaded, tokenizer = load_model(model, dtype=dtype, pad_token=pad_token)
+    found = run_analysis(
+        loaded,
+        tokenizer,
+        safe,
+        useful,
+        examples=examples,
+        layers=layers,
+        batch_size=batch_size,
+        assistant_mask=_mask(assistant_mask),
+        max_length=max_length,
+        seed=seed,
+    )
+    _show(found.to_frame(), f"{model}: {found.coverage}")
+    _write(out, json_file, f"Gradient geometry of {model}", analysis_sections(found), found.to_dict())
+
+
+@app.command()
+def finetune(
+    model: ModelOption,
+    train: Annotated[str, typer.Option(help="Conversations: JSONL file, hub id or shipped set.")],
+    out: Annotated[Path, typer.Option(help="New folder for the checkpoint.", file_okay=False)],
+    anchors: Annotated[str | None, typer.Option(help="Safety examples; SPF is used when given.")] = None,
+    rule: Annotated[str | None, typer.Option(help="rank1 (default), left, paper, demo, mixing, measure.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank of the rules left and paper.", min=1)] = None,
+    anchors_per_step: Annotated[int, typer.Option(help="Anchors drawn for each step.", min=1)] = 8,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.", min=0)] = 2e-5,
+    epochs: Annotated[float, typer.Option(help="Passes over the data.", min=0)] = 3,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps, instead of epochs.", min=1)] = None,
+    batch_size: Annotated[int, typer.Option(help="Examples per step.", min=1)] = 16,
+    max_length: MaxLength = None,
+    assistant_mask: Mask = "template",
+    pad_token: PadToken = None,
+    dtype: Dtype = "auto",
+    threads: Annotated[int, typer.Option(help="CPU threads.", min=1)] = 1,
+    seed: Seed = 0,
+) -> None:
+    """Fine-tune a model, under SPF where anchors are given, and write a checkpoint."""
+    _prepare(threads)
+    from geomkit.data import load_examples
+    from geomkit.finetuning import finetune as run_finetune
+    from geomkit.finetuning import free_folder
+    from geomkit.models import load_model
+    from geomkit.spf import SPF
+    from geomkit.spf.rules import get_rule
+
+    free_folder(out)
+    if rule is not None and anchors is None:
+        raise DataError(f"expected anchors for the rule '{rule}', found none; give --anchors (shipped: safety)")
+    chosen = get_rule(rule or "rank1", rank)
+    rows = load_examples(train)
+    mask = _mask(assistant_mask)
+    spf = None
+    if anchors is not None:
+        safe = load_examples(anchors)
+        spf = SPF(safe, rule=chosen, anchors_per_step=anchors_per_step, assistant_mask=mask, seed=seed)
+    loaded, tokenizer = load_model(model, dtype=dtype, pad_token=pad_token)
+    result = run_finetune(
+        loaded,
+        tokenizer,
+        rows,
+        spf,
+        learning_rate=learning_rate,
+        epochs=epochs,
+        steps=steps,
+        batch_size=batch_size,
+        max_length=max_length,
+        assistant_mask=mask,
+        seed=seed,
+        inplace=True,
+    )
+    if result.certificate:
+        typer.echo(str(result.certificate))
+    typer.echo(f"wrote {result.save(out, tokenizer)}")
+
+
+@organism_app.command("build")
+def build_organism(
+    out: Annotated[Path, typer.Option(help="Folder for the organism's data.", file_okay=False)] = Path("data"),
+    seed: Seed = 0,
+) -> None:
+    """Train the organism again from scratch, both stages, with its sets and its model card."""
+    _prepare(threads=1)
+    from geomkit.organism.build import build
+
+    build(out, seed=seed)
+    typer.echo(f"wrote {out}")
+
+
+def _mask(name: str) -> "AssistantMask":
+    if name == "template":
+        return "template"
+    if name == "prefix":
+        return "prefix"
+    raise DataError(f"expected --assistant-mask template or prefix, found '{name}'")
+
+
+def _show(frame: "pd.DataFrame", title: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for column in frame.columns:
+        table.add_column(str(column))
+    for row in frame.itertuples(index=False):
+        table.add_row(*(_cell(value) for value in row))
+    Console().print(table)
+
+
+def _cell(value: object) -> str:
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "–"
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _write(
+    out: Path, json_file: Path | None, title: str, sections: "list[Section]", numbers: Mapping[str, object]
+) -> None:
+    from geomkit.report import write_report
+
+    page = write_report(out / "report.html", title, sections, date=dt.datetime.now(tz=dt.UTC).date())
+    typer.echo(f"wrote {page}")
+    if json_file is not None:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = json_file.with_name(f".{json_file.name}.{os.getpid()}")
+        unfinished.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+        unfinished.replace(json_file)
+        typer.echo(f"wrote {json_file}")

@@ -1,0 +1,55 @@
+"""Loading a causal language model and its tokenizer, with errors that say what to do."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from geomkit._resources import data_dir
+from geomkit.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load_model(
+    source: str | Path, *, dtype: str = "auto", device: str | None = None, pad_token: str | None = None
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """Load a model and its tokenizer from a folder, from the hub, or a stage of the organism.
+
+    Args:
+        source: ``"organism/aligned"``, ``"organism/base"``, a folder, or the id of a model on the hub.
+        dtype: ``"auto"`` for the checkpoint's own, or a torch type's name such as ``"float32"``.
+        device: Where to put it; a GPU if there is one when left out.
+        pad_token: The token that fills short rows, for tokenizers that name none.
+
+    Returns:
+        The model in eval mode, and the tokenizer.
+
+    Raises:
+        DataError: If either cannot be loaded, or the pad token is not in the vocabulary.
+
+    Example:
+        >>> model, tokenizer = load_model("organism/base")
+        >>> type(model).__name__
+        'LlamaForCausalLM'
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    name = str(source)
+    if name.startswith("organism/") and (data_dir() / name).is_dir():
+        name = str(data_dir() / name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    except Exception as error:  # config, weights and hub clients each raise types of their own
+        reason = str(error).strip().splitlines()[0]
+        raise DataError(
+            f"expected a causal language model at '{source}' (a folder, a hub id, organism/aligned or organism/base), "
+            f"found {type(error).__name__}: {reason}"
+        ) from None
+    if pad_token is not None:
+        if tokenizer.convert_tokens_to_ids(pad_token) in {None, tokenizer.unk_token_id}:
+            raise DataError(f"expected a pad token from the vocabulary of '{source}', found '{pad_token}'")
+        tokenizer.pad_token = pad_token
+    target = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return model.to(target).eval(), tokenizer

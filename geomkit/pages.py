@@ -1,0 +1,102 @@
+"""What the report pages of an analysis and of the tour say: figures, tables, and sentences made of the numbers."""
+
+from typing import TYPE_CHECKING
+
+from geomkit.plots import (
+    plot_angles,
+    plot_certificate,
+    plot_conflict,
+    plot_conflict_examples,
+    plot_effective_rank,
+    plot_evaluation,
+    plot_history,
+    plot_one_sample,
+    plot_spectrum,
+)
+from geomkit.report import Section
+
+if TYPE_CHECKING:
+    from geomkit.analysis import Analysis
+    from geomkit.svd import Spectrum
+    from geomkit.tour import Tour
+
+_NAMES = ("safety", "utility")
+
+
+def analysis_sections(analysis: "Analysis") -> list[Section]:
+    """Lay an analysis out: one section for each of the three questions."""
+    return [_spectra(analysis), _conflict(analysis), _one_sample(analysis)]
+
+
+def _spectra(analysis: "Analysis") -> Section:
+    sides = (analysis.safety, analysis.utility)
+    text = (
+        f"Spectra of the mean gradients of {len(analysis.safety.layers)} weight matrices, both sides cut to the same "
+        f"tokens ({analysis.tokens} in the median layer): with fewer tokens any gradient has a lower rank. The null "
+        "keeps each gradient's tokens, inputs and token weights and randomises the output directions.\n\n"
+        f"{_rank_sentence('Safety', analysis.safety)} {_rank_sentence('Utility', analysis.utility)} What a gradient "
+        "shows below its own null is structure; what the null shows too comes from the inputs and the token weights."
+    )
+    figures = (plot_spectrum(*sides, names=_NAMES), plot_effective_rank(*sides, names=_NAMES))
+    return Section("Are safety gradients of low rank?", text, figures, (analysis.to_frame(),))
+
+
+def _rank_sentence(name: str, side: "Spectrum") -> str:
+    frame = side.to_frame()
+    ranks = frame[frame["statistic"] == "effective_rank"]
+    below = int((ranks["value"] < ranks["null_low"]).sum())
+    return (
+        f"{name}: mean effective rank {side.mean('effective_rank'):.1f} against {side.null_mean('effective_rank'):.1f} "
+        f"under the null, below every draw of it in {below} of {len(ranks)} matrices."
+    )
+
+
+def _conflict(analysis: "Analysis") -> Section:
+    found = analysis.conflict
+    low, high = found.interval
+    if high < 0:
+        verdict = "The interval lies below zero: the two sides conflict."
+    elif low > 0:
+        verdict = "The interval lies above zero: the two sides agree."
+    else:
+        verdict = "The interval covers zero: these examples show neither conflict nor agreement over all parameters."
+    null_low, null_high = found.null_interval
+    text = (
+        f"The cosine of the expected gradients is {found.corrected:+.3f} [{low:+.3f}, {high:+.3f}]. {verdict} "
+        f"Shuffling which example is safety and which utility gives {null_low:+.3f} to {null_high:+.3f}: two halves "
+        "of one set agree, so a cosine near zero already means that the two sides pull apart.\n\n"
+        f"{found.negative} of the utility examples point against the mean safety gradient; of unrelated gradients, "
+        "half would."
+    )
+    figures = (plot_conflict(found), plot_conflict_examples(found), plot_angles(analysis.angles))
+    return Section("Do safety and utility conflict?", text, figures)
+
+
+def _one_sample(analysis: "Analysis") -> Section:
+    study = analysis.one_sample
+    text = (
+        f"{study}. An anchor is compared with the mean of the other anchors, never with itself; utility examples "
+        "against the same means show what shared inputs alone give."
+    )
+    return Section("Is one safety example enough?", text, (plot_one_sample(study),))
+
+
+def tour_sections(tour: "Tour") -> list[Section]:
+    """Lay the tour out: outcome first, then the three questions, then the certificates."""
+    outcome = Section(
+        "Fine-tuning with and without SPF",
+        "Share of held-out forbidden requests refused, of benign requests refused, and exact answers, with 95 % Wilson "
+        "intervals in brackets. The last two columns are the certificate: how many optimizer steps raised the safety "
+        "loss to first order beyond rounding, and the largest such change, in nats per token.",
+        (plot_evaluation(tour.evaluations()),),
+        (tour.to_frame(),),
+    )
+    runs = {f"{arm.name}, {arm.scenario.name}": arm.result for arm in tour.arms}
+    certificates = tuple(plot_certificate(run.certificate) for run in runs.values() if run.certificate)
+    proof = Section(
+        "Did the projection hold?",
+        "Each step's change of the safety loss on its anchors, to first order, measured on the weights before and "
+        "after the step. Plain fine-tuning is measured in the same way, with nothing projected.",
+        (*certificates, plot_history(runs)),
+    )
+    return [outcome, *analysis_sections(tour.analysis), proof]
