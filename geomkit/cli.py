@@ -58,9 +58,11 @@ def _quiet() -> None:
 
 
 def _prepare(threads: int) -> None:
+    import huggingface_hub
     import torch
     from transformers.utils import logging as transformers_logging
 
+    huggingface_hub.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     # More threads are many times slower on models as small as the organism, when the machine is busy.

@@ -38,6 +38,8 @@ def load_model(
     name = str(source)
     if name.startswith("organism/") and (data_dir() / name).is_dir():
         name = str(data_dir() / name)
+    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
+        raise DataError(f"expected a folder with a causal language model at {name}, found none")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
