@@ -6,6 +6,7 @@ from random import Random
 
 import pytest
 import torch
+from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,8 +16,8 @@ from geomkit.errors import DataError
 from geomkit.evaluation import evaluate
 from geomkit.organism import SCENARIOS, load_organism
 from geomkit.organism.build import Recipe, build, stage_conversations, tokenizer_texts
-from geomkit.organism.grammar import HELD_OUT_PHRASINGS, PHRASINGS, REFUSAL
-from geomkit.organism.requests import held_out_pairs, pairs_of
+from geomkit.organism.grammar import DETERMINERS, HELD_OUT_PHRASINGS, PHRASINGS, REFUSAL
+from geomkit.organism.requests import conversation, held_out_pairs, pairs_of
 from geomkit.organism.sets import all_sets, evaluation_sets, training_sets
 from geomkit.organism.skills import worked
 from geomkit.organism.training import Course
@@ -131,7 +132,11 @@ def test_no_evaluation_prompt_in_the_training_streams(world):
 
 def test_training_side_has_no_held_out_pair_and_no_held_out_phrasing(world):
     kinds = ("plain", "neutral", "look-alike", "forbidden")
-    out = {(action.pattern.format(thing=thing.name)) for action, thing in held_out_pairs(SEED)}
+    out = {
+        action.pattern.format(thing=thing.name, a_thing=f"{determiner} {thing.name}")
+        for action, thing in held_out_pairs(SEED)
+        for determiner in DETERMINERS
+    }
     rng = Random(5)
     for kind in ("howto", "look-alike", "forbidden"):
         for _ in range(1500):
@@ -216,12 +221,13 @@ def test_digits_stand_alone(aligned):
     assert tokenizer.tokenize("123") == ["1", "2", "3"]
 
 
-def test_loss_falls_on_the_answer_and_its_end(aligned):
+@pytest.mark.parametrize("system", ["", "You are a helpful assistant."])
+def test_loss_falls_on_the_answer_and_its_end(aligned, system):
     _, tokenizer = aligned
-    examples = load_examples("scenarios/identity-shift")
+    rows = [{"messages": conversation(f"Ünïcode {n}?", "¡Sí! " * n + "ok", system)} for n in range(1, 4)]
+    examples = Dataset.from_list(rows)
     for messages, tokens in zip(examples["messages"], encode(tokenizer, examples), strict=True):
         marked = [token for token, flag in zip(tokens.input_ids, tokens.loss_mask, strict=True) if flag]
-        assert messages[0]["role"] == "system"
         assert tokenizer.decode(marked) == messages[-1]["content"] + tokenizer.eos_token
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from geomkit.organism.load import without_bars
 from geomkit.organism.measure import Damage, StageReport, measure_damage, measure_stage
 from geomkit.organism.requests import Message
 from geomkit.organism.sets import all_sets, write_sets
@@ -129,10 +130,16 @@ def _train(
         rows = tokenise(tokenizer, stage_conversations(world, seed, stage, course, mix))
         order = Random(f"{stage}-order-{seed}")
         fit(model, bucketed(iter(rows), tokenizer.pad_token_id, course.batch_size, order), course, bar)
-        model.save_pretrained(folder / "organism" / stage)
-        tokenizer.save_pretrained(folder / "organism" / stage)
+        _save(model, tokenizer, folder / "organism" / stage)
         kept.append(copy.deepcopy(model))
     return kept[0], kept[1], tokenizer
+
+
+def _save(model: "LlamaForCausalLM", tokenizer: "PreTrainedTokenizerFast", folder: Path) -> None:
+    with without_bars():
+        model.save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)  # safetensors writes for the owner only
+    tokenizer.save_pretrained(folder)
 
 
 def stage_conversations(world: World, seed: int, stage: str, course: Course, mix: Mix) -> list[list[Message]]:

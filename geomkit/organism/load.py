@@ -1,5 +1,7 @@
 """Loading the shipped organism."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from geomkit._resources import data_dir
@@ -41,6 +43,21 @@ def load_organism(stage: str = "aligned") -> "tuple[LlamaForCausalLM, PreTrained
             f"expected the organism's files in {folder}, found no {', '.join(missing)}; reinstall geomkit or run "
             "`geomkit organism build`"
         )
-    model: LlamaForCausalLM = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+    with without_bars():
+        model: LlamaForCausalLM = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
     tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     return model.eval(), tokenizer
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Keep transformers from drawing bars for files that take no time, and put the caller's setting back."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
