@@ -1,11 +1,9 @@
 """The three insights in one call: low rank, conflict, one sample — each beside what could have refuted it."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from geomkit._display import html_table
 from geomkit.angles import Angles, principal_angles
@@ -14,7 +12,6 @@ from geomkit.controls import match_tokens
 from geomkit.correlation import Conflict, conflict
 from geomkit.data import AssistantMask
 from geomkit.gradients import Coverage, GradientSet
-from geomkit.layer_gradient import FactoredGradient, LayerGradient
 from geomkit.onesample import OneSample, one_sample_study
 from geomkit.subspaces import subspace
 from geomkit.svd import Spectrum, spectrum
@@ -170,7 +167,7 @@ def analyze(
         )
 
     safe, useful = collect(safety), collect(utility)
-    matched_safe, matched_useful = _matched(safe, useful, seed)
+    matched_safe, matched_useful = match_tokens(safe, useful, seed=seed)
     return Analysis(
         safety=spectrum(matched_safe, null_draws=null_draws, seed=seed),
         utility=spectrum(matched_useful, null_draws=null_draws, seed=seed),
@@ -187,20 +184,6 @@ def _drawn(examples: "Dataset", count: int | None, seed: int) -> "Dataset":
         return examples
     chosen = np.random.default_rng(seed).choice(len(examples), count, replace=False)
     return examples.select(sorted(chosen.tolist()))
-
-
-def _matched(
-    safety: GradientSet, utility: GradientSet, seed: int
-) -> tuple[dict[str, LayerGradient], dict[str, LayerGradient]]:
-    """Bring the factored gradients of both sides to the same number of tokens, parameter by parameter."""
-    names = [name for name, gradient in safety.items() if isinstance(gradient, FactoredGradient)]
-    tokens = {name: min(safety[name].tokens, utility[name].tokens) for name in names}
-    generator = torch.Generator().manual_seed(seed)
-
-    def cut(side: Mapping[str, LayerGradient]) -> dict[str, LayerGradient]:
-        return match_tokens({name: side[name] for name in names}, tokens, generator)
-
-    return cut(safety), cut(utility)
 
 
 def _headline(side: Spectrum, tokens: int) -> dict[str, object]:

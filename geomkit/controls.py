@@ -83,7 +83,7 @@ def _gaussian_product(height: int, width: int, tokens: int, generator: torch.Gen
     return turned @ (upper + torch.diag(diagonal))
 
 
-def match_tokens(
+def subsample_tokens(
     gradients: Mapping[str, LayerGradient], tokens: Mapping[str, int] | int, generator: torch.Generator
 ) -> dict[str, LayerGradient]:
     """Keep a random subset of the tokens of each gradient, so that spectra are compared at equal T.
@@ -117,6 +117,41 @@ def _subsampled(name: str, gradient: LayerGradient, tokens: int, generator: torc
         )
     kept = torch.randperm(gradient.tokens, generator=generator)[:tokens].sort().values.to(gradient.left.device)
     return FactoredGradient(gradient.left[kept], gradient.right[kept])
+
+
+def match_tokens(
+    first: Mapping[str, LayerGradient], second: Mapping[str, LayerGradient], *, seed: int = 0
+) -> tuple[dict[str, LayerGradient], dict[str, LayerGradient]]:
+    """Bring two gradients to the same number of tokens, parameter by parameter, so that their spectra compare.
+
+    Where one side has more tokens, a random subset of them is kept. Only factored gradients can be thinned out: the
+    linear layers of sets collected with ``form="factored"``; all others are left out.
+
+    Args:
+        first: Gradients by parameter.
+        second: Gradients of the same parameters.
+        seed: Seed of the subsets; one parameter's does not depend on which others there are.
+
+    Returns:
+        Both sides, with the parameters that are factored on both.
+
+    Raises:
+        GeometryError: If no parameter is.
+    """
+    names = [
+        name
+        for name, gradient in first.items()
+        if isinstance(gradient, FactoredGradient) and isinstance(second.get(name), FactoredGradient)
+    ]
+    if not names:
+        raise GeometryError('expected factored gradients on both sides, found none; collect with form="factored"')
+    tokens = {name: min(first[name].tokens, second[name].tokens) for name in names}
+
+    def thinned(side: Mapping[str, LayerGradient], place: int) -> dict[str, LayerGradient]:
+        generators = {name: parameter_generator(2 * seed + place, name) for name in names}
+        return {name: _subsampled(name, side[name], tokens[name], generators[name]) for name in names}
+
+    return thinned(first, 0), thinned(second, 1)
 
 
 # ------------------------------------------------------------------------------------------- random subspaces

@@ -147,7 +147,7 @@ def one_sample_study(
 
     The rank of a parameter is the smallest of ``rank`` and the numeric ranks of all its gradients here, and the same
     for anchors, means and utility examples: overlaps at different ranks do not compare. Utility examples should be
-    of similar length; see :func:`geomkit.controls.match_tokens`. A parameter in which some example has no gradient
+    of similar length; see :func:`geomkit.controls.subsample_tokens`. A parameter in which some example has no gradient
     is left out.
 
     Args:

@@ -4,6 +4,7 @@ No single number is the rank of a gradient: the measures here answer different q
 bounded by min(rows, columns, T) whatever the gradient means. So a :class:`Spectrum` keeps T, the bound and the null.
 """
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,13 +17,14 @@ from torch import Tensor
 from geomkit._display import html_table
 from geomkit.controls import parameter_generator, random_factor_null
 from geomkit.errors import GeometryError
-from geomkit.layer_gradient import FactoredGradient, IndexedGradient, LayerGradient, as_matrix
+from geomkit.layer_gradient import DenseGradient, FactoredGradient, IndexedGradient, LayerGradient, as_matrix
 from geomkit.names import kind_of, layer_index
 
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
+_LOGGER = logging.getLogger(__name__)
 _EPS_FP32 = float(np.finfo(np.float32).eps)
 _ROUNDING = 1e-12  # ten equal values reach 90 % with the ninth, whatever the last bit of their sum says
 
@@ -279,6 +281,15 @@ def spectrum(gradients: Mapping[str, LayerGradient], *, null_draws: int = 8, see
         The spectra. Singular values are exact: fp64 throughout, without ever forming a gradient of few tokens.
     """
     matrices = {name: gradient for name, gradient in gradients.items() if min(gradient.matrix_shape) > 1}
+    dense = [name for name, gradient in matrices.items() if isinstance(gradient, DenseGradient)]
+    if dense and null_draws:
+        _LOGGER.warning(
+            "the null of %d of %d matrices (%s, …) knows only their tokens and shape, and is weak; "
+            'collect with form="factored" for one that shares the inputs',
+            len(dense),
+            len(matrices),
+            dense[0],
+        )
     null: dict[str, tuple[LayerSpectrum, ...]] = {}
     for name, gradient in matrices.items():
         generator = parameter_generator(seed, name)

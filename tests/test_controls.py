@@ -7,6 +7,7 @@ from geomkit.controls import (
     bootstrap_interval,
     bootstrap_weights,
     match_tokens,
+    subsample_tokens,
     parameter_generator,
     percentile_interval,
     permuted_labels,
@@ -83,9 +84,9 @@ def test_generators_differ_between_parameters_and_between_seeds() -> None:
     assert again in drawn
 
 
-def test_match_tokens_takes_rows_of_both_factors_together() -> None:
+def test_subsample_tokens_takes_rows_of_both_factors_together() -> None:
     gradients = {"a": factored(9), "b": factored(7, seed=2)}
-    found = match_tokens(gradients, {"a": 4, "b": 7}, torch.Generator().manual_seed(0))
+    found = subsample_tokens(gradients, {"a": 4, "b": 7}, torch.Generator().manual_seed(0))
     assert {name: gradient.tokens for name, gradient in found.items()} == {"a": 4, "b": 7}
     assert torch.equal(found["b"].left, gradients["b"].left)
     places = [(gradients["a"].left == row).all(1).nonzero().item() for row in found["a"].left]
@@ -93,19 +94,33 @@ def test_match_tokens_takes_rows_of_both_factors_together() -> None:
     assert torch.equal(found["a"].right, gradients["a"].right[places])
 
 
-def test_match_tokens_takes_one_number_for_all() -> None:
-    found = match_tokens({"a": factored(9), "b": factored(7)}, 5, torch.Generator())
+def test_subsample_tokens_takes_one_number_for_all() -> None:
+    found = subsample_tokens({"a": factored(9), "b": factored(7)}, 5, torch.Generator())
     assert {gradient.tokens for gradient in found.values()} == {5}
 
 
-def test_match_tokens_refuses_what_it_cannot_match() -> None:
+def test_match_tokens_thins_out_the_longer_side_only() -> None:
+    first, second = (
+        {"a": factored(9), "b": factored(4), "c": DenseGradient(gaussian(3, 3), 9)},
+        {"a": factored(6), "b": factored(8), "c": factored(9)},
+    )
+    matched = match_tokens(first, second, seed=3)
+    assert [{name: gradient.tokens for name, gradient in side.items()} for side in matched] == [{"a": 6, "b": 4}] * 2
+    assert torch.equal(matched[1]["a"].left, second["a"].left)
+    again = match_tokens(first, second, seed=3)
+    assert torch.equal(matched[0]["a"].left, again[0]["a"].left)
+    with pytest.raises(GeometryError, match="factored"):
+        match_tokens({"c": first["c"]}, {"c": first["c"]})
+
+
+def test_subsample_tokens_refuses_what_it_cannot_match() -> None:
     generator = torch.Generator()
     with pytest.raises(GeometryError, match="1 to 9 tokens of a, found 10"):
-        match_tokens({"a": factored(9)}, 10, generator)
+        subsample_tokens({"a": factored(9)}, 10, generator)
     with pytest.raises(GeometryError, match="found DenseGradient"):
-        match_tokens({"a": DenseGradient(gaussian(3, 3), 9)}, 4, generator)
+        subsample_tokens({"a": DenseGradient(gaussian(3, 3), 9)}, 4, generator)
     with pytest.raises(GeometryError, match=r"none for .'a'"):
-        match_tokens({"a": factored(9)}, {}, generator)
+        subsample_tokens({"a": factored(9)}, {}, generator)
 
 
 def test_bootstrap_weights_are_shares_of_a_resample() -> None:
