@@ -7,11 +7,11 @@ from geomkit.controls import (
     bootstrap_interval,
     bootstrap_weights,
     match_tokens,
-    subsample_tokens,
     parameter_generator,
     percentile_interval,
     permuted_labels,
     random_factor_null,
+    subsample_tokens,
 )
 from geomkit.errors import GeometryError
 from geomkit.layer_gradient import DenseGradient, FactoredGradient, IndexedGradient
