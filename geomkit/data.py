@@ -89,7 +89,12 @@ def _read_jsonl(path: Path) -> "Dataset":
     from datasets import Dataset
 
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: expected UTF-8 text, found {error.reason} at byte {error.start}") from None
+    # Not splitlines: JSON allows U+2028 and its kin inside a string.
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -245,10 +250,17 @@ def encode(
     """
     if len(examples) == 0:
         raise DataError("expected at least one example, found an empty set")
+    if "messages" not in examples.column_names:
+        raise DataError(
+            f"expected a column 'messages', found {examples.column_names}; load the set with geomkit.load_examples"
+        )
     render = _renderer(tokenizer, assistant_mask)
     encoded = []
     for index, messages in enumerate(examples["messages"]):
-        ids, mask = render(messages)
+        try:
+            ids, mask = render(messages)
+        except DataError as error:
+            raise DataError(f"example {index}: {error}") from None
         tokens = Tokens(tuple(ids[:max_length]), tuple(mask[:max_length]))
         if tokens.loss_tokens == 0:
             cut = f" within the first {max_length} tokens" if max_length else ""
@@ -274,14 +286,35 @@ def _renderer(tokenizer: "PreTrainedTokenizerBase", assistant_mask: AssistantMas
             "expected a chat template that marks the assistant's tokens with {% generation %}, found no marker; "
             'add them, or derive the mask from prefixes with assistant_mask="prefix" (--assistant-mask prefix)'
         )
+    if not tokenizer.is_fast:
+        raise DataError(
+            f"expected a fast tokenizer, which knows where its tokens stand, found {type(tokenizer).__name__}; "
+            'derive the mask from prefixes with assistant_mask="prefix" (--assistant-mask prefix)'
+        )
     return lambda messages: _render_by_template(tokenizer, messages)
 
 
 def _render_by_template(tokenizer: "PreTrainedTokenizerBase", messages: list[Message]) -> tuple[list[int], list[bool]]:
-    rendered = tokenizer.apply_chat_template(
-        messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    """Mark the tokens between the template's markers.
+
+    The tokenizer's own mask runs on to the conversation's end, over later users' words, where the last character
+    between two markers is one that the tokenizer drops, such as a space.
+    """
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    texts, spans = render_jinja_template(
+        conversations=[messages],
+        chat_template=tokenizer.get_chat_template(),
+        return_assistant_tokens_mask=True,
+        **tokenizer.special_tokens_map,
     )
-    return list(rendered["input_ids"]), [bool(flag) for flag in rendered["assistant_masks"]]
+    rendered = tokenizer(texts[0], add_special_tokens=False, return_offsets_mapping=True)
+    mask = [False] * len(rendered["input_ids"])
+    for first, end in spans[0]:
+        inside = [place for place, (low, high) in enumerate(rendered["offset_mapping"]) if low < end and high > first]
+        if inside:
+            mask[inside[0] : inside[-1] + 1] = [True] * (inside[-1] + 1 - inside[0])
+    return list(rendered["input_ids"]), mask
 
 
 def _render_by_prefix(tokenizer: "PreTrainedTokenizerBase", messages: list[Message]) -> tuple[list[int], list[bool]]:
@@ -290,6 +323,8 @@ def _render_by_prefix(tokenizer: "PreTrainedTokenizerBase", messages: list[Messa
     for turn, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
+        if turn == 0:
+            raise DataError("expected a message before the assistant's first, which prefixes start from, found none")
         before = tokenizer.apply_chat_template(
             messages[:turn], tokenize=True, return_dict=True, add_generation_prompt=True
         )["input_ids"]
