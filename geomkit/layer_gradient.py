@@ -244,9 +244,7 @@ def gram(rows: Sequence[LayerGradient], columns: Sequence[LayerGradient]) -> Ten
         >>> gram([a], [a, b])
         tensor([[2., 5.]], dtype=torch.float64)
     """
-    shapes = {gradient.shape for gradient in (*rows, *columns)}
-    if len(shapes) != 1:
-        raise GeometryError(f"expected gradients of one shape, found {sorted(shapes)}; compare the same parameter")
+    _check_one_shape([*rows, *columns])
     if _token_grams_are_cheaper(rows, columns):
         return _gram_by_tokens(_factored(rows), _factored(columns))
     if all(isinstance(gradient, IndexedGradient) for gradient in (*rows, *columns)):
@@ -254,6 +252,12 @@ def gram(rows: Sequence[LayerGradient], columns: Sequence[LayerGradient]) -> Ten
     flat_rows = torch.stack([gradient.dense().flatten() for gradient in rows]).double()
     flat_columns = torch.stack([gradient.dense().flatten() for gradient in columns]).double()
     return flat_rows @ flat_columns.T
+
+
+def _check_one_shape(gradients: Sequence[LayerGradient]) -> None:
+    shapes = {gradient.shape for gradient in gradients}
+    if len(shapes) != 1:
+        raise GeometryError(f"expected gradients of one shape, found {sorted(shapes)}; compare the same parameter")
 
 
 def _factored(gradients: Sequence[LayerGradient]) -> list[FactoredGradient]:
@@ -303,7 +307,11 @@ def add(parts: Sequence[LayerGradient], *, keep_factors: bool = False) -> LayerG
 
     Returns:
         Their sum. Mixed forms (a tied embedding and head) become dense.
+
+    Raises:
+        GeometryError: If shapes differ.
     """
+    _check_one_shape(parts)
     if len(parts) == 1 and (keep_factors or parts[0].floats <= torch.Size(parts[0].shape).numel()):
         return parts[0]
     if len(_factored(parts)) == len(parts) and (
