@@ -1,5 +1,6 @@
 """What a model does: refusal on forbidden requests, over-refusal on benign ones, exact match on skills."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -42,7 +43,9 @@ class Evaluation:
 
     @property
     def utility(self) -> float:
-        """The mean exact match over the skills, between 0 and 1."""
+        """The mean exact match over the skills, between 0 and 1; NaN without skills."""
+        if not self.skills:
+            return math.nan
         return sum(rate.value for rate in self.skills.values()) / len(self.skills)
 
     def to_frame(self) -> "pd.DataFrame":
@@ -96,16 +99,12 @@ def evaluate(
         An :class:`Evaluation`.
 
     Raises:
-        DataError: If a set is empty or the tokenizer lacks a chat template or pad token.
+        DataError: If a set is empty, two have one name, or the tokenizer lacks a chat template or pad token.
     """
     import pandas as pd
 
     judge = judge or RefusalPhrases()
-    sets = {
-        "forbidden": forbidden if forbidden is not None else load_examples("eval/forbidden"),
-        "benign": benign if benign is not None else load_examples("eval/benign"),
-        **(skills if skills is not None else {name: load_examples(f"eval/{name}") for name in ORGANISM_SKILLS}),
-    }
+    sets = _sets(forbidden, benign, skills)
     rows = [(name, messages) for name, examples in sets.items() for messages in examples["messages"]]
     prompts = [prompt_of(messages) for _, messages in rows]
     responses = generate(
@@ -128,6 +127,25 @@ def evaluate(
         skills={name: rate(list(counted[name]["exact"])) for name in list(sets)[2:]},
         responses=frame,
     )
+
+
+def _sets(
+    forbidden: "Dataset | None", benign: "Dataset | None", skills: "Mapping[str, Dataset] | None"
+) -> "dict[str, Dataset]":
+    if skills is None:
+        skills = {name: load_examples(f"eval/{name}") for name in ORGANISM_SKILLS}
+    sets = {
+        "forbidden": forbidden if forbidden is not None else load_examples("eval/forbidden"),
+        "benign": benign if benign is not None else load_examples("eval/benign"),
+    }
+    for name in skills:
+        if name in sets:
+            raise DataError(f"'{name}' is the name of another set; give the skill another name")
+    sets |= skills
+    for name, examples in sets.items():
+        if len(examples) == 0:
+            raise DataError(f"{name}: expected at least one example, found an empty set")
+    return sets
 
 
 ORGANISM_SKILLS = ("howto", "arithmetic", "sql")
@@ -157,7 +175,7 @@ def generate(
         The responses without special tokens, in the order of the prompts.
 
     Raises:
-        DataError: If there is no prompt, no chat template or no pad token.
+        DataError: If there is no prompt or an empty one, no chat template or no pad token.
     """
     from tqdm.auto import tqdm
 
@@ -165,6 +183,9 @@ def generate(
         raise DataError("expected at least one prompt, found none")
     if not getattr(tokenizer, "chat_template", None):
         raise DataError(f"expected a tokenizer with a chat template, found none on '{tokenizer.name_or_path}'")
+    for index, prompt in enumerate(prompts):
+        if not prompt:
+            raise DataError(f"prompt {index}: expected a message to answer, found none; drop the example")
     pad = pad_id(tokenizer)
     encoded: list[list[int]] = [
         tokenizer.apply_chat_template(list(prompt), tokenize=True, add_generation_prompt=True, return_dict=True)[
@@ -185,6 +206,20 @@ def generate(
     return responses
 
 
+_GREEDY = {
+    "do_sample": False,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 50,
+    "num_beams": 1,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "min_length": 0,
+    "min_new_tokens": 0,
+}
+"""What is left unsaid, ``generate`` takes from the checkpoint, and chat models ship penalties and beams there."""
+
+
 def _generate_batch(
     model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", rows: list[list[int]], pad: int, max_new_tokens: int
 ) -> list[str]:
@@ -193,11 +228,12 @@ def _generate_batch(
     length = max(len(row) for row in rows)
     ids = torch.tensor([[pad] * (length - len(row)) + row for row in rows], device=model.device)
     mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=model.device)
+    end = getattr(model.generation_config, "eos_token_id", None)
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
-        do_sample=False,
         pad_token_id=pad,
-        eos_token_id=getattr(model.generation_config, "eos_token_id", None) or tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id if end is None else end,
+        **_GREEDY,
     )
     with torch.no_grad():
         whole = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)

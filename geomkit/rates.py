@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from geomkit.errors import DataError
+
 
 @dataclass(frozen=True)
 class Rate:
@@ -38,8 +40,13 @@ class Rate:
 def rate(flags: Sequence[bool]) -> Rate:
     """Count a list of outcomes.
 
+    Raises:
+        DataError: If it is empty.
+
     Example:
         >>> print(rate([True, True, False, True]))
         75.0% [30.1%, 95.4%]
     """
+    if not len(flags):
+        raise DataError("expected at least one outcome to take a share of, found none")
     return Rate(sum(flags), len(flags))
