@@ -136,7 +136,7 @@ def finetune(
         steps: Number of optimizer steps; ``epochs`` decides when left out.
         epochs: Passes over the data.
         batch_size: Examples per device and step.
-        weight_decay: Decoupled weight decay.
+        weight_decay: Decoupled weight decay; the Trainer spares biases and norms.
         warmup_steps: Steps of linear warm-up.
         scheduler: Name of a transformers schedule.
         optimizer: Name of a transformers optimizer.

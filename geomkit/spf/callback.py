@@ -35,13 +35,17 @@ class SPFCallback(TrainerCallback):
         self._guard = self.spf.attach(model, optimizer, self.spf.tokenizer or kwargs.get("processing_class"))
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Add the last step's measures to what is logged."""
+        """Add the last step's measures to what is logged, and to the history, which has its own copy by now."""
         logs = kwargs.get("logs")
         if self._guard and self._guard.certificate.steps and logs is not None and "loss" in logs:
             last = self._guard.certificate.records[-1]
-            logs["spf/anchor_loss"] = last.anchor_loss
-            logs["spf/first_order"] = last.first_order
-            logs["spf/fired"] = last.fired
+            measures = {
+                "spf/anchor_loss": last.anchor_loss,
+                "spf/first_order": last.first_order,
+                "spf/fired": last.fired,
+            }
+            logs.update(measures)
+            state.log_history[-1].update(measures)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
