@@ -37,7 +37,9 @@ class Coverage:
 
     def __str__(self) -> str:
         """Say the share and name what is missing."""
-        head = f"{self.share:.1%} of the trainable parameters"
+        # Never "100.0%" where something is missing.
+        share = min(self.share, 0.999) if self.missing else self.share
+        head = f"{share:.1%} of the trainable parameters"
         if not self.missing:
             return head
         named = ", ".join(f"{name} ({reason})" for name, reason in list(self.reasons.items())[:3])
