@@ -44,13 +44,13 @@ def load_model(
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
     except Exception as error:  # config, weights and hub clients each raise types of their own
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or "no reason given").splitlines()[0]
         raise DataError(
             f"expected a causal language model at '{source}' (a folder, a hub id, organism/aligned or organism/base), "
             f"found {type(error).__name__}: {reason}"
         ) from None
     if pad_token is not None:
-        if tokenizer.convert_tokens_to_ids(pad_token) in {None, tokenizer.unk_token_id}:
+        if pad_token not in tokenizer.get_vocab():
             raise DataError(f"expected a pad token from the vocabulary of '{source}', found '{pad_token}'")
         tokenizer.pad_token = pad_token
     target = device or ("cuda" if torch.cuda.is_available() else "cpu")
