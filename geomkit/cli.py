@@ -91,6 +91,7 @@ def tour(out: Out = Path("geomkit-tour"), json_file: Json = None, seed: Seed = 0
     from geomkit.pages import tour_sections
     from geomkit.tour import run_tour
 
+    _check_writable(out, *([json_file.parent] if json_file else []))
     found = run_tour(seed=seed)
     _show(found.to_frame(), "What fine-tuning did, with and without SPF")
     _show(found.analysis.to_frame(), "What the gradients look like")
@@ -121,6 +122,7 @@ def analyze(
     from geomkit.models import load_model
     from geomkit.pages import analysis_sections
 
+    _check_writable(out, *([json_file.parent] if json_file else []))
     safe, useful = load_examples(safety), load_examples(utility)
     loaded, tokenizer = load_model(model, dtype=dtype, pad_token=pad_token)
     found = run_analysis(
@@ -168,7 +170,7 @@ def finetune(
     from geomkit.spf import SPF
     from geomkit.spf.rules import get_rule
 
-    free_folder(out)
+    _check_writable(free_folder(out).parent)
     if rule is not None and anchors is None:
         raise DataError(f"expected anchors for the rule '{rule}', found none; give --anchors (shipped: safety)")
     chosen = get_rule(rule or "rank1", rank)
@@ -209,6 +211,14 @@ def build_organism(
 
     build(out, seed=seed)
     typer.echo(f"wrote {out}")
+
+
+def _check_writable(*folders: Path) -> None:
+    """Refuse, before minutes of work, a folder that the results could not be written to."""
+    for folder in folders:
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK):
+            raise DataError(f"expected a folder that can be written to at {existing}, found none; choose another")
 
 
 def _mask(name: str) -> "AssistantMask":

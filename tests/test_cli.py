@@ -1,0 +1,189 @@
+"""The command line: good input writes files, bad input one line on stderr and a status that is not 0."""
+
+import json
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from geomkit import __version__, cli
+from geomkit.data import encode
+from tests.tiny import PLAIN_TEMPLATE, SAFETY, TEMPLATE, UTILITY, tiny_llama, tiny_tokenizer
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A model and what is needed around it, good and bad, by name."""
+    root = tmp_path_factory.mktemp("files")
+    tokenizers = {"model": tiny_tokenizer(), "unmarked": tiny_tokenizer(), "silent": tiny_tokenizer()}
+    tokenizers["unmarked"].chat_template = PLAIN_TEMPLATE
+    tokenizers["silent"].chat_template = TEMPLATE.replace("'assistant'", "'bot'")
+    tokenizers["unpadded"], tokenizers["untold"] = tiny_tokenizer(), tiny_tokenizer()
+    tokenizers["unpadded"].pad_token = None
+    tokenizers["untold"].chat_template = None
+    for name, tokenizer in tokenizers.items():
+        tiny_llama().save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+    for name, examples in (("safety", SAFETY), ("utility", UTILITY)):
+        (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in examples))
+    pairs = [{"prompt": row[0]["content"], "response": row[1]["content"]} for row in UTILITY["messages"]]
+    (root / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    (root / "empty.jsonl").write_text("")
+    (root / "corrupt.jsonl").write_text(json.dumps(SAFETY[0]) + "\n{\n")
+    (root / "columns.jsonl").write_text('{"question": "how", "answer": "no"}\n')
+    return root
+
+
+def run(monkeypatch, capfd, *arguments):
+    """Run the command line here; return its status and what it wrote to stdout and stderr."""
+    monkeypatch.setattr("sys.argv", ["geomkit", *map(str, arguments)])
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return ended.value.code or 0, *capfd.readouterr()
+
+
+def names(folder):
+    return [path.name for path in Path(folder).iterdir()]
+
+
+def finetuning(files, **changes):
+    options = {"model": "model", "train": "utility.jsonl", "anchors": "safety.jsonl"} | changes
+    paths = {name: files / value for name, value in options.items() if value}
+    return ["finetune", *(part for name, path in paths.items() for part in (f"--{name}", path)), "--out", "run"]
+
+
+def analysis(files, **changes):
+    options = {"model": "model", "safety": "safety.jsonl", "utility": "utility.jsonl"} | changes
+    return ["analyze", *(part for name, value in options.items() for part in (f"--{name}", files / value))]
+
+
+# ------------------------------------------------------------------------------------------------ good input
+
+
+def test_finetune_writes_a_checkpoint_that_loads(files, monkeypatch, capfd):
+    status, out, err = run(monkeypatch, capfd, *finetuning(files), "--steps", 2, "--learning-rate", 0.01)
+    assert status == 0, err
+    assert "rule 'rank1': 0 of 2 steps raised the safety loss" in out
+    assert out.endswith("wrote run\n")
+    trained, start = (AutoModelForCausalLM.from_pretrained(path) for path in ("run", files / "model"))
+    assert any(bool((a != b).any()) for a, b in zip(trained.parameters(), start.parameters(), strict=True))
+    assert encode(AutoTokenizer.from_pretrained("run"), SAFETY) == encode(tiny_tokenizer(), SAFETY)
+    assert names(".") == ["run"]
+
+
+def test_finetune_takes_pairs_prefixes_a_pad_token_and_no_anchors(files, monkeypatch, capfd):
+    bare = [*finetuning(files, model="unmarked", train="pairs.jsonl", anchors=None), "--assistant-mask", "prefix"]
+    status, out, err = run(monkeypatch, capfd, *bare, "--epochs", 1, "--pad-token", "[end]")
+    assert (status, out) == (0, "wrote run\n"), err
+    assert AutoTokenizer.from_pretrained("run").pad_token == "[end]"  # noqa: S105
+    assert "spf.jsonl" not in names("run")
+
+
+def test_analyze_writes_a_report_and_the_promised_numbers(files, monkeypatch, capfd):
+    status, out, err = run(monkeypatch, capfd, *analysis(files), "--out", "a/b", "--json", "c/numbers.json")
+    assert status == 0, err
+    assert "wrote a/b/report.html\nwrote c/numbers.json\n" in out
+    assert "<h1>Gradient geometry of" in Path("a/b/report.html").read_text(encoding="utf-8")
+    numbers = json.loads(Path("c/numbers.json").read_text(encoding="utf-8"))
+    assert set(numbers) == {"spectrum", "conflict", "one_sample"}
+    for side in ("safety", "utility"):
+        measured = {"tokens", "effective_rank", "cer10", "null_effective_rank", "null_cer10"}
+        assert set(numbers["spectrum"][side]) == measured
+        assert all(value > 0 for value in numbers["spectrum"][side].values())
+    assert set(numbers["conflict"]) >= {"cosine", "negative_share", "interval", "null_interval"}
+    assert -1 <= numbers["conflict"]["cosine"] <= 1
+    assert set(numbers["one_sample"]) >= {"overlap", "interval", "null"}
+    assert names("c") == ["numbers.json"]
+
+
+def test_version_and_help(monkeypatch, capfd):
+    assert run(monkeypatch, capfd, "--version") == (0, f"{__version__}\n", "")
+    status, out, _ = run(monkeypatch, capfd, "--help")
+    assert status == 0
+    assert all(command in out for command in ("tour", "analyze", "finetune", "organism"))
+
+
+# ------------------------------------------------------------------------------------------------- bad input
+
+
+def one_line(status, out, err):
+    assert status == 1
+    assert out == ""
+    assert err.startswith("geomkit: ")
+    assert err.endswith("\n")
+    assert err.count("\n") == 1, err
+    assert names(".") == []
+    return err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"safety": "missing.jsonl"}, "missing.jsonl, found none; shipped sets:"),
+        ({"utility": "missing.jsonl"}, "missing.jsonl, found none; shipped sets:"),
+        ({"safety": "empty.jsonl"}, "expected at least one example in"),
+        ({"safety": "corrupt.jsonl"}, "corrupt.jsonl, line 2: expected one JSON object a line"),
+        ({"utility": "columns.jsonl"}, "expected a column 'messages', or 'prompt' and 'response', found ['question'"),
+        ({"model": "missing"}, "missing, found none"),
+        ({"model": "unmarked"}, "that marks the assistant's tokens with {% generation %}, found no marker"),
+        ({"model": "untold"}, "expected a tokenizer with a chat template, found none"),
+        ({"model": "silent"}, " tokens, all masked)"),
+        ({"model": "unpadded"}, "expected a tokenizer with a pad token, found none"),
+    ],
+)
+def test_bad_input_gets_one_line(files, monkeypatch, capfd, changes, message):
+    assert message in one_line(*run(monkeypatch, capfd, *analysis(files, **changes), "--json", "numbers.json"))
+    instead = {{"safety": "anchors", "utility": "train"}.get(name, name): value for name, value in changes.items()}
+    assert message in one_line(*run(monkeypatch, capfd, *finetuning(files, **instead)))
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "message"),
+    [
+        (finetuning, ["--rule", "none"], "expected one of the rules rank1"),
+        (finetuning, ["--rank", "3"], "positive rank"),
+        (finetuning, ["--pad-token", "<none>"], "expected a pad token from the vocabulary"),
+        (finetuning, ["--assistant-mask", "guess"], "expected --assistant-mask template or prefix, found 'guess'"),
+        (analysis, ["--assistant-mask", "guess"], "expected --assistant-mask template or prefix, found 'guess'"),
+        (analysis, ["--max-length", "3"], "found none within the first 3 tokens"),
+        (analysis, ["--layers", "*.none.*"], "expected trainable parameters that match ['*.none.*'], found none"),
+        (analysis, ["--dtype", "float7"], "float7"),
+    ],
+)
+def test_bad_options_get_one_line(files, monkeypatch, capfd, command, options, message):
+    assert message in one_line(*run(monkeypatch, capfd, *command(files), *options))
+
+
+def test_a_rule_without_anchors_is_refused_and_a_folder_is_never_overwritten(files, monkeypatch, capfd):
+    bare = finetuning(files, anchors=None)
+    assert "expected anchors for the rule 'left'" in one_line(*run(monkeypatch, capfd, *bare, "--rule", "left"))
+    Path("run").mkdir()
+    Path("run/mine").write_text("kept")
+    status, _, err = run(monkeypatch, capfd, *finetuning(files))
+    assert (status, err.count("\n")) == (1, 1)
+    assert "expected a new or empty folder at run" in err
+    assert names("run") == ["mine"]
+
+
+def test_results_that_cannot_be_written_get_one_line_before_the_work(files, monkeypatch, capfd):
+    Path("file").write_text("kept")
+    for place in (["--out", "file/inside"], ["--json", "file/numbers.json"]):
+        status, out, err = run(monkeypatch, capfd, *analysis(files), *place)
+        assert (status, out, err.count("\n")) == (1, "", 1), err
+        assert "expected a folder that can be written to at" in err
+
+
+@pytest.mark.parametrize(
+    "arguments", [["analyze"], ["finetune", "--steps", "0"], ["tour", "--seed", "x"], ["none"], ["analyze", "--none"]]
+)
+def test_wrong_usage_says_so_with_status_2(monkeypatch, capfd, arguments):
+    status, out, err = run(monkeypatch, capfd, *arguments)
+    assert (status, out) == (2, "")
+    assert "Usage: " in err
