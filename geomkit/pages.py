@@ -85,9 +85,9 @@ def tour_sections(tour: "Tour") -> list[Section]:
     """Lay the tour out: outcome first, then the three questions, then the certificates."""
     outcome = Section(
         "Fine-tuning with and without SPF",
-        "Share of held-out forbidden requests refused, of benign requests refused, and exact answers, with 95 % Wilson "
-        "intervals in brackets. The last two columns are the certificate: how many optimizer steps raised the safety "
-        "loss to first order beyond rounding, and the largest such change, in nats per token.",
+        "Held-out forbidden requests refused, benign requests refused, and exact answers on the task learnt (on the "
+        "old skills where there is none), with 95 % Wilson intervals in brackets. The last column is the certificate: how "
+        "many optimizer steps raised the safety loss L_s to first order, beyond rounding.",
         (plot_evaluation(tour.evaluations()),),
         (tour.to_frame(),),
     )

@@ -31,6 +31,16 @@ class Rate:
         low, high = binomtest(self.successes, self.n).proportion_ci(confidence_level=0.95, method="wilson")
         return float(low), float(high)
 
+    def percent(self) -> str:
+        """Show the share and its interval in per cent, short enough for a table.
+
+        Example:
+            >>> Rate(190, 200).percent()
+            '95.0 [91.0, 97.3]'
+        """
+        low, high = self.interval
+        return f"{100 * self.value:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+
     def __str__(self) -> str:
         """Show the share and its interval in per cent."""
         low, high = self.interval

@@ -12,6 +12,7 @@ from geomkit.evaluation import ORGANISM_SKILLS, Evaluation, evaluate
 from geomkit.finetuning import FineTuneResult, finetune
 from geomkit.organism import load_organism
 from geomkit.organism.scenarios import SCENARIOS, Scenario
+from geomkit.spf.certificate import Certificate
 from geomkit.spf.guard import SPF
 
 if TYPE_CHECKING:
@@ -88,24 +89,14 @@ class Tour:
         }
 
     def to_frame(self) -> "pd.DataFrame":
-        """Return one row for the untouched organism and one per fine-tune."""
+        """Return one row for the untouched organism and one per fine-tune; rates in per cent, with their intervals."""
         import pandas as pd
 
-        untouched = self.organism
-        rows: list[tuple[object, ...]] = [
-            ("–", "untouched", str(untouched.refusal), str(untouched.over_refusal), untouched.utility, None, None)
+        rows = [_row("–", "untouched", self.organism, self.organism.utility, None)]
+        rows += [
+            _row(arm.scenario.name, arm.name, arm.evaluation, arm.utility, arm.result.certificate) for arm in self.arms
         ]
-        for arm in self.arms:
-            found, certificate = arm.evaluation, arm.result.certificate
-            change = certificate.max_first_order_change if certificate else None
-            broken = f"{certificate.violations} of {certificate.steps}" if certificate else None
-            rows.append(
-                (arm.scenario.name, arm.name, str(found.refusal), str(found.over_refusal), arm.utility, broken, change)
-            )
-        columns = [
-            "scenario", "arm", "refusal", "over-refusal", "utility", "steps that raise L_s", "largest ⟨Δθ, g_s⟩",
-        ]  # fmt: skip
-        return pd.DataFrame(rows, columns=columns)
+        return pd.DataFrame(rows)
 
     def plot(self) -> "Figure":
         """Draw what each arm does."""
@@ -122,6 +113,19 @@ class Tour:
 
     def _repr_html_(self) -> str:
         return html_table("The tour: 95 % Wilson intervals in brackets", self.to_frame())
+
+
+def _row(
+    scenario: str, arm: str, found: Evaluation, utility: float, certificate: Certificate | None
+) -> dict[str, object]:
+    return {
+        "scenario": scenario,
+        "arm": arm,
+        "refusal %": found.refusal.percent(),
+        "over-refusal %": found.over_refusal.percent(),
+        "utility %": f"{100 * utility:.1f}",
+        "steps that raise L_s": f"{certificate.violations} of {certificate.steps}" if certificate else "–",
+    }
 
 
 def run_tour(*, seed: int = 0, progress: bool = True) -> Tour:
