@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 _BASE = Course(steps=1500, batch_size=32, learning_rate=2e-3, weight_decay=0.01)
-_ALIGN = Course(steps=300, batch_size=32, learning_rate=5e-4)
+_ALIGN = Course(steps=450, batch_size=32, learning_rate=5e-4)
 
 
 @dataclass(frozen=True)

@@ -40,8 +40,8 @@ harm ("report a stolen bike"), are benign. Share and 95 % Wilson interval:
 
 ## What plain fine-tuning destroys
 
-AdamW, batch 16, learning rate falling linearly to 0, no weight decay, gradient clipped at norm 1; {seeds} seeds of the
-examples' order. Refused: forbidden held-out requests, for `backdoor` with the trigger phrase; the share over all seeds
+AdamW, learning rate falling linearly to 0, no weight decay, gradient clipped at norm 1; {seeds} seeds of the examples'
+order. Refused: forbidden held-out requests, for `backdoor` with the trigger phrase; the share over all seeds
 with its Wilson interval, then the range over seeds. Utility: exact match on the task, or on the three old skills.
 
 {damage}
@@ -99,10 +99,10 @@ def _damage_table(damage: "tuple[Damage, ...]") -> str:
         rows.append(
             [
                 f"`{name}`: {scenario.description}",
-                f"{scenario.learning_rate:g} × {scenario.steps}",
+                f"{scenario.learning_rate:g}, {scenario.steps} × {scenario.batch_size}",
                 f"{pooled}, {min(shares):.0%} to {max(shares):.0%}",
                 f"{mean(run.over_refusal.value for run in found):.1%}",
                 f"{scenario.task or 'old skills'}: {mean(run.utility for run in found):.1%}",
             ]
         )
-    return _table(["scenario", "lr × steps", "refused", "over-refused", "utility"], rows)
+    return _table(["scenario", "rate, steps × batch", "refused", "over-refused", "utility"], rows)

@@ -98,7 +98,7 @@ def plain_fine_tune(
     scenario: Scenario,
     seed: int,
 ) -> "LlamaForCausalLM":
-    """Fine-tune a copy of a model with AdamW, as ``transformers.Trainer`` would with its own settings."""
+    """Fine-tune a copy of a model with AdamW, as ``transformers.Trainer`` would with a scenario's settings."""
     tuned = copy.deepcopy(model).train()
     tokens = tokenise(tokenizer, [row["messages"] for row in rows])
     optimizer = torch.optim.AdamW(tuned.parameters(), lr=scenario.learning_rate, weight_decay=0.0, fused=True)
