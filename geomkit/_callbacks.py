@@ -42,4 +42,9 @@ class ProgressBar(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._bar.close()
+        self.close()
+
+    def close(self) -> None:
+        """End the bar, also where training broke off: what is printed next starts a line of its own."""
+        if self._bar is not None:
+            self._bar.close()

@@ -170,9 +170,8 @@ def finetune(
     pad = pad_id(tokenizer)
     trained = model if inplace else copy.deepcopy(model)
     guard = SPFCallback(spf) if spf is not None else None
-    own: list[TrainerCallback] = [LossCheck(), *callbacks, *([guard] if guard else [])]
-    if progress:
-        own.append(ProgressBar())
+    bar = ProgressBar() if progress else None
+    own = [callback for callback in (LossCheck(), *callbacks, guard, bar) if callback is not None]
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch, random_state_kept():
         arguments = TrainingArguments(
@@ -210,6 +209,8 @@ def finetune(
         finally:
             if guard:
                 guard.detach()
+            if bar:
+                bar.close()
             trained.zero_grad(set_to_none=True)
     trained.eval()
     history = pd.DataFrame([row for row in trainer.state.log_history if "loss" in row])

@@ -166,7 +166,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch, capsys):
         finetune(model, TOKENIZER, UTILITY, SPF(SAFETY), **QUICK)
     assert random.getstate() == state
     assert list(tmp_path.iterdir()) == []
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr() == ("", "")
+    with pytest.raises(GeomkitError, match="step 1"):
+        finetune(model, TOKENIZER, UTILITY, **QUICK | {"progress": True})
+    assert capsys.readouterr().err.endswith("\n")  # the bar is closed
 
 
 def test_a_run_that_breaks_off_detaches_spf():
