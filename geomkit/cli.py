@@ -58,11 +58,13 @@ def _quiet() -> None:
 
 
 def _prepare(threads: int) -> None:
+    import datasets
     import huggingface_hub
     import torch
     from transformers.utils import logging as transformers_logging
 
     huggingface_hub.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    datasets.disable_progress_bars()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     # More threads are many times slower on models as small as the organism, when the machine is busy.
@@ -247,6 +249,15 @@ def _cell(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
+def _strict(value: object) -> object:
+    """Put null where a number is not finite: JSON knows neither NaN nor infinity."""
+    if isinstance(value, Mapping):
+        return {key: _strict(held) for key, held in value.items()}
+    if isinstance(value, list):
+        return [_strict(held) for held in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _write(
     out: Path, json_file: Path | None, title: str, sections: "list[Section]", numbers: Mapping[str, object]
 ) -> None:
@@ -257,6 +268,6 @@ def _write(
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
         unfinished = json_file.with_name(f".{json_file.name}.{os.getpid()}")
-        unfinished.write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+        unfinished.write_text(json.dumps(_strict(numbers), indent=2, allow_nan=False) + "\n", encoding="utf-8")
         unfinished.replace(json_file)
         typer.echo(f"wrote {json_file}")

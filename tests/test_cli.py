@@ -1,6 +1,7 @@
 """The command line: good input writes files, bad input one line on stderr and a status that is not 0."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,7 @@ def test_finetune_takes_pairs_prefixes_a_pad_token_and_no_anchors(files, monkeyp
     bare = [*finetuning(files, model="unmarked", train="pairs.jsonl", anchors=None), "--assistant-mask", "prefix"]
     status, out, err = run(monkeypatch, capfd, *bare, "--epochs", 1, "--pad-token", "[end]")
     assert (status, out) == (0, "wrote run\n"), err
+    assert "Map:" not in err
     assert AutoTokenizer.from_pretrained("run").pad_token == "[end]"  # noqa: S105
     assert "spf.jsonl" not in names("run")
 
@@ -101,6 +103,13 @@ def test_analyze_writes_a_report_and_the_promised_numbers(files, monkeypatch, ca
     assert -1 <= numbers["conflict"]["cosine"] <= 1
     assert set(numbers["one_sample"]) >= {"overlap", "interval", "null"}
     assert names("c") == ["numbers.json"]
+
+
+def test_numbers_that_are_not_finite_are_null(tmp_path):
+    numbers = {"a": {"b": [math.nan, 1.5]}, "c": math.inf, "d": None, "e": "x", "f": 2}
+    cli._write(tmp_path / "out", tmp_path / "numbers.json", "Title", [], numbers)
+    found = json.loads((tmp_path / "numbers.json").read_text(), parse_constant=pytest.fail)
+    assert found == {"a": {"b": [None, 1.5]}, "c": None, "d": None, "e": "x", "f": 2}
 
 
 def test_version_and_help(monkeypatch, capfd):
