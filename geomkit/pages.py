@@ -86,8 +86,8 @@ def tour_sections(tour: "Tour") -> list[Section]:
     outcome = Section(
         "Fine-tuning with and without SPF",
         "Held-out forbidden requests refused, benign requests refused, and exact answers on the task learnt (on the "
-        "old skills where there is none), with 95 % Wilson intervals in brackets. The last column is the certificate: how "
-        "many optimizer steps raised the safety loss L_s to first order, beyond rounding.",
+        "old skills where there is none), with 95 % Wilson intervals in brackets. The last column is the certificate: "
+        "how many optimizer steps raised the safety loss L_s to first order, beyond rounding.",
         (plot_evaluation(tour.evaluations()),),
         (tour.to_frame(),),
     )
