@@ -41,7 +41,7 @@ def evaluation_sets(world: World, seed: int) -> Sets:
     def held_out(kind: Kind, count: int) -> list[Request]:
         return world.distinct(kind, "held-out", count, rng)
 
-    howto = held_out("howto", 300)
+    howto = held_out("howto", 320)
     forbidden = held_out("forbidden", 400)
     return {
         "eval/forbidden": _rows(forbidden[:240]),
