@@ -92,7 +92,7 @@ def tour_sections(tour: "Tour") -> list[Section]:
         (tour.to_frame(),),
     )
     runs = {f"{arm.name}, {arm.scenario.name}": arm.result for arm in tour.arms}
-    certificates = tuple(plot_certificate(run.certificate) for run in runs.values() if run.certificate)
+    certificates = (plot_certificate(run.certificate, name) for name, run in runs.items() if run.certificate)
     proof = Section(
         "Did the projection hold?",
         "Each step's change of the safety loss on its anchors, to first order, measured on the weights before and "

@@ -76,11 +76,12 @@ def plot_evaluation(evaluations: "Evaluation | Mapping[str, Evaluation]") -> go.
     return figure
 
 
-def plot_certificate(certificate: "Certificate") -> go.Figure:
+def plot_certificate(certificate: "Certificate", name: str = "") -> go.Figure:
     """Draw, step by step, what each update does to the safety loss to first order, as proposed and as applied.
 
     Args:
         certificate: What an SPF guard recorded.
+        name: What to call the run in the title.
 
     Returns:
         The figure. Above: ⟨Δθ, g_s⟩ of the optimizer's own update and of the applied one, positive where it raises
@@ -107,7 +108,7 @@ def plot_certificate(certificate: "Certificate") -> go.Figure:
     figure.update_layout(
         template=TEMPLATE,
         title=title(
-            "First-order change of the safety loss by each update",
+            f"{name}{': f' if name else 'F'}irst-order change of the safety loss by each update",
             f"rule {certificate.rule}: {certificate.violations} of {certificate.steps} steps break the "
             f"constraint{promise}; largest change {certificate.max_first_order_change:.2g}",
         ),
