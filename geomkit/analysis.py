@@ -11,6 +11,7 @@ from geomkit.collect import collect_gradients
 from geomkit.controls import match_tokens
 from geomkit.correlation import Conflict, conflict
 from geomkit.data import AssistantMask
+from geomkit.errors import GeometryError
 from geomkit.gradients import Coverage, GradientSet
 from geomkit.onesample import OneSample, one_sample_study
 from geomkit.subspaces import subspace
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from plotly.graph_objects import Figure
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_FEWEST = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +49,11 @@ class Analysis:
     tokens: int
 
     def to_dict(self) -> dict[str, dict[str, object]]:
-        """Return the headline numbers: ``spectrum``, ``conflict``, ``one_sample``."""
+        """Return the headline numbers: ``spectrum``, ``conflict``, ``one_sample``.
+
+        ``null_interval`` is where ``cosine``, that of the mean gradients, lies for shuffled labels; ``interval``
+        belongs to ``corrected``, the estimate of the cosine of the expected gradients.
+        """
         return {
             "spectrum": {
                 "safety": _headline(self.safety, self.tokens),
@@ -151,6 +158,12 @@ def analyze(
         CollectionError: If a loss or gradient is not finite, or no parameter matches.
         GeometryError: If a set has fewer than three examples.
     """
+    for name, side in (("safety", safety), ("utility", utility)):
+        if min(len(side), examples or len(side)) < _FEWEST:
+            raise GeometryError(
+                f"expected at least {_FEWEST} {name} examples to tell their spread, found {len(side)} "
+                f"(examples={examples}); give more"
+            )
 
     def collect(side: "Dataset") -> GradientSet:
         return collect_gradients(

@@ -214,7 +214,6 @@ _GREEDY = {
     "num_beams": 1,
     "repetition_penalty": 1.0,
     "no_repeat_ngram_size": 0,
-    "min_length": 0,
     "min_new_tokens": 0,
 }
 """What is left unsaid, ``generate`` takes from the checkpoint, and chat models ship penalties and beams there."""

@@ -152,8 +152,8 @@ def finetune(
         A :class:`FineTuneResult`. Python's, numpy's and torch's global random states are left as found.
 
     Raises:
-        DataError: If the examples cannot be encoded.
-        GeomkitError: If the loss is not finite.
+        DataError: If the examples cannot be encoded, or there is not a single step to take.
+        GeomkitError: If the loss is not finite; with ``inplace`` the model's weights are then spoilt.
         SPFError: If SPF cannot be attached, or its constraint does not hold after a step.
 
     Example:
@@ -166,6 +166,8 @@ def finetune(
     """
     import pandas as pd
 
+    if (steps if steps is not None else epochs) <= 0:
+        raise DataError(f"expected something to train, found steps={steps} and epochs={epochs}; give a positive number")
     rows = encode(tokenizer, train, assistant_mask=assistant_mask, max_length=max_length)
     pad = pad_id(tokenizer)
     trained = model if inplace else copy.deepcopy(model)

@@ -109,11 +109,13 @@ class Certificate:
         return plot_certificate(self)
 
     def __str__(self) -> str:
-        """Say in one line whether the constraint held."""
+        """Say in one line whether the constraint held, and how much rounding it tolerates."""
         promise = "promised" if self.guaranteed else "not promised by this rule"
+        tolerance = max((record.tolerance for record in self.records), default=0.0)
         return (
             f"rule '{self.rule}': {self.violations} of {self.steps} steps raised the safety loss to first order "
-            f"(⟨Δθ, g_s⟩ ≤ 0 {promise}); largest change {self.max_first_order_change:.2g} nats per token"
+            f"(⟨Δθ, g_s⟩ ≤ 0 {promise}); largest change {self.max_first_order_change:.2g} nats per token, "
+            f"rounding tolerated up to {tolerance:.2g}"
         )
 
     def _repr_html_(self) -> str:

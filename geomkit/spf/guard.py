@@ -1,5 +1,6 @@
 """SPF at work: the hooks that sit around ``optimizer.step`` and project what it does."""
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,6 +22,9 @@ from geomkit.spf.rules import Protection, Reading, Rule, get_rule, protect, read
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+_LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,6 +125,7 @@ class Guard:
         self._pool = pool
         self._pad = pad
         self._parameters = _guarded_parameters(model, optimizer)
+        _warn_of_rounding(self._parameters)
         self._reference = losses_of(model, pool.rows, pad) if rule.drift_correction else None
         self._records: list[StepRecord] = []
         self._pending: _Pending | None = None
@@ -296,6 +301,17 @@ def _guarded_parameters(model: nn.Module, optimizer: Any) -> dict[str, nn.Parame
         raise SPFError("expected an optimizer with trainable parameters, found none; unfreeze the model first")
     _refuse_sharded(guarded)
     return guarded
+
+
+def _warn_of_rounding(parameters: dict[str, nn.Parameter]) -> None:
+    types = {parameter.dtype for parameter in parameters.values()} - {torch.float32, torch.float64}
+    if types:
+        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in types))
+        _LOGGER.warning(
+            "the weights are %s: rounding them can undo part of a projection, and the certificate tolerates that much; "
+            "train in float32 for a constraint that binds",
+            names,
+        )
 
 
 def _refuse_sharded(parameters: dict[str, nn.Parameter]) -> None:

@@ -1,0 +1,63 @@
+import json
+
+import numpy as np
+import pytest
+
+import geomkit as gk
+from geomkit.errors import GeometryError
+from geomkit.pages import analysis_sections
+from tests.tiny import SAFETY, UTILITY, tiny_llama, tiny_tokenizer
+
+TOKENIZER = tiny_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def found():
+    return gk.analyze(tiny_llama(), TOKENIZER, SAFETY, UTILITY, null_draws=3, progress=False)
+
+
+def test_both_sides_have_the_same_tokens_and_parameters(found):
+    assert list(found.safety.layers) == list(found.utility.layers)
+    for name, layer in found.safety.layers.items():
+        assert layer.tokens == found.utility.layers[name].tokens
+        assert {draw.tokens for draw in found.safety.null[name]} == {layer.tokens}
+    assert found.coverage.share == 1
+
+
+def test_headline_numbers(found):
+    numbers = json.loads(json.dumps(found.to_dict()))
+    assert set(numbers) == {"spectrum", "conflict", "one_sample"}
+    for side in ("safety", "utility"):
+        assert {"tokens", "effective_rank", "cer10", "null_effective_rank", "null_cer10"} <= set(
+            numbers["spectrum"][side]
+        )
+    assert {"cosine", "negative_share", "interval", "null_interval"} <= set(numbers["conflict"])
+    assert {"overlap", "interval", "null"} <= set(numbers["one_sample"])
+    assert numbers["conflict"]["cosine"] == pytest.approx(cosine_by_hand(), rel=1e-4)
+
+
+def cosine_by_hand():
+    sides = [gk.collect_gradients(tiny_llama(), TOKENIZER, side, progress=False) for side in (SAFETY, UTILITY)]
+    a, b = (np.concatenate([gradient.dense().flatten().numpy() for gradient in side.values()]) for side in sides)
+    return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+
+
+def test_seeds_decide_and_nothing_else_does(found):
+    again = gk.analyze(tiny_llama(), TOKENIZER, SAFETY, UTILITY, null_draws=3, progress=False)
+    other = gk.analyze(tiny_llama(), TOKENIZER, SAFETY, UTILITY, null_draws=3, progress=False, seed=1)
+    assert repr(again.to_dict()) == repr(found.to_dict())  # as text: NaN is not itself
+    assert repr(other.to_dict()) != repr(found.to_dict())
+
+
+def test_it_shows_itself(found):
+    sections = analysis_sections(found)
+    assert [len(section.figures) for section in sections] == [2, 3, 1]
+    assert "100.0% of the trainable parameters" in found._repr_html_()
+    assert len(found.to_frame()) == 7
+
+
+def test_too_few_examples_are_refused_before_the_work():
+    with pytest.raises(GeometryError, match="at least 3 safety examples"):
+        gk.analyze(None, None, SAFETY.select([0]), UTILITY)
+    with pytest.raises(GeometryError, match="examples=2"):
+        gk.analyze(None, None, SAFETY, UTILITY, examples=2)
