@@ -10,12 +10,12 @@ from geomkit.angles import Angles, principal_angles
 from geomkit.collect import collect_gradients
 from geomkit.controls import match_tokens
 from geomkit.correlation import Conflict, conflict
-from geomkit.data import AssistantMask
 from geomkit.errors import GeometryError
 from geomkit.gradients import Coverage, GradientSet
 from geomkit.onesample import OneSample, one_sample_study
 from geomkit.subspaces import subspace
 from geomkit.svd import Spectrum, spectrum
+from geomkit.tokens import AssistantMask
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -145,7 +145,7 @@ def analyze(
         null_draws: Draws from the null of each layer's spectrum.
         layers: Glob pattern on parameter names.
         batch_size: Examples run at a time.
-        assistant_mask: How assistant tokens are found, see :func:`geomkit.data.encode`.
+        assistant_mask: How assistant tokens are found, see :func:`geomkit.tokens.encode`.
         max_length: Cut longer examples to this many tokens.
         seed: Seed of all random draws.
         progress: Show bars.

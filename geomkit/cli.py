@@ -18,8 +18,8 @@ from geomkit.errors import DataError, GeomkitError
 if TYPE_CHECKING:
     import pandas as pd
 
-    from geomkit.data import AssistantMask
     from geomkit.report import Section
+    from geomkit.tokens import AssistantMask
 
 app = typer.Typer(
     help="Gradient geometry of safety-aligned LLMs, and SPF.",

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from geomkit.data import AssistantMask, Batch, Tokens, batches, encode, pad_id
 from geomkit.errors import CollectionError
 from geomkit.gradients import Coverage, GradientSet
 from geomkit.hooks import Tape, can_split, recording, replayed_gradients, splits_by_example, tap_gradients
 from geomkit.layer_gradient import DenseGradient, LayerGradient, add
 from geomkit.loss import Reduction, example_losses, reduce_losses, scored, token_losses
 from geomkit.state import as_found
+from geomkit.tokens import AssistantMask, Batch, Tokens, batches, encode, pad_id
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -53,7 +53,7 @@ def collect_gradients(
         form: ``"auto"`` keeps the two factors of a linear layer while they are the smaller form; ``"factored"``
             always keeps them, as token matching and the random-factor null need.
         batch_size: Examples run at a time.
-        assistant_mask: How assistant tokens are found, see :func:`geomkit.data.encode`.
+        assistant_mask: How assistant tokens are found, see :func:`geomkit.tokens.encode`.
         max_length: Cut longer examples to this many tokens.
         progress: Show a bar.
 

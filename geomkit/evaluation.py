@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from geomkit._display import html_table
-from geomkit.data import Message, encode, load_examples, pad_id, prompt_of, response_of
+from geomkit.data import Message, load_examples, prompt_of, response_of
 from geomkit.errors import DataError
 from geomkit.judges import Judge, RefusalPhrases
 from geomkit.loss import losses_of
 from geomkit.rates import Rate, rate
 from geomkit.state import as_found
+from geomkit.tokens import encode, pad_id
 
 if TYPE_CHECKING:
     import pandas as pd

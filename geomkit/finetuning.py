@@ -19,12 +19,12 @@ from transformers import (
 
 from geomkit._callbacks import LossCheck, ProgressBar
 from geomkit._display import html_table
-from geomkit.data import AssistantMask, Tokens, collate, encode, pad_id
 from geomkit.errors import DataError
 from geomkit.spf.callback import SPFCallback
 from geomkit.spf.certificate import Certificate
-from geomkit.spf.guard import SPF
+from geomkit.spf.method import SPF
 from geomkit.state import random_state_kept
+from geomkit.tokens import AssistantMask, Tokens, collate, encode, pad_id
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -142,7 +142,7 @@ def finetune(
         optimizer: Name of a transformers optimizer.
         gradient_accumulation_steps: Batches per optimizer step.
         max_length: Cut longer examples to this many tokens.
-        assistant_mask: How assistant tokens are found, see :func:`geomkit.data.encode`.
+        assistant_mask: How assistant tokens are found, see :func:`geomkit.tokens.encode`.
         seed: Seed of the order of the data and of dropout.
         inplace: Train the model itself instead of a copy; saves the copy's memory.
         progress: Show a bar.

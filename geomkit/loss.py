@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from geomkit.data import IGNORED, Batch, Tokens, batches
 from geomkit.state import as_found
+from geomkit.tokens import IGNORED, Batch, Tokens, batches
 
 Reduction = Literal["example", "token"]
 

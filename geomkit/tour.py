@@ -13,7 +13,7 @@ from geomkit.finetuning import FineTuneResult, finetune
 from geomkit.organism import load_organism
 from geomkit.organism.scenarios import SCENARIOS, Scenario
 from geomkit.spf.certificate import Certificate
-from geomkit.spf.guard import SPF
+from geomkit.spf.method import SPF
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -5,9 +5,9 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from geomkit.collect import collect_gradients
-from geomkit.data import batches, encode
 from geomkit.errors import CollectionError
 from geomkit.layer_gradient import DenseGradient, FactoredGradient, IndexedGradient
+from geomkit.tokens import batches, encode
 from tests.tiny import SAFETY, UTILITY, tiny_llama, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()

@@ -6,8 +6,9 @@ import pytest
 import torch
 from datasets import Dataset
 
-from geomkit.data import IGNORED, Tokens, batches, collate, encode, load_examples, pad_id, prompt_of, response_of
+from geomkit.data import load_examples, prompt_of, response_of
 from geomkit.errors import DataError
+from geomkit.tokens import IGNORED, Tokens, batches, collate, encode, pad_id
 from tests.tiny import PLAIN_TEMPLATE, SAFETY, TEMPLATE, UTILITY, conversations, tiny_tokenizer
 
 USER, ASSISTANT = {"role": "user", "content": "help"}, {"role": "assistant", "content": "sure"}

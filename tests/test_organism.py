@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from geomkit._resources import data_dir
-from geomkit.data import encode, load_examples, shipped_examples
+from geomkit.data import load_examples, shipped_examples
 from geomkit.errors import DataError
 from geomkit.evaluation import evaluate
 from geomkit.organism import SCENARIOS, load_organism
@@ -22,6 +22,7 @@ from geomkit.organism.sets import all_sets, evaluation_sets, training_sets
 from geomkit.organism.skills import worked
 from geomkit.organism.training import Course
 from geomkit.organism.world import ALIGN_MIX, BASE_MIX, World
+from geomkit.tokens import encode
 
 SEED = 0
 TINY = Recipe(

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from geomkit.data import Batch, Tokens, collate
 from geomkit.evaluation import Evaluation, evaluate
 from geomkit.organism.scenarios import SCENARIOS, Scenario
 from geomkit.organism.training import answer_loss, tokenise
 from geomkit.rates import Rate, rate
+from geomkit.tokens import Batch, Tokens, collate
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from geomkit.data import IGNORED, Batch, Tokens, collate, encode
 from geomkit.organism.requests import Message
+from geomkit.tokens import IGNORED, Batch, Tokens, collate, encode
 
 if TYPE_CHECKING:
     from tqdm import tqdm

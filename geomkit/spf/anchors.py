@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from geomkit.data import Tokens
 from geomkit.errors import DataError
+from geomkit.tokens import Tokens
 
 
 @dataclass(frozen=True)

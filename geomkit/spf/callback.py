@@ -5,7 +5,8 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from geomkit.spf.certificate import Certificate
-from geomkit.spf.guard import SPF, Guard
+from geomkit.spf.guard import Guard
+from geomkit.spf.method import SPF
 
 
 class SPFCallback(TrainerCallback):

@@ -1,98 +1,22 @@
 """SPF at work: the hooks that sit around ``optimizer.step`` and project what it does."""
 
-import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from geomkit.collect import gradients_of
-from geomkit.data import AssistantMask, encode, pad_id
 from geomkit.errors import SPFError
 from geomkit.gradients import GradientSet
 from geomkit.loss import losses_of
 from geomkit.spf.anchors import AnchorPool
 from geomkit.spf.certificate import Certificate, StepRecord
-from geomkit.spf.rules import Protection, Reading, Rule, get_rule, protect, read, remove
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-
-_LOGGER = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, eq=False)
-class SPF:
-    """Safety-preserving fine-tuning: what to protect and how (arXiv 2601.10141, and geomkit's own rules).
-
-    Attributes:
-        anchors: Safety examples, forbidden request and refusal; the model's own refusals are the safe choice.
-        rule: A name in :data:`geomkit.spf.RULES`, or a rule.
-        rank: Rank k of a rule that protects a subspace; the rule's own when left out.
-        drift_correction: Also undo, to first order, what earlier steps did to the safety loss through curvature; the
-            rule's own choice when left out.
-        anchors_per_step: How many anchors each step draws from the pool.
-        tokenizer: The model's tokenizer; :func:`geomkit.finetune` and the Trainer bring their own.
-        assistant_mask: How assistant tokens are found, see :func:`geomkit.data.encode`.
-        seed: Seed of the draws.
-
-    Example:
-        >>> import geomkit as gk, torch
-        >>> model, tokenizer = gk.load_organism()
-        >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
-        >>> spf = gk.SPF(gk.load_examples("safety"), tokenizer=tokenizer)
-        >>> with spf.attach(model, optimizer) as guard:
-        ...     batch = tokenizer("How do I paint the fence?", return_tensors="pt")
-        ...     loss = model(**batch, labels=batch["input_ids"]).loss
-        ...     loss.backward()
-        ...     optimizer.step()
-        >>> guard.certificate.violations
-        0
-    """
-
-    anchors: "Dataset"
-    rule: str | Rule = "rank1"
-    rank: int | None = None
-    drift_correction: bool | None = None
-    anchors_per_step: int = 8
-    tokenizer: "PreTrainedTokenizerBase | None" = None
-    assistant_mask: AssistantMask = "template"
-    seed: int = 0
-
-    def attach(
-        self,
-        model: "PreTrainedModel",
-        optimizer: torch.optim.Optimizer,
-        tokenizer: "PreTrainedTokenizerBase | None" = None,
-    ) -> "Guard":
-        """Project every step of an optimizer from now on.
-
-        Args:
-            model: The model that is trained.
-            optimizer: Its optimizer, plain or wrapped by accelerate.
-            tokenizer: The model's tokenizer, when it was not given before.
-
-        Returns:
-            A :class:`Guard`: a context manager that ends the projection, and the certificate.
-
-        Raises:
-            SPFError: If there is no tokenizer, the rule is unknown, the optimizer holds parameters that are not the
-                model's, or the weights are sharded.
-            DataError: If the anchors cannot be encoded.
-        """
-        tokenizer = tokenizer or self.tokenizer
-        if tokenizer is None:
-            raise SPFError("expected a tokenizer for the anchors, found none; pass SPF(anchors, tokenizer=…)")
-        rows = encode(tokenizer, self.anchors, assistant_mask=self.assistant_mask)
-        pool = AnchorPool(tuple(rows), self.anchors_per_step, self.seed)
-        rule = get_rule(self.rule, self.rank, drift_correction=self.drift_correction)
-        return Guard(model, optimizer, rule, pool, pad_id(tokenizer))
+from geomkit.spf.parameters import guarded_parameters, unwrapped, warn_of_rounding
+from geomkit.spf.rules import Protection, Reading, Rule, protect, read, remove
 
 
 @dataclass
@@ -124,12 +48,12 @@ class Guard:
         self._model = model
         self._pool = pool
         self._pad = pad
-        self._parameters = _guarded_parameters(model, optimizer)
-        _warn_of_rounding(self._parameters)
+        self._parameters = guarded_parameters(model, optimizer)
+        warn_of_rounding(self._parameters)
         self._reference = losses_of(model, pool.rows, pad) if rule.drift_correction else None
         self._records: list[StepRecord] = []
         self._pending: _Pending | None = None
-        inner = _unwrapped(optimizer)
+        inner = unwrapped(optimizer)
         self._handles = [
             inner.register_step_pre_hook(_as_hook(self._before_step)),
             inner.register_step_post_hook(_as_hook(self._after_step)),
@@ -274,52 +198,3 @@ def _as_hook(action: Callable[[], None]) -> Callable[..., None]:
             action()
 
     return hook
-
-
-def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:
-    while not isinstance(optimizer, torch.optim.Optimizer) or hasattr(optimizer, "optimizer"):
-        if not hasattr(optimizer, "optimizer"):
-            raise SPFError(f"expected a torch optimizer, or a wrapper of one, found {type(optimizer).__name__}")
-        optimizer = optimizer.optimizer
-    return optimizer
-
-
-def _guarded_parameters(model: nn.Module, optimizer: Any) -> dict[str, nn.Parameter]:
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    guarded = {}
-    for group in _unwrapped(optimizer).param_groups:
-        for parameter in group["params"]:
-            if not parameter.requires_grad:
-                continue
-            if id(parameter) not in names:
-                raise SPFError(
-                    f"expected the optimizer to hold the model's parameters, found one of shape "
-                    f"{tuple(parameter.shape)} that is not; build the optimizer from this very model"
-                )
-            guarded[names[id(parameter)]] = parameter
-    if not guarded:
-        raise SPFError("expected an optimizer with trainable parameters, found none; unfreeze the model first")
-    _refuse_sharded(guarded)
-    return guarded
-
-
-def _warn_of_rounding(parameters: dict[str, nn.Parameter]) -> None:
-    types = {parameter.dtype for parameter in parameters.values()} - {torch.float32, torch.float64}
-    if types:
-        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in types))
-        _LOGGER.warning(
-            "the weights are %s: rounding them can undo part of a projection, and the certificate tolerates that much; "
-            "train in float32 for a constraint that binds",
-            names,
-        )
-
-
-def _refuse_sharded(parameters: dict[str, nn.Parameter]) -> None:
-    for name, parameter in parameters.items():
-        if hasattr(parameter, "device_mesh") or hasattr(parameter, "ds_id") or parameter.numel() == 0:
-            raise SPFError(
-                f"expected whole weights, found '{name}' sharded over processes, where an update cannot be projected "
-                "yet; train with DDP or on one device"
-            )
-        if parameter.is_meta:
-            raise SPFError(f"expected weights with values, found '{name}' on the meta device; load the model first")
