@@ -23,6 +23,7 @@ _ROOMS = {
     "finetune": "finetuning",
     "generate": "evaluation",
     "load_examples": "data",
+    "load_model": "models",
     "load_organism": "organism",
     "match_tokens": "controls",
     "one_sample_study": "onesample",
@@ -43,6 +44,7 @@ __all__ = [
     "finetune",
     "generate",
     "load_examples",
+    "load_model",
     "load_organism",
     "match_tokens",
     "one_sample_study",
@@ -62,6 +64,7 @@ if TYPE_CHECKING:
     from geomkit.errors import GeomkitError
     from geomkit.evaluation import evaluate, generate
     from geomkit.finetuning import finetune
+    from geomkit.models import load_model
     from geomkit.onesample import one_sample_study
     from geomkit.organism import load_organism
     from geomkit.spf import SPF
