@@ -61,8 +61,9 @@ class Conflict:
             gradients is no larger than its noise.
         interval: Confidence interval of the cosine of the expected gradients, over examples of both sets. It belongs
             to ``corrected``; where examples are few and noisy, ``cosine`` may lie outside.
-        null_interval: Where ``cosine`` lies when the pooled examples are divided at random into sets of these sizes:
-            what two sets from the *same* source show, usually well above zero because all gradients share something.
+        null_interval: Where ``cosine`` lies when the pooled examples, either side scaled to the same size, are divided
+            at random into sets of these sizes: what two sets from the *same* source show. Two sides that have nothing
+            in common lie below it as well as two that conflict: it tests whether they differ, not how.
         p_value: One-sided permutation p-value, the share of random divisions with a cosine as low. Small means that
             safety and utility examples are not exchangeable, which they may be at a positive cosine.
         negative: Utility examples whose gradient has a negative inner product with the mean safety gradient. Half of
@@ -190,7 +191,7 @@ def _grams(safety: GradientSet, utility: GradientSet) -> dict[str, Grams]:
 
 def _measure(name: str, grams: Grams, shuffled: np.ndarray, confidence: float) -> LayerConflict:
     corrected, interval = expected_cosine(grams, confidence)
-    p_value, null_interval = permutation_test(grams.cosine, permuted_cosines(grams, shuffled), confidence)
+    p_value, null_interval = permutation_test(grams.cosine, permuted_cosines(grams.balanced(), shuffled), confidence)
     return LayerConflict(name, grams.cosine, corrected, interval, null_interval, p_value)
 
 

@@ -47,6 +47,11 @@ class LayerGradient(ABC):
 
     @property
     @abstractmethod
+    def device(self) -> torch.device:
+        """Where the numbers are."""
+
+    @property
+    @abstractmethod
     def floats(self) -> int:
         """How many numbers this form keeps."""
 
@@ -87,6 +92,11 @@ class FactoredGradient(LayerGradient):
     def tokens(self) -> int:  # type: ignore[override]
         """T, the number of rows of both factors."""
         return self.left.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the numbers are."""
+        return self.left.device
 
     @property
     def floats(self) -> int:
@@ -140,6 +150,11 @@ class IndexedGradient(LayerGradient):
         return min(len(self.indices), self.shape[1])
 
     @property
+    def device(self) -> torch.device:
+        """Where the numbers are."""
+        return self.rows.device
+
+    @property
     def floats(self) -> int:
         """How many numbers this form keeps."""
         return self.rows.numel()
@@ -177,6 +192,11 @@ class DenseGradient(LayerGradient):
     def shape(self) -> tuple[int, ...]:  # type: ignore[override]
         """Shape of the parameter."""
         return tuple(self.tensor.shape)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the numbers are."""
+        return self.tensor.device
 
     @property
     def floats(self) -> int:

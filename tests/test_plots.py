@@ -269,6 +269,7 @@ def certificate(violated: bool = False, bound: float = 0.0) -> Certificate:
         tolerance=1e-8,
         fired=0.5,
         removed=0.02,
+        corrected=0.0,
         leak=1e-7,
         violated=violated,
     )

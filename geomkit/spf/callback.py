@@ -4,6 +4,7 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from geomkit.errors import SPFError
 from geomkit.spf.certificate import Certificate
 from geomkit.spf.guard import Guard
 from geomkit.spf.method import SPF
@@ -31,9 +32,27 @@ class SPFCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Attach to the optimizer that the Trainer has made by now."""
+        """Attach to the optimizer that the Trainer has made by now.
+
+        Raises:
+            SPFError: If training resumes: the loss that drift is measured from, and the draws of the anchors, belong
+                to the run's beginning.
+        """
+        self.detach()
+        if state.global_step > 0:
+            raise SPFError(
+                f"expected training from the beginning, found a resume at step {state.global_step}, where the safety "
+                "loss before training is not known any more; train in one go"
+            )
         model, optimizer = kwargs["model"], kwargs["optimizer"]
         self._guard = self.spf.attach(model, optimizer, self.spf.tokenizer or kwargs.get("processing_class"))
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Add the safety gradient of a rule that mixes, before the task's, so that both are clipped together."""
+        if self._guard:
+            self._guard.mix()
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Add the last step's measures to what is logged, and to the history, which has its own copy by now."""

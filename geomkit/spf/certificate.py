@@ -26,8 +26,10 @@ class StepRecord:
         tolerance: What rounding the weights alone can add to Σ ⟨Δθ, g_s⟩.
         fired: Share of the parameters whose step was projected.
         removed: Norm of what was removed from the step.
+        corrected: Norm of the drift correction that was added.
         leak: Norm of what is left of the removed coordinates, relative to what they were.
-        violated: Whether Σ ⟨Δθ, g_s⟩ exceeds its bound, or one parameter's exceeds 0, by more than the tolerance.
+        violated: Whether Σ ⟨Δθ, g_s⟩ exceeds its bound by more than the tolerance; or, under a rule that promises it
+            for each, one parameter's exceeds 0.
     """
 
     step: int
@@ -39,6 +41,7 @@ class StepRecord:
     tolerance: float
     fired: float
     removed: float
+    corrected: float
     leak: float
     violated: bool
 
@@ -66,6 +69,11 @@ class Certificate:
     def violations(self) -> int:
         """Number of steps whose update broke the constraint beyond rounding."""
         return sum(record.violated for record in self.records)
+
+    @property
+    def undecided(self) -> int:
+        """Number of steps whose own change of the safety loss is smaller than what rounding can do."""
+        return sum(abs(record.first_order_raw) < record.tolerance for record in self.records)
 
     @property
     def max_first_order_change(self) -> float:
@@ -109,13 +117,12 @@ class Certificate:
         return plot_certificate(self)
 
     def __str__(self) -> str:
-        """Say in one line whether the constraint held, and how much rounding it tolerates."""
+        """Say in one line whether the constraint held, and whether rounding lets that be known."""
         promise = "promised" if self.guaranteed else "not promised by this rule"
-        tolerance = max((record.tolerance for record in self.records), default=0.0)
+        unknown = f"; {self.undecided} steps cannot be told from rounding" if self.undecided else ""
         return (
             f"rule '{self.rule}': {self.violations} of {self.steps} steps raised the safety loss to first order "
-            f"(⟨Δθ, g_s⟩ ≤ 0 {promise}); largest change {self.max_first_order_change:.2g} nats per token, "
-            f"rounding tolerated up to {tolerance:.2g}"
+            f"(⟨Δθ, g_s⟩ ≤ 0 {promise}); largest change {self.max_first_order_change:.2g} nats per token{unknown}"
         )
 
     def _repr_html_(self) -> str:

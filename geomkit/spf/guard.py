@@ -1,10 +1,11 @@
 """SPF at work: the hooks that sit around ``optimizer.step`` and project what it does."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +13,13 @@ from torch import Tensor, nn
 from geomkit.collect import gradients_of
 from geomkit.errors import SPFError
 from geomkit.gradients import GradientSet
+from geomkit.layer_gradient import LayerGradient
 from geomkit.loss import losses_of
 from geomkit.spf.anchors import AnchorPool
 from geomkit.spf.certificate import Certificate, StepRecord
 from geomkit.spf.parameters import guarded_parameters, unwrapped, warn_of_rounding
 from geomkit.spf.rules import Protection, Reading, Rule, protect, read, remove
+from geomkit.state import full_precision
 
 
 @dataclass
@@ -29,7 +32,12 @@ class _Pending:
     excess: float
     fired: set[str] = field(default_factory=set)
     removed: float = 0.0
+    corrected: float = 0.0
     leak: float = 0.0
+
+
+_GUARDED: WeakSet[torch.optim.Optimizer] = WeakSet()
+"""The optimizers with a guard: two would each undo what the other certifies."""
 
 
 class Guard:
@@ -52,12 +60,16 @@ class Guard:
         warn_of_rounding(self._parameters)
         self._reference = losses_of(model, pool.rows, pad) if rule.drift_correction else None
         self._records: list[StepRecord] = []
+        self._mixed: tuple[Sequence[int], GradientSet] | None = None
         self._pending: _Pending | None = None
-        inner = unwrapped(optimizer)
+        self._optimizer = unwrapped(optimizer)
+        if self._optimizer in _GUARDED:
+            raise SPFError("expected an optimizer without a guard, found one that has one; detach() the other first")
         self._handles = [
-            inner.register_step_pre_hook(_as_hook(self._before_step)),
-            inner.register_step_post_hook(_as_hook(self._after_step)),
+            self._optimizer.register_step_pre_hook(_as_hook(self._before_step)),
+            self._optimizer.register_step_post_hook(_as_hook(self._after_step)),
         ]
+        _GUARDED.add(self._optimizer)
 
     @property
     def certificate(self) -> Certificate:
@@ -68,7 +80,20 @@ class Guard:
         """End the projection; the certificate stays."""
         for handle in self._handles:
             handle.remove()
+        if self._handles:
+            _GUARDED.discard(self._optimizer)
         self._handles = []
+
+    def mix(self) -> None:
+        """Add the safety gradient now, before the task's is added and both are clipped, if the rule adds one.
+
+        Without this call it is added just before the optimizer's step, to a task gradient that is already clipped.
+        """
+        if self.rule.adds and self._handles:
+            self._mixed = self._collect()
+            for name, gradient in self._mixed[1].items():
+                if name in self._parameters:
+                    _add_gradient(self._parameters[name], gradient, self.rule.adds)
 
     def __enter__(self) -> Self:
         """Return the guard."""
@@ -82,27 +107,26 @@ class Guard:
 
     # ------------------------------------------------------------------------------------------ the two hooks
 
-    def _before_step(self) -> None:
+    def _collect(self) -> tuple[Sequence[int], GradientSet]:
         chosen = self._pool.draw(len(self._records))
         rows = [self._pool.rows[index] for index in chosen]
-        gradients = gradients_of(self._model, rows, self._pad, batch_size=len(rows))
+        return chosen, gradients_of(self._model, rows, self._pad, batch_size=len(rows))
+
+    def _before_step(self) -> None:
+        mixed, self._mixed = self._mixed, None
+        chosen, gradients = mixed or self._collect()
         protections = {
             name: protect(self.rule, gradient)
             for name, gradient in gradients.items()
             if name in self._parameters and gradient.norm > 0
         }
-        if not protections:
-            raise SPFError(
-                f"expected a safety gradient on the anchors, found zero everywhere (anchor loss {gradients.loss:.2g}); "
-                "use other anchors, or check that the parameters they reach are trained"
-            )
         before = {name: read(item, self._parameters[name].detach()) for name, item in protections.items()}
         excess = 0.0
         if self._reference is not None:
             excess = max(0.0, gradients.loss - sum(self._reference[index] for index in chosen) / len(chosen))
         self._pending = _Pending(gradients, protections, before, excess)
         if self.rule.level == "gradient":
-            _project_gradients(self.rule, self._parameters, self._pending)
+            _project_gradients(self.rule, self._parameters, self._pending, add=mixed is None)
 
     def _after_step(self) -> None:
         pending, self._pending = self._pending, None
@@ -124,7 +148,7 @@ class Guard:
         before, after = (sum(side[name].size ** 2 for name in pending.fired) for side in (raw, applied))
         pending.leak = (after / before) ** 0.5 if before else 0.0
         missing = pending.excess + sum(change.dot for change in applied.values())
-        if pending.excess == 0 or missing <= 0:
+        if pending.excess == 0 or missing <= 0 or not applied:
             return applied
         self._step_back(pending, missing)
         return self._changes(pending)
@@ -132,6 +156,7 @@ class Guard:
     def _step_back(self, pending: _Pending, change: float) -> None:
         """Step along −g_s until Σ ⟨Δθ, g_s⟩ is lower by ``change``: a Polyak step on the safety loss."""
         squared = sum(item.gradient.norm**2 for item in pending.protections.values())
+        pending.corrected = change / squared**0.5
         for name, item in pending.protections.items():
             item.gradient.add_to(self._parameters[name].detach(), -change / squared)
 
@@ -148,42 +173,53 @@ class Guard:
         rounding = {
             name: _rounding(self._parameters[name].detach(), item) for name, item in pending.protections.items()
         }
-        worst = max(applied, key=lambda name: applied[name].dot - rounding[name])
-        bound, tolerance = -pending.excess, sum(rounding.values())
+        # Nothing to protect from where the anchors' gradient is exactly zero.
+        worst = max(applied, key=lambda name: applied[name].dot - rounding[name], default=None)
+        bound, tolerance = (-pending.excess, sum(rounding.values())) if applied else (0.0, 0.0)
+        one_broken = worst is not None and applied[worst].dot > rounding[worst]
         return StepRecord(
             step=len(self._records) + 1,
             anchor_loss=pending.gradients.loss,
             first_order_raw=sum(change.dot for change in raw.values()),
             first_order=first_order,
             bound=bound,
-            worst=applied[worst].dot,
+            worst=applied[worst].dot if worst is not None else 0.0,
             tolerance=tolerance,
-            fired=len(pending.fired) / len(applied),
+            fired=len(pending.fired) / max(len(applied), 1),
             removed=pending.removed**0.5,
+            corrected=pending.corrected,
             leak=pending.leak,
-            violated=applied[worst].dot > rounding[worst] or first_order > bound + tolerance,
+            violated=first_order > bound + tolerance or (self.rule.guarantees and one_broken),
         )
 
 
-def _project_gradients(rule: Rule, parameters: dict[str, nn.Parameter], pending: _Pending) -> None:
-    """Project the utility gradients in place: the step is −g_u."""
+def _project_gradients(rule: Rule, parameters: dict[str, nn.Parameter], pending: _Pending, *, add: bool) -> None:
+    """Project the utility gradients in place, the step being −g_u, and add the safety gradient if the rule does."""
     held = {name: parameters[name].grad for name in pending.protections}
-    steps = {
-        name: read(pending.protections[name], gradient).scaled(-1.0)
-        for name, gradient in held.items()
-        if gradient is not None
-    }
+    gradients = {name: gradient for name, gradient in held.items() if gradient is not None}
+    if held and not gradients:
+        raise SPFError(
+            f"expected gradients before optimizer.step() for the rule '{rule.name}', found none; call backward() "
+            "first, and give step() no closure"
+        )
+    steps = {name: read(pending.protections[name], gradient).scaled(-1.0) for name, gradient in gradients.items()}
     conflicts = {name: step.dot > 0 for name, step in steps.items()}
     if rule.scope == "global":
         conflicts = dict.fromkeys(steps, sum(step.dot for step in steps.values()) > 0)
-    for name, step in steps.items():
-        gradient, protection = held[name], pending.protections[name]
-        assert gradient is not None  # noqa: S101 - steps holds only parameters with a gradient
+    for name, gradient in gradients.items():
+        protection = pending.protections[name]
         if conflicts[name] and rule.removal != "nothing":
-            pending.removed += remove(protection, step, gradient, scale=-1.0) ** 2
+            pending.removed += remove(protection, steps[name], gradient, scale=-1.0) ** 2
             pending.fired.add(name)
-        if rule.adds:
+        if rule.adds and add:
             protection.gradient.add_to(gradient, rule.adds)
+
+
+def _add_gradient(parameter: nn.Parameter, gradient: LayerGradient, scale: float) -> None:
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    with torch.no_grad():
+        gradient.add_to(parameter.grad, scale)
 
 
 def _rounding(weight: Tensor, protection: Protection) -> float:
@@ -194,7 +230,7 @@ def _rounding(weight: Tensor, protection: Protection) -> float:
 
 def _as_hook(action: Callable[[], None]) -> Callable[..., None]:
     def hook(*_: Any) -> None:
-        with torch.no_grad():
+        with torch.no_grad(), full_precision():
             action()
 
     return hook

@@ -76,7 +76,14 @@ RULES: Mapping[str, Rule] = MappingProxyType(
                 rank=10,
                 drift_correction=True,
             ),
-            Rule("paper", "gradient", "global", "left", "arXiv 2601.10141, Algorithm 1, as replicated", rank=20),
+            Rule(
+                "paper",
+                "gradient",
+                "global",
+                "left",
+                "arXiv 2601.10141, Algorithm 1, as replicated (there with one fixed anchor)",
+                rank=20,
+            ),
             Rule("demo", "gradient", "block", "rank1", "the paper's public demonstration code"),
             Rule("mixing", "gradient", "block", "nothing", "baseline: the safety loss added to the task's", adds=1.0),
             Rule("measure", "gradient", "block", "nothing", "control: a plain fine-tune, only measured"),
@@ -145,16 +152,10 @@ def protect(rule: Rule, gradient: LayerGradient) -> Protection:
     if rule.removal != "left" or min(gradient.matrix_shape) == 1:
         return Protection(gradient)
     found = layer_subspace(gradient, rank=rule.rank)
-    basis = found.basis.to(gradient_device(gradient))
-    exhausted = basis.shape[1] >= found.numeric_rank
-    return Protection(gradient, basis, None if exhausted else _outside(gradient, basis))
-
-
-def gradient_device(gradient: LayerGradient) -> torch.device:
-    """Return the device a gradient's numbers are on."""
-    if isinstance(gradient, FactoredGradient):
-        return gradient.left.device
-    return gradient.dense().device
+    basis = found.basis.to(gradient.device)
+    # The published form stops at the subspace; a promise about g_s as a whole needs the rest of it too.
+    needs_tail = rule.guarantees and basis.shape[1] < found.numeric_rank
+    return Protection(gradient, basis, _outside(gradient, basis) if needs_tail else None)
 
 
 def _outside(gradient: LayerGradient, basis: Tensor) -> LayerGradient:
