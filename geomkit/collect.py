@@ -47,7 +47,8 @@ def collect_gradients(
         model: A causal language model.
         tokenizer: Its tokenizer, with a chat template and a pad token.
         examples: Rows with a column ``messages``; :func:`geomkit.load_examples` makes them.
-        per_sample: Also keep the gradient of each example's own loss, in ``.samples``.
+        per_sample: Also keep the gradient of each example's own loss, in ``.samples``. All samples hold the same
+            parameters: one that cannot be told apart for some example is left out of every sample.
         layers: Glob pattern, or several, on parameter names, such as ``"*.mlp.*"``.
         reduction: ``"example"`` weighs examples alike; ``"token"`` weighs tokens alike, as ``model(labels=…)`` does.
         form: ``"auto"`` keeps the two factors of a linear layer while they are the smaller form; ``"factored"``
@@ -153,9 +154,12 @@ class _Total:
             self.layers[name] = add([*held, *parts], keep_factors=self.keep_factors)
 
     def finish(self, rows: Sequence[Tokens]) -> GradientSet:
+        # Samples are compared with one another, and one whose calls split only in part would be a part of a gradient.
+        held = set.intersection(*map(set, self.samples)) - set(self.reasons) if self.samples else set()
+        parts = [{name: layers[name] for name in layers if name in held} for layers in self.samples]
         samples = tuple(
             GradientSet(self._ordered(layers), loss, 1, row.loss_tokens, self._coverage(layers))
-            for layers, loss, row in zip(self.samples, self.sample_losses, rows, strict=True)
+            for layers, loss, row in zip(parts, self.sample_losses, rows, strict=True)
         )
         coverage = self._coverage(self.layers)
         return GradientSet(self._ordered(self.layers), self.loss, self.examples, self.tokens, coverage, samples)
@@ -169,8 +173,12 @@ class _Total:
         return Coverage(
             seen={name: size for name, size in sizes.items() if name in layers},
             missing={name: size for name, size in sizes.items() if name not in layers},
-            reasons={name: self.reasons.get(name, "has no part in the loss") for name in sizes if name not in layers},
+            reasons={name: self._reason(name) for name in sizes if name not in layers},
         )
+
+    def _reason(self, name: str) -> str:
+        whose = " of every example" if name in self.layers else ""
+        return self.reasons.get(name, f"has no part in the loss{whose}")
 
 
 def _collect_batch(total: _Total, batch: Batch, *, reduction: Reduction, per_sample: bool) -> None:

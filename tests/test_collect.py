@@ -3,8 +3,9 @@ import math
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
+from transformers.modeling_outputs import CausalLMOutput
 
-from geomkit.collect import collect_gradients
+from geomkit.collect import collect_gradients, gradients_of
 from geomkit.errors import CollectionError
 from geomkit.layer_gradient import DenseGradient, FactoredGradient, IndexedGradient
 from geomkit.tokens import batches, encode
@@ -159,6 +160,45 @@ def test_bias_conv1d_and_a_module_called_twice():
             {name: value for name, value in expected.items() if name in sample},
         )
     assert_same(found, {name: sum(r[name] for r in reference) / len(reference) for name in reference[0]})
+
+
+def test_every_sample_holds_the_same_parameters():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=len(TOKENIZER), n_positions=64, n_embd=16, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=1
+    )
+    model = GPT2LMHeadModel(config).eval()
+    # The last batch holds one example, whose share of the position table is known: the others' is not.
+    found = collect_gradients(model, TOKENIZER, UTILITY, per_sample=True, batch_size=3, progress=False)
+    assert "transformer.wpe.weight" in found
+    for sample in found.samples:
+        assert list(sample) == [name for name in found if name != "transformer.wpe.weight"]
+        assert "batch_size=1" in sample.coverage.reasons["transformer.wpe.weight"]
+    alone = collect_gradients(model, TOKENIZER, UTILITY, per_sample=True, batch_size=1, progress=False)
+    assert all(list(sample) == list(found) for sample in alone.samples)
+
+
+class Branched(torch.nn.Module):
+    """A layer that takes part only where the first token says so."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.more = model, torch.nn.Linear(16, 16)
+
+    def forward(self, input_ids, attention_mask, **_):
+        hidden = self.model.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        used = input_ids[0, 1] == TOKENIZER.convert_tokens_to_ids("help")
+        return CausalLMOutput(logits=self.model.lm_head(self.more(hidden) if used else hidden))
+
+
+def test_a_parameter_that_only_some_examples_use_is_in_the_sum_and_in_no_sample():
+    rows = encode(TOKENIZER, UTILITY)
+    found = gradients_of(Branched(tiny_llama()), rows, 0, per_sample=True, batch_size=1)
+    assert found.coverage.share == 1
+    for sample in found.samples:
+        assert set(found) - set(sample) == {"more.weight", "more.bias"}
+        assert sample.coverage.reasons["more.bias"] == "has no part in the loss of every example"
 
 
 def test_loss_matches_torch():
