@@ -3,7 +3,8 @@
 Everything here is a pure function of numbers and gradients with an explicit generator; nothing knows a model.
 """
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from zlib import crc32
 
 import numpy as np
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from geomkit.errors import GeometryError
 from geomkit.layer_gradient import DenseGradient, FactoredGradient, IndexedGradient, LayerGradient
+
+_log = logging.getLogger(__name__)
 
 # --------------------------------------------------------------------------------------------- null gradients
 
@@ -125,7 +128,8 @@ def match_tokens(
     """Bring two gradients to the same number of tokens, parameter by parameter, so that their spectra compare.
 
     Where one side has more tokens, a random subset of them is kept. Only factored gradients can be thinned out: the
-    linear layers of sets collected with ``form="factored"``; all others are left out.
+    linear layers of sets collected with ``form="factored"``; all others are left out. So is, with a logged warning, a
+    layer whose gradient is zero on a side, as that of LoRA's ``lora_A`` is before the first step.
 
     Args:
         first: Gradients by parameter.
@@ -136,22 +140,36 @@ def match_tokens(
         Both sides, with the parameters that are factored on both.
 
     Raises:
-        GeometryError: If no parameter is.
+        GeometryError: If there is no such parameter.
     """
-    names = [
-        name
-        for name, gradient in first.items()
-        if isinstance(gradient, FactoredGradient) and isinstance(second.get(name), FactoredGradient)
-    ]
+    both = [name for name in first if name in second]
+    factored = [name for name in both if all(isinstance(side[name], FactoredGradient) for side in (first, second))]
+    tokens = {name: min(first[name].tokens, second[name].tokens) for name in factored}
+    names = [name for name in factored if tokens[name] > 0]
     if not names:
-        raise GeometryError('expected factored gradients on both sides, found none; collect with form="factored"')
-    tokens = {name: min(first[name].tokens, second[name].tokens) for name in names}
+        raise GeometryError(_nothing_to_match([*first.values(), *second.values()], both, factored))
+    if zero := [name for name in factored if tokens[name] == 0]:
+        _log.warning("left %d of %d layers out, whose gradient is zero: %s", len(zero), len(factored), zero[:4])
 
     def thinned(side: Mapping[str, LayerGradient], place: int) -> dict[str, LayerGradient]:
         generators = {name: parameter_generator(2 * seed + place, name) for name in names}
         return {name: _subsampled(name, side[name], tokens[name], generators[name]) for name in names}
 
     return thinned(first, 0), thinned(second, 1)
+
+
+def _nothing_to_match(gradients: Sequence[LayerGradient], both: Sequence[str], factored: Sequence[str]) -> str:
+    if factored:
+        return f"expected a gradient that is not zero on either side, found none in {factored[:4]}; train these first"
+    if not both:
+        return "expected gradients of the same parameters, found none in common; collect both with the same layers="
+    if any(
+        isinstance(gradient, FactoredGradient) or len(gradient.shape) == 2
+        for gradient in gradients
+        if not isinstance(gradient, IndexedGradient)
+    ):
+        return 'expected factored gradients on both sides, found none; collect both with form="factored"'
+    return f"expected the weight of a linear layer, found none among {both[:4]}; choose others with layers="
 
 
 # ------------------------------------------------------------------------------------------- random subspaces

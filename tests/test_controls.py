@@ -109,8 +109,28 @@ def test_match_tokens_thins_out_the_longer_side_only() -> None:
     assert torch.equal(matched[1]["a"].left, second["a"].left)
     again = match_tokens(first, second, seed=3)
     assert torch.equal(matched[0]["a"].left, again[0]["a"].left)
-    with pytest.raises(GeometryError, match="factored"):
-        match_tokens({"c": first["c"]}, {"c": first["c"]})
+
+
+def test_match_tokens_leaves_zero_gradients_out_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    zero = factored(0)
+    matched = match_tokens({"lora_A": zero, "lora_B": factored(5)}, {"lora_A": factored(3), "lora_B": factored(4)})
+    assert [list(side) for side in matched] == [["lora_B"]] * 2
+    assert caplog.messages == ["left 1 of 2 layers out, whose gradient is zero: ['lora_A']"]
+    with pytest.raises(GeometryError, match=r"that is not zero on either side, found none in \['lora_A'\]"):
+        match_tokens({"lora_A": zero}, {"lora_A": factored(3)})
+
+
+def test_match_tokens_says_why_nothing_is_left() -> None:
+    summed = {"a": DenseGradient(gaussian(3, 3), 9), "norm": DenseGradient(gaussian(3), 9)}
+    table = IndexedGradient(torch.tensor([1, 4]), gaussian(2, 5), size=9, tokens=7)
+    for second in (summed, {"a": factored(9)}):
+        with pytest.raises(GeometryError, match='collect both with form="factored"'):
+            match_tokens(summed, second)
+    bare = {"norm": summed["norm"], "table": table}
+    with pytest.raises(GeometryError, match=r"a linear layer, found none among \['norm', 'table'\]; .* layers="):
+        match_tokens(bare, bare)
+    with pytest.raises(GeometryError, match="found none in common"):
+        match_tokens({"a": factored(9)}, {"b": factored(9)})
 
 
 def test_subsample_tokens_refuses_what_it_cannot_match() -> None:
