@@ -140,6 +140,10 @@ def _check_messages(messages: Any, where: str) -> None:
             raise DataError(f"{where}: expected messages with a text 'role' and 'content', found {message!r:.80}")
     if not any(message["role"] == "assistant" for message in messages):
         raise DataError(f"{where}: expected an assistant message to take the loss on, found none")
+    if not response_of(messages).strip():  # its end marker would still be trained on: to say nothing
+        raise DataError(
+            f"{where}: expected words in the last assistant message, found {response_of(messages)!r:.80}; drop the row"
+        )
 
 
 def prompt_of(messages: Sequence[Message]) -> list[Message]:

@@ -67,6 +67,11 @@ def test_a_line_ends_at_a_newline_only(tmp_path):
         ([GOOD, '{"messages": []}'], "row 1: expected a non-empty list of messages"),
         ([GOOD, '{"other": 1}'], "row 1: expected a non-empty list of messages, found None"),
         (['{"messages": [{"role": "assistant"}]}'], "row 0: expected messages with a text 'role' and 'content'"),
+        (
+            [GOOD, GOOD.replace("sure", "")],
+            "row 1: expected words in the last assistant message, found ''; drop the row",
+        ),
+        (['{"prompt": "a", "response": " \\n"}'], r"row 0: expected words in the last .*, found ' \\n'"),
         ([json.dumps({"messages": [USER]})], "row 0: expected an assistant message to take the loss on, found none"),
     ],
 )
