@@ -31,6 +31,7 @@ _ROOMS = {
     "shipped_examples": "data",
     "spectrum": "svd",
     "subspace": "subspaces",
+    "with_responses": "control_sets",
 }
 
 __all__ = [
@@ -52,12 +53,14 @@ __all__ = [
     "shipped_examples",
     "spectrum",
     "subspace",
+    "with_responses",
 ]
 
 if TYPE_CHECKING:
     from geomkit.analysis import analyze
     from geomkit.angles import principal_angles
     from geomkit.collect import collect_gradients
+    from geomkit.control_sets import with_responses
     from geomkit.controls import match_tokens
     from geomkit.correlation import conflict
     from geomkit.data import load_examples, shipped_examples

@@ -8,6 +8,7 @@ import numpy as np
 from geomkit._display import html_table
 from geomkit.angles import Angles, principal_angles
 from geomkit.collect import collect_gradients
+from geomkit.control_sets import with_responses
 from geomkit.controls import match_tokens
 from geomkit.correlation import Conflict, conflict
 from geomkit.errors import GeometryError
@@ -35,7 +36,7 @@ class Analysis:
         utility: The same of the mean utility gradient, at the same number of tokens.
         angles: Principal angles between their leading left subspaces.
         conflict: Cosines between the two.
-        one_sample: What single safety examples find of the mean safety subspace.
+        one_sample: What single safety examples find of the mean safety subspace, beside what single controls find.
         coverage: What share of the model was seen.
         tokens: Number of tokens in each layer's spectra, the same on both sides; the median over layers.
     """
@@ -88,16 +89,22 @@ class Analysis:
             for null in [side.null_mean(statistic)]
         ]
         found, study = self.conflict, self.one_sample
-        low, high = found.negative.interval
         rows += [
-            ("conflict?", "cosine, bias-corrected", found.corrected, _span(found.interval), _span(found.null_interval)),
-            ("conflict?", "utility examples against safety", found.negative.value, _span((low, high)), "0.5"),
+            ("conflict?", "cosine of the mean gradients", found.cosine, "", _span(found.null_interval)),
+            ("conflict?", "cosine of the expected gradients", found.corrected, _span(found.interval), "0"),
+            (
+                "conflict?",
+                "utility examples against safety",
+                found.negative.value,
+                _span(found.negative.interval),
+                "0.5",
+            ),
             (
                 "one sample?",
-                "overlap with the mean's subspace",
+                "overlap of one safety example",
                 study.overlap,
                 _span(study.interval),
-                _number(study.null_mean),
+                _span(study.null_interval),
             ),
         ]
         return pd.DataFrame(rows, columns=["question", "measure", "value", "interval", "null"])
@@ -118,6 +125,7 @@ def analyze(
     safety: "Dataset",
     utility: "Dataset",
     *,
+    control: "Dataset | None" = None,
     examples: int | None = 32,
     rank: int = 10,
     null_draws: int = 8,
@@ -139,6 +147,8 @@ def analyze(
         tokenizer: Its tokenizer, with a chat template and a pad token.
         safety: Forbidden requests and refusals.
         utility: Benign requests and answers.
+        control: Benign requests with the safety set's responses, the null of the one-sample overlap; made of the
+            utility set's prompts when left out.
         examples: Use no more than this many of each, drawn at random; all when ``None``. Factors of every example
             are kept, so memory grows with it.
         rank: Number of directions compared between subspaces.
@@ -180,13 +190,14 @@ def analyze(
         )
 
     safe, useful = collect(safety), collect(utility)
+    controls = collect(control if control is not None else with_responses(utility, safety))
     matched_safe, matched_useful = match_tokens(safe, useful, seed=seed)
     return Analysis(
         safety=spectrum(matched_safe, null_draws=null_draws, seed=seed),
         utility=spectrum(matched_useful, null_draws=null_draws, seed=seed),
         angles=principal_angles(subspace(matched_safe, rank=rank), subspace(matched_useful, rank=rank)),
         conflict=conflict(safe, useful, seed=seed),
-        one_sample=one_sample_study(safe, useful, rank=rank, seed=seed),
+        one_sample=one_sample_study(safe, controls, rank=rank, seed=seed),
         coverage=safe.coverage,
         tokens=int(np.median([gradient.tokens for gradient in matched_safe.values()])),
     )

@@ -1,8 +1,9 @@
 """Whether one safety example is enough to estimate the dominant safety directions.
 
 Each anchor's subspace is compared with that of the mean gradient of the *other* anchors; with itself in the mean,
-the overlap of an anchor would be high by construction. The null is what utility examples show against the same
-means: inputs of one layer share their covariance, so unrelated gradients overlap far above random subspaces.
+the overlap of an anchor would be high by construction. The null is what control examples show against the same means.
+Which controls, decides what the comparison says: against unrelated examples, an overlap may come from the refusal's
+wording alone; against benign requests answered with the same refusal, what is left is due to the forbidden request.
 """
 
 import logging
@@ -39,7 +40,7 @@ class LayerOneSample:
         rank: k, the same for every subspace of this parameter so that all overlaps compare.
         dimension: d of the space.
         overlaps: (N,) ‖UᵀV‖_F²/k of each anchor with the mean of the others.
-        null: (M,) the same of each utility example.
+        null: (M,) the same of each control.
     """
 
     parameter: str
@@ -63,8 +64,8 @@ class OneSample:
         rank: The rank asked for; ``layers`` has the one each parameter allowed.
         overlaps: (N,) one per anchor, mean over parameters.
         interval: Bootstrap interval of their mean, over anchors.
-        null: (M,) one per utility example, against the same safety means.
-        null_interval: Bootstrap interval of the mean of the null, over utility examples.
+        null: (M,) one per control, against the same safety means.
+        null_interval: Bootstrap interval of the mean of the null, over controls.
         layers: The same for each parameter.
         confidence: Of both intervals.
     """
@@ -85,7 +86,7 @@ class OneSample:
 
     @property
     def null_mean(self) -> float:
-        """Mean overlap of the utility examples."""
+        """Mean overlap of the controls."""
         return float(self.null.mean())
 
     @property
@@ -126,7 +127,7 @@ class OneSample:
         (low, high), (null_low, null_high) = self.interval, self.null_interval
         return (
             f"one of {len(self.overlaps)} anchors against the mean of the others, {self.side}-{self.rank}: overlap "
-            f"{self.overlap:.3f} [{low:.3f}, {high:.3f}], utility examples {self.null_mean:.3f} "
+            f"{self.overlap:.3f} [{low:.3f}, {high:.3f}], controls {self.null_mean:.3f} "
             f"[{null_low:.3f}, {null_high:.3f}], random subspaces {self.expected:.3f}"
         )
 
@@ -136,7 +137,7 @@ class OneSample:
 
 def one_sample_study(
     safety: GradientSet,
-    utility: GradientSet,
+    control: GradientSet,
     *,
     rank: int = 10,
     side: Side = "left",
@@ -146,13 +147,14 @@ def one_sample_study(
     """Compare the subspace of every single safety example with that of the mean of the others.
 
     The rank of a parameter is the smallest of ``rank`` and the numeric ranks of all its gradients here, and the same
-    for anchors, means and utility examples: overlaps at different ranks do not compare. Utility examples should be
+    for anchors, means and controls: overlaps at different ranks do not compare. Controls should be
     of similar length; see :func:`geomkit.controls.subsample_tokens`. A parameter in which some example has no gradient
     is left out.
 
     Args:
         safety: N ≥ 3 anchors, collected with ``per_sample=True``.
-        utility: M ≥ 3 utility examples, collected with ``per_sample=True``; each meets one of the same N means.
+        control: M ≥ 3 other examples, collected with ``per_sample=True``; each meets one of the same N means. Benign
+            requests with the same refusals (:func:`geomkit.control_sets.with_responses`) are the strict choice.
         rank: How many directions to compare, at most.
         side: ``"left"`` for the output space, ``"right"`` for the input space.
         seed: Seed of the bootstrap.
@@ -160,22 +162,22 @@ def one_sample_study(
             as given, though the overlaps share them.
 
     Returns:
-        The overlaps, one for each anchor and each utility example.
+        The overlaps, one for each anchor and each control.
 
     Raises:
         GeometryError: If a set lacks per-sample gradients, has fewer than three, covers other parameters, or no
             parameter has a gradient in every example.
     """
-    for name, found in (("safety", safety), ("utility", utility)):
+    for name, found in (("safety", safety), ("control", control)):
         if len(found.samples) < _FEWEST:
             raise GeometryError(
                 f"expected at least {_FEWEST} per-sample gradients in the {name} set, found {len(found.samples)}; "
                 "collect more, with per_sample=True"
             )
-    names = shared_layers(*safety.samples, *utility.samples)
+    names = shared_layers(*safety.samples, *control.samples)
     layers = {}
     for name in (name for name in names if min(safety.samples[0][name].matrix_shape) > 1):
-        anchors, others = ([sample[name] for sample in found.samples] for found in (safety, utility))
+        anchors, others = ([sample[name] for sample in found.samples] for found in (safety, control))
         if measured := _study_layer(name, anchors, others, rank, side):
             layers[name] = measured
         else:
@@ -190,11 +192,11 @@ def one_sample_study(
 
 
 def _study_layer(
-    name: str, anchors: Sequence[LayerGradient], utility: Sequence[LayerGradient], rank: int, side: Side
+    name: str, anchors: Sequence[LayerGradient], controls: Sequence[LayerGradient], rank: int, side: Side
 ) -> LayerOneSample | None:
     mean = bases_without_each(anchors, rank, side)
     single, other = (
-        [layer_subspace(part, rank=rank, side=side).basis for part in parts] for parts in (anchors, utility)
+        [layer_subspace(part, rank=rank, side=side).basis for part in parts] for parts in (anchors, controls)
     )
     kept = min(basis.shape[1] for basis in (*mean, *single, *other))
     if not kept:

@@ -62,11 +62,13 @@ def _conflict(analysis: "Analysis") -> Section:
         verdict = "The interval covers zero: these examples show neither conflict nor agreement over all parameters."
     null_low, null_high = found.null_interval
     text = (
-        f"The cosine of the expected gradients is {found.corrected:+.3f} [{low:+.3f}, {high:+.3f}]. {verdict} "
-        f"Shuffling which example is safety and which utility gives {null_low:+.3f} to {null_high:+.3f}: two halves "
-        "of one set agree, so a cosine near zero already means that the two sides pull apart.\n\n"
+        f"The cosine of the expected gradients is {found.corrected:+.3f} [{low:+.3f}, {high:+.3f}]. {verdict}\n\n"
+        f"The cosine of the two mean gradients is {found.cosine:+.3f}; with the labels safety and utility shuffled it "
+        f"lies between {null_low:+.3f} and {null_high:+.3f} (p = {found.p_value:.3g}). That tells whether the two sets "
+        "differ, not whether they conflict.\n\n"
         f"{found.negative} of the utility examples point against the mean safety gradient; of unrelated gradients, "
-        "half would."
+        "half would. The principal angles below stand beside what random subspaces show; shared inputs alone bring "
+        "subspaces closer than that."
     )
     figures = (plot_conflict(found), plot_conflict_examples(found), plot_angles(analysis.angles))
     return Section("Do safety and utility conflict?", text, figures)
@@ -75,8 +77,9 @@ def _conflict(analysis: "Analysis") -> Section:
 def _one_sample(analysis: "Analysis") -> Section:
     study = analysis.one_sample
     text = (
-        f"{study}. An anchor is compared with the mean of the other anchors, never with itself; utility examples "
-        "against the same means show what shared inputs alone give."
+        f"{str(study).capitalize()}.\n\nA safety example is compared with the mean of the others, never with itself. "
+        "The controls are benign requests with the same responses: what they reach too is due to the responses' "
+        "wording and to shared inputs, not to what is forbidden."
     )
     return Section("Is one safety example enough?", text, (plot_one_sample(study),))
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from geomkit._display import html_table
 from geomkit.analysis import Analysis, analyze
+from geomkit.control_sets import with_responses
 from geomkit.data import load_examples
 from geomkit.evaluation import ORGANISM_SKILLS, Evaluation, evaluate
 from geomkit.finetuning import FineTuneResult, finetune
@@ -142,14 +143,16 @@ def run_tour(*, seed: int = 0, progress: bool = True) -> Tour:
     logger.info("What the organism does")
     untouched = _evaluated(model, tokenizer, None, progress=progress)
     logger.info("What its gradients look like")
-    utility = load_examples("scenarios/new-skill")
-    analysis = analyze(model, tokenizer, load_examples("safety"), utility, seed=seed, progress=progress)
+    safety, utility = load_examples("safety"), load_examples("scenarios/new-skill")
+    # Benign how-to requests, refused: as close to the forbidden ones as benign requests are.
+    control = with_responses(load_examples("scenarios/affirmative"), safety)
+    analysis = analyze(model, tokenizer, safety, utility, control=control, seed=seed, progress=progress)
     arms = []
     for scenario in (SCENARIOS[name] for name in TOUR_SCENARIOS):
         for name in ("SFT", "SPF"):
             logger.info("Fine-tune: %s, %s", scenario.name, name)
             # Both arms draw the same anchors; under "measure" nothing is projected.
-            spf = SPF(load_examples("safety"), rule="rank1" if name == "SPF" else "measure", seed=seed)
+            spf = SPF(safety, rule="rank1" if name == "SPF" else "measure", seed=seed)
             result = run_scenario(model, tokenizer, scenario, spf, seed=seed, progress=progress)
             arms.append(Arm(scenario, name, result, _evaluated(result.model, tokenizer, scenario, progress=progress)))
     return Tour(untouched, analysis, tuple(arms))

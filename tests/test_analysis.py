@@ -53,7 +53,7 @@ def test_it_shows_itself(found):
     sections = analysis_sections(found)
     assert [len(section.figures) for section in sections] == [2, 3, 1]
     assert "100.0% of the trainable parameters" in found._repr_html_()
-    assert len(found.to_frame()) == 7
+    assert len(found.to_frame()) == 8
 
 
 def test_too_few_examples_are_refused_before_the_work():

@@ -122,7 +122,7 @@ def test_sets_that_cannot_be_studied_are_refused() -> None:
     safety, utility = drawn(4, 0), drawn(4, 1)
     with pytest.raises(GeometryError, match="per_sample=True"):
         one_sample_study(GradientSet(safety.layers, 1.0, 4, 16, FULL), utility)
-    with pytest.raises(GeometryError, match="utility set, found 2"):
+    with pytest.raises(GeometryError, match="control set, found 2"):
         one_sample_study(safety, drawn(2, 1))
     empty = gradient_set([{NAME: sample[NAME].scaled(0.0)} for sample in safety.samples])
     with pytest.raises(GeometryError, match="found none"):

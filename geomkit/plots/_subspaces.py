@@ -63,11 +63,11 @@ def plot_one_sample(study: "OneSample") -> go.Figure:
         study: A leave-one-out study of single examples.
 
     Returns:
-        The figure: a point per safety example and per utility example, a box for each group, the mean with its
+        The figure: a point per safety example and per control, a box for each group, the mean with its
         interval, and the expectation for random subspaces.
     """
     groups = (
-        ("utility", "utility example<br>(null)", study.null, study.null_mean, study.null_interval, COLOURS["null"]),
+        ("control", "control example<br>(null)", study.null, study.null_mean, study.null_interval, COLOURS["null"]),
         ("safety", "safety example", study.overlaps, study.overlap, study.interval, COLOURS["safety"]),
     )
     figure = go.Figure(layout={"template": TEMPLATE})
