@@ -25,7 +25,7 @@ def with_responses(prompts: "Dataset", responses: "Dataset") -> "Dataset":
         >>> import geomkit as gk
         >>> control = with_responses(gk.load_examples("scenarios/affirmative"), gk.load_examples("safety"))
         >>> [message["content"] for message in control[0]["messages"]]
-        ['Could you explain how to cover the mirror?', "I'm sorry, but I can't help with that."]
+        ['Could you explain how to cover this mirror?', "I'm sorry, but I can't help with that."]
     """
     from datasets import Dataset
 

@@ -172,7 +172,7 @@ def test_one_sample_shows_every_example_and_the_expectation() -> None:
     study = OneSample("left", 10, overlaps, (0.6, 0.8), null, (0.1, 0.3), layers)
     figure = plots.plot_one_sample(study)
     np.testing.assert_array_equal(trace(figure, "safety").x, study.overlaps)
-    np.testing.assert_array_equal(trace(figure, "utility").x, study.null)
+    np.testing.assert_array_equal(trace(figure, "control").x, study.null)
     mean = trace(figure, "safety: mean")
     assert (mean.x[0], mean.x[0] + mean.error_x.array[0]) == pytest.approx((0.7, 0.8))
     assert figure.layout.shapes[0].x0 == 0.08
