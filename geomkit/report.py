@@ -1,7 +1,6 @@
 """One self-contained HTML page with text, figures and tables, to send or to keep: it needs no network."""
 
 import datetime as dt
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from geomkit import __version__
+from geomkit._files import write_atomically
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -56,14 +56,7 @@ def write_report(path: str | Path, title: str, sections: Sequence[Section], *, d
         The path of the file.
     """
     path = Path(path)
-    page = render_report(title, sections, date=date)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        unfinished.write_text(page, encoding="utf-8")
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    write_atomically(path, render_report(title, sections, date=date))
     return path
 
 
