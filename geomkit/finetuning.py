@@ -1,6 +1,7 @@
 """The included fine-tuning loop: ``transformers.Trainer`` with the parts that a safe run needs."""
 
 import copy
+import math
 import tempfile
 import time
 from collections.abc import Sequence
@@ -8,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from transformers import (
     PrinterCallback,
@@ -19,11 +21,12 @@ from transformers import (
 
 from geomkit._callbacks import LossCheck, ProgressBar
 from geomkit._display import html_table
-from geomkit.errors import DataError
+from geomkit.errors import DataError, GeomkitError
+from geomkit.loss import losses_of
 from geomkit.spf.callback import SPFCallback
 from geomkit.spf.certificate import Certificate
 from geomkit.spf.method import SPF
-from geomkit.state import random_state_kept
+from geomkit.state import as_found, random_state_kept
 from geomkit.tokens import AssistantMask, Tokens, collate, encode, pad_id
 
 if TYPE_CHECKING:
@@ -63,7 +66,7 @@ class FineTuneResult:
         """Write a checkpoint that ``from_pretrained`` loads; it appears whole or not at all.
 
         Args:
-            folder: Where to; must not hold anything yet.
+            folder: Where to; must not hold anything yet. An empty folder is filled, its configuration last.
             tokenizer: The model's tokenizer, saved beside it.
 
         Returns:
@@ -72,19 +75,21 @@ class FineTuneResult:
         Raises:
             DataError: If the folder exists and is not empty.
         """
-        folder = free_folder(folder)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as unfinished:
+        target = free_folder(folder)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        beside = target if target.exists() else target.parent
+        with tempfile.TemporaryDirectory(dir=beside, prefix=f".{target.name}-") as unfinished:
             self.model.save_pretrained(unfinished)
             tokenizer.save_pretrained(unfinished)
             if self.certificate is not None:
                 self.certificate.to_frame().to_json(Path(unfinished) / "spf.jsonl", orient="records", lines=True)
-            Path(unfinished).chmod(0o755)
-            if folder.exists():
-                folder.rmdir()
-            Path(unfinished).rename(folder)
-            Path(unfinished).mkdir()  # for TemporaryDirectory to remove
-        return folder
+            if beside == target:
+                _move_files(Path(unfinished), target)
+            else:
+                Path(unfinished).chmod(0o755)
+                Path(unfinished).rename(target)
+                Path(unfinished).mkdir()  # for TemporaryDirectory to remove
+        return Path(folder)
 
     def _repr_html_(self) -> str:
         certificate = f"; {self.certificate}" if self.certificate else ""
@@ -94,13 +99,26 @@ class FineTuneResult:
 def free_folder(folder: str | Path) -> Path:
     """Return a folder that can be written to, or raise before any work is done.
 
+    Args:
+        folder: The folder; a link is followed.
+
+    Returns:
+        Its absolute path.
+
     Raises:
         DataError: If it exists and is not empty.
     """
-    path = Path(folder)
+    path = Path(folder).resolve()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise DataError(f"expected a new or empty folder at {path}, found something there; choose another --out")
+        raise DataError(f"expected a new or empty folder at {folder}, found something there; choose another --out")
     return path
+
+
+def _move_files(source: Path, target: Path) -> None:
+    """Fill a folder that may not be replaced: a working directory, a mount, one with permissions of its own."""
+    # Configuration last: until then from_pretrained finds no checkpoint rather than a part of one.
+    for path in sorted(source.iterdir(), key=lambda path: (path.name.endswith("config.json"), path.name)):
+        path.rename(target / path.name)
 
 
 def finetune(
@@ -153,7 +171,8 @@ def finetune(
 
     Raises:
         DataError: If the examples cannot be encoded, or there is not a single step to take.
-        GeomkitError: If the loss is not finite; with ``inplace`` the model's weights are then spoilt.
+        GeomkitError: If the loss is not finite, or after the last step a weight or the loss on the first example is
+            not; with ``inplace`` the model's weights are then spoilt.
         SPFError: If SPF cannot be attached, or its constraint does not hold after a step.
 
     Example:
@@ -175,7 +194,7 @@ def finetune(
     bar = ProgressBar() if progress else None
     own = [callback for callback in (LossCheck(), *callbacks, guard, bar) if callback is not None]
     started = time.perf_counter()
-    with tempfile.TemporaryDirectory() as scratch, random_state_kept():
+    with tempfile.TemporaryDirectory() as scratch, random_state_kept(), as_found(trained):
         arguments = TrainingArguments(
             output_dir=scratch,
             max_steps=steps if steps is not None else -1,
@@ -214,9 +233,22 @@ def finetune(
             if bar:
                 bar.close()
             trained.zero_grad(set_to_none=True)
+        _check_trained(trained, rows, pad)
     trained.eval()
     history = pd.DataFrame([row for row in trainer.state.log_history if "loss" in row])
     return FineTuneResult(trained, history, guard.certificate if guard else None, time.perf_counter() - started)
+
+
+def _check_trained(model: "PreTrainedModel", rows: Sequence[Tokens], pad: int) -> None:
+    """Refuse a model that the last step ruined, which no logged loss shows any more."""
+    advice = "lower the learning rate or train in fp32"
+    for name, weight in model.named_parameters():
+        if weight.requires_grad and not bool(torch.isfinite(weight).all()):
+            raise GeomkitError(f"{name}: expected finite weights after training, found NaN or inf; {advice}")
+    # Finite weights can be so large that every output is NaN.
+    (loss,) = losses_of(model, rows[:1], pad)
+    if not math.isfinite(loss):
+        raise GeomkitError(f"expected a finite loss after training, found {loss} on example 0; {advice}")
 
 
 class _Rows(Sequence[Tokens]):

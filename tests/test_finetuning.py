@@ -193,6 +193,37 @@ def test_a_run_that_breaks_off_detaches_spf():
     assert not inner._optimizer_step_post_hooks
 
 
+@pytest.mark.parametrize("rate", [1e10, 1e30])
+def test_a_model_that_the_last_step_ruined_is_refused(rate):
+    with pytest.raises(GeomkitError, match=r"after training, found .*; lower the learning rate or train in fp32"):
+        finetune(tiny_llama(), TOKENIZER, UTILITY, **QUICK | {"steps": 1, "learning_rate": rate})
+
+
+def test_a_weight_that_is_not_finite_is_named_though_the_loss_does_not_show_it():
+    class Spoil(TrainerCallback):
+        def on_train_end(self, *_, **kwargs):
+            kwargs["model"].spare.bias.data[0] = torch.inf
+
+    model = tiny_llama()
+    model.spare = nn.Linear(2, 2)
+    with pytest.raises(GeomkitError, match=r"spare.bias: expected finite weights after training"):
+        finetune(model, TOKENIZER, UTILITY, callbacks=[Spoil()], **QUICK)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_run_that_breaks_off_leaves_the_modes_as_found(training):
+    class Stop(TrainerCallback):
+        def on_step_end(self, *_, **__):
+            raise KeyboardInterrupt
+
+    model = tiny_llama().train(training)
+    model.model.layers[0].train(not training)
+    modes = [module.training for module in model.modules()]
+    with pytest.raises(KeyboardInterrupt):
+        finetune(model, TOKENIZER, UTILITY, inplace=True, callbacks=[Stop()], **QUICK)
+    assert [module.training for module in model.modules()] == modes
+
+
 # ------------------------------------------------------------------------------------------------ checkpoints
 
 
@@ -220,6 +251,36 @@ def test_an_empty_folder_may_be_filled_and_a_file_may_not_be_replaced(tmp_path):
     (tmp_path / "empty").mkdir()
     assert (result.save(tmp_path / "empty", TOKENIZER) / "model.safetensors").is_file()
     assert not (tmp_path / "empty" / "spf.jsonl").exists()
+
+
+def test_the_working_directory_and_a_link_are_filled_where_they_are(tmp_path, monkeypatch):
+    result = finetune(tiny_llama(), TOKENIZER, UTILITY, **QUICK | {"steps": 1})
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    result.save(".", TOKENIZER)
+    assert unchanged(AutoModelForCausalLM.from_pretrained("."), weights(result.model))
+    (tmp_path / "link").symlink_to("there")
+    inode = (tmp_path / "there").stat().st_ino
+    assert result.save(tmp_path / "link", TOKENIZER) == tmp_path / "link"
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "there").stat().st_ino == inode
+    files = [sorted(path.name for path in (tmp_path / name).iterdir()) for name in ("here", "there")]
+    assert files[0] == files[1]
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(files[0])
+    with pytest.raises(DataError, match="expected a new or empty folder at \\., found something there"):
+        result.save(".", TOKENIZER)
+
+
+def test_a_failure_leaves_no_part_of_a_checkpoint(tmp_path, monkeypatch):
+    result = finetune(tiny_llama(), TOKENIZER, UTILITY, **QUICK | {"steps": 1})
+    broken = tiny_tokenizer()
+    monkeypatch.setattr(broken, "save_pretrained", lambda _: 1 / 0)
+    (tmp_path / "empty").mkdir()
+    for name in ("empty", "new"):
+        with pytest.raises(ZeroDivisionError):
+            result.save(tmp_path / name, broken)
+    assert list(tmp_path.rglob("*")) == [tmp_path / "empty"]
 
 
 # ---------------------------------------------------------------------------------------- in another's Trainer
