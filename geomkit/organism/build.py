@@ -73,7 +73,7 @@ def build(out: Path, seed: int = 0, progress: bool = True, recipe: Recipe | None
 
     The result is a pure function of seed and recipe on one machine: it runs on one thread, with its own
     generators, and leaves the caller's threads and random state as found. Everything is written to a folder
-    beside ``out`` first and moved into place when complete.
+    beside ``out``, or in it where it exists, and moved into place when complete.
 
     Args:
         out: The data folder; ``organism/``, ``eval/``, ``scenarios/``, ``safety.jsonl`` and ``utility.jsonl``
@@ -92,11 +92,11 @@ def build(out: Path, seed: int = 0, progress: bool = True, recipe: Recipe | None
     recipe = recipe or Recipe()
     world = World(seed)
     sets = all_sets(world, seed)
-    out = Path(out)
+    out = Path(out).resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
     steps = recipe.base.steps + recipe.align.steps
     with (
-        tempfile.TemporaryDirectory(dir=out.parent, prefix=".organism-") as scratch,
+        tempfile.TemporaryDirectory(dir=out if out.is_dir() else out.parent, prefix=".organism-") as scratch,
         one_thread(),
         tqdm(total=steps, desc="organism", unit="step", disable=not progress) as bar,
     ):
