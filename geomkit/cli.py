@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import sys
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from geomkit import __version__
+from geomkit._files import write_atomically
 from geomkit.errors import DataError, GeomkitError
 
 if TYPE_CHECKING:
@@ -38,6 +40,9 @@ PadToken = Annotated[str | None, typer.Option(help="Pad token, for tokenizers th
 Mask = Annotated[str, typer.Option("--assistant-mask", help="template (its markers) or prefix (without markers).")]
 MaxLength = Annotated[int | None, typer.Option(help="Cut longer examples to this many tokens.", min=2)]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, …")]
+TrainingDtype = Annotated[
+    str, typer.Option("--dtype", help="float32, auto, …; AdamW in pure bfloat16 rounds small updates away.")
+]
 
 
 def main() -> None:
@@ -159,7 +164,7 @@ def finetune(
     max_length: MaxLength = None,
     assistant_mask: Mask = "template",
     pad_token: PadToken = None,
-    dtype: Dtype = "auto",
+    dtype: TrainingDtype = "float32",
     threads: Annotated[int, typer.Option(help="CPU threads.", min=1)] = 1,
     seed: Seed = 0,
 ) -> None:
@@ -172,7 +177,8 @@ def finetune(
     from geomkit.spf import SPF
     from geomkit.spf.rules import get_rule
 
-    _check_writable(free_folder(out).parent)
+    _check_writable(out)
+    free_folder(out)
     if rule is not None and anchors is None:
         raise DataError(f"expected anchors for the rule '{rule}', found none; give --anchors (shipped: safety)")
     chosen = get_rule(rule or "rank1", rank)
@@ -211,6 +217,7 @@ def build_organism(
     _prepare(threads=1)
     from geomkit.organism.build import build
 
+    _check_writable(out)
     build(out, seed=seed)
     typer.echo(f"wrote {out}")
 
@@ -218,9 +225,14 @@ def build_organism(
 def _check_writable(*folders: Path) -> None:
     """Refuse, before minutes of work, a folder that the results could not be written to."""
     for folder in folders:
-        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        if not existing.is_dir() or not os.access(existing, os.W_OK):
-            raise DataError(f"expected a folder that can be written to at {existing}, found none; choose another")
+        try:
+            existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+            # Tried out, as permissions say nothing of a read-only disk or of /proc.
+            tempfile.TemporaryFile(dir=existing).close()
+        except OSError as error:
+            raise DataError(
+                f"expected a folder that can be written to at {folder}, found none ({error.strerror}); choose another"
+            ) from None
 
 
 def _mask(name: str) -> "AssistantMask":
@@ -266,8 +278,5 @@ def _write(
     page = write_report(out / "report.html", title, sections, date=dt.datetime.now(tz=dt.UTC).date())
     typer.echo(f"wrote {page}")
     if json_file is not None:
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = json_file.with_name(f".{json_file.name}.{os.getpid()}")
-        unfinished.write_text(json.dumps(_strict(numbers), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        unfinished.replace(json_file)
+        write_atomically(json_file, json.dumps(_strict(numbers), indent=2, allow_nan=False) + "\n")
         typer.echo(f"wrote {json_file}")

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from geomkit import __version__, cli
@@ -183,10 +184,51 @@ def test_a_rule_without_anchors_is_refused_and_a_folder_is_never_overwritten(fil
 
 def test_results_that_cannot_be_written_get_one_line_before_the_work(files, monkeypatch, capfd):
     Path("file").write_text("kept")
-    for place in (["--out", "file/inside"], ["--json", "file/numbers.json"]):
-        status, out, err = run(monkeypatch, capfd, *analysis(files), *place)
+    long = f"{'x' * 300}/inside"
+    for command in (
+        [*analysis(files), "--out", "file/inside"],
+        [*analysis(files), "--json", "file/numbers.json"],
+        [*finetuning(files), "--out", "file/inside"],
+        ["organism", "build", "--out", "file/inside"],
+        ["organism", "build", "--out", long],
+        ["tour", "--out", long],
+    ):
+        status, out, err = run(monkeypatch, capfd, *command)
         assert (status, out, err.count("\n")) == (1, "", 1), err
         assert "expected a folder that can be written to at" in err
+    assert names(".") == ["file"]
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="a folder that not even its owner can write to")
+def test_a_folder_that_nobody_can_write_to_is_refused(monkeypatch, capfd):
+    message = one_line(*run(monkeypatch, capfd, "organism", "build", "--out", "/proc/organism"))
+    assert "expected a folder that can be written to at /proc/organism, found none (" in message
+
+
+def test_a_ruined_model_is_not_written(files, monkeypatch, capfd):
+    options = ["--steps", 1, "--learning-rate", 1e30]
+    status, out, err = run(monkeypatch, capfd, *finetuning(files, anchors=None), *options)
+    assert (status, out) == (1, "")
+    assert "expected a finite loss after training, found nan on example 0; lower the learning rate" in err
+    assert names(".") == []
+
+
+def test_finetune_trains_in_fp32_unless_told_otherwise(files, tmp_path_factory, monkeypatch, capfd):
+    half = tmp_path_factory.mktemp("half") / "model"
+    tiny_llama().bfloat16().save_pretrained(half)
+    tiny_tokenizer().save_pretrained(half)
+    for options, dtype in (([], torch.float32), (["--dtype", "auto"], torch.bfloat16)):
+        out = "-".join(["run", *options])
+        arguments = finetuning(files, model=half, anchors=None)[:-1]
+        status, _, err = run(monkeypatch, capfd, *arguments, out, "--steps", 1, *options)
+        assert status == 0, err
+        assert AutoModelForCausalLM.from_pretrained(out).dtype == dtype
+
+
+def test_a_checkpoint_may_go_to_the_working_directory(files, monkeypatch, capfd):
+    status, out, err = run(monkeypatch, capfd, *finetuning(files, anchors=None)[:-1], ".", "--steps", 1)
+    assert (status, out) == (0, "wrote .\n"), err
+    assert AutoModelForCausalLM.from_pretrained(".")
 
 
 @pytest.mark.parametrize(
