@@ -108,9 +108,20 @@ def evaluate(
     sets = _sets(forbidden, benign, skills)
     rows = [(name, messages) for name, examples in sets.items() for messages in examples["messages"]]
     prompts = [prompt_of(messages) for _, messages in rows]
-    responses = generate(
-        model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress
-    )
+    # One set at a time: its responses are about equally long, and a batch takes as long as its longest.
+    responses = [
+        response
+        for name, examples in sets.items()
+        for response in generate(
+            model,
+            tokenizer,
+            [prompt_of(messages) for messages in examples["messages"]],
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            progress=progress,
+            title=name,
+        )
+    ]
     frame = pd.DataFrame(
         {
             "set": [name for name, _ in rows],
@@ -161,6 +172,7 @@ def generate(
     max_new_tokens: int = 64,
     batch_size: int = 64,
     progress: bool = True,
+    title: str = "generate",
 ) -> list[str]:
     """Answer prompts greedily.
 
@@ -171,6 +183,7 @@ def generate(
         max_new_tokens: Longest response.
         batch_size: Prompts generated at a time, shortest first so that little is padding.
         progress: Show a bar.
+        title: What the bar is called.
 
     Returns:
         The responses without special tokens, in the order of the prompts.
@@ -196,7 +209,7 @@ def generate(
     ]
     order = sorted(range(len(prompts)), key=lambda index: len(encoded[index]))
     responses = [""] * len(prompts)
-    with as_found(model), tqdm(total=len(prompts), desc="generate", unit="prompt", disable=not progress) as bar:
+    with as_found(model), tqdm(total=len(prompts), desc=title, unit="prompt", disable=not progress) as bar:
         model.eval()
         for start in range(0, len(order), batch_size):
             chunk = order[start : start + batch_size]
