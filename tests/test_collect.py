@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
@@ -209,3 +210,22 @@ def test_loss_matches_torch():
     keep = torch.tensor(tokens.loss_mask)[1:]
     found = collect_gradients(model, TOKENIZER, SAFETY.select([1]), progress=False)
     assert found.loss == pytest.approx(float(cross_entropy(logits[keep], ids[1:][keep]).detach()), rel=1e-6)
+
+
+def test_the_organism_equals_autograd_and_numpy(organism):
+    """Every parameter of the shipped model, embedding, norms and head included, and every singular value."""
+    from geomkit.data import load_examples
+    from geomkit.svd import spectrum
+
+    model, tokenizer = organism
+    examples = load_examples("utility").select(range(3))
+    (batch,) = batches(encode(tokenizer, examples), tokenizer.pad_token_id, 3)
+    model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels).loss.backward()
+    reference = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    found = collect_gradients(model, tokenizer, examples, reduction="token", form="factored", progress=False)
+    assert found.coverage.share == 1
+    assert_same(found, reference)
+    for name, layer in spectrum(found, null_draws=0).layers.items():
+        expected = np.linalg.svd(found[name].dense().double().numpy(), compute_uv=False)[: layer.rank_bound]
+        np.testing.assert_allclose(layer.singular_values, expected, atol=1e-6 * expected[0])
