@@ -14,7 +14,7 @@ from geomkit.gradients import Coverage, GradientSet
 from geomkit.hooks import Tape, can_split, recording, replayed_gradients, splits_by_example, tap_gradients
 from geomkit.layer_gradient import DenseGradient, LayerGradient, add
 from geomkit.loss import Reduction, example_losses, reduce_losses, scored, token_losses
-from geomkit.state import as_found
+from geomkit.state import as_found, full_precision
 from geomkit.tokens import AssistantMask, Batch, Tokens, batches, encode, pad_id
 
 if TYPE_CHECKING:
@@ -106,7 +106,11 @@ def gradients_of(
         model, wanted, keep_factors=form == "factored", examples=len(rows), tokens=sum(r.loss_tokens for r in rows)
     )
     length = sum(map(len, rows))
-    with as_found(model), tqdm(total=length, desc="gradients", unit="token", disable=not progress) as bar:
+    with (
+        as_found(model),
+        full_precision(),
+        tqdm(total=length, desc="gradients", unit="token", disable=not progress) as bar,
+    ):
         model.eval()
         for batch in batches(rows, pad, batch_size):
             _collect_batch(total, batch, reduction=reduction, per_sample=per_sample)

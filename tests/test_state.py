@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from geomkit.state import as_found, random_state_kept
+from geomkit.state import as_found, full_precision, random_state_kept
 from tests.tiny import tiny_llama
 
 
@@ -38,3 +38,14 @@ def test_global_random_states_return_also_after_an_exception():
         with pytest.raises(ValueError, match="stop"):
             draw_and_fail()
     assert draws[0] == draws[1]
+
+
+def test_full_precision_is_kept_inside_and_the_callers_choice_after() -> None:
+    found = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        with full_precision():
+            assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(found)
