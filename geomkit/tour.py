@@ -190,6 +190,6 @@ def _evaluated(
         tokenizer,
         forbidden=load_examples(f"eval/{scenario.attack if scenario else 'forbidden'}"),
         skills={name: load_examples(f"eval/{name}") for name in names},
-        batch_size=240,
+        batch_size=120,
         progress=progress,
     )
