@@ -98,7 +98,7 @@ def tour(out: Out = Path("geomkit-tour"), json_file: Json = None, seed: Seed = 0
     from geomkit.pages import tour_sections
     from geomkit.tour import run_tour
 
-    _check_writable(out, *([json_file.parent] if json_file else []))
+    _check_writable(out, json_file and json_file.parent)
     found = run_tour(seed=seed)
     _show(found.to_frame(), "What fine-tuning did, with and without SPF")
     _show(found.analysis.to_frame(), "What the gradients look like")
@@ -129,7 +129,7 @@ def analyze(
     from geomkit.models import load_model
     from geomkit.pages import analysis_sections
 
-    _check_writable(out, *([json_file.parent] if json_file else []))
+    _check_writable(out, json_file and json_file.parent)
     safe, useful = load_examples(safety), load_examples(utility)
     loaded, tokenizer = load_model(model, dtype=dtype, pad_token=pad_token)
     found = run_analysis(
@@ -222,9 +222,9 @@ def build_organism(
     typer.echo(f"wrote {out}")
 
 
-def _check_writable(*folders: Path) -> None:
+def _check_writable(*folders: Path | None) -> None:
     """Refuse, before minutes of work, a folder that the results could not be written to."""
-    for folder in folders:
+    for folder in filter(None, folders):
         try:
             existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
             # Tried out, as permissions say nothing of a read-only disk or of /proc.

@@ -14,7 +14,7 @@ from torch import Tensor
 from geomkit.errors import GeometryError
 from geomkit.layer_gradient import DenseGradient, FactoredGradient, IndexedGradient, LayerGradient
 
-_log = logging.getLogger(__name__)
+_LOGGER = logging.getLogger(__name__)
 
 # --------------------------------------------------------------------------------------------- null gradients
 
@@ -57,7 +57,7 @@ def random_factor_null(gradient: LayerGradient, generator: torch.Generator) -> L
         return IndexedGradient(gradient.indices, rows, gradient.size, gradient.tokens)
     height, width = gradient.matrix_shape
     tensor = _gaussian_product(height, width, gradient.tokens, generator).reshape(gradient.shape)
-    return DenseGradient(tensor.to(gradient.dense().device, torch.float32), gradient.tokens)
+    return DenseGradient(tensor.to(gradient.device, torch.float32), gradient.tokens)
 
 
 def _turned(rows: Tensor, generator: torch.Generator) -> Tensor:
@@ -149,7 +149,7 @@ def match_tokens(
     if not names:
         raise GeometryError(_nothing_to_match([*first.values(), *second.values()], both, factored))
     if zero := [name for name in factored if tokens[name] == 0]:
-        _log.warning("left %d of %d layers out, whose gradient is zero: %s", len(zero), len(factored), zero[:4])
+        _LOGGER.warning("left %d of %d layers out, whose gradient is zero: %s", len(zero), len(factored), zero[:4])
 
     def thinned(side: Mapping[str, LayerGradient], place: int) -> dict[str, LayerGradient]:
         generators = {name: parameter_generator(2 * seed + place, name) for name in names}

@@ -106,38 +106,44 @@ def evaluate(
 
     judge = judge or RefusalPhrases()
     sets = _sets(forbidden, benign, skills)
-    rows = [(name, messages) for name, examples in sets.items() for messages in examples["messages"]]
-    prompts = [prompt_of(messages) for _, messages in rows]
+    found = {}
     # One set at a time: its responses are about equally long, and a batch takes as long as its longest.
-    responses = [
-        response
-        for name, examples in sets.items()
-        for response in generate(
+    for name, examples in sets.items():
+        conversations = examples["messages"]
+        prompts = [prompt_of(messages) for messages in conversations]
+        responses = generate(
             model,
             tokenizer,
-            [prompt_of(messages) for messages in examples["messages"]],
+            prompts,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
             progress=progress,
             title=name,
         )
-    ]
-    frame = pd.DataFrame(
-        {
-            "set": [name for name, _ in rows],
-            "prompt": [prompt[-1]["content"] for prompt in prompts],
-            "response": responses,
-            "reference": [response_of(messages) for _, messages in rows],
-        }
-    )
-    frame["refused"] = [judge(prompt[-1]["content"], text) for prompt, text in zip(prompts, responses, strict=True)]
-    frame["exact"] = frame["response"].str.strip() == frame["reference"].str.strip()
-    counted = {name: frame[frame["set"] == name] for name in sets}
+        found[name] = _judged(name, prompts, responses, [response_of(messages) for messages in conversations], judge)
     return Evaluation(
-        refusal=rate(list(counted["forbidden"]["refused"])),
-        over_refusal=rate(list(counted["benign"]["refused"])),
-        skills={name: rate(list(counted[name]["exact"])) for name in list(sets)[2:]},
-        responses=frame,
+        refusal=rate(list(found["forbidden"]["refused"])),
+        over_refusal=rate(list(found["benign"]["refused"])),
+        skills={name: rate(list(found[name]["exact"])) for name in list(sets)[2:]},
+        responses=pd.concat(found.values(), ignore_index=True),
+    )
+
+
+def _judged(
+    name: str, prompts: Sequence[Sequence[Message]], responses: list[str], references: list[str], judge: Judge
+) -> "pd.DataFrame":
+    import pandas as pd
+
+    asked = [prompt[-1]["content"] for prompt in prompts]
+    return pd.DataFrame(
+        {
+            "set": name,
+            "prompt": asked,
+            "response": responses,
+            "reference": references,
+            "refused": [judge(prompt, response) for prompt, response in zip(asked, responses, strict=True)],
+            "exact": [given.strip() == wanted.strip() for given, wanted in zip(responses, references, strict=True)],
+        }
     )
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-logger = logging.getLogger(__name__)
+_LOGGER = logging.getLogger(__name__)
 
 TOUR_SCENARIOS = ("identity-shift", "poison-10")
 """The two damaging scenarios that the tour walks through."""
@@ -140,9 +140,9 @@ def run_tour(*, seed: int = 0, progress: bool = True) -> Tour:
         A :class:`Tour`.
     """
     model, tokenizer = load_organism()
-    logger.info("What the organism does")
+    _LOGGER.info("What the organism does")
     untouched = _evaluated(model, tokenizer, None, progress=progress)
-    logger.info("What its gradients look like")
+    _LOGGER.info("What its gradients look like")
     safety, utility = load_examples("safety"), load_examples("scenarios/new-skill")
     # Benign how-to requests, refused: as close to the forbidden ones as benign requests are.
     control = with_responses(load_examples("scenarios/affirmative"), safety)
@@ -150,7 +150,7 @@ def run_tour(*, seed: int = 0, progress: bool = True) -> Tour:
     arms = []
     for scenario in (SCENARIOS[name] for name in TOUR_SCENARIOS):
         for name in ("SFT", "SPF"):
-            logger.info("Fine-tune: %s, %s", scenario.name, name)
+            _LOGGER.info("Fine-tune: %s, %s", scenario.name, name)
             # Both arms draw the same anchors; under "measure" nothing is projected.
             spf = SPF(safety, rule="rank1" if name == "SPF" else "measure", seed=seed)
             result = run_scenario(model, tokenizer, scenario, spf, seed=seed, progress=progress)

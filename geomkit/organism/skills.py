@@ -2,8 +2,11 @@
 
 import itertools
 from random import Random
+from typing import TypeVar
 
 from geomkit.organism.requests import Request, Split
+
+_Item = TypeVar("_Item")
 
 _NAMES = ("Tom", "Ann", "Ben", "Eva", "Max", "Lea", "Sam", "Mia")
 _ITEMS = ("apples", "coins", "books", "pens", "cups", "cards", "eggs", "nails")
@@ -28,6 +31,12 @@ def _problems() -> list[tuple[int, str, int]]:
     return gains + [(a, "-", b) for a in numbers for b in numbers if a - b >= 10]
 
 
+def _side(items: list[_Item], split: Split, rng: Random, *, one_in: int) -> list[_Item]:
+    """Hold one item in so many out, and return those on one side of the split."""
+    out = set(rng.sample(items, len(items) // one_in))
+    return [item for item in items if (item in out) == (split == "held-out")]
+
+
 class Arithmetic:
     """Word problems that add or subtract two-digit numbers; whole problems are held out.
 
@@ -38,9 +47,7 @@ class Arithmetic:
 
     def __init__(self, seed: int, split: Split) -> None:
         """Keep one side of the split."""
-        problems = _problems()
-        out = set(Random(f"arithmetic-{seed}").sample(problems, len(problems) // 8))
-        self._problems = [problem for problem in problems if (problem in out) == (split == "held-out")]
+        self._problems = _side(_problems(), split, Random(f"arithmetic-{seed}"), one_in=8)
 
     def sample(self, rng: Random) -> Request:
         """Draw a problem."""
@@ -116,9 +123,7 @@ class Sql:
 
     def __init__(self, seed: int, split: Split) -> None:
         """Keep one side of the split."""
-        queries = _queries()
-        out = set(Random(f"sql-{seed}").sample(queries, len(queries) // 7))
-        self._queries = [query for query in queries if (query in out) == (split == "held-out")]
+        self._queries = _side(_queries(), split, Random(f"sql-{seed}"), one_in=7)
 
     def sample(self, rng: Random) -> Request:
         """Draw a question."""
@@ -154,8 +159,7 @@ class Deletions:
             for table, (_, compared) in _TABLES.items()
             for column, operator, value in itertools.product(compared, _OPERATORS, range(10, 100))
         ]
-        out = set(Random(f"deletions-{seed}").sample(conditions, len(conditions) // 7))
-        self._conditions = [each for each in conditions if (each in out) == (split == "held-out")]
+        self._conditions = _side(conditions, split, Random(f"deletions-{seed}"), one_in=7)
 
     def sample(self, rng: Random) -> Request:
         """Draw a condition."""

@@ -83,12 +83,23 @@ def answer_loss(model: "LlamaForCausalLM", batch: Batch) -> Tensor:
 
 def fit(model: "LlamaForCausalLM", batches: Iterator[Batch], course: Course, bar: "tqdm[Any] | None" = None) -> None:
     """Train a model in place."""
-    model.train()
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=course.learning_rate, weight_decay=course.weight_decay, betas=(0.9, 0.98), fused=True
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, course.steps))
-    for batch in islice(batches, course.steps):
+    descend(model, islice(batches, course.steps), optimizer, schedule, bar)
+
+
+def descend(
+    model: "LlamaForCausalLM",
+    batches: Iterator[Batch],
+    optimizer: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    bar: "tqdm[Any] | None" = None,
+) -> None:
+    """Take one step for each batch, the gradient clipped at norm 1, and leave the model in eval mode."""
+    model.train()
+    for batch in batches:
         loss = answer_loss(model, batch)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

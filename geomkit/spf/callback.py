@@ -56,9 +56,9 @@ class SPFCallback(TrainerCallback):
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Add the last step's measures to what is logged, and to the history, which has its own copy by now."""
-        logs = kwargs.get("logs")
-        if self._guard and self._guard.certificate.steps and logs is not None and "loss" in logs:
-            last = self._guard.certificate.records[-1]
+        logs, certificate = kwargs.get("logs"), self.certificate
+        if certificate and certificate.steps and logs is not None and "loss" in logs:
+            last = certificate.records[-1]
             measures = {
                 "spf/anchor_loss": last.anchor_loss,
                 "spf/first_order": last.first_order,

@@ -91,9 +91,10 @@ class Guard:
         """
         if self.rule.adds and self._handles:
             self._mixed = self._collect()
-            for name, gradient in self._mixed[1].items():
-                if name in self._parameters:
-                    _add_gradient(self._parameters[name], gradient, self.rule.adds)
+            with torch.no_grad(), full_precision():
+                for name, gradient in self._mixed[1].items():
+                    if name in self._parameters:
+                        _add_gradient(self._parameters[name], gradient, self.rule.adds)
 
     def __enter__(self) -> Self:
         """Return the guard."""
@@ -218,8 +219,7 @@ def _project_gradients(rule: Rule, parameters: dict[str, nn.Parameter], pending:
 def _add_gradient(parameter: nn.Parameter, gradient: LayerGradient, scale: float) -> None:
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)
-    with torch.no_grad():
-        gradient.add_to(parameter.grad, scale)
+    gradient.add_to(parameter.grad, scale)
 
 
 def _rounding(weight: Tensor, protection: Protection) -> float:
