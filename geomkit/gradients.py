@@ -14,6 +14,8 @@ from geomkit.names import kind_of, layer_index
 if TYPE_CHECKING:
     import pandas as pd
 
+    from geomkit.provenance import Provenance
+
 
 @dataclass(frozen=True)
 class Coverage:
@@ -23,11 +25,13 @@ class Coverage:
         seen: Number of entries of each parameter whose gradient was collected.
         missing: Number of entries of each trainable parameter whose gradient was not.
         reasons: Why each missing parameter is missing.
+        notes: What a reader should know of a parameter, such as that its module is called twice.
     """
 
     seen: Mapping[str, int]
     missing: Mapping[str, int]
     reasons: Mapping[str, str]
+    notes: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def share(self) -> float:
@@ -36,15 +40,17 @@ class Coverage:
         return sum(self.seen.values()) / total if total else 0.0
 
     def __str__(self) -> str:
-        """Say the share and name what is missing."""
+        """Say the share, and name what is missing and what there is to know."""
         # Never "100.0%" where something is missing.
         share = min(self.share, 0.999) if self.missing else self.share
         head = f"{share:.1%} of the trainable parameters"
-        if not self.missing:
-            return head
-        named = ", ".join(f"{name} ({reason})" for name, reason in list(self.reasons.items())[:3])
-        more = f" and {len(self.missing) - 3} more" if len(self.missing) > 3 else ""
-        return f"{head}; missing: {named}{more}"
+        named = ((title, said) for title, said in (("missing", self.reasons), ("notes", self.notes)) if said)
+        return "; ".join([head, *(f"{title}: {_first_few(said)}" for title, said in named)])
+
+
+def _first_few(said: Mapping[str, str]) -> str:
+    named = ", ".join(f"{name} ({words})" for name, words in list(said.items())[:3])
+    return f"{named} and {len(said) - 3} more" if len(said) > 3 else named
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +64,7 @@ class GradientSet(Mapping[str, LayerGradient]):
         loss_tokens: Number of tokens scored.
         coverage: What share of the model was seen.
         samples: One set per example, each the gradient of its own loss, when collected per sample.
+        provenance: What they were collected from.
     """
 
     layers: Mapping[str, LayerGradient] = field(repr=False)
@@ -66,6 +73,7 @@ class GradientSet(Mapping[str, LayerGradient]):
     loss_tokens: int
     coverage: Coverage = field(repr=False)
     samples: "tuple[GradientSet, ...]" = field(default=(), repr=False)
+    provenance: "Provenance | None" = field(default=None, repr=False)
 
     def __getitem__(self, name: str) -> LayerGradient:
         """Return the gradient of one parameter."""
@@ -96,7 +104,10 @@ class GradientSet(Mapping[str, LayerGradient]):
         return {name: gradient for name, gradient in self.items() if min(gradient.matrix_shape) > 1}
 
     def to_frame(self) -> "pd.DataFrame":
-        """Return a row per parameter: ``parameter``, ``kind``, ``layer``, ``shape``, ``form``, ``tokens``, ``norm``."""
+        """Return a row per parameter.
+
+        The columns are ``parameter``, ``kind``, ``layer``, ``shape``, ``form``, ``tokens``, ``norm`` and ``note``.
+        """
         import pandas as pd
 
         return pd.DataFrame(
@@ -109,6 +120,7 @@ class GradientSet(Mapping[str, LayerGradient]):
                     "form": type(gradient).__name__.removesuffix("Gradient").lower(),
                     "tokens": gradient.tokens,
                     "norm": gradient.norm,
+                    "note": self.coverage.notes.get(name, ""),
                 }
                 for name, gradient in self.items()
             ]

@@ -11,12 +11,15 @@ from torch import Tensor
 
 from geomkit._display import html_table
 from geomkit.errors import GeometryError
+from geomkit.gradients import GradientSet
 from geomkit.layer_gradient import FactoredGradient, IndexedGradient, LayerGradient, as_matrix
 from geomkit.names import kind_of, layer_index
 from geomkit.svd import energy_rank, rank_tolerance
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from geomkit.provenance import Provenance
 
 Side = Literal["left", "right"]
 """Left vectors live in the layer's output space, right vectors in its input space."""
@@ -120,10 +123,12 @@ class Subspace:
     Attributes:
         side: Which singular vectors, ``"left"`` or ``"right"``.
         layers: A subspace for each parameter.
+        provenance: What the gradients were collected from.
     """
 
     side: Side
     layers: Mapping[str, LayerSubspace]
+    provenance: "Provenance | None" = field(default=None, repr=False)
 
     def to_frame(self) -> "pd.DataFrame":
         """Return a row per parameter: ``rank`` of ``numeric_rank`` in ``dimension``, and the ``energy`` it holds."""
@@ -194,4 +199,4 @@ def subspace(
             UserWarning,
             stacklevel=2,
         )
-    return Subspace(side, layers)
+    return Subspace(side, layers, gradients.provenance if isinstance(gradients, GradientSet) else None)

@@ -43,6 +43,22 @@ def test_coverage_says_the_share_and_names_what_is_missing():
     assert Coverage({}, {}, {}).share == 0
 
 
+def test_coverage_says_what_there_is_to_know():
+    notes = dict.fromkeys("abcd", "its module is called 2 times")
+    assert str(Coverage({"a": 3}, {"b": 1}, {"b": "never ran"}, {"a": "used without its module being called"})) == (
+        "75.0% of the trainable parameters; missing: b (never ran); notes: a (used without its module being called)"
+    )
+    assert str(Coverage({"a": 3}, {}, {}, notes)).endswith("c (its module is called 2 times) and 1 more")
+    gradients = GradientSet(
+        {name: DenseGradient(torch.ones(2), tokens=1) for name in "ae"},
+        0.0,
+        1,
+        1,
+        Coverage({"a": 2, "e": 2}, {}, {}, notes),
+    )
+    assert list(gradients.to_frame()["note"]) == ["its module is called 2 times", ""]
+
+
 def test_a_share_just_below_one_is_not_shown_as_all():
     assert str(Coverage({"a": 99_999}, {"b": 1}, {"b": "never ran"})).startswith("99.9% of the trainable parameters;")
 
