@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from geomkit.layer_gradient import FactoredGradient, LayerGradient, add
+from geomkit.algebra import add
+from geomkit.layer_gradient import FactoredGradient, LayerGradient
 from geomkit.subspaces import Side, layer_subspace
 from geomkit.svd import rank_tolerance
 

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
+from geomkit.algebra import add
 from geomkit.errors import CollectionError
 from geomkit.gradients import Coverage, GradientSet
 from geomkit.hooks import Tape, can_split, recording, replayed_gradients, splits_by_example, tap_gradients
-from geomkit.layer_gradient import DenseGradient, LayerGradient, add
+from geomkit.layer_gradient import DenseGradient, LayerGradient
 from geomkit.loss import Reduction, example_losses, reduce_losses, scored, token_losses
 from geomkit.state import as_found, full_precision
 from geomkit.tokens import AssistantMask, Batch, Tokens, batches, encode, pad_id

@@ -94,7 +94,7 @@ def subsample_tokens(
     The kept tokens are not reweighted: spectra, subspaces and cosines do not depend on the scale.
 
     Args:
-        gradients: Factored gradients by parameter; see ``keep_factors`` of :func:`geomkit.layer_gradient.add`.
+        gradients: Factored gradients by parameter; see ``keep_factors`` of :func:`geomkit.algebra.add`.
         tokens: How many tokens to keep: one number, or one for each parameter.
         generator: Source of randomness, on the CPU.
 

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from geomkit._display import html_table
+from geomkit.algebra import gram, inner
 from geomkit.errors import GeometryError
-from geomkit.layer_gradient import LayerGradient, gram, inner
+from geomkit.layer_gradient import LayerGradient
 from geomkit.names import kind_of, layer_index
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from geomkit.layer_gradient import DenseGradient, FactoredGradient, LayerGradient, coalesce
+from geomkit.algebra import coalesce
+from geomkit.layer_gradient import DenseGradient, FactoredGradient, LayerGradient
 
 
 @dataclass(frozen=True, eq=False)

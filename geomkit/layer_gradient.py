@@ -1,11 +1,12 @@
 """The gradient of one parameter, in the smallest form that is exact.
 
 For a linear layer and T tokens the gradient is LᵀR with L of shape (T, rows) and R of shape (T, columns). With
-few tokens the two thin factors are far smaller than the matrix; :func:`inner` and the methods here never form it.
+few tokens the two thin factors are far smaller than the matrix, and no method here but ``dense`` and ``add_to`` forms
+it. What takes two gradients or more is in :mod:`geomkit.algebra`.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,7 +16,10 @@ from torch import Tensor
 from geomkit.errors import GeometryError
 
 _STRIP = 4096
-"""Rows of a weight that are converted to fp64 at a time: no full copy of a large matrix is ever made."""
+"""Rows of a matrix that are converted to fp64 at a time: no full copy of a large one is ever made."""
+
+Factors = tuple[Tensor, Tensor]
+"""A thin form of a matrix: left (R, rows) and right (R, columns), with G = leftᵀ right."""
 
 
 class LayerGradient(ABC):
@@ -45,6 +49,22 @@ class LayerGradient(ABC):
     def scaled(self, scale: float) -> "LayerGradient":
         """Return ``scale`` times the gradient."""
 
+    @abstractmethod
+    def take(self, rows: Tensor | slice, dtype: torch.dtype = torch.float64) -> Tensor:
+        """Return some rows of the gradient as a matrix, (k, columns), without forming the others."""
+
+    @abstractmethod
+    def matmul(self, operand: Tensor) -> Tensor:
+        """Return G @ B for B of shape (columns, k); fp64 if B is, else fp32."""
+
+    @abstractmethod
+    def rmatmul(self, operand: Tensor) -> Tensor:
+        """Return A @ G for A of shape (k, rows); fp64 if A is, else fp32."""
+
+    @abstractmethod
+    def factors(self) -> Factors | None:
+        """Return left (R, rows) and right (R, columns) with G = leftᵀ right, or ``None`` without such a form."""
+
     @property
     @abstractmethod
     def device(self) -> torch.device:
@@ -67,8 +87,12 @@ class LayerGradient(ABC):
 
     @cached_property
     def norm(self) -> float:
-        """The Frobenius norm."""
-        return float(max(inner(self, self), 0.0) ** 0.5)
+        """The Frobenius norm, accumulated in fp64."""
+        return float(max(self._squared_norm(), 0.0) ** 0.5)
+
+    @abstractmethod
+    def _squared_norm(self) -> float:
+        """Return ‖G‖_F², accumulated in fp64."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,13 +138,38 @@ class FactoredGradient(LayerGradient):
     def dot(self, weight: Tensor) -> float:
         """Return ⟨LᵀR, W⟩ = Σ_t l_tᵀ W r_t, two thin products over a few rows of W at a time."""
         right = self.right.double()
-        starts = range(0, len(weight), _STRIP)
-        strips = ((weight[start : start + _STRIP].double(), self.left[:, start : start + _STRIP]) for start in starts)
+        strips = ((weight[strip].double(), self.left[:, strip]) for strip in _strips(len(weight)))
         return sum(float(((right @ rows.T) * left).sum()) for rows, left in strips)
 
     def scaled(self, scale: float) -> "FactoredGradient":
         """Return ``scale`` times the gradient."""
         return FactoredGradient(self.left * scale, self.right)
+
+    def take(self, rows: Tensor | slice, dtype: torch.dtype = torch.float64) -> Tensor:
+        """Return some rows of the gradient, from the same columns of ``left``."""
+        return self.left[:, rows].to(dtype).T @ self.right.to(dtype)
+
+    def matmul(self, operand: Tensor) -> Tensor:
+        """Return Lᵀ(RB), two thin products."""
+        left, right, operand = _in_one_type(operand, self.left, self.right)
+        return left.T @ (right @ operand)
+
+    def rmatmul(self, operand: Tensor) -> Tensor:
+        """Return (ALᵀ)R, two thin products."""
+        left, right, operand = _in_one_type(operand, self.left, self.right)
+        return (operand @ left.T) @ right
+
+    def factors(self) -> Factors:
+        """Return the two factors."""
+        return self.left, self.right
+
+    def _squared_norm(self) -> float:
+        """Return Σ (LLᵀ) ∘ (RRᵀ), or with many tokens the sum over strips of the matrix."""
+        rows, columns = self.shape
+        if self.tokens * (rows + columns) >= rows * columns:
+            return sum(float(self.take(strip, torch.float32).double().square().sum()) for strip in _strips(rows))
+        left, right = self.left.double(), self.right.double()
+        return float(((left @ left.T) * (right @ right.T)).sum())
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,6 +224,33 @@ class IndexedGradient(LayerGradient):
         """Return ``scale`` times the gradient."""
         return IndexedGradient(self.indices, self.rows * scale, self.size, self.tokens)
 
+    def take(self, rows: Tensor | slice, dtype: torch.dtype = torch.float64) -> Tensor:
+        """Return some rows of the gradient: those that were looked up, and zeros."""
+        wanted = torch.arange(self.size, device=self.device)[rows] if isinstance(rows, slice) else rows
+        if not len(self.indices):
+            return self.rows.new_zeros(len(wanted), self.rows.shape[1], dtype=dtype)
+        place = torch.searchsorted(self.indices, wanted).clamp_(max=len(self.indices) - 1)
+        found = self.indices[place] == wanted
+        return self.rows[place].to(dtype).mul_(found[:, None])
+
+    def matmul(self, operand: Tensor) -> Tensor:
+        """Return G @ B, whose rows are zero where nothing was looked up."""
+        rows, operand = _in_one_type(operand, self.rows)
+        return rows.new_zeros(self.size, operand.shape[1]).index_copy_(0, self.indices, rows @ operand)
+
+    def rmatmul(self, operand: Tensor) -> Tensor:
+        """Return A @ G, from the columns of A that were looked up."""
+        rows, operand = _in_one_type(operand, self.rows)
+        return operand[:, self.indices] @ rows
+
+    def factors(self) -> Factors:
+        """Return a one-hot row for each that was looked up, and the rows."""
+        hot = self.rows.new_zeros(len(self.indices), self.size)
+        return hot.scatter_(1, self.indices[:, None], 1.0), self.rows
+
+    def _squared_norm(self) -> float:
+        return float(self.rows.double().square().sum())
+
 
 @dataclass(frozen=True, eq=False)
 class DenseGradient(LayerGradient):
@@ -213,156 +289,173 @@ class DenseGradient(LayerGradient):
 
     def dot(self, weight: Tensor) -> float:
         """Return the inner product with a tensor of the same shape."""
-        return float((weight.double() * self.tensor).sum())
+        own, other = self._matrix(), weight.reshape(self.matrix_shape)
+        return sum(float((own[strip].double() * other[strip]).sum()) for strip in _strips(len(own)))
 
     def scaled(self, scale: float) -> "DenseGradient":
         """Return ``scale`` times the gradient."""
         return DenseGradient(self.tensor * scale, self.tokens)
+
+    def take(self, rows: Tensor | slice, dtype: torch.dtype = torch.float64) -> Tensor:
+        """Return some rows of the gradient."""
+        return self._matrix()[rows].to(dtype)
+
+    def matmul(self, operand: Tensor) -> Tensor:
+        """Return G @ B, a strip of rows at a time."""
+        (operand,) = _in_one_type(operand)
+        parts = [self.take(strip, operand.dtype) @ operand for strip in _strips(self.matrix_shape[0])]
+        return torch.cat(parts) if parts else operand.new_zeros(0, operand.shape[1])
+
+    def rmatmul(self, operand: Tensor) -> Tensor:
+        """Return A @ G, summed over strips of rows."""
+        (operand,) = _in_one_type(operand)
+        rows, columns = self.matrix_shape
+        product = operand.new_zeros(len(operand), columns)
+        for strip in _strips(rows):
+            product.addmm_(operand[:, strip], self.take(strip, operand.dtype))
+        return product
+
+    def factors(self) -> None:
+        """Return nothing: there is no thin form."""
+
+    def _matrix(self) -> Tensor:
+        return self.tensor.reshape(self.matrix_shape)
+
+    def _squared_norm(self) -> float:
+        return self.dot(self.tensor)
+
+
+@dataclass(frozen=True, eq=False)
+class SumGradient(LayerGradient):
+    """A sum of gradients in different forms, kept apart: a tied embedding and head, say.
+
+    Attributes:
+        parts: The gradients, of one shape, none of them itself a sum.
+    """
+
+    parts: tuple[LayerGradient, ...]
+
+    def __post_init__(self) -> None:
+        """Check the parts.
+
+        Raises:
+            GeometryError: If there is no part, shapes differ, or a part is itself a sum.
+        """
+        shapes = {part.shape for part in self.parts}
+        if len(shapes) != 1 or any(isinstance(part, SumGradient) for part in self.parts):
+            raise GeometryError(
+                f"expected parts of one shape, none itself a sum, found {len(self.parts)} of {sorted(shapes)}; "
+                "use geomkit.algebra.add"
+            )
+
+    @property
+    def shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        """Shape of the parameter."""
+        return self.parts[0].shape
+
+    @property
+    def tokens(self) -> int:  # type: ignore[override]
+        """The tokens of all parts together."""
+        return sum(part.tokens for part in self.parts)
+
+    @property
+    def rank_bound(self) -> int:
+        """No more than the parts' bounds together."""
+        return min(*self.matrix_shape, sum(part.rank_bound for part in self.parts))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the numbers are."""
+        return self.parts[0].device
+
+    @property
+    def floats(self) -> int:
+        """How many numbers this form keeps."""
+        return sum(part.floats for part in self.parts)
+
+    def dense(self) -> Tensor:
+        """Form the whole tensor."""
+        total = torch.zeros(self.shape, device=self.device)
+        self.add_to(total, 1.0)
+        return total
+
+    def add_to(self, weight: Tensor, scale: float) -> None:
+        """Add ``scale`` times the gradient to ``weight`` in place."""
+        for part in self.parts:
+            part.add_to(weight, scale)
+
+    def dot(self, weight: Tensor) -> float:
+        """Return the inner product with a tensor of the parameter's shape."""
+        return sum(part.dot(weight) for part in self.parts)
+
+    def scaled(self, scale: float) -> "SumGradient":
+        """Return ``scale`` times the gradient."""
+        return SumGradient(tuple(part.scaled(scale) for part in self.parts))
+
+    def take(self, rows: Tensor | slice, dtype: torch.dtype = torch.float64) -> Tensor:
+        """Return some rows of the gradient."""
+        return _total([part.take(rows, dtype) for part in self.parts])
+
+    def matmul(self, operand: Tensor) -> Tensor:
+        """Return G @ B, part by part."""
+        return _total([part.matmul(operand) for part in self.parts])
+
+    def rmatmul(self, operand: Tensor) -> Tensor:
+        """Return A @ G, part by part."""
+        return _total([part.rmatmul(operand) for part in self.parts])
+
+    def factors(self) -> Factors | None:
+        """Return the parts' factors one below the other, where all have some and fewer rows than either side."""
+        # The bounds are looked at first: the one-hot factor of a part may be large.
+        if sum(part.floats for part in self.parts) >= sum(self.matrix_shape) * min(self.matrix_shape):
+            return None
+        found = [part.factors() for part in self.parts]
+        thin = [factors for factors in found if factors is not None]
+        if len(thin) < len(found) or sum(len(left) for left, _ in thin) >= min(self.matrix_shape):
+            return None
+        left, right = zip(*thin, strict=True)
+        return torch.cat(left), torch.cat(right)
+
+    def _squared_norm(self) -> float:
+        own = sum(part.norm**2 for part in self.parts)
+        pairs = ((a, b) for place, a in enumerate(self.parts) for b in self.parts[:place])
+        return own + 2 * sum(product(a, b) for a, b in pairs)
+
+
+def product(a: LayerGradient, b: LayerGradient) -> float:
+    """Return ⟨A, B⟩ of two gradients of one shape that are not sums, accumulated in fp64.
+
+    The thinner of the two is kept thin; :func:`geomkit.algebra.inner` takes any two, and checks their shapes.
+    """
+    if isinstance(b, IndexedGradient) and not (isinstance(a, IndexedGradient) and len(a.indices) < len(b.indices)):
+        a, b = b, a
+    if isinstance(a, IndexedGradient):
+        return float((b.take(a.indices) * a.rows).sum())
+    if isinstance(b, FactoredGradient) and not (isinstance(a, FactoredGradient) and a.tokens < b.tokens):
+        a, b = b, a
+    if isinstance(a, FactoredGradient):
+        return float((b.rmatmul(a.left.double()) * a.right).sum())
+    return a.dot(b.dense())
+
+
+def _in_one_type(operand: Tensor, *own: Tensor) -> tuple[Tensor, ...]:
+    """Return a gradient's tensors and an operand, all fp64 if the operand is, else fp32."""
+    dtype = torch.float64 if operand.dtype == torch.float64 else torch.float32
+    return tuple(tensor.to(dtype) for tensor in (*own, operand))
+
+
+def _strips(rows: int) -> Iterator[slice]:
+    return (slice(start, min(start + _STRIP, rows)) for start in range(0, rows, _STRIP))
+
+
+def _total(tensors: list[Tensor]) -> Tensor:
+    total = tensors[0]
+    for tensor in tensors[1:]:
+        total = total + tensor
+    return total
 
 
 def _matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
     if len(shape) < 2:
         return int(torch.Size(shape).numel()), 1
     return int(torch.Size(shape[:-1]).numel()), shape[-1]
-
-
-def as_matrix(gradient: LayerGradient) -> Tensor:
-    """Form the gradient as a matrix of :attr:`LayerGradient.matrix_shape`."""
-    return gradient.dense().reshape(gradient.matrix_shape)
-
-
-# --------------------------------------------------------------------------------------------------- algebra
-
-
-def inner(a: LayerGradient, b: LayerGradient) -> float:
-    """Return the Frobenius inner product ⟨A, B⟩, accumulated in fp64.
-
-    Between factored gradients it is Σ (L_a L_bᵀ) ∘ (R_a R_bᵀ), from two T × T products; otherwise one thin product.
-
-    Raises:
-        GeometryError: If the two belong to parameters of different shape.
-    """
-    return float(gram([a], [b])[0, 0])
-
-
-def gram(rows: Sequence[LayerGradient], columns: Sequence[LayerGradient]) -> Tensor:
-    """Return every inner product between two lists of gradients of one parameter.
-
-    Args:
-        rows: N gradients.
-        columns: M gradients of the same parameter.
-
-    Returns:
-        (N, M) inner products, fp64.
-
-    Raises:
-        GeometryError: If shapes differ.
-
-    Example:
-        >>> a = FactoredGradient(torch.eye(2), torch.eye(2))
-        >>> b = DenseGradient(torch.tensor([[1.0, 2.0], [3.0, 4.0]]), tokens=2)
-        >>> gram([a], [a, b])
-        tensor([[2., 5.]], dtype=torch.float64)
-    """
-    _check_one_shape([*rows, *columns])
-    if _token_grams_are_cheaper(rows, columns):
-        return _gram_by_tokens(_factored(rows), _factored(columns))
-    if all(isinstance(gradient, IndexedGradient) for gradient in (*rows, *columns)):
-        return torch.tensor([[_inner_indexed(a, b) for b in _indexed(columns)] for a in _indexed(rows)]).double()
-    flat_rows = torch.stack([gradient.dense().flatten() for gradient in rows]).double()
-    flat_columns = torch.stack([gradient.dense().flatten() for gradient in columns]).double()
-    return flat_rows @ flat_columns.T
-
-
-def _check_one_shape(gradients: Sequence[LayerGradient]) -> None:
-    shapes = {gradient.shape for gradient in gradients}
-    if len(shapes) != 1:
-        raise GeometryError(f"expected gradients of one shape, found {sorted(shapes)}; compare the same parameter")
-
-
-def _factored(gradients: Sequence[LayerGradient]) -> list[FactoredGradient]:
-    return [gradient for gradient in gradients if isinstance(gradient, FactoredGradient)]
-
-
-def _indexed(gradients: Sequence[LayerGradient]) -> list[IndexedGradient]:
-    return [gradient for gradient in gradients if isinstance(gradient, IndexedGradient)]
-
-
-def _token_grams_are_cheaper(rows: Sequence[LayerGradient], columns: Sequence[LayerGradient]) -> bool:
-    if len(_factored(rows)) < len(rows) or len(_factored(columns)) < len(columns):
-        return False
-    height, width = rows[0].matrix_shape
-    row_tokens, column_tokens = (sum(gradient.tokens for gradient in side) for side in (rows, columns))
-    by_tokens = row_tokens * column_tokens * (height + width)
-    by_forming = (row_tokens + column_tokens + len(rows) * len(columns)) * height * width
-    return by_tokens < by_forming
-
-
-def _gram_by_tokens(rows: list[FactoredGradient], columns: list[FactoredGradient]) -> Tensor:
-    left = torch.cat([g.left for g in rows]).double() @ torch.cat([g.left for g in columns]).double().T
-    right = torch.cat([g.right for g in rows]).double() @ torch.cat([g.right for g in columns]).double().T
-    products = left * right
-    by_row = _sum_segments(products, [g.tokens for g in rows])
-    return _sum_segments(by_row.T, [g.tokens for g in columns]).T
-
-
-def _sum_segments(values: Tensor, lengths: list[int]) -> Tensor:
-    segment = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(values.device)
-    return values.new_zeros(len(lengths), values.shape[1]).index_add_(0, segment, values)
-
-
-def _inner_indexed(a: IndexedGradient, b: IndexedGradient) -> float:
-    shared, place = torch.cat([a.indices, b.indices]).unique(return_inverse=True)  # type: ignore[no-untyped-call]
-    spread_a = a.rows.new_zeros(len(shared), a.rows.shape[1]).index_copy_(0, place[: len(a.indices)], a.rows)
-    spread_b = b.rows.new_zeros(len(shared), b.rows.shape[1]).index_copy_(0, place[len(a.indices) :], b.rows)
-    return float((spread_a.double() * spread_b).sum())
-
-
-def add(parts: Sequence[LayerGradient], *, keep_factors: bool = False) -> LayerGradient:
-    """Sum gradients of one parameter, in factored form while that is the smaller one.
-
-    Args:
-        parts: At least one gradient.
-        keep_factors: Keep the factors even where the dense form is smaller; nulls need them.
-
-    Returns:
-        Their sum. Mixed forms (a tied embedding and head) become dense.
-
-    Raises:
-        GeometryError: If shapes differ.
-    """
-    _check_one_shape(parts)
-    if len(parts) == 1 and (keep_factors or parts[0].floats <= torch.Size(parts[0].shape).numel()):
-        return parts[0]
-    if len(_factored(parts)) == len(parts) and (
-        keep_factors or sum(part.floats for part in parts) <= torch.Size(parts[0].shape).numel()
-    ):
-        return FactoredGradient(
-            torch.cat([part.left for part in _factored(parts)]), torch.cat([part.right for part in _factored(parts)])
-        )
-    if len(_indexed(parts)) == len(parts):
-        return _add_indexed(_indexed(parts))
-    total = parts[0].dense().clone()
-    for part in parts[1:]:
-        part.add_to(total, 1.0)
-    return DenseGradient(total, sum(part.tokens for part in parts))
-
-
-def _add_indexed(parts: list[IndexedGradient]) -> IndexedGradient:
-    indices = torch.cat([part.indices for part in parts])
-    rows = torch.cat([part.rows for part in parts])
-    return coalesce(indices, rows, parts[0].size, sum(part.tokens for part in parts))
-
-
-def coalesce(indices: Tensor, rows: Tensor, size: int, tokens: int) -> IndexedGradient:
-    """Sum rows that share an index.
-
-    Args:
-        indices: (T,) row numbers, repeated or not.
-        rows: (T, columns) a gradient for each.
-        size: Number of rows of the parameter.
-        tokens: Number of positions that looked a row up.
-    """
-    distinct, place = indices.unique(return_inverse=True)  # type: ignore[no-untyped-call]
-    summed = rows.new_zeros(len(distinct), rows.shape[1]).index_add_(0, place, rows)
-    return IndexedGradient(distinct, summed, size, tokens)

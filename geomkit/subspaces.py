@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from geomkit._display import html_table
+from geomkit.algebra import as_matrix
 from geomkit.errors import GeometryError
 from geomkit.gradients import GradientSet
-from geomkit.layer_gradient import FactoredGradient, IndexedGradient, LayerGradient, as_matrix
+from geomkit.layer_gradient import FactoredGradient, IndexedGradient, LayerGradient
 from geomkit.names import kind_of, layer_index
 from geomkit.svd import energy_rank, rank_tolerance
 

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from geomkit._display import html_table
+from geomkit.algebra import as_matrix
 from geomkit.controls import parameter_generator, random_factor_null
 from geomkit.errors import GeometryError
-from geomkit.layer_gradient import DenseGradient, FactoredGradient, IndexedGradient, LayerGradient, as_matrix
+from geomkit.layer_gradient import DenseGradient, FactoredGradient, IndexedGradient, LayerGradient
 from geomkit.names import kind_of, layer_index
 
 if TYPE_CHECKING:

@@ -6,17 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from geomkit.algebra import add, as_matrix, coalesce, gram, inner
 from geomkit.errors import GeometryError
-from geomkit.layer_gradient import (
-    DenseGradient,
-    FactoredGradient,
-    IndexedGradient,
-    add,
-    as_matrix,
-    coalesce,
-    gram,
-    inner,
-)
+from geomkit.layer_gradient import DenseGradient, FactoredGradient, IndexedGradient
 
 FORMS = ("factored", "indexed", "dense")
 quick = settings(max_examples=60, deadline=None, derandomize=True)

@@ -4,9 +4,10 @@ import torch
 from scipy.linalg import subspace_angles
 
 from geomkit._leave_one_out import bases_without_each
+from geomkit.algebra import add
 from geomkit.errors import GeometryError
 from geomkit.gradients import Coverage, GradientSet
-from geomkit.layer_gradient import DenseGradient, FactoredGradient, LayerGradient, add
+from geomkit.layer_gradient import DenseGradient, FactoredGradient, LayerGradient
 from geomkit.onesample import one_sample_study
 
 FULL = Coverage({}, {}, {})

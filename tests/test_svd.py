@@ -6,8 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from geomkit.algebra import add, as_matrix
 from geomkit.errors import GeometryError
-from geomkit.layer_gradient import DenseGradient, FactoredGradient, IndexedGradient, LayerGradient, add, as_matrix
+from geomkit.layer_gradient import DenseGradient, FactoredGradient, IndexedGradient, LayerGradient
 from geomkit.subspaces import layer_subspace, subspace
 from geomkit.svd import LayerSpectrum, layer_spectrum, singular_values, spectrum
 

@@ -12,8 +12,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from geomkit.algebra import as_matrix
 from geomkit.errors import SPFError
-from geomkit.layer_gradient import DenseGradient, FactoredGradient, LayerGradient, as_matrix
+from geomkit.layer_gradient import DenseGradient, FactoredGradient, LayerGradient
 from geomkit.subspaces import layer_subspace
 
 Level = Literal["gradient", "update"]
