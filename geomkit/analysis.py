@@ -14,6 +14,7 @@ from geomkit.correlation import Conflict, conflict
 from geomkit.errors import GeometryError
 from geomkit.gradients import Coverage, GradientSet
 from geomkit.onesample import OneSample, one_sample_study
+from geomkit.streaming import TOKENS_PER_BATCH
 from geomkit.subspaces import subspace
 from geomkit.svd import Spectrum, spectrum
 from geomkit.tokens import AssistantMask
@@ -130,7 +131,7 @@ def analyze(
     rank: int = 10,
     null_draws: int = 8,
     layers: str = "*",
-    batch_size: int = 8,
+    tokens_per_batch: int = TOKENS_PER_BATCH,
     assistant_mask: AssistantMask = "template",
     max_length: int | None = None,
     seed: int = 0,
@@ -154,7 +155,7 @@ def analyze(
         rank: Number of directions compared between subspaces.
         null_draws: Draws from the null of each layer's spectrum.
         layers: Glob pattern on parameter names.
-        batch_size: Examples run at a time.
+        tokens_per_batch: Most token positions run at a time, padding included.
         assistant_mask: How assistant tokens are found, see :func:`geomkit.tokens.encode`.
         max_length: Cut longer examples to this many tokens.
         seed: Seed of all random draws.
@@ -183,7 +184,7 @@ def analyze(
             per_sample=True,
             layers=layers,
             form="factored",
-            batch_size=batch_size,
+            tokens_per_batch=tokens_per_batch,
             assistant_mask=assistant_mask,
             max_length=max_length,
             progress=progress,

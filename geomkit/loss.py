@@ -23,7 +23,7 @@ def token_losses(model: nn.Module, batch: Batch) -> Tensor:
     Returns:
         (B, L − 1) losses in fp32; 0 where the label is not the assistant's.
     """
-    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+    logits = model(**batch.inputs(), use_cache=False).logits
     targets = batch.labels[:, 1:]
     losses = cross_entropy(
         logits[:, :-1].float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
@@ -47,27 +47,6 @@ def example_losses(losses: Tensor, batch: Batch) -> Tensor:
         (B,) mean loss over each example's assistant tokens.
     """
     return losses.sum(1) / scored(batch).sum(1)
-
-
-def reduce_losses(losses: Tensor, batch: Batch, reduction: Reduction, *, examples: int, tokens: int) -> Tensor:
-    """Return this batch's share of the loss over a whole set.
-
-    Shares of all batches add up to the set's loss, so their gradients add up to its gradient.
-
-    Args:
-        losses: (B, L − 1), from :func:`token_losses`.
-        batch: The batch they came from.
-        reduction: ``"example"`` weighs every example alike, ``"token"`` every assistant token, as
-            ``model(labels=…).loss`` does.
-        examples: Number of examples in the whole set.
-        tokens: Number of scored tokens in the whole set.
-
-    Returns:
-        A scalar.
-    """
-    if reduction == "token":
-        return losses.sum() / tokens
-    return example_losses(losses, batch).sum() / examples
 
 
 def losses_of(model: nn.Module, rows: Sequence[Tokens], pad: int, *, batch_size: int = 16) -> list[float]:

@@ -11,11 +11,12 @@ from torch import nn
 
 @contextmanager
 def as_found(model: nn.Module) -> Iterator[None]:
-    """Restore every module's train or eval mode and the random state when the block ends.
+    """Restore modes, which parameters are trainable, and the random state when the block ends.
 
     Gradients and hooks need no restoring: nothing in geomkit writes the first, and the second are context managers.
     """
     modes = [(module, module.training) for module in model.modules()]
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     devices = sorted(
         {parameter.device.index or 0 for parameter in model.parameters() if parameter.device.type == "cuda"}
     )
@@ -25,6 +26,8 @@ def as_found(model: nn.Module) -> Iterator[None]:
         finally:
             for module, training in modes:
                 module.training = training
+            for parameter, needs_gradient in trainable:
+                parameter.requires_grad_(needs_gradient)
 
 
 @contextmanager
@@ -48,3 +51,19 @@ def full_precision() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(found)
+
+
+@contextmanager
+def casts_uncached() -> Iterator[None]:
+    """Let autocast cast a weight anew at each use inside the block, so that the graph shows every use."""
+    found = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(found)
+
+
+def no_autocast(device: torch.device) -> torch.autocast:
+    """Return a block in which products are computed in the type of their factors."""
+    return torch.autocast(device.type, enabled=False)

@@ -4,9 +4,9 @@ Only the tokens of assistant turns count in a loss; everything else is context.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -68,6 +68,19 @@ class Batch:
         """Return the same batch on a device."""
         return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.labels.to(device), self.examples)
 
+    def single(self, row: int) -> "Batch":
+        """Return one example without its padding."""
+        real = self.attention_mask[row].bool()
+        ids, mask, labels = (part[row][real][None] for part in (self.input_ids, self.attention_mask, self.labels))
+        return Batch(ids, mask, labels, self.examples[row : row + 1])
+
+    def inputs(self) -> dict[str, Tensor]:
+        """Return what a causal model takes: ids and mask, and positions where padding on the left shifts them."""
+        given = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+        if bool(self.attention_mask[:, 0].all()):
+            return given
+        return given | {"position_ids": (self.attention_mask.cumsum(1) - 1).clamp_min(0)}
+
 
 def encode(
     tokenizer: "PreTrainedTokenizerBase",
@@ -93,6 +106,77 @@ def encode(
         DataError: If there is no example, no chat template, no marker in it, or an example without a single
             assistant token to take a loss on.
     """
+    encode_one = _encoder(tokenizer, examples, assistant_mask, max_length)
+    return [encode_one(index, messages) for index, messages in enumerate(examples["messages"])]
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedExamples(Sequence[Tokens]):
+    """A set as tokens, of which only the lengths are kept: an example is encoded again when it is asked for.
+
+    Attributes:
+        examples: The rows.
+        lengths: Number of tokens of each.
+        encode_one: Encodes a row, given its index and its messages.
+    """
+
+    examples: "Dataset"
+    lengths: tuple[int, ...]
+    encode_one: Callable[[int, list[Message]], Tokens]
+
+    def __len__(self) -> int:
+        """Return the number of examples."""
+        return len(self.lengths)
+
+    @overload
+    def __getitem__(self, index: int) -> Tokens: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Tokens]: ...
+
+    def __getitem__(self, index: int | slice) -> Tokens | list[Tokens]:
+        """Encode one example, or several."""
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        return self.encode_one(index, self.examples[index]["messages"])
+
+
+def encode_lazily(
+    tokenizer: "PreTrainedTokenizerBase",
+    examples: "Dataset",
+    *,
+    assistant_mask: AssistantMask = "template",
+    max_length: int | None = None,
+    seen: Callable[[Tokens], None] = lambda _: None,
+) -> EncodedExamples:
+    """Encode every example once to check it, and keep no more than its length.
+
+    Encoding twice costs little beside a backward pass, and a bad example is found before hours of work.
+
+    Args:
+        tokenizer: See :func:`encode`, as for the errors.
+        examples: See :func:`encode`.
+        assistant_mask: See :func:`encode`.
+        max_length: See :func:`encode`.
+        seen: Called with each example's tokens, in order.
+    """
+    encode_one = _encoder(tokenizer, examples, assistant_mask, max_length)
+    lengths = []
+    for index, messages in enumerate(examples["messages"]):
+        tokens = encode_one(index, messages)
+        seen(tokens)
+        lengths.append(len(tokens))
+    return EncodedExamples(examples, tuple(lengths), encode_one)
+
+
+def lengths_of(rows: Sequence[Tokens]) -> Sequence[int]:
+    """Return each example's number of tokens, without encoding it again."""
+    return rows.lengths if isinstance(rows, EncodedExamples) else [len(row) for row in rows]
+
+
+def _encoder(
+    tokenizer: "PreTrainedTokenizerBase", examples: "Dataset", assistant_mask: AssistantMask, max_length: int | None
+) -> Callable[[int, list[Message]], Tokens]:
     if len(examples) == 0:
         raise DataError("expected at least one example, found an empty set")
     if "messages" not in examples.column_names:
@@ -100,8 +184,8 @@ def encode(
             f"expected a column 'messages', found {examples.column_names}; load the set with geomkit.load_examples"
         )
     render = _renderer(tokenizer, assistant_mask)
-    encoded = []
-    for index, messages in enumerate(examples["messages"]):
+
+    def encode_one(index: int, messages: list[Message]) -> Tokens:
         try:
             ids, mask = render(messages)
         except DataError as error:
@@ -113,8 +197,9 @@ def encode(
                 f"example {index}: expected assistant tokens to take the loss on, found none{cut} "
                 f"({len(ids)} tokens, all masked); raise max_length or drop the example"
             )
-        encoded.append(tokens)
-    return encoded
+        return tokens
+
+    return encode_one
 
 
 def _renderer(tokenizer: "PreTrainedTokenizerBase", assistant_mask: AssistantMask) -> Any:
@@ -197,7 +282,14 @@ def pad_id(tokenizer: "PreTrainedTokenizerBase") -> int:
     return int(tokenizer.pad_token_id)
 
 
-def collate(rows: Sequence[Tokens], pad: int, *, examples: Sequence[int] | None = None, side: str = "right") -> Batch:
+def collate(
+    rows: Sequence[Tokens],
+    pad: int,
+    *,
+    examples: Sequence[int] | None = None,
+    side: Literal["right", "left"] = "right",
+    least: int = 0,
+) -> Batch:
     """Pad examples to their common length.
 
     Args:
@@ -205,16 +297,17 @@ def collate(rows: Sequence[Tokens], pad: int, *, examples: Sequence[int] | None 
         pad: The id that fills short rows.
         examples: Their indices in the set they come from; 0 to B − 1 when left out.
         side: ``"right"`` or ``"left"``: where the padding goes.
+        least: Pad to at least this length.
 
     Returns:
-        A :class:`Batch` of shape (B, L), L the longest example's length.
+        A :class:`Batch` of shape (B, L), L the longest example's length or ``least``.
 
     Example:
         >>> collate([Tokens((5, 6, 7), (False, False, True)), Tokens((5, 6), (False, True))], pad=0).labels
         tensor([[-100, -100,    7],
                 [-100,    6, -100]])
     """
-    length = max(len(row) for row in rows)
+    length = max(least, *map(len, rows))
     input_ids = torch.full((len(rows), length), pad)
     attention_mask = torch.zeros((len(rows), length), dtype=torch.long)
     labels = torch.full((len(rows), length), IGNORED)
@@ -225,6 +318,34 @@ def collate(rows: Sequence[Tokens], pad: int, *, examples: Sequence[int] | None 
         attention_mask[index, place] = 1
         labels[index, place] = torch.where(torch.tensor(row.loss_mask), ids, IGNORED)
     return Batch(input_ids, attention_mask, labels, tuple(examples if examples is not None else range(len(rows))))
+
+
+def plan_batches(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
+    """Group examples of similar length, so that little is padded.
+
+    Args:
+        lengths: Number of tokens of each example.
+        tokens_per_batch: Most positions in a batch, padding included; a longer example runs alone.
+
+    Returns:
+        The examples' indices, batch by batch, the longest first: what does not fit into memory shows at once.
+
+    Raises:
+        DataError: If the budget is not positive.
+
+    Example:
+        >>> plan_batches([3, 9, 4, 5], tokens_per_batch=12)
+        [[1], [3, 2], [0]]
+    """
+    if tokens_per_batch < 1:
+        raise DataError(f"expected at least one token per batch, found {tokens_per_batch}; give e.g. 4096")
+    plan: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+        if plan and lengths[plan[-1][0]] * (len(plan[-1]) + 1) <= tokens_per_batch:
+            plan[-1].append(index)
+        else:
+            plan.append([index])
+    return plan
 
 
 def batches(rows: Sequence[Tokens], pad: int, batch_size: int) -> Iterator[Batch]:

@@ -111,7 +111,7 @@ class Guard:
     def _collect(self) -> tuple[Sequence[int], GradientSet]:
         chosen = self._pool.draw(len(self._records))
         rows = [self._pool.rows[index] for index in chosen]
-        return chosen, gradients_of(self._model, rows, self._pad, batch_size=len(rows))
+        return chosen, gradients_of(self._model, rows, self._pad)
 
     def _before_step(self) -> None:
         mixed, self._mixed = self._mixed, None

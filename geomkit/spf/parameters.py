@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from geomkit.errors import SPFError
+from geomkit.selection import refuse_unseen_values
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ def guarded_parameters(model: nn.Module, optimizer: Any) -> dict[str, nn.Paramet
             guarded[names[id(parameter)]] = parameter
     if not guarded:
         raise SPFError("expected an optimizer with trainable parameters, found none; unfreeze the model first")
-    _refuse_sharded(guarded)
+    refuse_unseen_values(guarded, SPFError)
     return guarded
 
 
@@ -58,14 +59,3 @@ def warn_of_rounding(parameters: dict[str, nn.Parameter]) -> None:
             "train in float32 for a constraint that binds",
             names,
         )
-
-
-def _refuse_sharded(parameters: dict[str, nn.Parameter]) -> None:
-    for name, parameter in parameters.items():
-        if hasattr(parameter, "device_mesh") or hasattr(parameter, "ds_id") or parameter.numel() == 0:
-            raise SPFError(
-                f"expected whole weights, found '{name}' sharded over processes, where an update cannot be projected "
-                "yet; train with DDP or on one device"
-            )
-        if parameter.is_meta:
-            raise SPFError(f"expected weights with values, found '{name}' on the meta device; load the model first")

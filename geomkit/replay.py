@@ -1,0 +1,107 @@
+"""The gradients of each example for modules without a closed form, by running the module alone once more.
+
+What comes out is not trusted blindly: :mod:`geomkit.passes` compares its sum with autograd's own gradient.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils._pytree import tree_leaves, tree_map
+
+from geomkit.hooks import Call
+from geomkit.layer_gradient import DenseGradient, LayerGradient
+from geomkit.rows import at_least_fp32
+
+
+class _Bare(nn.Module):
+    """A module without its hooks: the inputs are those behind its pre-hooks, the output the one before its hooks."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.bare = module
+
+    def forward(self, *inputs: Any, **keywords: Any) -> Any:
+        return self.bare.forward(*inputs, **keywords)
+
+
+def replayed(call: Call, examples: int, length: int) -> list[dict[str, LayerGradient]] | None:
+    """Compute each example's gradient of a module's own parameters.
+
+    Args:
+        call: A call whose ``deltas`` are known.
+        examples: B, the batch size.
+        length: L, the padded length.
+
+    Returns:
+        B gradients by parameter name, or ``None`` if the call does not keep the examples apart or the module holds
+        others with parameters of their own, so that running it again would be running half the model.
+    """
+    own = dict(call.module.named_parameters(recurse=False))
+    if len(own) != len(list(call.module.parameters())):
+        return None
+    deltas = [delta for delta in call.deltas if delta is not None]
+    if not deltas or not all(_splits(delta, examples, length) for delta in deltas):
+        return None
+    if _may_be_elementwise(call, own):
+        return _elementwise(call, own, examples)
+    return [_one(call, row, examples, length) for row in range(examples)]
+
+
+def _splits(value: Any, examples: int, length: int) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0 and len(value) in {examples, examples * length}
+
+
+def _may_be_elementwise(call: Call, own: dict[str, nn.Parameter]) -> bool:
+    (delta, *more) = call.deltas
+    return delta is not None and not more and all(weight.shape == delta.shape[-1:] for weight in own.values())
+
+
+def _elementwise(call: Call, own: dict[str, nn.Parameter], examples: int) -> list[dict[str, LayerGradient]]:
+    """Use that a norm is affine in each weight: with y = a·w + c, the slope a is y at w = 1 less y at w = 0.
+
+    Two evaluations then serve the whole batch.
+    """
+    zeros = {f"bare.{local}": torch.zeros_like(weight) for local, weight in own.items()}
+    bare = _Bare(call.module)
+    (delta,) = (at_least_fp32(delta) for delta in call.deltas if delta is not None)
+    counts = delta.reshape(examples, -1, delta.shape[-1]).ne(0).any(2).sum(1).tolist()
+    found: list[dict[str, LayerGradient]] = [{} for _ in range(examples)]
+    with torch.no_grad():
+        at_zero = functional_call(bare, zeros, call.inputs, call.keywords)
+        for local, name in call.parameters.items():
+            one = zeros | {f"bare.{local}": torch.ones_like(own[local])}
+            slope = functional_call(bare, one, call.inputs, call.keywords) - at_zero
+            sums = (delta * slope).reshape(examples, -1, delta.shape[-1]).sum(1)
+            for row, value in enumerate(sums):
+                found[row][name] = DenseGradient(value, counts[row])
+    return found
+
+
+def _one(call: Call, row: int, examples: int, length: int) -> dict[str, LayerGradient]:
+    """Run the module on one example and pull its output gradients back."""
+
+    def part(value: Any) -> Any:
+        if not _splits(value, examples, length):
+            return value
+        step = len(value) // examples
+        return value[row * step : (row + 1) * step]
+
+    inputs, keywords, deltas = tree_map(part, (call.inputs, call.keywords, call.deltas))
+    own = dict(call.module.named_parameters(recurse=False))
+    with torch.enable_grad():
+        outputs = [leaf for leaf in tree_leaves(call.module.forward(*inputs, **keywords)) if isinstance(leaf, Tensor)]
+        known = [(output, delta) for output, delta in zip(outputs, deltas, strict=True) if delta is not None]
+        results = torch.autograd.grad(
+            [output for output, _ in known],
+            [own[local] for local in call.parameters],
+            [delta for _, delta in known],
+            allow_unused=True,
+        )
+    positions = max(int(delta.reshape(-1, delta.shape[-1]).ne(0).any(1).sum()) for _, delta in known)
+    return {
+        name: DenseGradient(at_least_fp32(result), positions)
+        for name, result in zip(call.parameters.values(), results, strict=True)
+        if result is not None
+    }

@@ -1,0 +1,103 @@
+"""Running a model over a whole set in batches by token budget, whatever is done with the gradients."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from geomkit.errors import CollectionError
+from geomkit.layer_gradient import LayerGradient
+from geomkit.loss import Reduction
+from geomkit.passes import Target, WholeSink, run_pass
+from geomkit.selection import Selection, chosen_parameters, refuse_unseen_values, unwrapped_model
+from geomkit.state import as_found, full_precision
+from geomkit.tokens import Tokens, collate, lengths_of, plan_batches
+
+TOKENS_PER_BATCH = 4096
+"""Positions in a batch where nothing else is said: a few GiB of activations for a model of a billion parameters."""
+
+ExampleSink = Callable[[str, Sequence[int], Sequence[LayerGradient]], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Streamed:
+    """What is known after the last batch.
+
+    Attributes:
+        target: The parameters and what was noticed about them.
+        losses: Each example's loss, in nats per token, in the set's order.
+        loss_tokens: Each example's number of scored tokens.
+    """
+
+    target: Target
+    losses: list[float]
+    loss_tokens: list[int]
+
+
+def stream(
+    model: nn.Module,
+    rows: Sequence[Tokens],
+    pad: int,
+    chosen: Selection,
+    *,
+    reduction: Reduction = "example",
+    tokens_per_batch: int = TOKENS_PER_BATCH,
+    progress: bool = False,
+    whole: WholeSink | None = None,
+    samples: ExampleSink | None = None,
+) -> Streamed:
+    """Run every example forward and backward once and hand out the gradients; the model is left as found.
+
+    Args:
+        model: A causal language model, which runs in eval mode.
+        rows: The examples.
+        pad: The id that fills short rows.
+        chosen: Which parameters to collect.
+        reduction: How examples weigh in the sum: alike (1 each), or by their scored tokens.
+        tokens_per_batch: Most positions in a batch, padding included.
+        progress: Show a bar, in tokens.
+        whole: Receives parts of the gradient of the weighted sum of all losses.
+        samples: Receives, batch by batch, the gradients of examples' own losses and the examples' indices.
+
+    Raises:
+        CollectionError: If no trainable parameter is chosen, weights cannot be seen, or a loss or gradient is not
+            finite.
+    """
+    from tqdm.auto import tqdm
+
+    inner = unwrapped_model(model)
+    target = Target(inner, chosen_parameters(inner, chosen))
+    refuse_unseen_values(target.parameters, CollectionError)
+    device = next(inner.parameters()).device
+    lengths = lengths_of(rows)
+    losses, scored = [0.0] * len(rows), [0] * len(rows)
+    with (
+        as_found(inner),
+        full_precision(),
+        tqdm(total=sum(lengths), desc="gradients", unit="token", unit_scale=True, disable=not progress) as bar,
+    ):
+        inner.eval()
+        for parameter in set(inner.parameters()) - set(target.parameters.values()):
+            parameter.requires_grad_(False)
+        for plan in plan_batches(lengths, tokens_per_batch):
+            examples = [rows[index] for index in plan]
+            batch = collate(examples, pad, examples=plan, least=_length(examples)).to(device)
+            own = run_pass(target, batch, reduction=reduction, whole=whole, samples=_numbered(samples, plan))
+            for index, example, loss in zip(plan, examples, own, strict=True):
+                losses[index], scored[index] = loss, example.loss_tokens
+            bar.update(sum(map(len, examples)))
+    return Streamed(target, losses, scored)
+
+
+def _length(examples: Sequence[Tokens]) -> int:
+    """Choose a padded length other than the batch size: a first dimension of that size could be either."""
+    longest = max(map(len, examples))
+    return longest + 1 if longest == len(examples) else longest
+
+
+def _numbered(
+    samples: ExampleSink | None, plan: Sequence[int]
+) -> Callable[[str, Sequence[LayerGradient]], None] | None:
+    if samples is None:
+        return None
+    return lambda name, gradients: samples(name, plan, gradients)
