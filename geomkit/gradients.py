@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -126,6 +127,19 @@ class GradientSet(Mapping[str, LayerGradient]):
                 for name, gradient in self.items()
             ]
         )
+
+    def save(self, folder: str | Path) -> Path:
+        """Write everything to a folder, from which :func:`geomkit.load_gradients` reads it without the model.
+
+        Args:
+            folder: Where to. Gradients saved there before are replaced in one step; other files are left alone.
+
+        Returns:
+            The folder.
+        """
+        from geomkit.storage import save_gradients
+
+        return save_gradients(self, folder)
 
     def _repr_html_(self) -> str:
         return html_table(str(self), self.to_frame())

@@ -6,11 +6,13 @@ different ones say that something differs, and :func:`differences` says what.
 
 import hashlib
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from geomkit.selection import unwrapped_model
 
 if TYPE_CHECKING:
     from geomkit.tokens import Tokens
@@ -103,12 +105,35 @@ def weights_fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()
 
 
-@torch.no_grad()
-def _some_values(parameter: nn.Parameter) -> bytes:
+def _some_values(parameter: nn.Parameter) -> memoryview:
     # An odd step: an even one would stay in the same few columns of most matrices.
     step = max(1, parameter.numel() // _SAMPLED) | 1
-    some = parameter.detach().reshape(-1)[::step].cpu().contiguous()
-    return some.view(torch.uint8).numpy().tobytes()
+    return tensor_bytes(parameter.detach().reshape(-1)[::step])
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    r"""Return the bytes of a tensor of any type, in the order of its entries, copied only where they lie elsewhere.
+
+    Example:
+        >>> bytes(tensor_bytes(torch.tensor([1, 2], dtype=torch.int16)))
+        b'\x01\x00\x02\x00'
+    """
+    flat = tensor.detach().cpu().contiguous()
+    # With no or one entry, "contiguous" says nothing of the stride.
+    values: memoryview = flat.as_strided((flat.numel(),), (1,)).view(torch.uint8).numpy().data
+    return values
+
+
+def model_fields(model: nn.Module) -> dict[str, Any]:
+    """Return the fields of a :class:`Provenance` that the model alone decides; wrappers such as DDP do not count."""
+    model = unwrapped_model(model)
+    config = getattr(model, "config", None)
+    return {
+        "model": getattr(config, "_name_or_path", "") or type(model).__name__,
+        "revision": getattr(config, "_commit_hash", None),
+        "dtype": ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()})),
+        "weights": weights_fingerprint(model),
+    }
 
 
 def provenance_of(
@@ -136,12 +161,8 @@ def provenance_of(
 
     from geomkit import __version__
 
-    config = getattr(model, "config", None)
     return Provenance(
-        model=getattr(config, "_name_or_path", "") or type(model).__name__,
-        revision=getattr(config, "_commit_hash", None),
-        dtype=", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters()})),
-        weights=weights_fingerprint(model),
+        **model_fields(model),
         data=data.value,
         examples=data.examples,
         assistant_mask=assistant_mask,

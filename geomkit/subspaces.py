@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -156,6 +157,19 @@ class Subspace:
         ranks = [layer.rank for layer in self.layers.values()]
         span = f"{min(ranks)} to {max(ranks)}" if len(set(ranks)) > 1 else f"{ranks[0]}" if ranks else "0"
         return f"{self.side} subspaces of {len(ranks)} matrices, rank {span}"
+
+    def save(self, folder: str | Path) -> Path:
+        """Write it to a folder, from which :func:`geomkit.load_subspace` reads it without the model.
+
+        Args:
+            folder: Where to. A subspace saved there before is replaced in one step; other files are left alone.
+
+        Returns:
+            The folder.
+        """
+        from geomkit.storage import save_subspace
+
+        return save_subspace(self, folder)
 
     def _repr_html_(self) -> str:
         return html_table(str(self), self.to_frame())
