@@ -5,7 +5,7 @@ call, the module run again on the example alone, the whole model run again on th
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -36,12 +36,16 @@ class Target:
         names: Every name of each chosen parameter to the one it is collected under.
         notes: What a reader should know about a parameter.
         ran: Names of parameters whose module was called.
+        verified: Parameters whose doubtful split was found right, with the batch size it was right for.
+        inseparable: Parameters whose examples have to be run alone.
     """
 
     model: nn.Module
     names: dict[str, str]
     notes: dict[str, str] = field(default_factory=dict)
     ran: set[str] = field(default_factory=set)
+    verified: set[tuple[str, int]] = field(default_factory=set)
+    inseparable: set[str] = field(default_factory=set)
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -88,6 +92,9 @@ class _Pass:
         self.direct: set[str] = set()  # autograd forms their sum
         self.expected: Counter[str] = Counter()  # calls with a closed form whose part is still to come
         self.parts: dict[str, list[list[LayerGradient]]] = {}
+        self.alone = set(target.inseparable)
+        self.doubtful: set[str] = set()
+        self.replays: dict[Call, tuple[list[dict[str, LayerGradient]] | None, bool]] = {}
 
     def run(self) -> list[float]:
         spread = self.examples if self.samples else 1
@@ -104,7 +111,10 @@ class _Pass:
             self._plan(uses)
             held = {name: self.parameters[name] for name in self.parameters if name in self.direct}
             starts = [e for call in self.tape.calls if call.starts for e in call.outputs if e and uses.reaches(e)]
-            sources: list[Tensor | GradientEdge] = [*held.values(), *starts]
+            known = {id(parameter) for parameter in self.parameters.values()}
+            # Such as embedded inputs that were told to need a gradient: every call leads to a start or to one of them.
+            leaves = [leaf for leaf in uses.leaves if id(leaf) not in known]
+            sources: list[Tensor | GradientEdge] = [*held.values(), *starts, *leaves]
             found = torch.autograd.grad(loss, sources) if sources else ()  # type: ignore[arg-type]
         self._finish(dict(zip(held, found, strict=False)))
         return [float(value) for value in own.detach()]
@@ -148,16 +158,20 @@ class _Pass:
         call.release()
 
     def _receive_samples(self, rows: Rows) -> None:
+        names = [name for name in rows.call.parameters.values() if name not in self.alone]
         if rows.counts is None:
-            for name in rows.call.parameters.values():
-                self.expected[name] = -1  # never complete: the example has to be run alone
+            self.alone.update(names)
             return
+        self._doubt(names if not rows.certain else ())
         split = [part.gradients for part in rows.split()]
-        for name in rows.call.parameters.values():
+        for name in names:
             self._keep([part[name] for part in split], name)
             self.expected[name] -= 1
-            if self.expected[name] == 0 and name not in self.direct:
+            if self.expected[name] == 0 and name not in self.direct | self.doubtful:
                 self._emit(name)
+
+    def _doubt(self, names: Iterable[str]) -> None:
+        self.doubtful.update(name for name in names if (name, self.examples) not in self.target.verified)
 
     def _keep(self, gradients: Sequence[LayerGradient], name: str) -> None:
         """Keep a part of each example's gradient; ``gradients`` are of the weighted losses."""
@@ -173,7 +187,6 @@ class _Pass:
     # -------------------------------------------------------------------------------------- after the backward pass
 
     def _finish(self, sums: Mapping[str, Tensor]) -> None:
-        alone = {name for name, missing in self.expected.items() if missing < 0}
         for name, value in sums.items():
             if not bool(torch.isfinite(value).all()):
                 raise self._find_broken(name)
@@ -182,14 +195,28 @@ class _Pass:
                     self.whole(name, DenseGradient(at_least_fp32(value), int(self.batch.attention_mask.sum())))
         if self.samples is None:
             return
-        alone |= {name for name in sums if not self._finish_replay(name, sums[name])}
+        self.alone |= {
+            name for name, value in sums.items() if name in self.alone or not self._finish_replay(name, value)
+        }
+        self._verify([name for name in self.parts if name in self.doubtful - self.alone])
         for name in list(self.parts):
-            if name not in alone:
+            if name not in self.alone:
                 self._emit(name)
-        for name in alone:
-            self.parts.pop(name, None)
-        if alone:
-            self._run_alone([name for name in self.parameters if name in alone])
+        self._run_alone([name for name in self.parameters if name in self.alone])
+
+    def _verify(self, names: Sequence[str]) -> None:
+        """Run the shortest example alone where its place in the batch is in doubt, and compare."""
+        if not names:
+            return
+        row = int(self.batch.attention_mask.sum(1).argmin())
+        for name, expected in self._alone(row, names).items():
+            found = add(self.parts[name][row])
+            right = (found.dense() - expected.dense()).norm() <= _tolerance(self.parameters[name]) * expected.norm
+            if right:
+                self.target.verified.add((name, self.examples))
+            else:
+                self.target.inseparable.add(name)
+                self.alone.add(name)
 
     def _finish_replay(self, name: str, expected: Tensor) -> bool:
         """Complete the samples of a parameter whose module has no closed form; tell whether their sum is right."""
@@ -199,10 +226,10 @@ class _Pass:
             return True
         for call in self.tape.calls:
             if call.form is None and name in call.parameters.values():
-                with torch.no_grad():
-                    again = replayed(call, self.examples, self.length)
+                again, certain = self._replayed(call)
                 if again is None or any(name not in part for part in again):
                     return False
+                self._doubt(() if certain else [name])
                 self._keep([part[name] for part in again], name)
         if name not in self.parts:
             return False
@@ -214,7 +241,15 @@ class _Pass:
         difference = torch.linalg.vector_norm(total - expected)
         return bool(difference <= _tolerance(expected) * torch.linalg.vector_norm(expected))
 
+    def _replayed(self, call: Call) -> tuple[list[dict[str, LayerGradient]] | None, bool]:
+        if call not in self.replays:
+            with torch.no_grad():
+                self.replays[call] = replayed(call, self.examples, self.length)
+        return self.replays[call]
+
     def _run_alone(self, names: Sequence[str]) -> None:
+        if not names:
+            return
         found = [self._alone(row, names) for row in range(self.examples)]
         if self.samples is not None:
             for name in names:

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from geomkit.hooks import Call
 from geomkit.layer_gradient import DenseGradient, LayerGradient
+from geomkit.layout import layout
 from geomkit.rows import at_least_fp32
 
 
@@ -26,7 +27,7 @@ class _Bare(nn.Module):
         return self.bare.forward(*inputs, **keywords)
 
 
-def replayed(call: Call, examples: int, length: int) -> list[dict[str, LayerGradient]] | None:
+def replayed(call: Call, examples: int, length: int) -> tuple[list[dict[str, LayerGradient]] | None, bool]:
     """Compute each example's gradient of a module's own parameters.
 
     Args:
@@ -36,21 +37,21 @@ def replayed(call: Call, examples: int, length: int) -> list[dict[str, LayerGrad
 
     Returns:
         B gradients by parameter name, or ``None`` if the call does not keep the examples apart or the module holds
-        others with parameters of their own, so that running it again would be running half the model.
+        others with parameters of their own, so that running it again would be running half the model; and whether
+        the split is beyond doubt.
     """
     own = dict(call.module.named_parameters(recurse=False))
-    if len(own) != len(list(call.module.parameters())):
-        return None
     deltas = [delta for delta in call.deltas if delta is not None]
-    if not deltas or not all(_splits(delta, examples, length) for delta in deltas):
-        return None
+    if not deltas or len(own) != len(list(call.module.parameters())):
+        return None, True
+    given = [value for value in tree_leaves((call.inputs, call.keywords)) if isinstance(value, Tensor)]
+    layouts = [layout(value.shape, examples, length) for value in (*deltas, *given)]
+    if "mixed" in layouts[: len(deltas)] or set(layouts[len(deltas) :]) <= {"mixed"}:
+        return None, True
     if _may_be_elementwise(call, own):
-        return _elementwise(call, own, examples)
-    return [_one(call, row, examples, length) for row in range(examples)]
-
-
-def _splits(value: Any, examples: int, length: int) -> bool:
-    return isinstance(value, Tensor) and value.ndim > 0 and len(value) in {examples, examples * length}
+        return _elementwise(call, own, examples), layouts[0] == "certain"
+    rows = [_one(call, row, examples, length) for row in range(examples)]
+    return [row for row in rows if row is not None] if None not in rows else None, "doubtful" not in layouts
 
 
 def _may_be_elementwise(call: Call, own: dict[str, nn.Parameter]) -> bool:
@@ -79,11 +80,11 @@ def _elementwise(call: Call, own: dict[str, nn.Parameter], examples: int) -> lis
     return found
 
 
-def _one(call: Call, row: int, examples: int, length: int) -> dict[str, LayerGradient]:
-    """Run the module on one example and pull its output gradients back."""
+def _one(call: Call, row: int, examples: int, length: int) -> dict[str, LayerGradient] | None:
+    """Run the module on one example and pull its output gradients back, if its output is as large as they are."""
 
     def part(value: Any) -> Any:
-        if not _splits(value, examples, length):
+        if not isinstance(value, Tensor) or layout(value.shape, examples, length) == "mixed":
             return value
         step = len(value) // examples
         return value[row * step : (row + 1) * step]
@@ -93,6 +94,8 @@ def _one(call: Call, row: int, examples: int, length: int) -> dict[str, LayerGra
     with torch.enable_grad():
         outputs = [leaf for leaf in tree_leaves(call.module.forward(*inputs, **keywords)) if isinstance(leaf, Tensor)]
         known = [(output, delta) for output, delta in zip(outputs, deltas, strict=True) if delta is not None]
+        if any(output.shape != delta.shape for output, delta in known):
+            return None
         results = torch.autograd.grad(
             [output for output, _ in known],
             [own[local] for local in call.parameters],

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from geomkit.algebra import coalesce
 from geomkit.hooks import Call
 from geomkit.layer_gradient import DenseGradient, FactoredGradient, LayerGradient
+from geomkit.layout import layout
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,9 +19,10 @@ class Rows:
 
     Attributes:
         call: The call.
-        delta: (K, d_out) gradient of the loss by the output at each, fp32.
-        source: (K, d_in) inputs in fp32, or (K,) indices of a lookup.
+        delta: (K, d_out) gradient of the loss by the output at each, fp32 or better.
+        source: (K, d_in) inputs in the same type, or (K,) indices of a lookup.
         counts: How many of the K belong to each example, in order; ``None`` where that cannot be told.
+        certain: Whether the counts are beyond doubt, see :func:`geomkit.layout.layout`.
         broken: The first position whose output gradient is not finite, as a share of the batch; ``None`` if all are.
     """
 
@@ -28,22 +30,23 @@ class Rows:
     delta: Tensor
     source: Tensor
     counts: list[int] | None
+    certain: bool = True
     broken: float | None = None
 
     @cached_property
     def gradients(self) -> dict[str, LayerGradient]:
         """The gradient of each of the module's parameters, over all rows."""
-        found: dict[str, LayerGradient] = {}
-        for local, name in self.call.parameters.items():
-            if local == "bias":
-                found[name] = DenseGradient(self.delta.sum(0), len(self.delta))
-            elif self.call.form == "lookup":
-                table = cast("nn.Embedding", self.call.module)
-                found[name] = coalesce(self.source, self.delta, table.num_embeddings, len(self.source))
-            else:
-                left, right = self.delta, self.source
-                found[name] = FactoredGradient(*((right, left) if self.call.form == "transposed" else (left, right)))
-        return found
+        return {name: self._gradient(local) for local, name in self.call.parameters.items()}
+
+    def _gradient(self, local: str) -> LayerGradient:
+        if local == "bias":
+            return DenseGradient(self.delta.sum(0), len(self.delta))
+        if self.call.form == "lookup":
+            table = cast("nn.Embedding", self.call.module)
+            return coalesce(self.source, self.delta, table.num_embeddings, len(self.source))
+        if self.call.form == "transposed":
+            return FactoredGradient(self.source, self.delta)
+        return FactoredGradient(self.delta, self.source)
 
     def split(self) -> "list[Rows]":
         """Return the rows of each example; views, not copies.
@@ -53,8 +56,7 @@ class Rows:
         """
         if self.counts is None:
             raise ValueError("expected a call that keeps examples apart")
-        deltas, sources = torch.split(self.delta, self.counts), torch.split(self.source, self.counts)
-        parts = zip(deltas, sources, strict=True)
+        parts = zip(torch.split(self.delta, self.counts), torch.split(self.source, self.counts), strict=True)
         return [replace(self, delta=delta, source=source, counts=[len(delta)]) for delta, source in parts]
 
 
@@ -70,25 +72,41 @@ def rows_of(call: Call, delta: Tensor, examples: int, length: int) -> Rows:
         examples: B, the batch size.
         length: L, the padded length.
     """
-    flat = delta.reshape(-1, delta.shape[-1])
-    sizes = torch.linalg.vector_norm(flat, ord=torch.inf, dim=1)
-    kept = sizes != 0
+    deltas = delta.reshape(-1, delta.shape[-1])
+    sizes = torch.linalg.vector_norm(deltas, ord=torch.inf, dim=1)
+    live = sizes != 0
+    sources, scale = call.source, 1.0
     if call.form == "lookup":
-        source = call.source.reshape(-1)
-        if (table := cast("nn.Embedding", call.module)).padding_idx is not None:
-            kept &= source != table.padding_idx  # autograd gives the padding row no gradient
-        scale = _lookup_scale(table)
+        table = cast("nn.Embedding", call.module)
+        sources, scale = sources.reshape(-1), _lookup_scale(table)
+        if table.padding_idx is not None:
+            live &= sources != table.padding_idx  # autograd gives the padding row no gradient
     else:
-        source = call.source.reshape(-1, call.source.shape[-1])
-        scale = 1.0
-    together = examples == 1 or len(delta) == examples or (delta.ndim == 2 and len(delta) == examples * length)
-    counts = kept.view(examples, -1).sum(1).tolist() if together else None
-    if not bool(kept.all()):
-        flat, source = flat[kept], source[kept]
-    if call.form != "lookup":
-        source = at_least_fp32(source if call.dtype is None else source.to(call.dtype))
-    flat = at_least_fp32(flat)
-    return Rows(call, flat if scale == 1 else flat * scale, source, counts, _first_broken(sizes))
+        sources = sources.reshape(-1, sources.shape[-1])
+        sources = at_least_fp32(sources if call.dtype is None else sources.to(call.dtype))
+    deltas = at_least_fp32(deltas)
+    deltas = deltas if scale == 1 else deltas * scale
+    how = layout(delta.shape, examples, length)
+    counts = None if how == "mixed" else live.view(examples, -1).sum(1).tolist()
+    return Rows(call, *_kept((deltas, sources), live, counts), counts, how == "certain", _first_broken(sizes))
+
+
+def _kept(values: tuple[Tensor, Tensor], live: Tensor, counts: list[int] | None) -> tuple[Tensor, Tensor]:
+    """Take the live rows; where they are one run in each example, as a copy of runs, which is faster than by index."""
+    if bool(live.all()):
+        return values
+    if counts is not None:
+        grid = live.view(len(counts), -1)
+        starts = grid.int().argmax(1).tolist()
+        runs = [slice(start, start + count) for start, count in zip(starts, counts, strict=True)]
+        if all(bool(row[run].all()) for row, run in zip(grid, runs, strict=True)):
+            first, second = (value.view(len(counts), grid.shape[1], *value.shape[1:]) for value in values)
+            return (
+                torch.cat([row[run] for row, run in zip(first, runs, strict=True)]),
+                torch.cat([row[run] for row, run in zip(second, runs, strict=True)]),
+            )
+    index = live.nonzero().squeeze(1)
+    return values[0].index_select(0, index), values[1].index_select(0, index)
 
 
 def at_least_fp32(values: Tensor) -> Tensor:

@@ -13,17 +13,25 @@ from torch import nn
 def as_found(model: nn.Module) -> Iterator[None]:
     """Restore modes, which parameters are trainable, and the random state when the block ends.
 
+    Modules compiled in place run uncompiled inside: compiled code does not know of hooks.
     Gradients and hooks need no restoring: nothing in geomkit writes the first, and the second are context managers.
     """
     modes = [(module, module.training) for module in model.modules()]
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    compiled = [(module, vars(module).get("_compiled_call_impl")) for module in model.modules()]
     devices = sorted(
         {parameter.device.index or 0 for parameter in model.parameters() if parameter.device.type == "cuda"}
     )
     with torch.random.fork_rng(devices=devices):
         try:
+            for module, call in compiled:
+                if call is not None:
+                    module._compiled_call_impl = None  # noqa: SLF001
             yield
         finally:
+            for module, call in compiled:
+                if call is not None:
+                    module._compiled_call_impl = call  # noqa: SLF001
             for module, training in modes:
                 module.training = training
             for parameter, needs_gradient in trainable:

@@ -16,11 +16,13 @@ class Uses:
 
     Attributes:
         nodes: Every node of the graph, leaves included.
-        counts: For each parameter in the graph, the number of operations that read it.
+        counts: For each leaf in the graph, by identity, the number of operations that read it.
+        leaves: The leaves.
     """
 
     nodes: frozenset[Node]
     counts: Mapping[int, int]
+    leaves: tuple[Tensor, ...]
 
     def reaches(self, edge: GradientEdge) -> bool:
         """Tell whether the loss depends on the output at an edge."""
@@ -38,6 +40,7 @@ def uses_of(loss: Tensor) -> Uses:
         CollectionError: If a part of the graph is hidden in a reentrant checkpoint.
     """
     counts: Counter[int] = Counter()
+    leaves: dict[int, Tensor] = {}
     seen: set[Node] = set()
     waiting = [loss.grad_fn] if loss.grad_fn is not None else []
     seen.update(waiting)
@@ -53,7 +56,8 @@ def uses_of(loss: Tensor) -> Uses:
                 continue
             if (leaf := getattr(following, "variable", None)) is not None:
                 counts[id(leaf)] += 1
+                leaves[id(leaf)] = leaf
             if following not in seen:
                 seen.add(following)
                 waiting.append(following)
-    return Uses(frozenset(seen), counts)
+    return Uses(frozenset(seen), counts, tuple(leaves.values()))
