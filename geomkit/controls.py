@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from geomkit.errors import GeometryError
-from geomkit.layer_gradient import DenseGradient, FactoredGradient, IndexedGradient, LayerGradient
+from geomkit.layer_gradient import DenseGradient, FactoredGradient, IndexedGradient, LayerGradient, SumGradient
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -35,6 +35,7 @@ def random_factor_null(gradient: LayerGradient, generator: torch.Generator) -> L
       *directions* of the left rows are drawn uniformly. A spectrum steeper than this null is not explained by the
       token count, the inputs, or how the loss weighs its tokens.
     - indexed: the rows that were looked up and the norm of each; their directions are drawn uniformly.
+    - a sum: what each of its parts keeps.
     - dense: only T and the shape. The null is LᵀR with independent standard Gaussian factors, which knows nothing of
       the inputs' covariance and is therefore a weaker control.
 
@@ -55,6 +56,8 @@ def random_factor_null(gradient: LayerGradient, generator: torch.Generator) -> L
     if isinstance(gradient, IndexedGradient):
         rows = _turned(gradient.rows, generator)
         return IndexedGradient(gradient.indices, rows, gradient.size, gradient.tokens)
+    if isinstance(gradient, SumGradient):
+        return SumGradient(tuple(random_factor_null(part, generator) for part in gradient.parts))
     height, width = gradient.matrix_shape
     tensor = _gaussian_product(height, width, gradient.tokens, generator).reshape(gradient.shape)
     return DenseGradient(tensor.to(gradient.device, torch.float32), gradient.tokens)

@@ -407,11 +407,10 @@ class SumGradient(LayerGradient):
     def factors(self) -> Factors | None:
         """Return the parts' factors one below the other, where all have some and fewer rows than either side."""
         # The bounds are looked at first: the one-hot factor of a part may be large.
-        if sum(part.floats for part in self.parts) >= sum(self.matrix_shape) * min(self.matrix_shape):
+        if sum(part.rank_bound for part in self.parts) >= min(self.matrix_shape):
             return None
-        found = [part.factors() for part in self.parts]
-        thin = [factors for factors in found if factors is not None]
-        if len(thin) < len(found) or sum(len(left) for left, _ in thin) >= min(self.matrix_shape):
+        thin = [factors for part in self.parts if (factors := part.factors()) is not None]
+        if len(thin) < len(self.parts):
             return None
         left, right = zip(*thin, strict=True)
         return torch.cat(left), torch.cat(right)

@@ -1,7 +1,7 @@
 """The subspaces that the leading singular vectors of a gradient span."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from geomkit._display import html_table
-from geomkit.algebra import as_matrix
 from geomkit.errors import GeometryError
 from geomkit.gradients import GradientSet
-from geomkit.layer_gradient import FactoredGradient, IndexedGradient, LayerGradient
+from geomkit.layer_gradient import IndexedGradient, LayerGradient
 from geomkit.names import kind_of, layer_index
-from geomkit.svd import energy_rank, rank_tolerance
+from geomkit.svd import energy_rank, rank_tolerance, thin_factors
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -25,6 +24,11 @@ if TYPE_CHECKING:
 
 Side = Literal["left", "right"]
 """Left vectors live in the layer's output space, right vectors in its input space."""
+
+Leading = Callable[[int], Tensor]
+
+_STRIP = 4096
+"""Rows of a tall matrix that are decomposed at a time."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,6 +80,7 @@ def layer_subspace(
         GeometryError: If not exactly one of ``rank`` and ``energy`` is given, or it is out of range.
 
     Example:
+        >>> from geomkit.layer_gradient import FactoredGradient
         >>> found = layer_subspace(FactoredGradient(torch.eye(2, 5), torch.eye(2, 4)), rank=3)
         >>> found.basis.shape, found.rank, found.energy
         (torch.Size([5, 2]), 2, 1.0)
@@ -84,33 +89,55 @@ def layer_subspace(
         raise GeometryError(f"expected exactly one of rank and energy, found rank={rank}, energy={energy}; give one")
     if rank is not None and rank < 1:
         raise GeometryError(f"expected a rank of at least 1, found {rank}; give e.g. 10")
-    vectors, values = _singular_vectors(gradient, side)
+    values, leading = _decomposed(gradient, side)
     values = values[: gradient.rank_bound]
     numeric_rank = int((values > rank_tolerance(values, gradient.matrix_shape)).sum())
     wanted = rank if energy is None else energy_rank(values, energy)
     kept = min(wanted or 0, numeric_rank)
     share = float((values[:kept] ** 2).sum() / (values**2).sum()) if kept else 0.0
-    return LayerSubspace(vectors[:, :kept].float().contiguous(), values[:kept].copy(), share, numeric_rank, parameter)
+    return LayerSubspace(leading(kept).float().contiguous(), values[:kept].copy(), share, numeric_rank, parameter)
 
 
-def _singular_vectors(gradient: LayerGradient, side: Side) -> tuple[Tensor, np.ndarray]:
-    """Return the singular vectors of one side as columns, fp64, and the singular values."""
-    if isinstance(gradient, FactoredGradient):
-        own, other = (gradient.left, gradient.right) if side == "left" else (gradient.right, gradient.left)
-        return _from_factors(own.double(), other.double())
-    matrix = gradient.rows.double() if isinstance(gradient, IndexedGradient) else as_matrix(gradient).double()
+def _decomposed(gradient: LayerGradient, side: Side) -> tuple[np.ndarray, Leading]:
+    """Return the singular values, and a function from k to the first k vectors of one side, columns in fp64."""
+    if isinstance(gradient, IndexedGradient):
+        return _from_rows(gradient, side)
+    if factors := thin_factors(gradient):
+        return _from_factors(*(factors if side == "left" else factors[::-1]))
+    rows, columns = gradient.matrix_shape
+    if rows > 2 * columns:
+        return _from_strips(gradient, side)
+    matrix = gradient.take(slice(None))
     vectors, values = _from_matrix(matrix if side == "left" else matrix.T)
-    if isinstance(gradient, IndexedGradient) and side == "left":
-        vectors = vectors.new_zeros(gradient.size, vectors.shape[1]).index_copy_(0, gradient.indices, vectors)
-    return vectors, values
+    return values, lambda k: vectors[:, :k]
 
 
-def _from_factors(own: Tensor, other: Tensor) -> tuple[Tensor, np.ndarray]:
-    if len(own) >= min(own.shape[1], other.shape[1]):
-        return _from_matrix(own.T @ other)
-    frame, triangle = torch.linalg.qr(own.T)
-    vectors, values = _from_matrix(triangle @ torch.linalg.qr(other.T, mode="r").R.T)
-    return frame @ vectors, values
+def _from_rows(gradient: IndexedGradient, side: Side) -> tuple[np.ndarray, Leading]:
+    rows = gradient.rows.double()
+    vectors, values = _from_matrix(rows if side == "left" else rows.T)
+    if side == "right":
+        return values, lambda k: vectors[:, :k]
+    return values, lambda k: vectors.new_zeros(gradient.size, k).index_copy_(0, gradient.indices, vectors[:, :k])
+
+
+def _from_factors(own: Tensor, other: Tensor) -> tuple[np.ndarray, Leading]:
+    frame, triangle = torch.linalg.qr(own.double().T)
+    vectors, values = _from_matrix(triangle @ torch.linalg.qr(other.double().T, mode="r").R.T)
+    return values, lambda k: frame @ vectors[:, :k]
+
+
+def _from_strips(gradient: LayerGradient, side: Side) -> tuple[np.ndarray, Leading]:
+    """Decompose a tall matrix from the triangle of its QR, which needs some of its rows at a time only."""
+    rows, columns = gradient.matrix_shape
+    triangle = torch.zeros(0, columns, dtype=torch.float64, device=gradient.device)
+    step = max(_STRIP, columns)
+    for start in range(0, rows, step):
+        strip = torch.cat([triangle, gradient.take(slice(start, start + step))])
+        triangle = torch.linalg.qr(strip, mode="r").R
+    vectors, values = _from_matrix(triangle.T)
+    if side == "right":
+        return values, lambda k: vectors[:, :k]
+    return values, lambda k: gradient.matmul(vectors[:, :k]) / torch.from_numpy(values[:k]).to(gradient.device)
 
 
 def _from_matrix(matrix: Tensor) -> tuple[Tensor, np.ndarray]:

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from geomkit.algebra import as_matrix
+from geomkit.algebra import add, as_matrix
 from geomkit.errors import SPFError
 from geomkit.layer_gradient import DenseGradient, FactoredGradient, LayerGradient
 from geomkit.subspaces import layer_subspace
@@ -162,8 +162,11 @@ def protect(rule: Rule, gradient: LayerGradient) -> Protection:
 def _outside(gradient: LayerGradient, basis: Tensor) -> LayerGradient:
     if isinstance(gradient, FactoredGradient):
         return FactoredGradient(gradient.left - (gradient.left @ basis) @ basis.T, gradient.right)
-    matrix = as_matrix(gradient)
-    return DenseGradient((matrix - basis @ (basis.T @ matrix)).reshape(gradient.shape), gradient.tokens)
+    if isinstance(gradient, DenseGradient):
+        matrix = as_matrix(gradient)
+        return DenseGradient((matrix - basis @ (basis.T @ matrix)).reshape(gradient.shape), gradient.tokens)
+    inside = FactoredGradient(-basis.T, gradient.rmatmul(basis.T))
+    return add([gradient, inside], keep_factors=True)
 
 
 # --------------------------------------------------------------------------------------------------- removing
@@ -233,9 +236,11 @@ def remove(protection: Protection, step: Reading, weight: Tensor, scale: float =
         The norm of what was removed.
     """
     if protection.basis is None or step.inside is None:
-        squared = protection.gradient.norm**2
-        protection.gradient.add_to(weight, -scale * step.dot / squared)
-        return abs(step.dot) / protection.gradient.norm
+        norm = protection.gradient.norm
+        if not norm:
+            return 0.0
+        protection.gradient.add_to(weight, -scale * step.dot / norm**2)
+        return abs(step.dot) / norm
     matrix = weight.view(protection.gradient.matrix_shape)
     matrix.sub_((protection.basis.double() @ step.inside).to(weight.dtype), alpha=scale)
     removed = float(step.inside.square().sum())
