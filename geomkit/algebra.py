@@ -5,6 +5,7 @@ does: rows that were looked up meet the same rows of the other side, and factors
 """
 
 from collections.abc import Iterable, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from geomkit.layer_gradient import (
     LayerGradient,
     SumGradient,
     product,
+    row_products,
 )
 
 _STRIP = 2**21
@@ -140,7 +142,7 @@ def _factored(gradients: Iterable[LayerGradient]) -> list[FactoredGradient]:
     return [gradient for gradient in gradients if isinstance(gradient, FactoredGradient)]
 
 
-def _same(rows: Sequence[LayerGradient], columns: Sequence[LayerGradient]) -> bool:
+def _same(rows: Sequence[object], columns: Sequence[object]) -> bool:
     return len(rows) == len(columns) and all(a is b for a, b in zip(rows, columns, strict=True))
 
 
@@ -189,11 +191,13 @@ def _token_block(rows: list[FactoredGradient], columns: list[FactoredGradient]) 
 def _cross(rows: list[Tensor], columns: list[Tensor]) -> Tensor:
     """Return the inner products between the rows of some factors and of others, fp64."""
     height, width = (sum(map(len, factors)) for factors in (rows, columns))
+    symmetric = _same(rows, columns)
     total = torch.zeros(height, width, dtype=torch.float64, device=rows[0].device)
     step = max(1, _STRIP // max(height + width, 1))
     for start in range(0, rows[0].shape[1], step):
-        a, b = (torch.cat([f[:, start : start + step] for f in factors]).double() for factors in (rows, columns))
-        total.addmm_(a, b.T)
+        a = torch.cat([factor[:, start : start + step] for factor in rows])
+        b = a if symmetric else torch.cat([factor[:, start : start + step] for factor in columns])
+        total += row_products(a, b)
     return total
 
 
@@ -211,12 +215,17 @@ def _gram_by_strips(rows: Sequence[LayerGradient], columns: Sequence[LayerGradie
     symmetric = _same(rows, columns)
     for start in range(0, height, step):
         a = _flat(rows, slice(start, start + step))
-        total.addmm_(a, (a if symmetric else _flat(columns, slice(start, start + step))).T)
+        total += row_products(a, a if symmetric else _flat(columns, slice(start, start + step)))
     return total
 
 
 def _flat(gradients: Sequence[LayerGradient], strip: slice) -> Tensor:
-    return torch.stack([gradient.take(strip, torch.float32).flatten() for gradient in gradients]).double()
+    pieces = (gradient.take(strip, torch.float32).flatten() for gradient in gradients)
+    first = next(pieces)
+    flat = first.new_empty(len(gradients), len(first), dtype=torch.float64)
+    for row, piece in zip(flat, chain([first], pieces), strict=True):
+        row.copy_(piece)
+    return flat
 
 
 # ------------------------------------------------------------------------------------------------------- sums

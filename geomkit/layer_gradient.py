@@ -169,7 +169,7 @@ class FactoredGradient(LayerGradient):
         if self.tokens * (rows + columns) >= rows * columns:
             return sum(float(self.take(strip, torch.float32).double().square().sum()) for strip in _strips(rows))
         left, right = self.left.double(), self.right.double()
-        return float(((left @ left.T) * (right @ right.T)).sum())
+        return float((row_products(left, left) * row_products(right, right)).sum())
 
 
 @dataclass(frozen=True, eq=False)
@@ -435,6 +435,19 @@ def product(a: LayerGradient, b: LayerGradient) -> float:
     if isinstance(a, FactoredGradient):
         return float((b.rmatmul(a.left.double()) * a.right).sum())
     return a.dot(b.dense())
+
+
+def row_products(a: Tensor, b: Tensor) -> Tensor:
+    """Return the inner products between the rows of two matrices, fp64.
+
+    On a CPU numpy multiplies: where both are one tensor it computes half of the product, which torch does not, and
+    it is several times faster where the rows are few and long.
+    """
+    if a.device.type != "cpu":
+        return a.double() @ b.double().T
+    left = a.detach().double().numpy()
+    right = left if a is b else b.detach().double().numpy()
+    return torch.from_numpy(left @ right.T)
 
 
 def _in_one_type(operand: Tensor, *own: Tensor) -> tuple[Tensor, ...]:

@@ -18,7 +18,14 @@ from torch import Tensor
 from geomkit._display import html_table
 from geomkit.controls import parameter_generator, random_factor_null
 from geomkit.errors import GeometryError
-from geomkit.layer_gradient import DenseGradient, FactoredGradient, Factors, IndexedGradient, LayerGradient
+from geomkit.layer_gradient import (
+    DenseGradient,
+    FactoredGradient,
+    Factors,
+    IndexedGradient,
+    LayerGradient,
+    row_products,
+)
 from geomkit.names import kind_of, layer_index
 
 if TYPE_CHECKING:
@@ -188,11 +195,7 @@ def _memory(tensor: Tensor) -> _Memory:
 
 
 def _gram(rows: Tensor) -> Tensor:
-    """Return the inner products between the rows of a matrix, fp64."""
-    if rows.device.type != "cpu":
-        return rows.double() @ rows.double().T
-    numbers = rows.detach().double().numpy()  # numpy sees that the product is symmetric and computes half of it
-    return torch.from_numpy(numbers @ numbers.T)
+    return row_products(rows, rows)
 
 
 def _gram_of_smaller_side(gradient: LayerGradient) -> Tensor:

@@ -14,7 +14,7 @@ from geomkit.controls import (
     subsample_tokens,
 )
 from geomkit.errors import GeometryError
-from geomkit.layer_gradient import DenseGradient, FactoredGradient, IndexedGradient
+from geomkit.layer_gradient import DenseGradient, FactoredGradient, IndexedGradient, SumGradient
 from geomkit.svd import layer_spectrum
 
 
@@ -60,6 +60,18 @@ def test_indexed_null_keeps_rows_and_norms() -> None:
     assert drawn.indices.tolist() == [1, 4]
     assert drawn.rows.norm(dim=1).numpy() == pytest.approx(gradient.rows.norm(dim=1).numpy(), rel=1e-5)
     assert (drawn.tokens, drawn.rank_bound) == (7, 2)
+
+
+def test_null_of_a_sum_keeps_what_each_part_keeps() -> None:
+    table = IndexedGradient(torch.tensor([1, 4]), gaussian(2, 20), size=30, tokens=7)
+    head = FactoredGradient(gaussian(6, 30), gaussian(6, 20))
+    drawn = random_factor_null(SumGradient((head, table)), torch.Generator().manual_seed(0))
+    assert isinstance(drawn, SumGradient)
+    drawn_head, drawn_table = drawn.parts
+    assert torch.equal(drawn_head.right, head.right)
+    assert drawn_head.left.norm(dim=1).numpy() == pytest.approx(head.left.norm(dim=1).numpy(), rel=1e-5)
+    assert torch.equal(drawn_table.indices, table.indices)
+    assert not torch.equal(drawn_table.rows, table.rows)
 
 
 @pytest.mark.parametrize("tokens", [3, 12, 60])

@@ -4,11 +4,13 @@ import torch
 from scipy.linalg import subspace_angles
 
 from geomkit._leave_one_out import bases_without_each
-from geomkit.algebra import add
+from geomkit.algebra import add, zero_gradient
 from geomkit.errors import GeometryError
 from geomkit.gradients import Coverage, GradientSet
 from geomkit.layer_gradient import DenseGradient, FactoredGradient, LayerGradient
 from geomkit.onesample import one_sample_study
+from tests.forms import dense, seeded
+from tests.forms import drawn as some_gradient
 
 FULL = Coverage({}, {}, {})
 TOKENS, ROWS, COLUMNS = 12, 48, 40
@@ -63,6 +65,17 @@ def test_one_frame_for_all_sums_gives_the_subspaces_of_each_sum(count: int, side
         left, _, right = np.linalg.svd(sum(p.dense().double() for i, p in enumerate(parts) if i != place).numpy())
         expected = (left if side == "left" else right.T)[:, :5]
         assert basis.double().numpy() @ basis.double().numpy().T == pytest.approx(expected @ expected.T, abs=1e-6)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("form", ["tied", "indexed"])
+def test_embeddings_and_examples_without_a_share_have_their_means(form: str, side: str) -> None:
+    generator = seeded()
+    parts = [some_gradient(form, (60, 40), generator) for _ in range(3)] + [zero_gradient((60, 40))]
+    for place, basis in enumerate(bases_without_each(parts, 2, side)):
+        left, _, right = np.linalg.svd(sum(dense(part) for i, part in enumerate(parts) if i != place))
+        expected = (left if side == "left" else right.T)[:, :2]
+        assert basis.double().numpy() @ basis.double().numpy().T == pytest.approx(expected @ expected.T, abs=1e-5)
 
 
 def test_no_direction_beyond_the_rank_of_the_others() -> None:

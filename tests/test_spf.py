@@ -6,6 +6,7 @@ import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from geomkit.algebra import zero_gradient
 from geomkit.collect import collect_gradients
 from geomkit.errors import DataError, SPFError
 from geomkit.finetuning import finetune
@@ -14,6 +15,7 @@ from geomkit.spf import RULES, SPF
 from geomkit.spf.anchors import AnchorPool
 from geomkit.spf.callback import SPFCallback
 from geomkit.spf.rules import Rule, get_rule, protect, read, remove
+from tests.forms import FORMS, drawn, seeded
 from tests.tiny import SAFETY, UTILITY, tiny_llama, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -148,6 +150,33 @@ def test_left_leaves_neither_the_subspace_nor_a_conflicting_tail():
     after = read(protection, weight)
     assert after.dot == pytest.approx(0, abs=1e-4)
     assert after.inside.abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if form != "zero"])
+@pytest.mark.parametrize("rule", ["rank1", "left"])
+def test_every_form_is_protected_as_its_dense_matrix_is(rule, form):
+    generator = seeded(3)
+    gradient = drawn(form, (9, 7), generator)
+    step = (gradient.dense() + 0.5 * torch.randn(9, 7, generator=generator)).contiguous()
+    chosen = get_rule(rule, rank=1 if rule == "left" else None)
+    found = {}
+    for safety in (gradient, DenseGradient(gradient.dense(), gradient.rank_bound)):
+        weight = step.clone()
+        protection = protect(chosen, safety)
+        reading = read(protection, weight)
+        removed = remove(protection, reading, weight)
+        found[safety] = weight, reading.dot, reading.tail, removed
+    ours, theirs = found.values()
+    torch.testing.assert_close(ours[0], theirs[0], atol=1e-5, rtol=1e-5)
+    assert ours[1:] == pytest.approx(theirs[1:], rel=1e-5, abs=1e-4)
+
+
+@pytest.mark.parametrize("rule", ["rank1", "left", "paper"])
+def test_a_zero_safety_gradient_protects_nothing(rule):
+    weight = torch.ones(5, 4)
+    protection = protect(RULES[rule], zero_gradient((5, 4)))
+    assert remove(protection, read(protection, weight), weight) == 0
+    assert torch.equal(weight, torch.ones(5, 4))
 
 
 def test_the_paper_tests_conflict_once_for_all_parameters_and_the_demo_for_each():
