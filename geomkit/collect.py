@@ -11,9 +11,9 @@ from geomkit.gradients import Coverage, GradientSet
 from geomkit.layer_gradient import LayerGradient
 from geomkit.loss import Reduction
 from geomkit.names import Kind
-from geomkit.passes import Target
 from geomkit.selection import selection
 from geomkit.streaming import TOKENS_PER_BATCH, Streamed, stream
+from geomkit.target import Target
 from geomkit.tokens import AssistantMask, Tokens, encode_lazily, pad_id
 
 if TYPE_CHECKING:

@@ -1,8 +1,10 @@
 """The gradients of each example for modules without a closed form, by running the module alone once more.
 
-What comes out is not trusted blindly: :mod:`geomkit.passes` compares its sum with autograd's own gradient.
+What comes out is not trusted blindly: :mod:`geomkit.separation` compares its sum with autograd's own gradient.
 """
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,7 +29,20 @@ class _Bare(nn.Module):
         return self.bare.forward(*inputs, **keywords)
 
 
-def replayed(call: Call, examples: int, length: int) -> tuple[list[dict[str, LayerGradient]] | None, bool]:
+@dataclass(frozen=True)
+class Replay:
+    """What running a module again gave.
+
+    Attributes:
+        gradients: Each example's gradients by parameter name.
+        certain: Whether the examples were told apart beyond doubt.
+    """
+
+    gradients: Sequence[Mapping[str, LayerGradient]]
+    certain: bool
+
+
+def replayed(call: Call, examples: int, length: int) -> Replay | None:
     """Compute each example's gradient of a module's own parameters.
 
     Args:
@@ -36,22 +51,22 @@ def replayed(call: Call, examples: int, length: int) -> tuple[list[dict[str, Lay
         length: L, the padded length.
 
     Returns:
-        B gradients by parameter name, or ``None`` if the call does not keep the examples apart or the module holds
-        others with parameters of their own, so that running it again would be running half the model; and whether
-        the split is beyond doubt.
+        The gradients, or ``None`` if the call does not keep the examples apart or the module holds others with
+        parameters of their own, so that running it again would be running half the model.
     """
     own = dict(call.module.named_parameters(recurse=False))
     deltas = [delta for delta in call.deltas if delta is not None]
     if not deltas or len(own) != len(list(call.module.parameters())):
-        return None, True
+        return None
     given = [value for value in tree_leaves((call.inputs, call.keywords)) if isinstance(value, Tensor)]
     layouts = [layout(value.shape, examples, length) for value in (*deltas, *given)]
     if "mixed" in layouts[: len(deltas)] or set(layouts[len(deltas) :]) <= {"mixed"}:
-        return None, True
+        return None
     if _may_be_elementwise(call, own):
-        return _elementwise(call, own, examples), layouts[0] == "certain"
+        return Replay(_elementwise(call, own, examples), layouts[0] == "certain")
     rows = [_one(call, row, examples, length) for row in range(examples)]
-    return [row for row in rows if row is not None] if None not in rows else None, "doubtful" not in layouts
+    whole = [row for row in rows if row is not None]
+    return Replay(whole, "doubtful" not in layouts) if len(whole) == examples else None
 
 
 def _may_be_elementwise(call: Call, own: dict[str, nn.Parameter]) -> bool:

@@ -1,6 +1,7 @@
 """Running a model over a whole set in batches by token budget, whatever is done with the gradients."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import nn
@@ -8,9 +9,10 @@ from torch import nn
 from geomkit.errors import CollectionError
 from geomkit.layer_gradient import LayerGradient
 from geomkit.loss import Reduction
-from geomkit.passes import Target, WholeSink, run_pass
+from geomkit.passes import WholeSink, run_pass
 from geomkit.selection import Selection, chosen_parameters, refuse_unseen_values, unwrapped_model
 from geomkit.state import as_found, full_precision
+from geomkit.target import Target
 from geomkit.tokens import Tokens, collate, lengths_of, plan_batches
 
 TOKENS_PER_BATCH = 4096
@@ -65,20 +67,13 @@ def stream(
     """
     from tqdm.auto import tqdm
 
-    inner = unwrapped_model(model)
-    target = Target(inner, chosen_parameters(inner, chosen))
-    refuse_unseen_values(target.parameters, CollectionError)
-    device = next(inner.parameters()).device
+    device = next(model.parameters()).device
     lengths = lengths_of(rows)
     losses, scored = [0.0] * len(rows), [0] * len(rows)
     with (
-        as_found(inner),
-        full_precision(),
+        watched(model, chosen) as target,
         tqdm(total=sum(lengths), desc="gradients", unit="token", unit_scale=True, disable=not progress) as bar,
     ):
-        inner.eval()
-        for parameter in set(inner.parameters()) - set(target.parameters.values()):
-            parameter.requires_grad_(False)
         for plan in plan_batches(lengths, tokens_per_batch):
             examples = [rows[index] for index in plan]
             batch = collate(examples, pad, examples=plan, least=_length(examples)).to(device)
@@ -87,6 +82,32 @@ def stream(
                 losses[index], scored[index] = loss, example.loss_tokens
             bar.update(sum(map(len, examples)))
     return Streamed(target, losses, scored)
+
+
+@contextmanager
+def watched(model: nn.Module, chosen: Selection) -> Iterator[Target]:
+    """Make a model ready for passes inside the block, and leave it as found.
+
+    It runs in eval mode, fp32 products stay fp32, and only what is chosen needs a gradient.
+
+    Args:
+        model: A causal language model.
+        chosen: Which parameters to collect.
+
+    Yields:
+        What to collect, for :func:`geomkit.passes.run_pass`.
+
+    Raises:
+        CollectionError: If no trainable parameter is chosen, or weights cannot be seen.
+    """
+    inner = unwrapped_model(model)
+    target = Target(inner, chosen_parameters(inner, chosen))
+    refuse_unseen_values(target.parameters, CollectionError)
+    with as_found(inner), full_precision():
+        inner.eval()
+        for parameter in set(inner.parameters()) - set(target.parameters.values()):
+            parameter.requires_grad_(False)
+        yield target
 
 
 def _length(examples: Sequence[Tokens]) -> int:

@@ -1,0 +1,145 @@
+"""Telling the gradients of a batch's examples apart.
+
+Three ways lead to an example's own gradient, the cheapest that is exact being taken: the closed form of its module's
+call, the module run again on the example alone, the whole model run again on the example alone. The second is
+compared with autograd's sum, and a split that the shapes leave in doubt with the third.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from geomkit.algebra import add
+from geomkit.hooks import Call
+from geomkit.layer_gradient import DenseGradient, LayerGradient
+from geomkit.replay import Replay, replayed
+from geomkit.rows import Rows, at_least_fp32
+from geomkit.state import no_autocast
+from geomkit.target import Target
+from geomkit.tokens import Batch
+
+SampleSink = Callable[[str, Sequence[LayerGradient]], None]
+
+
+class Separation:
+    """The examples' gradients of one batch, handed on parameter by parameter as soon as they are complete."""
+
+    def __init__(self, target: Target, batch: Batch, weights: Sequence[float], sink: SampleSink) -> None:
+        """Start with nothing.
+
+        Args:
+            target: What to collect.
+            batch: B examples.
+            weights: Of each example's loss in the sum that is differentiated.
+            sink: Receives a parameter's name and the gradients of the B examples' own losses.
+        """
+        self._target, self._batch, self._weights, self._sink = target, batch, weights, sink
+        self._examples, self._length = batch.input_ids.shape
+        self._expected: Counter[str] = Counter()  # calls with a closed form whose part is still to come
+        self._direct: set[str] = set()
+        self._parts: dict[str, list[list[LayerGradient]]] = {}
+        self._alone = set(target.inseparable)
+        self._doubtful: set[str] = set()
+        self._replays: dict[Call, Replay | None] = {}
+
+    def expect(self, calls: Counter[str], direct: set[str]) -> None:
+        """Say what is to come.
+
+        Args:
+            calls: For each parameter, the number of calls with a closed form.
+            direct: The parameters whose sum autograd forms: parts of them are not all from such calls.
+        """
+        self._expected, self._direct = calls, direct
+
+    def receive(self, rows: Rows) -> None:
+        """Take a call's share of each example's gradient."""
+        names = [name for name in rows.call.parameters.values() if name not in self._alone]
+        if rows.counts is None:
+            self._alone.update(names)
+            return
+        if not rows.certain:
+            self._doubt(names)
+        split = [part.gradients for part in rows.split()]
+        for name in names:
+            self._keep(name, [part[name] for part in split])
+            self._expected[name] -= 1
+            if self._expected[name] == 0 and name not in self._direct | self._doubtful:
+                self._hand_on(name)
+
+    def finish(self, calls: Iterable[Call], sums: Mapping[str, Tensor]) -> None:
+        """Complete what is left after the backward pass.
+
+        Args:
+            calls: All calls.
+            sums: The gradients that autograd formed itself, of the weighted sum.
+        """
+        opaque = [call for call in calls if call.form is None]
+        self._alone |= {name for name, total in sums.items() if not self._completed(name, opaque, total)}
+        self._verify([name for name in self._parts if name in self._doubtful - self._alone])
+        for name in [name for name in self._parts if name not in self._alone]:
+            self._hand_on(name)
+        if names := [name for name in self._target.parameters if name in self._alone]:
+            found = [self._target.alone(self._batch.single(row), names) for row in range(self._examples)]
+            for name in names:
+                self._sink(name, [gradients[name] for gradients in found])
+
+    def _doubt(self, names: Iterable[str]) -> None:
+        self._doubtful.update(name for name in names if (name, self._examples) not in self._target.verified)
+
+    def _keep(self, name: str, gradients: Sequence[LayerGradient]) -> None:
+        """Keep a part of each example's gradient; ``gradients`` are of the weighted losses."""
+        kept = self._parts.setdefault(name, [[] for _ in range(self._examples)])
+        for parts, gradient, weight in zip(kept, gradients, self._weights, strict=True):
+            parts.append(gradient if weight == 1 else gradient.scaled(1 / weight))
+
+    def _hand_on(self, name: str) -> None:
+        with torch.no_grad(), no_autocast(self._batch.input_ids.device):
+            self._sink(name, [add(parts, keep_factors=True) for parts in self._parts.pop(name)])
+
+    def _completed(self, name: str, opaque: Iterable[Call], total: Tensor) -> bool:
+        """Add the parts of calls without a closed form; tell whether the examples then sum up to the total."""
+        if name in self._alone:
+            return False
+        if self._examples == 1:
+            self._parts[name] = [[]]
+            self._keep(name, [DenseGradient(at_least_fp32(total), int(self._batch.attention_mask.sum()))])
+            return True
+        for call in opaque:
+            if name in call.parameters.values():
+                again = self._replayed(call)
+                if again is None or any(name not in gradients for gradients in again.gradients):
+                    return False
+                if not again.certain:
+                    self._doubt([name])
+                self._keep(name, [gradients[name] for gradients in again.gradients])
+        if name not in self._parts:
+            return False
+        weighted = zip(self._parts[name], self._weights, strict=True)
+        found = sum((part.dense() * weight for parts, weight in weighted for part in parts), torch.zeros_like(total))
+        return bool((found - total).norm() <= _tolerance(total) * total.norm())
+
+    def _replayed(self, call: Call) -> Replay | None:
+        if call not in self._replays:
+            with torch.no_grad():
+                self._replays[call] = replayed(call, self._examples, self._length)
+        return self._replays[call]
+
+    def _verify(self, names: Sequence[str]) -> None:
+        """Run the shortest example alone where its place in the batch is in doubt, and compare."""
+        if not names:
+            return
+        row = int(self._batch.attention_mask.sum(1).argmin())
+        for name, expected in self._target.alone(self._batch.single(row), names).items():
+            difference = (add(self._parts[name][row]).dense() - expected.dense()).norm()
+            if difference <= _tolerance(self._target.parameters[name]) * expected.norm:
+                self._target.verified.add((name, self._examples))
+            else:
+                self._target.inseparable.add(name)
+                self._alone.add(name)
+
+
+def _tolerance(like: Tensor) -> float:
+    """Bound what rounding leaves between two ways to one gradient, where autograd forms it in a tensor's type."""
+    return 1e-3 if like.dtype in {torch.float32, torch.float64} else 5e-2

@@ -1,0 +1,55 @@
+"""The parameters that are to be collected, and what is learnt about them on the way."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import nn
+
+from geomkit.layer_gradient import DenseGradient, LayerGradient
+from geomkit.loss import example_losses, token_losses
+from geomkit.rows import at_least_fp32
+from geomkit.tokens import Batch
+
+
+@dataclass
+class Target:
+    """What to collect from a model, over all its batches.
+
+    Attributes:
+        model: The model.
+        names: Every name of each chosen parameter to the one it is collected under.
+        notes: What a reader should know about a parameter.
+        ran: Names of parameters whose module was called.
+        verified: Parameters whose doubtful split was found right, with the batch size it was right for.
+        inseparable: Parameters whose split was found wrong.
+    """
+
+    model: nn.Module
+    names: dict[str, str]
+    notes: dict[str, str] = field(default_factory=dict)
+    ran: set[str] = field(default_factory=set)
+    verified: set[tuple[str, int]] = field(default_factory=set)
+    inseparable: set[str] = field(default_factory=set)
+
+    @cached_property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The chosen parameters, in the model's order."""
+        wanted = set(self.names.values())
+        return {name: parameter for name, parameter in self.model.named_parameters() if name in wanted}
+
+    def alone(self, single: Batch, names: Sequence[str]) -> dict[str, LayerGradient]:
+        """Return the gradients of one example's loss as autograd forms them.
+
+        Args:
+            single: The example, as a batch of one.
+            names: Which parameters.
+        """
+        with torch.enable_grad():
+            (loss,) = example_losses(token_losses(self.model, single), single)
+            results = torch.autograd.grad(loss, [self.parameters[name] for name in names], materialize_grads=True)
+        positions = single.input_ids.shape[1]
+        return {
+            name: DenseGradient(at_least_fp32(result), positions) for name, result in zip(names, results, strict=True)
+        }
