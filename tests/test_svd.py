@@ -128,6 +128,16 @@ def test_tokens_that_cancel_are_taken_from_the_factors_themselves(monkeypatch: p
     assert taken == [cancels]
 
 
+def test_tokens_without_gradient_and_repeated_inputs_cost_no_decomposition(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first token says nothing to the queries, and in the first layer equal tokens have equal inputs."""
+    monkeypatch.setattr("geomkit.svd.core", lambda _: pytest.fail("decomposed"))
+    left, right = gaussian(20, 40), gaussian(10, 30, seed=1).repeat(2, 1)
+    left[0], right[7] = 0.0, 0.0
+    for gradient in (FactoredGradient(left, right), FactoredGradient(right, left)):
+        expected = np.linalg.svd(exact(gradient), compute_uv=False)[:20]
+        assert np.abs(singular_values(gradient) - expected).max() <= 1e-7 * expected[0]
+
+
 def test_one_call_for_all_gradients_gives_what_one_each_gives(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("geomkit.svd._STACKED", 100)
     shared = gaussian(5, 20, seed=7)
