@@ -393,20 +393,23 @@ def _remove_leftovers(folder: Path, kind: Kind) -> None:
 
 def _load(kind: Kind, folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     path = Path(folder)
-    found = ""
-    while True:
-        text = _json_text(kind, path)
-        document = _document(kind, path, text)
-        try:
-            return document, _tensors(kind, path, document["tensors"])
-        except FileNotFoundError:
-            # A save between the two reads has replaced both files: read again. The same JSON again means they are gone.
-            if text == found:
+    try:
+        return _read(kind, path)
+    except FileNotFoundError:
+        # A save may have replaced both files between the two reads: read once more, with no save under way.
+        with locked(path):
+            try:
+                return _read(kind, path)
+            except FileNotFoundError:
                 raise DataError(
-                    f"expected the numbers of {path / f'{kind}.json'} beside it in {document['tensors']['file']}, "
-                    "found no such file; copy both files, or save again"
+                    f"expected the numbers that {path / f'{kind}.json'} names in a file beside it, found no such file; "
+                    "copy both files, or save again"
                 ) from None
-            found = text
+
+
+def _read(kind: Kind, folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    document = _document(kind, folder, _json_text(kind, folder))
+    return document, _tensors(kind, folder, document["tensors"])
 
 
 def _json_text(kind: Kind, folder: Path) -> str:
