@@ -121,13 +121,19 @@ def recording(model: nn.Module, wanted: dict[str, str], receive: Receiver, *, sp
             names = {local: f"{path}.{local}" if path else local for local, _ in module.named_parameters(recurse=False)}
             owned = {local: wanted[name] for local, name in names.items() if name in wanted}
             if owned:
-                hook = partial(_record, tape, owned, receive, spread)
+                hook = partial(_record, tape, owned, receive, spread if _is_added(model, path) else 1)
                 # First of all hooks: one of the user's may change the output.
                 handles.append(module.register_forward_hook(hook, with_kwargs=True, prepend=True))
         yield tape
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _is_added(model: nn.Module, path: str) -> bool:
+    """Tell whether a module is a table of positions that is only ever added to the embedded tokens."""
+    parent, _, name = path.rpartition(".")
+    return name == "wpe" and type(model.get_submodule(parent)).__module__.startswith("transformers.models.")
 
 
 def _record(

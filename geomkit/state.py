@@ -8,34 +8,45 @@ import numpy as np
 import torch
 from torch import nn
 
+_HOOKS = "_backward_hooks"  # torch has no public way to set a tensor's hooks aside
+
 
 @contextmanager
 def as_found(model: nn.Module) -> Iterator[None]:
     """Restore modes, which parameters are trainable, and the random state when the block ends.
 
-    Modules compiled in place run uncompiled inside: compiled code does not know of hooks.
     Gradients and hooks need no restoring: nothing in geomkit writes the first, and the second are context managers.
     """
     modes = [(module, module.training) for module in model.modules()]
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    compiled = [(module, vars(module).get("_compiled_call_impl")) for module in model.modules()]
     devices = sorted(
         {parameter.device.index or 0 for parameter in model.parameters() if parameter.device.type == "cuda"}
     )
     with torch.random.fork_rng(devices=devices):
         try:
-            for module, call in compiled:
-                if call is not None:
-                    module._compiled_call_impl = None  # noqa: SLF001
             yield
         finally:
-            for module, call in compiled:
-                if call is not None:
-                    module._compiled_call_impl = call  # noqa: SLF001
             for module, training in modes:
                 module.training = training
             for parameter, needs_gradient in trainable:
                 parameter.requires_grad_(needs_gradient)
+
+
+@contextmanager
+def differentiated_as_written(model: nn.Module) -> Iterator[None]:
+    """Run compiled parts uncompiled, which do not know of hooks, and keep hooks off the parameters' gradients.
+
+    Hooks on parameters say what an optimizer should see; the loss has the gradient that it has.
+    """
+    hooked = {parameter: hooks for parameter in model.parameters() if (hooks := getattr(parameter, _HOOKS))}
+    with torch.compiler.set_stance("force_eager"):
+        try:
+            for parameter in hooked:
+                setattr(parameter, _HOOKS, None)
+            yield
+        finally:
+            for parameter, hooks in hooked.items():
+                setattr(parameter, _HOOKS, hooks)
 
 
 @contextmanager

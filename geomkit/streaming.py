@@ -11,7 +11,7 @@ from geomkit.layer_gradient import LayerGradient
 from geomkit.loss import Reduction
 from geomkit.passes import WholeSink, run_pass
 from geomkit.selection import Selection, chosen_parameters, refuse_unseen_values, unwrapped_model
-from geomkit.state import as_found, full_precision
+from geomkit.state import as_found, differentiated_as_written, full_precision
 from geomkit.target import Target
 from geomkit.tokens import Tokens, collate, lengths_of, plan_batches
 
@@ -76,7 +76,7 @@ def stream(
     ):
         for plan in plan_batches(lengths, tokens_per_batch):
             examples = [rows[index] for index in plan]
-            batch = collate(examples, pad, examples=plan, least=_length(examples)).to(device)
+            batch = collate(examples, pad, examples=plan, least=padded_length(list(map(len, examples)))).to(device)
             own = run_pass(target, batch, reduction=reduction, whole=whole, samples=_numbered(samples, plan))
             for index, example, loss in zip(plan, examples, own, strict=True):
                 losses[index], scored[index] = loss, example.loss_tokens
@@ -103,17 +103,17 @@ def watched(model: nn.Module, chosen: Selection) -> Iterator[Target]:
     inner = unwrapped_model(model)
     target = Target(inner, chosen_parameters(inner, chosen))
     refuse_unseen_values(target.parameters, CollectionError)
-    with as_found(inner), full_precision():
+    with as_found(inner), differentiated_as_written(inner), full_precision():
         inner.eval()
         for parameter in set(inner.parameters()) - set(target.parameters.values()):
             parameter.requires_grad_(False)
         yield target
 
 
-def _length(examples: Sequence[Tokens]) -> int:
+def padded_length(lengths: Sequence[int]) -> int:
     """Choose a padded length other than the batch size: a first dimension of that size could be either."""
-    longest = max(map(len, examples))
-    return longest + 1 if longest == len(examples) else longest
+    longest = max(lengths)
+    return longest + 1 if longest == len(lengths) else longest
 
 
 def _numbered(
