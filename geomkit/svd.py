@@ -141,27 +141,29 @@ def _stacked(held: list[tuple[int, tuple[Tensor, ...]]]) -> _Stack:
 def _product(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """Return symmetric matrices (n, T, T) with the eigenvalues of left @ right, and their rounding errors (n,)."""
     noise = _EPS_FP64 * _size(left) * _size(right)
-    left, right = _without_dead(left, right)
-    lower, failed = torch.linalg.cholesky_ex(left)
+    left, right, stand_in = _without_dead(left, right)
+    lower, failed = torch.linalg.cholesky_ex(left + stand_in)
     if failed.any():  # tokens that repeat one another make one of the two singular
         swap = (failed > 0)[:, None, None]
         left, right = torch.where(swap, right, left), torch.where(swap, left, right)
-        lower, failed = torch.linalg.cholesky_ex(left)
+        lower, failed = torch.linalg.cholesky_ex(left + stand_in)
         noise = noise.masked_fill(failed > 0, float("inf"))
         lower = lower.masked_fill((failed > 0)[:, None, None], 0.0)
     return lower.mT @ right @ lower, noise
 
 
-def _without_dead(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+def _without_dead(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Take out the tokens whose factor is zero on a side: they add nothing, but stop a Cholesky decomposition.
 
-    The first token of a text is one for the queries: it has itself only to attend to.
+    The first token of a text is one for the queries: it has itself only to attend to. The third matrix has ones in
+    their places, to be added to the side that is decomposed; the other side's zeros keep them out of the product.
     """
     dead = (left.diagonal(dim1=1, dim2=2) == 0) | (right.diagonal(dim1=1, dim2=2) == 0)
+    stand_in = torch.diag_embed(dead.double())
     if not dead.any():
-        return left, right
+        return left, right, stand_in
     crossed = dead[:, :, None] | dead[:, None, :]
-    return left.masked_fill(crossed, 0.0) + torch.diag_embed(dead.double()), right.masked_fill(crossed, 0.0)
+    return left.masked_fill(crossed, 0.0), right.masked_fill(crossed, 0.0), stand_in
 
 
 def _size(matrices: Tensor) -> Tensor:
