@@ -23,8 +23,10 @@ _ROOMS = {
     "finetune": "finetuning",
     "generate": "evaluation",
     "load_examples": "data",
+    "load_gradients": "storage",
     "load_model": "models",
     "load_organism": "organism",
+    "load_subspace": "storage",
     "match_tokens": "controls",
     "one_sample_study": "onesample",
     "principal_angles": "angles",
@@ -45,8 +47,10 @@ __all__ = [
     "finetune",
     "generate",
     "load_examples",
+    "load_gradients",
     "load_model",
     "load_organism",
+    "load_subspace",
     "match_tokens",
     "one_sample_study",
     "principal_angles",
@@ -72,6 +76,7 @@ if TYPE_CHECKING:
     from geomkit.organism import load_organism
     from geomkit.spf import SPF
     from geomkit.spf.callback import SPFCallback
+    from geomkit.storage import load_gradients, load_subspace
     from geomkit.subspaces import subspace
     from geomkit.svd import spectrum
 

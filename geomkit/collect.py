@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from torch import nn
@@ -11,6 +12,7 @@ from geomkit.gradients import Coverage, GradientSet
 from geomkit.layer_gradient import LayerGradient
 from geomkit.loss import Reduction
 from geomkit.names import Kind
+from geomkit.provenance import DataFingerprint, provenance_of
 from geomkit.selection import selection
 from geomkit.streaming import TOKENS_PER_BATCH, Streamed, stream
 from geomkit.target import Target
@@ -78,8 +80,17 @@ def collect_gradients(
         >>> gradients["lm_head.weight"].tokens < 30, gradients.coverage.share
         (True, 1.0)
     """
-    rows = encode_lazily(tokenizer, examples, assistant_mask=assistant_mask, max_length=max_length)
-    return gradients_of(
+    data = DataFingerprint()
+    rows = encode_lazily(tokenizer, examples, assistant_mask=assistant_mask, max_length=max_length, seen=data.add)
+    provenance = provenance_of(
+        model,
+        data,
+        reduction=reduction,
+        layers=str(selection(layers, kinds, indices)),
+        assistant_mask=assistant_mask,
+        max_length=max_length,
+    )
+    found = gradients_of(
         model,
         rows,
         pad_id(tokenizer),
@@ -92,6 +103,7 @@ def collect_gradients(
         tokens_per_batch=tokens_per_batch,
         progress=progress,
     )
+    return replace(found, provenance=provenance)
 
 
 def gradients_of(
