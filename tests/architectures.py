@@ -20,8 +20,8 @@ from geomkit.layer_gradient import LayerGradient
 from geomkit.tokens import Tokens, collate, encode
 from tests.tiny import SAFETY, SPECIAL, UTILITY, WORDS, tiny_tokenizer
 
-ROWS = [*encode(tiny_tokenizer(), SAFETY), *encode(tiny_tokenizer(), UTILITY)]
-"""Seven examples of 8 to 14 tokens."""
+ROWS = [*encode(tiny_tokenizer(), SAFETY), *encode(tiny_tokenizer(), UTILITY)][:5]
+"""Five examples of 9 to 14 tokens."""
 
 _SHAPE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 _GROUPED = _SHAPE | {"num_key_value_heads": 1}
@@ -165,11 +165,17 @@ def dense(gradients: Mapping[str, LayerGradient]) -> dict[str, Tensor]:
     return {name: gradient.dense() for name, gradient in gradients.items()}
 
 
-def collected(model: torch.nn.Module, rows: Sequence[Tokens] = ROWS, *, together: int = 3, **settings: Any):
-    """Collect per sample and in sum, about ``together`` examples at a time."""
-    return gradients_of(
-        model, rows, 0, per_sample=True, tokens_per_batch=together * max(map(len, rows)), progress=False, **settings
-    )
+def collected(
+    model: torch.nn.Module,
+    rows: Sequence[Tokens] = ROWS,
+    *,
+    together: int = 3,
+    per_sample: bool = True,
+    **settings: Any,
+) -> GradientSet:
+    """Collect ``together`` examples at a time, or a few more where they are short."""
+    budget = together * max(map(len, rows))
+    return gradients_of(model, rows, 0, per_sample=per_sample, tokens_per_batch=budget, progress=False, **settings)
 
 
 def worst_error(found: GradientSet, reference: Sequence[dict[str, Tensor]]) -> float:

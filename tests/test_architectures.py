@@ -30,6 +30,30 @@ def test_every_gradient_equals_autograd(name, tied):
     assert worst_error(found, reference(name, tied=tied)) <= TOLERANCE
 
 
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_the_sum_alone(name, tied):
+    """Where nobody asks for the examples, autograd forms more of the gradients itself."""
+    model = built(name, tied=tied)
+    found = collected(model, per_sample=False)
+    assert not found.samples
+    assert list(found) == [name for name, _ in model.named_parameters()]
+    assert max(errors(dense(found), mean(reference(name, tied=tied))).values()) <= TOLERANCE
+
+
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if "moe" not in name and name != "mixtral"])
+def test_one_forward_for_each_batch(name):
+    """And one more example for each size of batch, with which a split that shapes leave in doubt is compared."""
+    model, sizes = built(name, tied=False), []
+    handle = model.register_forward_pre_hook(
+        lambda _module, _inputs, keywords: sizes.append(len(keywords["input_ids"])), with_kwargs=True
+    )
+    collected(model, together=3)
+    handle.remove()
+    assert [size for size in sizes if size > 1] == [3, 2]
+    assert sizes.count(1) <= 2
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_reference_is_not_degenerate(name):
     """What is zero by accident would be right in any form."""
