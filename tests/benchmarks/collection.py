@@ -32,6 +32,9 @@ OPPONENTS_WARNINGS = ("There is a performance drop", "Full backward hook is firi
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}
 
 
+PROGRESS = Console(stderr=True)
+
+
 @dataclass
 class Row:
     """What the table says about a contender."""
@@ -62,6 +65,7 @@ def main() -> None:
         rows = [Row(contender) for contender in chosen]
         _check(rows, workload, TOLERANCE[options.dtype])
         running = {row.contender.name: row.pieces for row in rows if row.pieces}
+        PROGRESS.print(f"timing {len(running)} contenders in {options.rounds} rounds")
         units, ratios = interleaved(workload.plain_step, running, rounds=options.rounds, device=workload.device)
         for row in rows:
             row.ratios = ratios.get(row.contender.name)
@@ -91,6 +95,7 @@ def _check(rows: Sequence[Row], workload: Workload, tolerance: float) -> None:
     """Run every contender once and compare; it also warms up what is timed later."""
     reference = Reference.of(workload, workload.checked)
     for row in rows:
+        PROGRESS.print(f"checking {row.contender.name}")
         try:
             row.pieces = row.contender.prepare(workload)
             results = [piece.run() for piece in row.pieces]
@@ -108,6 +113,7 @@ def _check(rows: Sequence[Row], workload: Workload, tolerance: float) -> None:
 
 def _measure_memory(rows: Sequence[Row], workload: Workload, options: argparse.Namespace) -> int | None:
     """Fill in the peaks; return the plain step's."""
+    PROGRESS.print("measuring memory")
     if workload.device.type == "cuda":
         for row in rows:
             if row.pieces and row.contender.memory:
