@@ -81,6 +81,11 @@ class Call:
         """Forget the input, whose gradient has been taken."""
         self.inputs, self.keywords = (), {}
 
+    def end(self) -> None:
+        """Forget everything: the graph knows its hooks, the hooks the call, and no collector sees that circle."""
+        self.release()
+        self.outputs, self.deltas = [], []
+
 
 Receiver = Callable[[Call, Tensor], None]
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from geomkit.errors import CollectionError
 from geomkit.state import as_found
 from geomkit.tokens import IGNORED, Batch, Tokens, batches
 
@@ -22,8 +23,16 @@ def token_losses(model: nn.Module, batch: Batch) -> Tensor:
 
     Returns:
         (B, L − 1) losses in fp32; 0 where the label is not the assistant's.
+
+    Raises:
+        CollectionError: If the model returns logits for another number of tokens.
     """
     logits = model(**batch.inputs(), use_cache=False).logits
+    if logits.shape[1] != batch.labels.shape[1]:
+        raise CollectionError(
+            f"expected logits for {batch.labels.shape[1]} tokens, found {logits.shape[1]}; a model that adds tokens of "
+            "its own (prompt tuning) cannot be scored"
+        )
     targets = batch.labels[:, 1:]
     losses = cross_entropy(
         logits[:, :-1].float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"

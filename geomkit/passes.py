@@ -44,7 +44,12 @@ def run_pass(
     Raises:
         CollectionError: If a loss or a gradient is not finite, or the graph cannot be seen whole.
     """
-    return _Pass(target, batch, reduction, whole, samples).run()
+    one = _Pass(target, batch, reduction, whole, samples)
+    try:
+        return one.run()
+    finally:
+        for call in one.tape.calls:
+            call.end()
 
 
 class _Pass:

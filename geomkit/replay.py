@@ -111,15 +111,30 @@ def _one(call: Call, row: int, examples: int, length: int) -> dict[str, LayerGra
         known = [(output, delta) for output, delta in zip(outputs, deltas, strict=True) if delta is not None]
         if any(output.shape != delta.shape for output, delta in known):
             return None
-        results = torch.autograd.grad(
-            [output for output, _ in known],
-            [own[local] for local in call.parameters],
-            [delta for _, delta in known],
-            allow_unused=True,
-        )
+        results = _pulled_back(_apart(known), [own[local] for local in call.parameters])
     positions = max(int(delta.reshape(-1, delta.shape[-1]).ne(0).any(1).sum()) for _, delta in known)
     return {
         name: DenseGradient(at_least_fp32(result), positions)
         for name, result in zip(call.parameters.values(), results, strict=True)
         if result is not None
     }
+
+
+_Pairs = Sequence[tuple[Tensor, Tensor]]
+
+
+def _pulled_back(known: _Pairs, sources: Sequence[Tensor], *, keep: bool = False) -> tuple[Tensor | None, ...]:
+    outputs, deltas = zip(*known, strict=True)
+    return torch.autograd.grad(outputs, sources, deltas, allow_unused=True, retain_graph=keep)
+
+
+def _apart(known: _Pairs) -> _Pairs:
+    """Take from each output's gradient what reaches it through another output of the same module.
+
+    A router returns logits and the scores it made of them: the gradient of the logits holds that of the scores.
+    """
+    later: list[tuple[Tensor, Tensor]] = []
+    for output, delta in reversed(known):
+        through = _pulled_back(later, [output], keep=True)[0] if later else None
+        later.append((output, delta if through is None else delta - through))
+    return later

@@ -132,12 +132,13 @@ class Separation:
             return
         row = int(self._batch.attention_mask.sum(1).argmin())
         for name, expected in self._target.alone(self._batch.single(row), names).items():
-            difference = (add(self._parts[name][row]).dense() - expected.dense()).norm()
-            if difference <= _tolerance(self._target.parameters[name]) * expected.norm:
+            difference = float((add(self._parts[name][row]).dense() - expected.dense()).norm())
+            if 0 < expected.norm >= difference / _tolerance(self._target.parameters[name]):
                 self._target.verified.add((name, self._examples))
-            else:
+                continue
+            self._alone.add(name)
+            if difference > 0:  # nothing against nothing shows nothing
                 self._target.inseparable.add(name)
-                self._alone.add(name)
 
 
 def _tolerance(like: Tensor) -> float:

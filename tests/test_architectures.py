@@ -41,7 +41,7 @@ def test_the_sum_alone(name, tied):
     assert max(errors(dense(found), mean(reference(name, tied=tied))).values()) <= TOLERANCE
 
 
-@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if "moe" not in name and name != "mixtral"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_one_forward_for_each_batch(name):
     """And one more example for each size of batch, with which a split that shapes leave in doubt is compared."""
     model, sizes = built(name, tied=False), []
