@@ -123,10 +123,10 @@ class _Pass:
         with torch.no_grad(), no_autocast(delta.device):
             rows = rows_of(call, delta, self.examples, self.length)
             if rows.broken is not None:
-                raise self._broken_gradient(next(iter(names)), rows.broken if rows.counts is not None else None)
+                raise self._broken_gradient(next(iter(names)), rows.broken if rows.apart else None)
             if self.whole is not None:
                 for name in names - self.direct:
-                    self.whole(name, rows.gradients[name])
+                    self.whole(name, rows.whole[name])
             if self.separation is not None:
                 self.separation.receive(rows)
         call.release()

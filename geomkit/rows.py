@@ -1,6 +1,6 @@
 """From one call of a module with a closed form to the gradients of its parameters, whole and example by example."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import cast
 
@@ -15,56 +15,73 @@ from geomkit.layout import layout
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """The token positions of one call that have a share in the gradient.
+    """The token positions of one call.
 
     Attributes:
         call: The call.
-        delta: (K, d_out) gradient of the loss by the output at each, fp32 or better.
-        source: (K, d_in) inputs in the same type, or (K,) indices of a lookup.
-        counts: How many of the K belong to each example, in order; ``None`` where that cannot be told.
-        certain: Whether the counts are beyond doubt, see :func:`geomkit.layout.layout`.
+        delta: (N, d_out) gradient of the loss by the output at each position, fp32 or better.
+        source: (N, d_in) inputs in the same type, or (N,) indices of a lookup.
+        runs: Where the positions that have a share in the gradient are, one run for each example, in order.
+        apart: Whether there is a run for each example; otherwise there is one run, of who knows whose positions.
+        certain: Whether that is beyond doubt, see :func:`geomkit.layout.layout`.
         broken: The first position whose output gradient is not finite, as a share of the batch; ``None`` if all are.
     """
 
     call: Call
     delta: Tensor
     source: Tensor
-    counts: list[int] | None
-    certain: bool = True
-    broken: float | None = None
+    runs: list[slice]
+    apart: bool
+    certain: bool
+    broken: float | None
 
     @cached_property
-    def gradients(self) -> dict[str, LayerGradient]:
-        """The gradient of each of the module's parameters, over all rows."""
-        return {name: self._gradient(local) for local, name in self.call.parameters.items()}
+    def whole(self) -> dict[str, LayerGradient]:
+        """The gradient of each of the module's parameters, over all runs."""
+        return self._gradients(*self._compact)
 
-    def _gradient(self, local: str) -> LayerGradient:
-        if local == "bias":
-            return DenseGradient(self.delta.sum(0), len(self.delta))
-        if self.call.form == "lookup":
-            table = cast("nn.Embedding", self.call.module)
-            return coalesce(self.source, self.delta, table.num_embeddings, len(self.source))
-        if self.call.form == "transposed":
-            return FactoredGradient(self.source, self.delta)
-        return FactoredGradient(self.delta, self.source)
+    def split(self) -> list[dict[str, LayerGradient]]:
+        """Return the gradients of each example.
 
-    def split(self) -> "list[Rows]":
-        """Return the rows of each example; views, not copies.
+        Their factors are views: of the compact rows where these were made, so that nothing is kept twice, and of the
+        module's input otherwise, so that modules with the same input share its memory.
 
         Raises:
-            ValueError: If it cannot be told which rows are whose.
+            ValueError: If it cannot be told which positions are whose.
         """
-        if self.counts is None:
+        if not self.apart:
             raise ValueError("expected a call that keeps examples apart")
-        parts = zip(torch.split(self.delta, self.counts), torch.split(self.source, self.counts), strict=True)
-        return [replace(self, delta=delta, source=source, counts=[len(delta)]) for delta, source in parts]
+        if "_compact" not in vars(self):
+            return [self._gradients(self.delta[run], self.source[run]) for run in self.runs]
+        counts = [run.stop - run.start for run in self.runs]
+        parts = zip(*(torch.split(values, counts) for values in self._compact), strict=True)
+        return [self._gradients(delta, source) for delta, source in parts]
+
+    @cached_property
+    def _compact(self) -> tuple[Tensor, Tensor]:
+        if sum(run.stop - run.start for run in self.runs) == len(self.delta):
+            return self.delta, self.source
+        return torch.cat([self.delta[run] for run in self.runs]), torch.cat([self.source[run] for run in self.runs])
+
+    def _gradients(self, delta: Tensor, source: Tensor) -> dict[str, LayerGradient]:
+        found: dict[str, LayerGradient] = {}
+        for local, name in self.call.parameters.items():
+            if local == "bias":
+                found[name] = DenseGradient(delta.sum(0), len(delta))
+            elif self.call.form == "lookup":
+                found[name] = coalesce(source, delta, cast("nn.Embedding", self.call.module).num_embeddings, len(delta))
+            elif self.call.form == "transposed":
+                found[name] = FactoredGradient(source, delta)
+            else:
+                found[name] = FactoredGradient(delta, source)
+        return found
 
 
 def rows_of(call: Call, delta: Tensor, examples: int, length: int) -> Rows:
     """Take a call apart into token positions.
 
-    Positions whose output gradient is zero (padding, tokens after the last scored one) are dropped, so that their
-    number bounds the rank.
+    Positions whose output gradient is zero (padding, tokens after the last scored one) are left out of the runs, so
+    that their number bounds the rank.
 
     Args:
         call: A call of a module with a closed form.
@@ -72,41 +89,42 @@ def rows_of(call: Call, delta: Tensor, examples: int, length: int) -> Rows:
         examples: B, the batch size.
         length: L, the padded length.
     """
+    how = layout(delta.shape, examples, length)
     deltas = delta.reshape(-1, delta.shape[-1])
     sizes = deltas.abs().amax(1)
     live = sizes != 0
-    sources, scale = call.source, 1.0
+    deltas = at_least_fp32(deltas)
     if call.form == "lookup":
         table = cast("nn.Embedding", call.module)
-        sources, scale = sources.reshape(-1), _lookup_scale(table)
+        sources, scale = call.source.reshape(-1), _lookup_scale(table)
+        deltas = deltas if scale == 1 else deltas * scale
         if table.padding_idx is not None:
             live &= sources != table.padding_idx  # autograd gives the padding row no gradient
     else:
-        sources = sources.reshape(-1, sources.shape[-1])
+        sources = call.source.reshape(-1, call.source.shape[-1])
         sources = at_least_fp32(sources if call.dtype is None else sources.to(call.dtype))
-    deltas = at_least_fp32(deltas)
-    deltas = deltas if scale == 1 else deltas * scale
-    how = layout(delta.shape, examples, length)
-    counts = None if how == "mixed" else live.view(examples, -1).sum(1).tolist()
-    return Rows(call, *_kept((deltas, sources), live, counts), counts, how == "certain", _first_broken(sizes))
+    runs = _runs(live.view(1 if how == "mixed" else examples, -1))
+    if runs is None:
+        index = live.nonzero().squeeze(1)
+        deltas, sources = deltas.index_select(0, index), sources.index_select(0, index)
+        runs = _following(live.view(1 if how == "mixed" else examples, -1).sum(1).tolist())
+    return Rows(call, deltas, sources, runs, how != "mixed", how == "certain", _first_broken(sizes))
 
 
-def _kept(values: tuple[Tensor, Tensor], live: Tensor, counts: list[int] | None) -> tuple[Tensor, Tensor]:
-    """Take the live rows; where they are one run in each example, as a copy of runs, which is faster than by index."""
-    if bool(live.all()):
-        return values
-    if counts is not None:
-        grid = live.view(len(counts), -1)
-        starts = grid.int().argmax(1).tolist()
-        runs = [slice(start, start + count) for start, count in zip(starts, counts, strict=True)]
-        if all(bool(row[run].all()) for row, run in zip(grid, runs, strict=True)):
-            first, second = (value.view(len(counts), grid.shape[1], *value.shape[1:]) for value in values)
-            return (
-                torch.cat([row[run] for row, run in zip(first, runs, strict=True)]),
-                torch.cat([row[run] for row, run in zip(second, runs, strict=True)]),
-            )
-    index = live.nonzero().squeeze(1)
-    return values[0].index_select(0, index), values[1].index_select(0, index)
+def _runs(live: Tensor) -> list[slice] | None:
+    """Return where the one run of live positions of each example is among all, if it is one."""
+    starts, counts = live.int().argmax(1), live.sum(1)
+    places = torch.arange(live.shape[1], device=live.device)
+    run = (places >= starts[:, None]) & (places < (starts + counts)[:, None])
+    if not torch.equal(run, live):
+        return None
+    firsts = (starts + torch.arange(len(live), device=live.device) * live.shape[1]).tolist()
+    return [slice(first, first + count) for first, count in zip(firsts, counts.tolist(), strict=True)]
+
+
+def _following(counts: list[int]) -> list[slice]:
+    ends = torch.tensor(counts).cumsum(0).tolist()
+    return [slice(end - count, end) for end, count in zip(ends, counts, strict=True)]
 
 
 def at_least_fp32(values: Tensor) -> Tensor:

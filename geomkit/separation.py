@@ -56,12 +56,12 @@ class Separation:
     def receive(self, rows: Rows) -> None:
         """Take a call's share of each example's gradient."""
         names = [name for name in rows.call.parameters.values() if name not in self._alone]
-        if rows.counts is None:
+        if not rows.apart:
             self._alone.update(names)
             return
         if not rows.certain:
             self._doubt(names)
-        split = [part.gradients for part in rows.split()]
+        split = rows.split()
         for name in names:
             self._keep(name, [part[name] for part in split])
             self._expected[name] -= 1
