@@ -1,0 +1,138 @@
+"""Comparing gradients that should be the same: parameter by parameter, example by example."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from geomkit.algebra import add, inner, zero_gradient
+from geomkit.errors import GeometryError
+from geomkit.layer_gradient import (
+    DenseGradient,
+    FactoredGradient,
+    IndexedGradient,
+    LayerGradient,
+    SumGradient,
+)
+from geomkit.loss import example_losses, token_losses
+from geomkit.passes import run_pass
+from geomkit.rows import at_least_fp32
+from geomkit.state import no_autocast
+from geomkit.target import Target
+from geomkit.tokens import Batch
+
+Gradients = Mapping[str, LayerGradient]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far gradients are from those they should equal.
+
+    Attributes:
+        relative: The worst ‖a − b‖ / ‖b‖ of any parameter and example.
+        parameter: Where it is worst.
+        example: Of which example; ``None`` for the sum over all.
+        cosine: The smallest cosine between whole gradients.
+        identical: Whether every bit is the same.
+    """
+
+    relative: float
+    parameter: str
+    example: int | None
+    cosine: float
+    identical: bool
+
+
+class Comparison:
+    """Collects differences, a parameter of an example at a time; no gradient is kept.
+
+    Args:
+        floor: A difference is taken relative to the parameter's own gradient, or to this share of the whole gradient
+            if that is larger: what is zero on paper, such as the bias of OPT's keys, which softmax does not feel, is
+            rounding noise.
+    """
+
+    def __init__(self, floor: float) -> None:
+        """Start with nothing."""
+        self._floor = floor
+        self._found: dict[int | None, dict[str, tuple[float, float, float, float]]] = {}
+        self._identical = True
+
+    def add(self, example: int | None, name: str, found: LayerGradient, expected: LayerGradient) -> None:
+        """Compare one parameter of one example, or of the sum where the example is ``None``."""
+        same = identical(found, expected)
+        self._identical &= same
+        apart = 0.0 if same else add([found, expected.scaled(-1.0)], keep_factors=True).norm
+        product = expected.norm**2 if same else inner(found, expected)
+        self._found.setdefault(example, {})[name] = (apart, found.norm, expected.norm, product)
+
+    def worst(self) -> Difference:
+        """Return the worst of all.
+
+        Raises:
+            GeometryError: If nothing was compared.
+        """
+        if not self._found:
+            raise GeometryError("expected gradients to compare, found none; add some first")
+        differences, cosines = [], []
+        for example, parameters in self._found.items():
+            left, right = (math.hypot(*(norms[place] for norms in parameters.values())) for place in (1, 2))
+            products = sum(norms[3] for norms in parameters.values())
+            cosines.append(min(products / (left * right), 1.0) if left and right else float(left == right))
+            for name, (apart, _, norm, _) in parameters.items():
+                relative = apart / max(norm, self._floor * right) if apart else 0.0
+                differences.append((relative, name, example))
+        relative, name, example = max(differences, key=lambda difference: difference[0])
+        return Difference(relative, name, example, min(cosines), self._identical)
+
+
+def identical(a: LayerGradient, b: LayerGradient) -> bool:
+    """Tell whether two gradients are the same form of the same numbers."""
+    match a, b:
+        case (SumGradient(), SumGradient()):
+            return len(a.parts) == len(b.parts) and all(map(identical, a.parts, b.parts))
+        case (FactoredGradient(), FactoredGradient()):
+            return torch.equal(a.left, b.left) and torch.equal(a.right, b.right)
+        case (IndexedGradient(), IndexedGradient()):
+            return torch.equal(a.indices, b.indices) and torch.equal(a.rows, b.rows)
+        case (DenseGradient(), DenseGradient()):
+            return torch.equal(a.tensor, b.tensor)
+        case _:
+            return False
+
+
+def example_gradients(target: Target, batch: Batch) -> list[dict[str, LayerGradient]]:
+    """Collect the gradient of each example's own loss."""
+    kept: list[dict[str, LayerGradient]] = [{} for _ in batch.examples]
+
+    def keep(name: str, gradients: Sequence[LayerGradient]) -> None:
+        for own, gradient in zip(kept, gradients, strict=True):
+            own[name] = gradient
+
+    run_pass(target, batch, reduction="example", samples=keep)
+    return kept
+
+
+def autograd_gradients(target: Target, batch: Batch, names: Sequence[str]) -> dict[str, LayerGradient]:
+    """Let autograd form the gradients of the sum of the examples' losses by some parameters."""
+    parameters = [target.parameters[name] for name in names]
+    with torch.enable_grad():
+        loss = example_losses(token_losses(target.model, batch), batch).sum()
+        if not loss.requires_grad:
+            return {name: zero_gradient(target.parameters[name].shape, batch.input_ids.device) for name in names}
+        found = torch.autograd.grad(loss, parameters, materialize_grads=True)
+    tokens = int(batch.attention_mask.sum())
+    return {name: DenseGradient(at_least_fp32(value), tokens) for name, value in zip(names, found, strict=True)}
+
+
+def compare_one(
+    comparison: Comparison, target: Target, example: int | None, found: Gradients, expected: Gradients
+) -> None:
+    """Compare the gradients of one example, over all parameters; one that is missing is zero."""
+    for name, parameter in target.parameters.items():
+        if name not in found and name not in expected:
+            continue
+        zero = zero_gradient(parameter.shape, parameter.device)
+        with torch.no_grad(), no_autocast(parameter.device):
+            comparison.add(example, name, found.get(name, zero), expected.get(name, zero))
