@@ -44,8 +44,8 @@ _GROUP = 2**28  # entries of the gradients that autograd forms at a time: a GiB 
 _ROUNDING = {2: (1e-1, 1e-2), 4: (1e-3, 1e-3), 8: (1e-4, 1e-3)}
 """By the bytes of a number that the model computes in: the worst difference that rounding leaves in any parameter, and
 the share of the whole gradient below which a parameter's own is taken for noise. Tiny models of fourteen families had
-at most 2e-5 in fp32 (the organism 2e-4) and 0.11 in bf16, where a ReLU at its kink had 0.5; eager attention takes softmax
-in fp32 whatever the type."""
+at most 2e-5 in fp32 (the organism 2e-4) and 0.11 in bf16, where a ReLU at its kink had 0.5; eager attention takes
+softmax in fp32 whatever the type."""
 
 _NOT_THE_SAME = "not bit for bit the same, which torch.use_deterministic_algorithms(True) asks for"
 _LEAST_COSINE = 0.999  # of the whole gradients, however small the differences
