@@ -17,8 +17,10 @@ _ROOMS = {
     "SPF": "spf",
     "SPFCallback": "spf.callback",
     "analyze": "analysis",
+    "check_collection": "checks",
     "collect_gradients": "collect",
     "conflict": "correlation",
+    "describe": "plan",
     "evaluate": "evaluation",
     "finetune": "finetuning",
     "generate": "evaluation",
@@ -28,8 +30,10 @@ _ROOMS = {
     "load_organism": "organism",
     "load_subspace": "storage",
     "match_tokens": "controls",
+    "measure_samples": "measuring",
     "one_sample_study": "onesample",
     "principal_angles": "angles",
+    "sample_grams": "grams",
     "shipped_examples": "data",
     "spectrum": "svd",
     "subspace": "subspaces",
@@ -41,8 +45,10 @@ __all__ = [
     "GeomkitError",
     "SPFCallback",
     "analyze",
+    "check_collection",
     "collect_gradients",
     "conflict",
+    "describe",
     "evaluate",
     "finetune",
     "generate",
@@ -52,8 +58,10 @@ __all__ = [
     "load_organism",
     "load_subspace",
     "match_tokens",
+    "measure_samples",
     "one_sample_study",
     "principal_angles",
+    "sample_grams",
     "shipped_examples",
     "spectrum",
     "subspace",
@@ -63,6 +71,7 @@ __all__ = [
 if TYPE_CHECKING:
     from geomkit.analysis import analyze
     from geomkit.angles import principal_angles
+    from geomkit.checks import check_collection
     from geomkit.collect import collect_gradients
     from geomkit.control_sets import with_responses
     from geomkit.controls import match_tokens
@@ -71,9 +80,12 @@ if TYPE_CHECKING:
     from geomkit.errors import GeomkitError
     from geomkit.evaluation import evaluate, generate
     from geomkit.finetuning import finetune
+    from geomkit.grams import sample_grams
+    from geomkit.measuring import measure_samples
     from geomkit.models import load_model
     from geomkit.onesample import one_sample_study
     from geomkit.organism import load_organism
+    from geomkit.plan import describe
     from geomkit.spf import SPF
     from geomkit.spf.callback import SPFCallback
     from geomkit.storage import load_gradients, load_subspace
@@ -82,6 +94,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> object:
+    if name in {"measures", "plots"}:  # rooms that are used by their name
+        return import_module(f"geomkit.{name}")
     if name not in _ROOMS:
         raise AttributeError(f"module 'geomkit' has no attribute '{name}'; it has {', '.join(__all__)}")
     value = getattr(import_module(f"geomkit.{_ROOMS[name]}"), name)

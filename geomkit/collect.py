@@ -12,11 +12,11 @@ from geomkit.gradients import Coverage, GradientSet
 from geomkit.layer_gradient import LayerGradient
 from geomkit.loss import Reduction
 from geomkit.names import Kind
-from geomkit.provenance import DataFingerprint, provenance_of
+from geomkit.provenance import encode_and_note
 from geomkit.selection import selection
 from geomkit.streaming import TOKENS_PER_BATCH, Streamed, stream
 from geomkit.target import Target
-from geomkit.tokens import AssistantMask, Tokens, encode_lazily, pad_id
+from geomkit.tokens import AssistantMask, Tokens, pad_id
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -80,11 +80,10 @@ def collect_gradients(
         >>> gradients["lm_head.weight"].tokens < 30, gradients.coverage.share
         (True, 1.0)
     """
-    data = DataFingerprint()
-    rows = encode_lazily(tokenizer, examples, assistant_mask=assistant_mask, max_length=max_length, seen=data.add)
-    provenance = provenance_of(
+    rows, provenance = encode_and_note(
         model,
-        data,
+        tokenizer,
+        examples,
         reduction=reduction,
         layers=str(selection(layers, kinds, indices)),
         assistant_mask=assistant_mask,
@@ -141,7 +140,7 @@ def gradients_of(
     )
     weights = streamed.loss_tokens if reduction == "token" else [1] * len(rows)
     parameters = streamed.target.parameters
-    found = {name: sums[name].total(1 / sum(weights)) for name in parameters if name in sums}
+    found = {name: sums.pop(name).total(1 / sum(weights)) for name in parameters if name in sums}
     coverage = coverage_of(streamed.target, found)
     return GradientSet(
         found,

@@ -270,6 +270,12 @@ class DenseGradient(LayerGradient):
         return tuple(self.tensor.shape)
 
     @property
+    def rank_bound(self) -> int:
+        """min(rows, columns, T); of experts min(rows, columns), as a token goes to several."""
+        several = self.tokens and len(self.shape) > 2
+        return min(self.matrix_shape) if several else min(*self.matrix_shape, self.tokens)
+
+    @property
     def device(self) -> torch.device:
         """Where the numbers are."""
         return self.tensor.device

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -17,17 +17,16 @@ from geomkit.gradients import Coverage
 from geomkit.layer_gradient import LayerGradient
 from geomkit.measures import Measure
 from geomkit.names import Kind, kind_of, layer_index
+from geomkit.provenance import Provenance, encode_and_note
 from geomkit.selection import selection
 from geomkit.state import no_autocast
 from geomkit.streaming import TOKENS_PER_BATCH, stream
-from geomkit.tokens import AssistantMask, Tokens, encode_lazily, pad_id
+from geomkit.tokens import AssistantMask, Tokens, pad_id
 
 if TYPE_CHECKING:
     import pandas as pd
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from geomkit.provenance import Provenance
 
 _SHOWN = 12
 
@@ -48,7 +47,7 @@ class SampleMeasures:
     losses: tuple[float, ...] = field(repr=False)
     loss_tokens: tuple[int, ...] = field(repr=False)
     coverage: Coverage = field(repr=False)
-    provenance: "Provenance | None" = field(default=None, repr=False)
+    provenance: Provenance | None = field(default=None, repr=False)
 
     def __getitem__(self, measure: str) -> Mapping[str, Tensor]:
         """Return one measure's values, by parameter.
@@ -180,9 +179,18 @@ def measure_samples(
         {'norm': (3,), 'spectrum': (3, 4), 'sketch': (3, 8, 8)}
     """
     _refuse_bad(measures)
-    return measures_of(
+    rows, provenance = encode_and_note(
         model,
-        encode_lazily(tokenizer, examples, assistant_mask=assistant_mask, max_length=max_length),
+        tokenizer,
+        examples,
+        reduction="example",
+        layers=str(selection(layers, kinds, indices)),
+        assistant_mask=assistant_mask,
+        max_length=max_length,
+    )
+    found = measures_of(
+        model,
+        rows,
         pad_id(tokenizer),
         measures,
         layers=layers,
@@ -191,6 +199,7 @@ def measure_samples(
         tokens_per_batch=tokens_per_batch,
         progress=progress,
     )
+    return replace(found, provenance=provenance)
 
 
 def measures_of(

@@ -15,7 +15,10 @@ from torch import Tensor, nn
 from geomkit.selection import unwrapped_model
 
 if TYPE_CHECKING:
-    from geomkit.tokens import Tokens
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+    from geomkit.tokens import AssistantMask, EncodedExamples, Tokens
 
 _SAMPLED = 64
 """About how many values of each parameter enter the fingerprint: fine-tuning moves every one of them."""
@@ -173,6 +176,26 @@ def provenance_of(
         geomkit=__version__,
         torch=torch.__version__,
         transformers=transformers.__version__,
+    )
+
+
+def encode_and_note(
+    model: nn.Module,
+    tokenizer: "PreTrainedTokenizerBase",
+    examples: "Dataset",
+    *,
+    reduction: str,
+    layers: str,
+    assistant_mask: "AssistantMask",
+    max_length: int | None,
+) -> "tuple[EncodedExamples, Provenance]":
+    """Encode a set and say what a result on it is computed from; see :func:`provenance_of` for the arguments."""
+    from geomkit.tokens import encode_lazily
+
+    data = DataFingerprint()
+    rows = encode_lazily(tokenizer, examples, assistant_mask=assistant_mask, max_length=max_length, seen=data.add)
+    return rows, provenance_of(
+        model, data, reduction=reduction, layers=layers, assistant_mask=assistant_mask, max_length=max_length
     )
 
 

@@ -82,8 +82,9 @@ class Separation:
             self._hand_on(name)
         if names := [name for name in self._target.parameters if name in self._alone]:
             found = [self._target.alone(self._batch.single(row), names) for row in range(self._examples)]
-            for name in names:
-                self._sink(name, [gradients[name] for gradients in found])
+            with torch.no_grad(), no_autocast(self._batch.input_ids.device):
+                for name in names:
+                    self._sink(name, [gradients[name] for gradients in found])
 
     def _doubt(self, names: Iterable[str]) -> None:
         self._doubtful.update(name for name in names if (name, self._examples) not in self._target.verified)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from geomkit.errors import CollectionError
@@ -103,7 +104,7 @@ def watched(model: nn.Module, chosen: Selection) -> Iterator[Target]:
     inner = unwrapped_model(model)
     target = Target(inner, chosen_parameters(inner, chosen))
     refuse_unseen_values(target.parameters, CollectionError)
-    with as_found(inner), differentiated_as_written(inner), full_precision():
+    with torch.inference_mode(False), as_found(inner), differentiated_as_written(inner), full_precision():
         inner.eval()
         for parameter in set(inner.parameters()) - set(target.parameters.values()):
             parameter.requires_grad_(False)
