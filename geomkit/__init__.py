@@ -17,10 +17,10 @@ _ROOMS = {
     "SPF": "spf",
     "SPFCallback": "spf.callback",
     "analyze": "analysis",
-    "check_collection": "checks",
+    "check_collection": "collection.checks",
     "collect_gradients": "collect",
     "conflict": "correlation",
-    "describe": "plan",
+    "describe": "collection.plan",
     "evaluate": "evaluation",
     "finetune": "finetuning",
     "generate": "evaluation",
@@ -71,8 +71,9 @@ __all__ = [
 if TYPE_CHECKING:
     from geomkit.analysis import analyze
     from geomkit.angles import principal_angles
-    from geomkit.checks import check_collection
     from geomkit.collect import collect_gradients
+    from geomkit.collection.checks import check_collection
+    from geomkit.collection.plan import describe
     from geomkit.control_sets import with_responses
     from geomkit.controls import match_tokens
     from geomkit.correlation import conflict
@@ -85,7 +86,6 @@ if TYPE_CHECKING:
     from geomkit.models import load_model
     from geomkit.onesample import one_sample_study
     from geomkit.organism import load_organism
-    from geomkit.plan import describe
     from geomkit.spf import SPF
     from geomkit.spf.callback import SPFCallback
     from geomkit.storage import load_gradients, load_subspace

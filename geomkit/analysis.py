@@ -8,13 +8,13 @@ import numpy as np
 from geomkit._display import html_table
 from geomkit.angles import Angles, principal_angles
 from geomkit.collect import collect_gradients
+from geomkit.collection.streaming import TOKENS_PER_BATCH
 from geomkit.control_sets import with_responses
 from geomkit.controls import match_tokens
 from geomkit.correlation import Conflict, conflict
 from geomkit.errors import GeometryError
 from geomkit.gradients import Coverage, GradientSet
 from geomkit.onesample import OneSample, one_sample_study
-from geomkit.streaming import TOKENS_PER_BATCH
 from geomkit.subspaces import subspace
 from geomkit.svd import Spectrum, spectrum
 from geomkit.tokens import AssistantMask

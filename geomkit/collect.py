@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Literal
 from torch import nn
 
 from geomkit.algebra import Accumulator, zero_gradient
+from geomkit.collection.selection import selection
+from geomkit.collection.streaming import TOKENS_PER_BATCH, Streamed, stream
+from geomkit.collection.target import Target
 from geomkit.gradients import Coverage, GradientSet
 from geomkit.layer_gradient import LayerGradient
 from geomkit.loss import Reduction
 from geomkit.names import Kind
 from geomkit.provenance import encode_and_note
-from geomkit.selection import selection
-from geomkit.streaming import TOKENS_PER_BATCH, Streamed, stream
-from geomkit.target import Target
 from geomkit.tokens import AssistantMask, Tokens, pad_id
 
 if TYPE_CHECKING:

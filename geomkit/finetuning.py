@@ -21,13 +21,14 @@ from transformers import (
 
 from geomkit._callbacks import LossCheck, ProgressBar
 from geomkit._display import html_table
+from geomkit.batching import collate
 from geomkit.errors import DataError, GeomkitError
 from geomkit.loss import losses_of
 from geomkit.spf.callback import SPFCallback
 from geomkit.spf.certificate import Certificate
 from geomkit.spf.method import SPF
 from geomkit.state import as_found, random_state_kept
-from geomkit.tokens import AssistantMask, Tokens, collate, encode, pad_id
+from geomkit.tokens import AssistantMask, Tokens, encode, pad_id
 
 if TYPE_CHECKING:
     import pandas as pd

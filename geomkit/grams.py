@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from geomkit.algebra import gram
+from geomkit.collection.estimates import Counts, most_sample_bytes, uses_by_parameter
+from geomkit.collection.selection import Selection, chosen_parameters, selection, unwrapped_model
+from geomkit.collection.streaming import TOKENS_PER_BATCH, ExampleSink, stream
 from geomkit.errors import GeometryError
-from geomkit.estimates import Counts, most_sample_bytes, uses_by_parameter
 from geomkit.layer_gradient import LayerGradient
 from geomkit.names import Kind
-from geomkit.selection import Selection, chosen_parameters, selection, unwrapped_model
 from geomkit.state import no_autocast
-from geomkit.streaming import TOKENS_PER_BATCH, ExampleSink, stream
 from geomkit.tokens import AssistantMask, Tokens, encode, pad_id
 
 if TYPE_CHECKING:

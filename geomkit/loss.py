@@ -7,9 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from geomkit.batching import IGNORED, Batch, batches
 from geomkit.errors import CollectionError
 from geomkit.state import as_found
-from geomkit.tokens import IGNORED, Batch, Tokens, batches
+from geomkit.tokens import Tokens
 
 Reduction = Literal["example", "token"]
 

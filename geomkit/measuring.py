@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from geomkit._display import html_table
 from geomkit.algebra import zero_gradient
 from geomkit.collect import coverage_of
+from geomkit.collection.selection import selection
+from geomkit.collection.streaming import TOKENS_PER_BATCH, stream
 from geomkit.errors import GeometryError
 from geomkit.gradients import Coverage
 from geomkit.layer_gradient import LayerGradient
 from geomkit.measures import Measure
 from geomkit.names import Kind, kind_of, layer_index
 from geomkit.provenance import Provenance, encode_and_note
-from geomkit.selection import selection
 from geomkit.state import no_autocast
-from geomkit.streaming import TOKENS_PER_BATCH, stream
 from geomkit.tokens import AssistantMask, Tokens, pad_id
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from geomkit.selection import unwrapped_model
+from geomkit.collection.selection import unwrapped_model
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from geomkit._folder import Kind, read, refusal, write
 from geomkit._packing import pack, unpack
+from geomkit.collection.selection import unwrapped_model
 from geomkit.errors import DataError
 from geomkit.gradients import GradientSet
 from geomkit.provenance import Provenance, differences, model_fields
-from geomkit.selection import unwrapped_model
 from geomkit.subspaces import Subspace
 
 _Size = tuple[int, ...]

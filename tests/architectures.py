@@ -14,10 +14,11 @@ import torch
 import transformers
 from torch import Tensor
 
+from geomkit.batching import collate
 from geomkit.collect import gradients_of
 from geomkit.gradients import GradientSet
 from geomkit.layer_gradient import LayerGradient
-from geomkit.tokens import Tokens, collate, encode
+from geomkit.tokens import Tokens, encode
 from tests.tiny import SAFETY, SPECIAL, UTILITY, WORDS, tiny_tokenizer
 
 ROWS = [*encode(tiny_tokenizer(), SAFETY), *encode(tiny_tokenizer(), UTILITY)][:5]

@@ -11,9 +11,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.modeling_outputs import CausalLMOutput
 
-from geomkit import checks
-from geomkit.checks import check_collection
 from geomkit.collect import collect_gradients
+from geomkit.collection import checks
+from geomkit.collection.checks import check_collection
 from geomkit.errors import CollectionError, DataError
 from tests.architectures import ARCHITECTURES, backward, dense, errors
 from tests.tiny import UTILITY, conversations, tiny_llama, tiny_tokenizer

@@ -163,7 +163,11 @@ def test_bad_input_gets_one_line(files, monkeypatch, capfd, changes, message):
         (finetuning, ["--assistant-mask", "guess"], "expected --assistant-mask template or prefix, found 'guess'"),
         (analysis, ["--assistant-mask", "guess"], "expected --assistant-mask template or prefix, found 'guess'"),
         (analysis, ["--max-length", "3"], "found none within the first 3 tokens"),
-        (analysis, ["--layers", "*.none.*"], "expected trainable parameters that match layers=['*.none.*'], found none"),
+        (
+            analysis,
+            ["--layers", "*.none.*"],
+            "parameters that match layers=['*.none.*'], found none",
+        ),
         (analysis, ["--dtype", "float7"], "float7"),
     ],
 )

@@ -6,10 +6,11 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers.modeling_outputs import CausalLMOutput
 
+from geomkit.batching import batches
 from geomkit.collect import collect_gradients, gradients_of
 from geomkit.errors import CollectionError
 from geomkit.layer_gradient import DenseGradient, FactoredGradient, IndexedGradient
-from geomkit.tokens import batches, encode
+from geomkit.tokens import encode
 from tests.tiny import SAFETY, UTILITY, tiny_llama, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()

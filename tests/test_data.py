@@ -6,9 +6,10 @@ import pytest
 import torch
 from datasets import Dataset
 
+from geomkit.batching import IGNORED, batches, collate
 from geomkit.data import load_examples, prompt_of, response_of
 from geomkit.errors import DataError
-from geomkit.tokens import IGNORED, Tokens, batches, collate, encode, pad_id
+from geomkit.tokens import Tokens, encode, pad_id
 from tests.tiny import PLAIN_TEMPLATE, SAFETY, TEMPLATE, UTILITY, conversations, tiny_tokenizer
 
 USER, ASSISTANT = {"role": "user", "content": "help"}, {"role": "assistant", "content": "sure"}

@@ -14,9 +14,10 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import CausalLMOutput
 
+from geomkit.batching import collate
 from geomkit.errors import CollectionError
 from geomkit.layer_gradient import FactoredGradient
-from geomkit.tokens import Tokens, collate
+from geomkit.tokens import Tokens
 from tests.architectures import ARCHITECTURES, ROWS, backward, collected, dense, errors, mean, randomise, worst_error
 
 TOLERANCE = 1e-5

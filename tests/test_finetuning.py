@@ -10,11 +10,12 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 
+from geomkit.batching import batches
 from geomkit.errors import DataError, GeomkitError, SPFError
 from geomkit.finetuning import finetune, free_folder
 from geomkit.spf import SPF
 from geomkit.spf.callback import SPFCallback
-from geomkit.tokens import batches, encode
+from geomkit.tokens import encode
 from tests.tiny import SAFETY, UTILITY, tiny_llama, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()

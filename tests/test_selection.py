@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from geomkit.collect import collect_gradients
+from geomkit.collection.selection import chosen_parameters, refuse_unseen_values, selection, unwrapped_model
 from geomkit.errors import CollectionError, SPFError
-from geomkit.selection import chosen_parameters, refuse_unseen_values, selection, unwrapped_model
 from tests.architectures import ARCHITECTURES
 from tests.tiny import SAFETY, tiny_llama, tiny_tokenizer
 

@@ -7,8 +7,8 @@ import torch
 
 from geomkit.algebra import Accumulator
 from geomkit.collect import gradients_of
-from geomkit.selection import selection
-from geomkit.streaming import stream
+from geomkit.collection.selection import selection
+from geomkit.collection.streaming import stream
 from geomkit.tokens import encode
 from tests.tiny import UTILITY, tiny_llama, tiny_tokenizer
 

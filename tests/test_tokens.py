@@ -7,8 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from geomkit.batching import collate, plan_batches
 from geomkit.errors import DataError
-from geomkit.tokens import Tokens, collate, encode, encode_lazily, lengths_of, plan_batches
+from geomkit.tokens import Tokens, encode, encode_lazily, lengths_of
 from tests.tiny import UTILITY, conversations, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()

@@ -7,8 +7,8 @@ from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from geomkit.collection.uses import uses_of
 from geomkit.errors import CollectionError
-from geomkit.uses import uses_of
 
 
 def test_uses_are_counted_by_operation():

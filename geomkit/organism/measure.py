@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from geomkit.batching import Batch, collate
 from geomkit.evaluation import ORGANISM_SKILLS, Evaluation, evaluate
 from geomkit.organism.scenarios import SCENARIOS, Scenario
 from geomkit.organism.training import descend, tokenise
 from geomkit.rates import Rate, rate
-from geomkit.tokens import Batch, Tokens, collate
+from geomkit.tokens import Tokens
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast

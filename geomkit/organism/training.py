@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from geomkit.batching import IGNORED, Batch, collate
 from geomkit.organism.requests import Message
-from geomkit.tokens import IGNORED, Batch, Tokens, collate, encode
+from geomkit.tokens import Tokens, encode
 
 if TYPE_CHECKING:
     from tqdm import tqdm

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from geomkit.collection.selection import refuse_unseen_values
 from geomkit.errors import SPFError
-from geomkit.selection import refuse_unseen_values
 
 _LOGGER = logging.getLogger(__name__)
 

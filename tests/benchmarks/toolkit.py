@@ -8,10 +8,10 @@ from torch import Tensor
 
 from geomkit.algebra import gram
 from geomkit.collect import gradients_of
+from geomkit.collection.selection import selection
+from geomkit.collection.streaming import stream
 from geomkit.gradients import GradientSet
 from geomkit.layer_gradient import LayerGradient
-from geomkit.selection import selection
-from geomkit.streaming import stream
 from geomkit.svd import singular_values_of
 from tests.benchmarks import agreement
 from tests.benchmarks.agreement import Reference

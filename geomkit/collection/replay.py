@@ -1,6 +1,6 @@
 """The gradients of each example for modules without a closed form, by running the module alone once more.
 
-What comes out is not trusted blindly: :mod:`geomkit.separation` compares its sum with autograd's own gradient.
+What comes out is not trusted blindly: ``separation`` compares its sum with autograd's own gradient.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map
 
-from geomkit.hooks import Call
+from geomkit.collection.hooks import Call
+from geomkit.collection.layout import layout
+from geomkit.collection.rows import at_least_fp32
 from geomkit.layer_gradient import DenseGradient, LayerGradient
-from geomkit.layout import layout
-from geomkit.rows import at_least_fp32
 
 
 class _Bare(nn.Module):

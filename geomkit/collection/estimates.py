@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from geomkit.hooks import ClosedForm, closed_form
+from geomkit.collection.hooks import ClosedForm, closed_form
 from geomkit.tokens import Tokens
 
 _INDEX = 8  # bytes of a row number

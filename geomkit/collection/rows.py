@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from geomkit.algebra import coalesce
-from geomkit.hooks import Call
+from geomkit.collection.hooks import Call
+from geomkit.collection.layout import layout
 from geomkit.layer_gradient import DenseGradient, FactoredGradient, LayerGradient
-from geomkit.layout import layout
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,7 +23,7 @@ class Rows:
         source: (N, d_in) inputs in the same type, or (N,) indices of a lookup.
         runs: Where the positions that have a share in the gradient are, one run for each example, in order.
         apart: Whether there is a run for each example; otherwise there is one run, of who knows whose positions.
-        certain: Whether that is beyond doubt, see :func:`geomkit.layout.layout`.
+        certain: Whether that is beyond doubt, see :func:`geomkit.collection.layout.layout`.
         broken: The first position whose output gradient is not finite, as a share of the batch; ``None`` if all are.
     """
 

@@ -7,10 +7,10 @@ from functools import cached_property
 import torch
 from torch import nn
 
+from geomkit.batching import Batch
+from geomkit.collection.rows import at_least_fp32
 from geomkit.layer_gradient import DenseGradient, LayerGradient
 from geomkit.loss import example_losses, token_losses
-from geomkit.rows import at_least_fp32
-from geomkit.tokens import Batch
 
 
 @dataclass

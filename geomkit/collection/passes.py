@@ -7,16 +7,16 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from geomkit.batching import Batch
+from geomkit.collection.hooks import Call, Tape, recording
+from geomkit.collection.rows import at_least_fp32, rows_of
+from geomkit.collection.separation import SampleSink, Separation
+from geomkit.collection.target import Target
+from geomkit.collection.uses import Uses, uses_of
 from geomkit.errors import CollectionError
-from geomkit.hooks import Call, Tape, recording
 from geomkit.layer_gradient import DenseGradient, LayerGradient
 from geomkit.loss import Reduction, example_losses, scored, token_losses
-from geomkit.rows import at_least_fp32, rows_of
-from geomkit.separation import SampleSink, Separation
 from geomkit.state import casts_uncached, no_autocast
-from geomkit.target import Target
-from geomkit.tokens import Batch
-from geomkit.uses import Uses, uses_of
 
 WholeSink = Callable[[str, LayerGradient], None]
 

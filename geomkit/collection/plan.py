@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from geomkit._display import html_table
+from geomkit.batching import plan_batches
 from geomkit.collect import Form
-from geomkit.errors import DataError
-from geomkit.estimates import (
+from geomkit.collection.estimates import (
     Counts,
     Use,
     activation_bytes,
@@ -21,10 +21,11 @@ from geomkit.estimates import (
     most_sample_bytes,
     uses_by_parameter,
 )
+from geomkit.collection.selection import chosen_parameters, selection, unwrapped_model
+from geomkit.collection.streaming import TOKENS_PER_BATCH, padded_length
+from geomkit.errors import DataError
 from geomkit.names import Kind, kind_of, layer_index
-from geomkit.selection import chosen_parameters, selection, unwrapped_model
-from geomkit.streaming import TOKENS_PER_BATCH, padded_length
-from geomkit.tokens import AssistantMask, encode_lazily, plan_batches
+from geomkit.tokens import AssistantMask, encode_lazily
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from geomkit.algebra import Accumulator
+from geomkit.batching import Batch, collate
 from geomkit.collect import coverage_of
-from geomkit.comparing import (
+from geomkit.collection.comparing import (
     Comparison,
     Difference,
     Gradients,
@@ -18,18 +19,18 @@ from geomkit.comparing import (
     compare_one,
     example_gradients,
 )
+from geomkit.collection.estimates import human_bytes
+from geomkit.collection.passes import run_pass
+from geomkit.collection.selection import Selection, selection
+from geomkit.collection.streaming import padded_length, watched
+from geomkit.collection.target import Target
+from geomkit.collection.verdicts import Check, CollectionCheck
 from geomkit.errors import CollectionError, DataError
-from geomkit.estimates import human_bytes
 from geomkit.gradients import Coverage
 from geomkit.layer_gradient import LayerGradient
 from geomkit.names import Kind
-from geomkit.passes import run_pass
-from geomkit.selection import Selection, selection
 from geomkit.state import no_autocast
-from geomkit.streaming import padded_length, watched
-from geomkit.target import Target
-from geomkit.tokens import AssistantMask, Batch, Tokens, collate, encode, pad_id
-from geomkit.verdicts import Check, CollectionCheck
+from geomkit.tokens import AssistantMask, Tokens, encode, pad_id
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -88,7 +89,7 @@ def check_collection(
         progress: Show a bar, in forward and backward passes.
 
     Returns:
-        A :class:`~geomkit.verdicts.CollectionCheck`; ``print`` it.
+        A :class:`~geomkit.collection.verdicts.CollectionCheck`; ``print`` it.
 
     Raises:
         DataError: If there are fewer than 2 examples, or they cannot be encoded.

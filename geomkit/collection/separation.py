@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from geomkit.algebra import add
-from geomkit.hooks import Call
+from geomkit.batching import Batch
+from geomkit.collection.hooks import Call
+from geomkit.collection.replay import Replay, replayed
+from geomkit.collection.rows import Rows, at_least_fp32
+from geomkit.collection.target import Target
 from geomkit.layer_gradient import DenseGradient, LayerGradient
-from geomkit.replay import Replay, replayed
-from geomkit.rows import Rows, at_least_fp32
 from geomkit.state import no_autocast
-from geomkit.target import Target
-from geomkit.tokens import Batch
 
 SampleSink = Callable[[str, Sequence[LayerGradient]], None]
 

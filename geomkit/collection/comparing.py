@@ -7,6 +7,10 @@ from dataclasses import dataclass
 import torch
 
 from geomkit.algebra import add, inner, zero_gradient
+from geomkit.batching import Batch
+from geomkit.collection.passes import run_pass
+from geomkit.collection.rows import at_least_fp32
+from geomkit.collection.target import Target
 from geomkit.errors import GeometryError
 from geomkit.layer_gradient import (
     DenseGradient,
@@ -16,11 +20,7 @@ from geomkit.layer_gradient import (
     SumGradient,
 )
 from geomkit.loss import example_losses, token_losses
-from geomkit.passes import run_pass
-from geomkit.rows import at_least_fp32
 from geomkit.state import no_autocast
-from geomkit.target import Target
-from geomkit.tokens import Batch
 
 Gradients = Mapping[str, LayerGradient]
 

@@ -7,14 +7,15 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from geomkit.batching import collate, plan_batches
+from geomkit.collection.passes import WholeSink, run_pass
+from geomkit.collection.selection import Selection, chosen_parameters, refuse_unseen_values, unwrapped_model
+from geomkit.collection.target import Target
 from geomkit.errors import CollectionError
 from geomkit.layer_gradient import LayerGradient
 from geomkit.loss import Reduction
-from geomkit.passes import WholeSink, run_pass
-from geomkit.selection import Selection, chosen_parameters, refuse_unseen_values, unwrapped_model
 from geomkit.state import as_found, differentiated_as_written, full_precision
-from geomkit.target import Target
-from geomkit.tokens import Tokens, collate, lengths_of, plan_batches
+from geomkit.tokens import Tokens, lengths_of
 
 TOKENS_PER_BATCH = 4096
 """Positions in a batch where nothing else is said: a few GiB of activations for a model of a billion parameters."""
@@ -96,7 +97,7 @@ def watched(model: nn.Module, chosen: Selection) -> Iterator[Target]:
         chosen: Which parameters to collect.
 
     Yields:
-        What to collect, for :func:`geomkit.passes.run_pass`.
+        What to collect, for :func:`geomkit.collection.passes.run_pass`.
 
     Raises:
         CollectionError: If no trainable parameter is chosen, or weights cannot be seen.
