@@ -35,7 +35,7 @@ _ROOMS = {
     "principal_angles": "angles",
     "sample_grams": "grams",
     "shipped_examples": "data",
-    "spectrum": "svd",
+    "spectrum": "spectra",
     "subspace": "subspaces",
     "with_responses": "control_sets",
 }
@@ -86,11 +86,11 @@ if TYPE_CHECKING:
     from geomkit.models import load_model
     from geomkit.onesample import one_sample_study
     from geomkit.organism import load_organism
+    from geomkit.spectra import spectrum
     from geomkit.spf import SPF
     from geomkit.spf.callback import SPFCallback
     from geomkit.storage import load_gradients, load_subspace
     from geomkit.subspaces import subspace
-    from geomkit.svd import spectrum
 
 
 def __getattr__(name: str) -> object:

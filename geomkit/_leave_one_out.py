@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from geomkit.algebra import add
-from geomkit.layer_gradient import Factors, IndexedGradient, LayerGradient
+from geomkit.layer_gradient import Factors, IndexedGradient, LayerGradient, thin_factors
 from geomkit.subspaces import Side, layer_subspace
-from geomkit.svd import rank_tolerance, thin_factors
+from geomkit.svd import rank_tolerance
 
 
 def bases_without_each(gradients: Sequence[LayerGradient], rank: int, side: Side) -> list[Tensor]:

@@ -15,8 +15,8 @@ from geomkit.correlation import Conflict, conflict
 from geomkit.errors import GeometryError
 from geomkit.gradients import Coverage, GradientSet
 from geomkit.onesample import OneSample, one_sample_study
+from geomkit.spectra import Spectrum, spectrum
 from geomkit.subspaces import subspace
-from geomkit.svd import Spectrum, spectrum
 from geomkit.tokens import AssistantMask
 
 if TYPE_CHECKING:

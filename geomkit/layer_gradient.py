@@ -427,6 +427,12 @@ class SumGradient(LayerGradient):
         return own + 2 * sum(product(a, b) for a, b in pairs)
 
 
+def thin_factors(gradient: LayerGradient) -> Factors | None:
+    """Return the gradient's factors if they have fewer rows than the gradient has rows and columns."""
+    factors = gradient.factors()
+    return factors if factors is not None and len(factors[0]) < min(gradient.matrix_shape) else None
+
+
 def product(a: LayerGradient, b: LayerGradient) -> float:
     """Return ⟨A, B⟩ of two gradients of one shape that are not sums, accumulated in fp64.
 

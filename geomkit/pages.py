@@ -17,7 +17,7 @@ from geomkit.report import Section
 
 if TYPE_CHECKING:
     from geomkit.analysis import Analysis
-    from geomkit.svd import Spectrum
+    from geomkit.spectra import Spectrum
     from geomkit.tour import Tour
 
 _NAMES = ("safety", "utility")

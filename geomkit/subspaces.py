@@ -13,9 +13,9 @@ from torch import Tensor
 from geomkit._display import html_table
 from geomkit.errors import GeometryError
 from geomkit.gradients import GradientSet
-from geomkit.layer_gradient import IndexedGradient, LayerGradient
+from geomkit.layer_gradient import IndexedGradient, LayerGradient, thin_factors
 from geomkit.names import kind_of, layer_index
-from geomkit.svd import energy_rank, rank_tolerance, thin_factors
+from geomkit.svd import energy_rank, rank_tolerance
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -194,7 +194,7 @@ def test_loss_matches_torch():
 def test_the_organism_equals_autograd_and_numpy(organism):
     """Every parameter of the shipped model, embedding, norms and head included, and every singular value."""
     from geomkit.data import load_examples
-    from geomkit.svd import spectrum
+    from geomkit.spectra import spectrum
 
     model, tokenizer = organism
     examples = load_examples("utility").select(range(3))

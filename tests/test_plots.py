@@ -19,9 +19,9 @@ from geomkit.layer_gradient import FactoredGradient, LayerGradient
 from geomkit.onesample import LayerOneSample, OneSample
 from geomkit.plots._style import looks, place_of
 from geomkit.rates import Rate
+from geomkit.spectra import Spectrum, spectrum
 from geomkit.spf.certificate import Certificate, StepRecord
 from geomkit.subspaces import subspace
-from geomkit.svd import Spectrum, spectrum
 
 PLACES = ("self_attn.q_proj", "mlp.up_proj")
 NAMES = [f"model.layers.{layer}.{place}.weight" for layer in range(3) for place in PLACES]

@@ -37,8 +37,8 @@ def test_no_public_name_is_shadowed_by_a_module():
 
 
 def test_an_unknown_name_lists_the_known_ones():
-    with pytest.raises(AttributeError, match=r"no attribute 'spectra'; it has SPF, .*spectrum"):
-        _ = geomkit.spectra
+    with pytest.raises(AttributeError, match=r"no attribute 'spectrums'; it has SPF, .*spectrum"):
+        _ = geomkit.spectrums
 
 
 def test_import_stays_light():

@@ -6,13 +6,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from geomkit import svd
+from geomkit import _squares
 from geomkit.algebra import add, as_matrix, coalesce, zero_gradient
 from geomkit.controls import random_factor_null
 from geomkit.errors import GeometryError
 from geomkit.layer_gradient import DenseGradient, FactoredGradient, IndexedGradient, LayerGradient, SumGradient
+from geomkit.spectra import LayerSpectrum, layer_spectrum, spectrum
 from geomkit.subspaces import layer_subspace, subspace
-from geomkit.svd import LayerSpectrum, core, layer_spectrum, singular_values, singular_values_of, spectrum
+from geomkit.svd import core, singular_values, singular_values_of
 
 SEEDS = st.integers(0, 2**31)
 RANKS = ("numeric_rank", "effective_rank", "entropy_rank", "participation_ratio", "stable_rank")
@@ -139,7 +140,7 @@ def test_tokens_without_gradient_and_repeated_inputs_cost_no_decomposition(monke
 
 
 def test_one_call_for_all_gradients_gives_what_one_each_gives(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("geomkit.svd._STACKED", 100)
+    monkeypatch.setattr("geomkit._squares._STACKED", 100)
     shared = gaussian(5, 20, seed=7)
     siblings = [FactoredGradient(gaussian(5, size, seed=size), shared) for size in (20, 30, 20)]
     gradients = [*GRADIENTS.values(), zero_gradient((6, 5)), zero_gradient((3,)), *siblings]
@@ -156,8 +157,8 @@ def test_one_call_for_all_gradients_gives_what_one_each_gives(monkeypatch: pytes
 
 def test_a_factor_in_common_is_squared_once(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
-    gram = svd._gram
-    monkeypatch.setattr("geomkit.svd._gram", lambda rows: made.append(rows) or gram(rows))
+    gram = _squares._gram
+    monkeypatch.setattr("geomkit._squares._gram", lambda rows: made.append(rows) or gram(rows))
     inputs = gaussian(2, 5, 20, seed=7)  # two examples, as views of one batch
     gradients = [FactoredGradient(gaussian(5, 30, seed=k), inputs[k % 2]) for k in range(6)]
     singular_values_of(gradients)
@@ -352,7 +353,7 @@ def test_summed_and_factored_gradients_agree() -> None:
 def test_tall_sums_are_decomposed_a_strip_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tied embedding and head with more tokens than columns, of which few rows are ever formed at once."""
     monkeypatch.setattr("geomkit.subspaces._STRIP", 16)
-    monkeypatch.setattr("geomkit.svd._STRIP", 16)
+    monkeypatch.setattr("geomkit._squares._STRIP", 16)
     gradient = tied(tokens=40, rows=300)
     formed = []
     take = SumGradient.take

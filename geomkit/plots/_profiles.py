@@ -11,7 +11,7 @@ from geomkit.errors import GeometryError
 from geomkit.plots._style import TEMPLATE, looks, title, translucent
 
 if TYPE_CHECKING:
-    from geomkit.svd import LayerSpectrum, Spectrum
+    from geomkit.spectra import LayerSpectrum, Spectrum
 
 _Indices = NDArray[np.int64]
 _Values = NDArray[np.float64]

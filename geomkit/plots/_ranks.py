@@ -14,7 +14,7 @@ from geomkit.plots._style import TEMPLATE, Look, looks, place_of, title, translu
 if TYPE_CHECKING:
     import pandas as pd
 
-    from geomkit.svd import Spectrum
+    from geomkit.spectra import Spectrum
 
 _COLUMNS = 4
 _FEW_LAYERS = 16
