@@ -1,4 +1,4 @@
-"""The command line: ``geomkit tour``, ``analyze``, ``finetune``, ``organism build``."""
+"""The command line: ``geomkit tour``, ``check``, ``analyze``, ``finetune``, ``organism build``."""
 
 import datetime as dt
 import json
@@ -39,6 +39,9 @@ ModelOption = Annotated[str, typer.Option(help="Folder, hub id, organism/aligned
 PadToken = Annotated[str | None, typer.Option(help="Pad token, for tokenizers that name none.")]
 Mask = Annotated[str, typer.Option("--assistant-mask", help="template (its markers) or prefix (without markers).")]
 MaxLength = Annotated[int | None, typer.Option(help="Cut longer examples to this many tokens.", min=2)]
+Layers = Annotated[str, typer.Option(help="Glob pattern on parameter names.")]
+TokensPerBatch = Annotated[int, typer.Option(help="Most tokens run at a time, with padding.", min=1)]
+Threads = Annotated[int, typer.Option(help="CPU threads.", min=1)]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, …")]
 TrainingDtype = Annotated[
     str, typer.Option("--dtype", help="float32, auto, …; AdamW in pure bfloat16 rounds small updates away.")
@@ -106,6 +109,43 @@ def tour(out: Out = Path("geomkit-tour"), json_file: Json = None, seed: Seed = 0
 
 
 @app.command()
+def check(
+    model: ModelOption,
+    examples: Annotated[str, typer.Option(help="Conversations: JSONL file, hub id or shipped set.")],
+    layers: Layers = "*",
+    tokens_per_batch: TokensPerBatch = 4096,
+    max_length: MaxLength = None,
+    assistant_mask: Mask = "template",
+    pad_token: PadToken = None,
+    dtype: Dtype = "auto",
+    threads: Threads = 1,
+) -> None:
+    """Say what collecting gradients would need, and measure whether they can be trusted on this model and machine."""
+    _prepare(threads)
+    from geomkit.collection.checks import check_collection
+    from geomkit.collection.plan import describe
+    from geomkit.data import load_examples
+    from geomkit.models import load_model
+
+    rows = load_examples(examples)
+    loaded, tokenizer = load_model(model, dtype=dtype, pad_token=pad_token)
+    mask = _mask(assistant_mask)
+    plan = describe(
+        loaded,
+        tokenizer,
+        rows,
+        layers=layers,
+        tokens_per_batch=tokens_per_batch,
+        assistant_mask=mask,
+        max_length=max_length,
+    )
+    typer.echo(f"{plan}\n")
+    found = check_collection(loaded, tokenizer, rows, layers=layers, assistant_mask=mask, max_length=max_length)
+    typer.echo(str(found))
+    raise typer.Exit(0 if found.ok else 2)
+
+
+@app.command()
 def analyze(
     model: ModelOption,
     safety: Annotated[str, typer.Option(help="Forbidden requests and refusals: JSONL file, hub id or shipped set.")],
@@ -113,13 +153,13 @@ def analyze(
     out: Out = Path("geomkit-analysis"),
     json_file: Json = None,
     examples: Annotated[int, typer.Option(help="Use no more than this many of each.", min=3)] = 32,
-    layers: Annotated[str, typer.Option(help="Glob pattern on parameter names.")] = "*",
-    tokens_per_batch: Annotated[int, typer.Option(help="Most tokens run at a time, with padding.", min=1)] = 4096,
+    layers: Layers = "*",
+    tokens_per_batch: TokensPerBatch = 4096,
     max_length: MaxLength = None,
     assistant_mask: Mask = "template",
     pad_token: PadToken = None,
     dtype: Dtype = "auto",
-    threads: Annotated[int, typer.Option(help="CPU threads.", min=1)] = 1,
+    threads: Threads = 1,
     seed: Seed = 0,
 ) -> None:
     """Measure rank, conflict and one-sample overlap of a model's gradients, and write report.html."""
@@ -165,7 +205,7 @@ def finetune(
     assistant_mask: Mask = "template",
     pad_token: PadToken = None,
     dtype: TrainingDtype = "float32",
-    threads: Annotated[int, typer.Option(help="CPU threads.", min=1)] = 1,
+    threads: Threads = 1,
     seed: Seed = 0,
 ) -> None:
     """Fine-tune a model, under SPF where anchors are given, and write a checkpoint."""

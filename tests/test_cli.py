@@ -66,7 +66,22 @@ def analysis(files, **changes):
     return ["analyze", *(part for name, value in options.items() for part in (f"--{name}", files / value))]
 
 
+def checking(files, **changes):
+    options = {"model": "model", "examples": "utility.jsonl"} | changes
+    return ["check", *(part for name, value in options.items() for part in (f"--{name}", files / value))]
+
+
 # ------------------------------------------------------------------------------------------------ good input
+
+
+def test_check_says_what_it_needs_and_whether_it_can_be_trusted(files, monkeypatch, capfd):
+    status, out, err = run(monkeypatch, capfd, *checking(files), "--layers", "*.mlp.*")
+    assert status == 0, err
+    assert "LlamaForCausalLM: 5.2k parameters" in out
+    assert "mlp        6 of 6" in out
+    assert "complete       ok" in out
+    assert "all measured checks are ok" in out
+    assert names(".") == []
 
 
 def test_finetune_writes_a_checkpoint_that_loads(files, monkeypatch, capfd):
@@ -117,7 +132,7 @@ def test_version_and_help(monkeypatch, capfd):
     assert run(monkeypatch, capfd, "--version") == (0, f"{__version__}\n", "")
     status, out, _ = run(monkeypatch, capfd, "--help")
     assert status == 0
-    assert all(command in out for command in ("tour", "analyze", "finetune", "organism"))
+    assert all(command in out for command in ("tour", "check", "analyze", "finetune", "organism"))
 
 
 # ------------------------------------------------------------------------------------------------- bad input

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from geomkit.layer_gradient import FactoredGradient
+from geomkit.forms import FactoredGradient
 from geomkit.svd import singular_values_of
 from tests.benchmarks.timing import Ratios, seconds
 
