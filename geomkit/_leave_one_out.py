@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from geomkit.algebra import add
-from geomkit.layer_gradient import Factors, IndexedGradient, LayerGradient, thin_factors
+from geomkit.forms import IndexedGradient
+from geomkit.layer_gradient import Factors, LayerGradient, thin_factors
 from geomkit.subspaces import Side, layer_subspace
 from geomkit.svd import rank_tolerance
 

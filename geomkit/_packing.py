@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from geomkit.errors import DataError
+from geomkit.forms import DenseGradient, FactoredGradient, IndexedGradient, SumGradient
 from geomkit.gradients import Coverage, GradientSet
-from geomkit.layer_gradient import DenseGradient, FactoredGradient, IndexedGradient, SumGradient
 from geomkit.provenance import Provenance
 from geomkit.subspaces import LayerSubspace, Subspace
 

@@ -10,11 +10,11 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from geomkit.layer_gradient import FactoredGradient, IndexedGradient, LayerGradient, row_products, thin_factors
+from geomkit.forms import FactoredGradient, IndexedGradient
+from geomkit.layer_gradient import LayerGradient, row_products, strips, thin_factors
 
 _EPS_FP64 = torch.finfo(torch.float64).eps
 _STACKED = 2**20  # numbers of the small matrices that are decomposed in one call
-_STRIP = 4096  # rows of a matrix that are squared at a time
 
 _Stack = tuple[list[int], Tensor, Tensor]
 """Places of n gradients, matrices (n, k, k) with their squared singular values, and rounding errors (n,) of these."""
@@ -120,6 +120,5 @@ def _gram_of_smaller_side(gradient: LayerGradient) -> Tensor:
     rows, columns = gradient.matrix_shape
     if rows < columns:
         return _gram(gradient.take(slice(None)))
-    starts = range(0, rows, _STRIP)
-    strips = (_gram(gradient.take(slice(start, start + _STRIP)).T) for start in starts)
-    return sum(strips, torch.zeros(columns, columns, dtype=torch.float64, device=gradient.device))
+    squares = (_gram(gradient.take(strip).T) for strip in strips(rows))
+    return sum(squares, torch.zeros(columns, columns, dtype=torch.float64, device=gradient.device))

@@ -11,15 +11,9 @@ import torch
 from torch import Tensor
 
 from geomkit.errors import GeometryError
-from geomkit.layer_gradient import (
-    DenseGradient,
-    FactoredGradient,
-    IndexedGradient,
-    LayerGradient,
-    SumGradient,
-    product,
-    row_products,
-)
+from geomkit.forms import DenseGradient, FactoredGradient, IndexedGradient, SumGradient
+from geomkit.forms.summed import product
+from geomkit.layer_gradient import LayerGradient, row_products
 
 _STRIP = 2**21
 """Numbers that are converted to fp64 at a time."""
@@ -306,7 +300,7 @@ class Accumulator:
         """Return ``scale`` times the sum so far.
 
         Factors are concatenated and rows that share an index are summed; where there are both, a
-        :class:`~geomkit.layer_gradient.SumGradient` has the two.
+        :class:`~geomkit.forms.SumGradient` has the two.
 
         Raises:
             GeometryError: If nothing was added.

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from geomkit.errors import GeometryError
-from geomkit.layer_gradient import DenseGradient, FactoredGradient, IndexedGradient, LayerGradient, SumGradient
+from geomkit.forms import DenseGradient, FactoredGradient, IndexedGradient, SumGradient
+from geomkit.layer_gradient import LayerGradient
 
 _LOGGER = logging.getLogger(__name__)
 

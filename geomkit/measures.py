@@ -63,7 +63,7 @@ def singular_values(leading: int | None = None) -> SingularValues:
         GeometryError: If ``leading`` is below 1.
 
     Example:
-        >>> from geomkit.layer_gradient import FactoredGradient
+        >>> from geomkit.forms import FactoredGradient
         >>> singular_values()("w", [FactoredGradient(torch.eye(2, 5), 3 * torch.eye(2, 4))])
         tensor([[3., 3.]], dtype=torch.float64)
     """
@@ -170,7 +170,7 @@ def sketch(size: int | tuple[int, int] = 16, seed: int = 0, *, entries: Entries 
         GeometryError: If a size is below 1, or there are no such entries.
 
     Example:
-        >>> from geomkit.layer_gradient import FactoredGradient
+        >>> from geomkit.forms import FactoredGradient
         >>> gradient = FactoredGradient(torch.ones(2, 40), torch.ones(2, 30))
         >>> sketch(8)("w", [gradient]).shape, sketch((8, 30))("w", [gradient]).shape
         (torch.Size([1, 8, 8]), torch.Size([1, 8, 30]))

@@ -15,7 +15,8 @@ import numpy as np
 from geomkit._display import html_table
 from geomkit.controls import parameter_generator, random_factor_null
 from geomkit.errors import GeometryError
-from geomkit.layer_gradient import DenseGradient, LayerGradient
+from geomkit.forms import DenseGradient
+from geomkit.layer_gradient import LayerGradient
 from geomkit.names import kind_of, layer_index
 from geomkit.svd import energy_rank, rank_tolerance, singular_values
 

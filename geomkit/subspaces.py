@@ -12,8 +12,9 @@ from torch import Tensor
 
 from geomkit._display import html_table
 from geomkit.errors import GeometryError
+from geomkit.forms import IndexedGradient
 from geomkit.gradients import GradientSet
-from geomkit.layer_gradient import IndexedGradient, LayerGradient, thin_factors
+from geomkit.layer_gradient import LayerGradient, thin_factors
 from geomkit.names import kind_of, layer_index
 from geomkit.svd import energy_rank, rank_tolerance
 
@@ -80,7 +81,7 @@ def layer_subspace(
         GeometryError: If not exactly one of ``rank`` and ``energy`` is given, or it is out of range.
 
     Example:
-        >>> from geomkit.layer_gradient import FactoredGradient
+        >>> from geomkit.forms import FactoredGradient
         >>> found = layer_subspace(FactoredGradient(torch.eye(2, 5), torch.eye(2, 4)), rank=3)
         >>> found.basis.shape, found.rank, found.energy
         (torch.Size([5, 2]), 2, 1.0)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from geomkit._squares import squares_of
 from geomkit.errors import GeometryError
-from geomkit.layer_gradient import IndexedGradient, LayerGradient, thin_factors
+from geomkit.forms import IndexedGradient
+from geomkit.layer_gradient import LayerGradient, thin_factors
 
 _EPS_FP32 = float(np.finfo(np.float32).eps)
 _PRECISION = 5e-7  # largest bound on the error of a singular value, relative to σ₁, that is taken from squares
@@ -25,7 +26,7 @@ def singular_values(gradient: LayerGradient) -> np.ndarray:
     They are exact to 1e-7 of the largest, see :func:`singular_values_of`.
 
     Example:
-        >>> from geomkit.layer_gradient import FactoredGradient
+        >>> from geomkit.forms import FactoredGradient
         >>> singular_values(FactoredGradient(torch.eye(2, 5), 3 * torch.eye(2, 4)))
         array([3., 3.])
     """
@@ -48,7 +49,7 @@ def singular_values_of(gradients: Sequence[LayerGradient]) -> Tensor:
         (N, K) fp64, each row descending; K is the largest rank bound, and all beyond a gradient's own is zero.
 
     Example:
-        >>> from geomkit.layer_gradient import DenseGradient, FactoredGradient
+        >>> from geomkit.forms import DenseGradient, FactoredGradient
         >>> singular_values_of([FactoredGradient(torch.eye(2, 5), torch.eye(2, 4)), DenseGradient(torch.eye(3), 9)])
         tensor([[1., 1., 0.],
                 [1., 1., 1.]], dtype=torch.float64)

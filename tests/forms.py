@@ -5,7 +5,7 @@ import torch
 from hypothesis import strategies as st
 
 from geomkit.algebra import coalesce, zero_gradient
-from geomkit.layer_gradient import DenseGradient, FactoredGradient, IndexedGradient, SumGradient
+from geomkit.forms import DenseGradient, FactoredGradient, IndexedGradient, SumGradient
 
 FORMS = ("factored", "indexed", "dense", "tied", "sum", "zero")
 THIN = ("factored", "indexed", "tied", "zero")

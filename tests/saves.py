@@ -13,8 +13,9 @@ import numpy as np
 import torch
 
 from geomkit import _files as files
+from geomkit.forms import DenseGradient, FactoredGradient, IndexedGradient, SumGradient
 from geomkit.gradients import Coverage, GradientSet
-from geomkit.layer_gradient import DenseGradient, FactoredGradient, IndexedGradient, LayerGradient, SumGradient
+from geomkit.layer_gradient import LayerGradient
 from geomkit.provenance import Provenance
 from geomkit.storage import load_gradients
 from geomkit.subspaces import LayerSubspace, Subspace

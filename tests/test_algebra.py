@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from geomkit.algebra import Accumulator, add, coalesce, gram, inner, zero_gradient
 from geomkit.controls import random_factor_null
 from geomkit.errors import GeometryError
-from geomkit.layer_gradient import DenseGradient, FactoredGradient, IndexedGradient, SumGradient
+from geomkit.forms import DenseGradient, FactoredGradient, IndexedGradient, SumGradient
 from geomkit.subspaces import layer_subspace
 from geomkit.svd import singular_values
 from tests.forms import FORMS, dense, drawn, forms, seeded, seeds, shapes

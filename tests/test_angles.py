@@ -10,7 +10,7 @@ from scipy.linalg import subspace_angles
 from geomkit.angles import basis_angles, principal_angles
 from geomkit.controls import haar_overlap, random_edge
 from geomkit.errors import GeometryError
-from geomkit.layer_gradient import FactoredGradient
+from geomkit.forms import FactoredGradient
 from geomkit.subspaces import LayerSubspace, Subspace, subspace
 
 SEEDS = st.integers(0, 2**31)

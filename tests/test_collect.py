@@ -9,7 +9,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from geomkit.batching import batches
 from geomkit.collect import collect_gradients, gradients_of
 from geomkit.errors import CollectionError
-from geomkit.layer_gradient import DenseGradient, FactoredGradient, IndexedGradient
+from geomkit.forms import DenseGradient, FactoredGradient, IndexedGradient
 from geomkit.tokens import encode
 from tests.tiny import SAFETY, UTILITY, tiny_llama, tiny_tokenizer
 

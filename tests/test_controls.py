@@ -14,7 +14,7 @@ from geomkit.controls import (
     subsample_tokens,
 )
 from geomkit.errors import GeometryError
-from geomkit.layer_gradient import DenseGradient, FactoredGradient, IndexedGradient, SumGradient
+from geomkit.forms import DenseGradient, FactoredGradient, IndexedGradient, SumGradient
 from geomkit.spectra import layer_spectrum
 
 

@@ -12,8 +12,9 @@ from geomkit.algebra import add
 from geomkit.controls import permuted_labels
 from geomkit.correlation import conflict
 from geomkit.errors import GeometryError
+from geomkit.forms import DenseGradient, FactoredGradient
 from geomkit.gradients import Coverage, GradientSet
-from geomkit.layer_gradient import DenseGradient, FactoredGradient, LayerGradient
+from geomkit.layer_gradient import LayerGradient
 
 FULL = Coverage({}, {}, {})
 NAMES = ("model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight")

@@ -16,7 +16,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from geomkit.batching import collate
 from geomkit.errors import CollectionError
-from geomkit.layer_gradient import FactoredGradient
+from geomkit.forms import FactoredGradient
 from geomkit.tokens import Tokens
 from tests.architectures import ARCHITECTURES, ROWS, backward, collected, dense, errors, mean, randomise, worst_error
 

@@ -7,8 +7,8 @@ import torch
 
 from geomkit.collect import collect_gradients
 from geomkit.errors import GeometryError
+from geomkit.forms import DenseGradient
 from geomkit.gradients import Coverage, GradientSet, layer_grams, set_inner, shared_layers
-from geomkit.layer_gradient import DenseGradient
 from tests.tiny import SAFETY, UTILITY, tiny_llama, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()

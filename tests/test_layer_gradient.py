@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from geomkit.algebra import as_matrix
 from geomkit.errors import GeometryError
-from geomkit.layer_gradient import DenseGradient, FactoredGradient, IndexedGradient, SumGradient
+from geomkit.forms import DenseGradient, FactoredGradient, IndexedGradient, SumGradient
 from tests.forms import FORMS, THIN, dense, drawn, forms, seeded, seeds, shapes
 
 quick = settings(max_examples=80, deadline=None, derandomize=True)
@@ -113,9 +113,7 @@ def test_every_shape_has_rows_and_columns(shape, matrix):
     gradient = DenseGradient(tensor, tokens=2)
     assert gradient.matrix_shape == matrix
     assert as_matrix(gradient).shape == matrix
-    assert gradient.rank_bound == (
-        min(matrix) if len(shape) > 2 else min(*matrix, 2)
-    )
+    assert gradient.rank_bound == (min(matrix) if len(shape) > 2 else min(*matrix, 2))
     assert gradient.norm == pytest.approx(float(tensor.double().norm()))
     assert gradient.dot(tensor) == pytest.approx(float(tensor.square().sum()))
     assert torch.equal(gradient.matmul(torch.eye(matrix[1])), tensor.reshape(matrix))

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from geomkit.algebra import as_matrix, inner, zero_gradient
 from geomkit.collect import gradients_of
 from geomkit.errors import CollectionError, GeometryError
-from geomkit.layer_gradient import DenseGradient, FactoredGradient, IndexedGradient, SumGradient
+from geomkit.forms import DenseGradient, FactoredGradient, IndexedGradient, SumGradient
 from geomkit.measures import inner_products, norms, singular_values, sketch
 from geomkit.measuring import measure_samples, measures_of
 from geomkit.tokens import Tokens

@@ -6,8 +6,9 @@ from scipy.linalg import subspace_angles
 from geomkit._leave_one_out import bases_without_each
 from geomkit.algebra import add, zero_gradient
 from geomkit.errors import GeometryError
+from geomkit.forms import DenseGradient, FactoredGradient
 from geomkit.gradients import Coverage, GradientSet
-from geomkit.layer_gradient import DenseGradient, FactoredGradient, LayerGradient
+from geomkit.layer_gradient import LayerGradient
 from geomkit.onesample import one_sample_study
 from tests.forms import dense, seeded
 from tests.forms import drawn as some_gradient

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from geomkit.collect import collect_gradients, gradients_of
 from geomkit.collection.plan import describe
 from geomkit.errors import CollectionError, DataError
-from geomkit.layer_gradient import IndexedGradient, SumGradient
+from geomkit.forms import IndexedGradient, SumGradient
 from geomkit.tokens import Tokens, encode
 from tests.architectures import ARCHITECTURES
 from tests.tiny import SAFETY, UTILITY, tiny_llama, tiny_tokenizer

@@ -15,7 +15,8 @@ from geomkit.angles import Angles, principal_angles
 from geomkit.correlation import Conflict, LayerConflict
 from geomkit.errors import GeometryError, SPFError
 from geomkit.evaluation import Evaluation
-from geomkit.layer_gradient import FactoredGradient, LayerGradient
+from geomkit.forms import FactoredGradient
+from geomkit.layer_gradient import LayerGradient
 from geomkit.onesample import LayerOneSample, OneSample
 from geomkit.plots._style import looks, place_of
 from geomkit.rates import Rate

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import geomkit
+from geomkit.forms import DenseGradient
 from geomkit.gradients import Coverage, GradientSet
-from geomkit.layer_gradient import DenseGradient
 from geomkit.provenance import DataFingerprint, Provenance, differences, provenance_of, weights_fingerprint
 from geomkit.subspaces import subspace
 from geomkit.tokens import Tokens

@@ -10,7 +10,7 @@ from geomkit.algebra import zero_gradient
 from geomkit.collect import collect_gradients
 from geomkit.errors import DataError, SPFError
 from geomkit.finetuning import finetune
-from geomkit.layer_gradient import DenseGradient, FactoredGradient
+from geomkit.forms import DenseGradient, FactoredGradient
 from geomkit.spf import RULES, SPF
 from geomkit.spf.anchors import AnchorPool
 from geomkit.spf.callback import SPFCallback

@@ -20,8 +20,9 @@ import geomkit._files as files
 import geomkit._folder as folders
 from geomkit.collect import collect_gradients
 from geomkit.errors import DataError
+from geomkit.forms import DenseGradient, FactoredGradient
 from geomkit.gradients import Coverage, GradientSet
-from geomkit.layer_gradient import DenseGradient, FactoredGradient, LayerGradient
+from geomkit.layer_gradient import LayerGradient
 from geomkit.provenance import DataFingerprint, provenance_of
 from geomkit.storage import load_gradients, load_subspace
 from geomkit.subspaces import LayerSubspace, Subspace, subspace
@@ -343,7 +344,7 @@ def test_what_cannot_be_saved_is_refused_and_leaves_the_old_save(tmp_path):
 
     class Foreign(LayerGradient):
         shape = (4,)
-        dense = add_to = dot = scaled = take = matmul = rmatmul = factors = device = floats = _squared_norm = None
+        dense = add_to = dot = scaled = take = matmul = rmatmul = factors = numbers = _squared_norm = None
 
     for changed, found in (
         (

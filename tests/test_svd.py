@@ -10,7 +10,8 @@ from geomkit import _squares
 from geomkit.algebra import add, as_matrix, coalesce, zero_gradient
 from geomkit.controls import random_factor_null
 from geomkit.errors import GeometryError
-from geomkit.layer_gradient import DenseGradient, FactoredGradient, IndexedGradient, LayerGradient, SumGradient
+from geomkit.forms import DenseGradient, FactoredGradient, IndexedGradient, SumGradient
+from geomkit.layer_gradient import LayerGradient
 from geomkit.spectra import LayerSpectrum, layer_spectrum, spectrum
 from geomkit.subspaces import layer_subspace, subspace
 from geomkit.svd import core, singular_values, singular_values_of
@@ -353,7 +354,7 @@ def test_summed_and_factored_gradients_agree() -> None:
 def test_tall_sums_are_decomposed_a_strip_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tied embedding and head with more tokens than columns, of which few rows are ever formed at once."""
     monkeypatch.setattr("geomkit.subspaces._STRIP", 16)
-    monkeypatch.setattr("geomkit._squares._STRIP", 16)
+    monkeypatch.setattr("geomkit.layer_gradient._STRIP", 16)
     gradient = tied(tokens=40, rows=300)
     formed = []
     take = SumGradient.take

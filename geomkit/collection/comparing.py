@@ -12,13 +12,8 @@ from geomkit.collection.passes import run_pass
 from geomkit.collection.rows import at_least_fp32
 from geomkit.collection.target import Target
 from geomkit.errors import GeometryError
-from geomkit.layer_gradient import (
-    DenseGradient,
-    FactoredGradient,
-    IndexedGradient,
-    LayerGradient,
-    SumGradient,
-)
+from geomkit.forms import DenseGradient, FactoredGradient, IndexedGradient, SumGradient
+from geomkit.layer_gradient import LayerGradient
 from geomkit.loss import example_losses, token_losses
 from geomkit.state import no_autocast
 

@@ -14,7 +14,8 @@ from geomkit.collection.separation import SampleSink, Separation
 from geomkit.collection.target import Target
 from geomkit.collection.uses import Uses, uses_of
 from geomkit.errors import CollectionError
-from geomkit.layer_gradient import DenseGradient, LayerGradient
+from geomkit.forms import DenseGradient
+from geomkit.layer_gradient import LayerGradient
 from geomkit.loss import Reduction, example_losses, scored, token_losses
 from geomkit.state import casts_uncached, no_autocast
 

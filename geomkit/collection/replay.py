@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from geomkit.collection.hooks import Call
 from geomkit.collection.layout import layout
 from geomkit.collection.rows import at_least_fp32
-from geomkit.layer_gradient import DenseGradient, LayerGradient
+from geomkit.forms import DenseGradient
+from geomkit.layer_gradient import LayerGradient
 
 
 class _Bare(nn.Module):

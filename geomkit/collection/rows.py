@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from geomkit.algebra import coalesce
 from geomkit.collection.hooks import Call
 from geomkit.collection.layout import layout
-from geomkit.layer_gradient import DenseGradient, FactoredGradient, LayerGradient
+from geomkit.forms import DenseGradient, FactoredGradient
+from geomkit.layer_gradient import LayerGradient
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,7 +17,8 @@ from geomkit.collection.hooks import Call
 from geomkit.collection.replay import Replay, replayed
 from geomkit.collection.rows import Rows, at_least_fp32
 from geomkit.collection.target import Target
-from geomkit.layer_gradient import DenseGradient, LayerGradient
+from geomkit.forms import DenseGradient
+from geomkit.layer_gradient import LayerGradient
 from geomkit.state import no_autocast
 
 SampleSink = Callable[[str, Sequence[LayerGradient]], None]

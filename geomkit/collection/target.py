@@ -9,7 +9,8 @@ from torch import nn
 
 from geomkit.batching import Batch
 from geomkit.collection.rows import at_least_fp32
-from geomkit.layer_gradient import DenseGradient, LayerGradient
+from geomkit.forms import DenseGradient
+from geomkit.layer_gradient import LayerGradient
 from geomkit.loss import example_losses, token_losses
 
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from geomkit.algebra import add, as_matrix
 from geomkit.errors import SPFError
-from geomkit.layer_gradient import DenseGradient, FactoredGradient, LayerGradient
+from geomkit.forms import DenseGradient, FactoredGradient
+from geomkit.layer_gradient import LayerGradient
 from geomkit.subspaces import layer_subspace
 
 Level = Literal["gradient", "update"]
