@@ -1,5 +1,6 @@
-"""How results show themselves in a notebook: a heading and a short table."""
+"""How results show themselves: tables in a notebook and in text, and numbers to three digits."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -11,3 +12,40 @@ def html_table(title: str, frame: "pd.DataFrame", *, rows: int = 12) -> str:
     shown = frame.head(rows).to_html(index=False, border=0, float_format=lambda value: f"{value:.4g}")
     more = f"<p>… {len(frame) - rows} more rows: <code>.to_frame()</code></p>" if len(frame) > rows else ""
     return f"<div><p><b>{title}</b></p>{shown}{more}</div>"
+
+
+def text_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return a line per row, its cells in columns as wide as they need to be.
+
+    Example:
+        >>> text_table([("kind", "chosen"), ("attention", "4 of 4")])
+        ['kind       chosen', 'attention  4 of 4']
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def human_bytes(size: int) -> str:
+    """Write a number of bytes to three digits.
+
+    Example:
+        >>> human_bytes(1023), human_bytes(16 * 2**30)
+        ('1023 B', '16 GiB')
+    """
+    for unit, power in (("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if size >= 2**power:
+            return f"{size / 2**power:.3g} {unit}"
+    return f"{size} B"
+
+
+def human_count(number: int) -> str:
+    """Write a number of parameters to three digits.
+
+    Example:
+        >>> human_count(999), human_count(8_030_261_248)
+        ('999', '8.03B')
+    """
+    for unit, size in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return str(number)

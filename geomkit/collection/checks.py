@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
+from geomkit._display import human_bytes
 from geomkit.algebra import Accumulator
 from geomkit.batching import Batch, collate
 from geomkit.collect import coverage_of
@@ -19,7 +20,6 @@ from geomkit.collection.comparing import (
     compare_one,
     example_gradients,
 )
-from geomkit.collection.estimates import human_bytes
 from geomkit.collection.passes import run_pass
 from geomkit.collection.selection import Selection, selection
 from geomkit.collection.streaming import padded_length, watched

@@ -1,6 +1,6 @@
 """How many bytes a collection needs, worked out from shapes and token counts alone."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -187,14 +187,7 @@ def _kept_per_position(module: nn.Module, weight: nn.Parameter, experts: int) ->
     return _BESIDE_LINEAR * calls * sum(weight.shape[-2:]) * weight.element_size()
 
 
-def human_bytes(size: int) -> str:
-    """Write a number of bytes to three digits.
-
-    Example:
-        >>> human_bytes(1023), human_bytes(16 * 2**30)
-        ('1023 B', '16 GiB')
-    """
-    for unit, power in (("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10)):
-        if size >= 2**power:
-            return f"{size / 2**power:.3g} {unit}"
-    return f"{size} B"
+def total_bytes(sizes: Iterable[int | None]) -> int | None:
+    """Add sizes up; ``None`` if one of them is not known."""
+    known = list(sizes)
+    return None if None in known else sum(size for size in known if size is not None)

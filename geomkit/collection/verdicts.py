@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from geomkit._display import html_table
+from geomkit._display import html_table, text_table
 from geomkit.errors import CollectionError
 from geomkit.gradients import Coverage
 
@@ -126,9 +126,7 @@ class CollectionCheck:
             said = check.note if check.verdict == "skipped" else check.compared
             numbers = (f"{check.difference:.1e}", f"{check.cosine:.7f}", f"{check.tolerance:.0e}")
             rows.append((check.name, check.verdict, *(("", "", "") if check.verdict == "skipped" else numbers), said))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        return "\n".join([f"{self.setting}; {self.coverage}", "", *lines, "", *self._verdict()])
+        return "\n".join([f"{self.setting}; {self.coverage}", "", *text_table(rows), "", *self._verdict()])
 
     def _verdict(self) -> list[str]:
         if not self.ok:
