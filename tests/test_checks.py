@@ -12,9 +12,10 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_outputs import CausalLMOutput
 
 from geomkit.collect import collect_gradients
-from geomkit.collection import checks
+from geomkit.collection import questions
 from geomkit.collection.checks import check_collection
 from geomkit.errors import CollectionError, DataError
+from geomkit.tokens import encode
 from tests.architectures import ARCHITECTURES, backward, dense, errors
 from tests.tiny import UTILITY, conversations, tiny_llama, tiny_tokenizer
 
@@ -142,7 +143,7 @@ def with_noise(model):
 
 def one_at_a_time_is_right(model):
     found = collect_gradients(model, TOKENIZER, UTILITY, per_sample=True, tokens_per_batch=1, progress=False)
-    rows = checks.encode(TOKENIZER, UTILITY)
+    rows = encode(TOKENIZER, UTILITY)
     for sample, expected in zip(found.samples, backward(model, rows), strict=True):
         assert max(errors(dense(sample), expected).values()) <= 1e-5
 
@@ -174,7 +175,7 @@ def test_positions_that_do_not_heed_padding_on_the_left():
     assert_fails_only(found, "padding left")
     assert "pad on the right, as geomkit always does" in found["padding left"].advice
     together = collect_gradients(model, TOKENIZER, UTILITY, per_sample=True, progress=False)
-    for sample, expected in zip(together.samples, backward(model, checks.encode(TOKENIZER, UTILITY)), strict=True):
+    for sample, expected in zip(together.samples, backward(model, encode(TOKENIZER, UTILITY)), strict=True):
         assert max(errors(dense(sample), expected).values()) <= 1e-5
 
 
@@ -296,7 +297,7 @@ def test_a_weight_whose_gradient_is_not_the_closed_form():
 def test_autograd_forms_gradients_in_groups(monkeypatch):
     model = tiny_llama()
     together = check(model)["complete"]
-    monkeypatch.setattr(checks, "_GROUP", 1)
+    monkeypatch.setattr(questions, "_GROUP", 1)
     assert check(model)["complete"] == together
 
 

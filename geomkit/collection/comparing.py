@@ -9,12 +9,10 @@ import torch
 from geomkit.algebra import add, inner, zero_gradient
 from geomkit.batching import Batch
 from geomkit.collection.passes import run_pass
-from geomkit.collection.rows import at_least_fp32
 from geomkit.collection.target import Target
 from geomkit.errors import GeometryError
 from geomkit.forms import DenseGradient, FactoredGradient, IndexedGradient, SumGradient
 from geomkit.layer_gradient import LayerGradient
-from geomkit.loss import example_losses, token_losses
 from geomkit.state import no_autocast
 
 Gradients = Mapping[str, LayerGradient]
@@ -40,22 +38,30 @@ class Difference:
 
 
 class Comparison:
-    """Collects differences, a parameter of an example at a time; no gradient is kept.
+    """Collects differences, an example at a time; no gradient is kept.
 
     Args:
+        target: The parameters to compare.
         floor: A difference is taken relative to the parameter's own gradient, or to this share of the whole gradient
             if that is larger: what is zero on paper, such as the bias of OPT's keys, which softmax does not feel, is
             rounding noise.
     """
 
-    def __init__(self, floor: float) -> None:
+    def __init__(self, target: Target, floor: float) -> None:
         """Start with nothing."""
-        self._floor = floor
+        self._parameters, self._floor = target.parameters, floor
         self._found: dict[int | None, dict[str, tuple[float, float, float, float]]] = {}
         self._identical = True
 
-    def add(self, example: int | None, name: str, found: LayerGradient, expected: LayerGradient) -> None:
-        """Compare one parameter of one example, or of the sum where the example is ``None``."""
+    def add(self, example: int | None, found: Gradients, expected: Gradients) -> None:
+        """Compare one example, or the sum where that is ``None``; what only one side has, the other has as zero."""
+        for name, parameter in self._parameters.items():
+            if name in found or name in expected:
+                zero = zero_gradient(parameter.shape, parameter.device)
+                with torch.no_grad(), no_autocast(parameter.device):
+                    self._add(example, name, found.get(name, zero), expected.get(name, zero))
+
+    def _add(self, example: int | None, name: str, found: LayerGradient, expected: LayerGradient) -> None:
         same = identical(found, expected)
         self._identical &= same
         apart = 0.0 if same else add([found, expected.scaled(-1.0)], keep_factors=True).norm
@@ -107,27 +113,3 @@ def example_gradients(target: Target, batch: Batch) -> list[dict[str, LayerGradi
 
     run_pass(target, batch, reduction="example", samples=keep)
     return kept
-
-
-def autograd_gradients(target: Target, batch: Batch, names: Sequence[str]) -> dict[str, LayerGradient]:
-    """Let autograd form the gradients of the sum of the examples' losses by some parameters."""
-    parameters = [target.parameters[name] for name in names]
-    with torch.enable_grad():
-        loss = example_losses(token_losses(target.model, batch), batch).sum()
-        if not loss.requires_grad:
-            return {name: zero_gradient(target.parameters[name].shape, batch.input_ids.device) for name in names}
-        found = torch.autograd.grad(loss, parameters, materialize_grads=True)
-    tokens = int(batch.attention_mask.sum())
-    return {name: DenseGradient(at_least_fp32(value), tokens) for name, value in zip(names, found, strict=True)}
-
-
-def compare_one(
-    comparison: Comparison, target: Target, example: int | None, found: Gradients, expected: Gradients
-) -> None:
-    """Compare the gradients of one example, over all parameters; one that is missing is zero."""
-    for name, parameter in target.parameters.items():
-        if name not in found and name not in expected:
-            continue
-        zero = zero_gradient(parameter.shape, parameter.device)
-        with torch.no_grad(), no_autocast(parameter.device):
-            comparison.add(example, name, found.get(name, zero), expected.get(name, zero))

@@ -148,7 +148,7 @@ class _Pass:
         if place is not None:
             return _advised(f"example {self.batch.examples[int(place * self.examples)]}: {said}")
         for row, example in enumerate(self.batch.examples):
-            if not bool(torch.isfinite(self.target.alone(self.batch.single(row), [name])[name].dense()).all()):
+            if not bool(torch.isfinite(self.target.by_autograd(self.batch.single(row), [name])[name].dense()).all()):
                 return _advised(f"example {example}: {said}")
         return _advised(f"examples {list(self.batch.examples)}: {said} for all together, though for none alone")
 

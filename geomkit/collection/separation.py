@@ -82,7 +82,7 @@ class Separation:
         for name in [name for name in self._parts if name not in self._alone]:
             self._hand_on(name)
         if names := [name for name in self._target.parameters if name in self._alone]:
-            found = [self._target.alone(self._batch.single(row), names) for row in range(self._examples)]
+            found = [self._target.by_autograd(self._batch.single(row), names) for row in range(self._examples)]
             with torch.no_grad(), no_autocast(self._batch.input_ids.device):
                 for name in names:
                     self._sink(name, [gradients[name] for gradients in found])
@@ -133,7 +133,7 @@ class Separation:
         if not names:
             return
         row = int(self._batch.attention_mask.sum(1).argmin())
-        for name, expected in self._target.alone(self._batch.single(row), names).items():
+        for name, expected in self._target.by_autograd(self._batch.single(row), names).items():
             difference = float((add(self._parts[name][row]).dense() - expected.dense()).norm())
             if 0 < expected.norm >= difference / _tolerance(self._target.parameters[name]):
                 self._target.verified.add((name, self._examples))

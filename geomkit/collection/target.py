@@ -7,6 +7,7 @@ from functools import cached_property
 import torch
 from torch import nn
 
+from geomkit.algebra import zero_gradient
 from geomkit.batching import Batch
 from geomkit.collection.rows import at_least_fp32
 from geomkit.forms import DenseGradient
@@ -40,17 +41,18 @@ class Target:
         wanted = set(self.names.values())
         return {name: parameter for name, parameter in self.model.named_parameters() if name in wanted}
 
-    def alone(self, single: Batch, names: Sequence[str]) -> dict[str, LayerGradient]:
-        """Return the gradients of one example's loss as autograd forms them.
+    def by_autograd(self, batch: Batch, names: Sequence[str]) -> dict[str, LayerGradient]:
+        """Return the gradients of the sum of the examples' losses as autograd forms them.
 
         Args:
-            single: The example, as a batch of one.
+            batch: The examples.
             names: Which parameters.
         """
+        parameters = [self.parameters[name] for name in names]
         with torch.enable_grad():
-            (loss,) = example_losses(token_losses(self.model, single), single)
-            results = torch.autograd.grad(loss, [self.parameters[name] for name in names], materialize_grads=True)
-        positions = single.input_ids.shape[1]
-        return {
-            name: DenseGradient(at_least_fp32(result), positions) for name, result in zip(names, results, strict=True)
-        }
+            loss = example_losses(token_losses(self.model, batch), batch).sum()
+            if not loss.requires_grad:
+                return {name: zero_gradient(one.shape, one.device) for name, one in zip(names, parameters, strict=True)}
+            found = torch.autograd.grad(loss, parameters, materialize_grads=True)
+        tokens = int(batch.attention_mask.sum())
+        return {name: DenseGradient(at_least_fp32(value), tokens) for name, value in zip(names, found, strict=True)}
