@@ -41,8 +41,8 @@ def zero_gradient(shape: Sequence[int], device: torch.device | str | None = None
         (0, 0, 0.0)
     """
     if len(shape) == 2:
-        return FactoredGradient(*(torch.zeros(0, size, device=device) for size in shape))
-    return DenseGradient(torch.zeros(tuple(shape), device=device), tokens=0)
+        return FactoredGradient(*(torch.zeros(0, size, dtype=torch.float32, device=device) for size in shape))
+    return DenseGradient(torch.zeros(tuple(shape), dtype=torch.float32, device=device), tokens=0)
 
 
 def coalesce(indices: Tensor, rows: Tensor, size: int, tokens: int) -> IndexedGradient:
@@ -326,7 +326,8 @@ class Accumulator:
 
     def _fold(self) -> None:
         parts, self._parts = self._parts, []
-        self._dense = torch.zeros(parts[0].shape, device=parts[0].device)
+        dtype = torch.float64 if any(part.dtype == torch.float64 for part in parts) else torch.float32
+        self._dense = torch.zeros(parts[0].shape, dtype=dtype, device=parts[0].device)
         for part in parts:
             part.add_to(self._dense, 1.0)
 

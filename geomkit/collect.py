@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from torch import nn
 
@@ -11,6 +11,7 @@ from geomkit.algebra import Accumulator, zero_gradient
 from geomkit.collection.selection import selection
 from geomkit.collection.streaming import TOKENS_PER_BATCH, Streamed, stream
 from geomkit.collection.target import Target
+from geomkit.errors import CollectionError
 from geomkit.gradients import Coverage, GradientSet
 from geomkit.layer_gradient import LayerGradient
 from geomkit.loss import Reduction
@@ -120,6 +121,8 @@ def gradients_of(
     progress: bool = False,
 ) -> GradientSet:
     """Collect gradients of examples that are already tokens; see :func:`collect_gradients`."""
+    if form not in get_args(Form):
+        raise CollectionError(f"expected the form {' or '.join(get_args(Form))}, found {form!r}")
     sums: dict[str, Accumulator] = defaultdict(lambda: Accumulator(keep_factors=form == "factored"))
     samples: list[dict[str, LayerGradient]] = [{} for _ in rows]
 

@@ -7,7 +7,7 @@ it. The forms are in :mod:`geomkit.forms`; what takes two gradients or more is i
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cached_property, reduce
 from math import prod
 
 import torch
@@ -33,7 +33,7 @@ class LayerGradient(ABC):
 
     @abstractmethod
     def dense(self) -> Tensor:
-        """Return the gradient as a tensor of the parameter's shape, fp32."""
+        """Return the gradient as a tensor of the parameter's shape, in its own type."""
 
     @abstractmethod
     def add_to(self, weight: Tensor, scale: float) -> None:
@@ -66,7 +66,7 @@ class LayerGradient(ABC):
     @property
     @abstractmethod
     def numbers(self) -> tuple[Tensor, ...]:
-        """The tensors that this form keeps its numbers in, fp32."""
+        """The tensors that this form keeps its numbers in, fp32 or fp64."""
 
     @abstractmethod
     def _squared_norm(self) -> float:
@@ -76,6 +76,11 @@ class LayerGradient(ABC):
     def device(self) -> torch.device:
         """Where the numbers are."""
         return self.numbers[0].device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the numbers: fp32, or fp64 for a model in fp64."""
+        return reduce(torch.promote_types, (tensor.dtype for tensor in self.numbers))
 
     @property
     def floats(self) -> int:
@@ -116,6 +121,12 @@ def row_products(a: Tensor, b: Tensor) -> Tensor:
     left = a.detach().double().numpy()
     right = left if a is b else b.detach().double().numpy()
     return torch.from_numpy(left @ right.T)
+
+
+def times(a: Tensor, b: Tensor) -> Tensor:
+    """Return a @ b in the factors' own type, whatever autocast the caller is under."""
+    with torch.autocast(a.device.type, enabled=False):
+        return a @ b
 
 
 def in_one_type(operand: Tensor, *own: Tensor) -> tuple[Tensor, ...]:

@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 
 from geomkit.batching import IGNORED, Batch, batches
 from geomkit.errors import CollectionError
-from geomkit.state import as_found
+from geomkit.state import as_found, at_least_fp32
 from geomkit.tokens import Tokens
 
 Reduction = Literal["example", "token"]
@@ -23,7 +23,7 @@ def token_losses(model: nn.Module, batch: Batch) -> Tensor:
         batch: B examples padded to length L, on the model's device.
 
     Returns:
-        (B, L − 1) losses in fp32; 0 where the label is not the assistant's.
+        (B, L − 1) losses in fp32 or better; 0 where the label is not the assistant's.
 
     Raises:
         CollectionError: If the model returns logits for another number of tokens.
@@ -36,7 +36,7 @@ def token_losses(model: nn.Module, batch: Batch) -> Tensor:
         )
     targets = batch.labels[:, 1:]
     losses = cross_entropy(
-        logits[:, :-1].float().flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
+        at_least_fp32(logits[:, :-1]).flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
     )
     return losses.view(targets.shape)
 

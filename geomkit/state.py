@@ -1,23 +1,31 @@
 """Leaving a model exactly as it was found, also after an exception."""
 
 import random
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from geomkit.errors import CollectionError
+
+_LOCK = threading.RLock()
+_UNDER_WAY: set[int] = set()
 _HOOKS = "_backward_hooks"  # torch has no public way to set a tensor's hooks aside
 
 
 @contextmanager
 def as_found(model: nn.Module) -> Iterator[None]:
-    """Restore modes, which parameters are trainable, and the random state when the block ends.
+    """Restore modes, buffers that were replaced, which parameters are trainable, and the random state at the end.
 
     Gradients and hooks need no restoring: nothing in geomkit writes the first, and the second are context managers.
     """
     modes = [(module, module.training) for module in model.modules()]
+    buffers = [
+        (module, name, value) for module in model.modules() for name, value in module.named_buffers(recurse=False)
+    ]
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     devices = sorted(
         {parameter.device.index or 0 for parameter in model.parameters() if parameter.device.type == "cuda"}
@@ -28,8 +36,41 @@ def as_found(model: nn.Module) -> Iterator[None]:
         finally:
             for module, training in modes:
                 module.training = training
+            for module, name, value in buffers:
+                if getattr(module, name, None) is not value:  # such as the frequencies of a dynamic rotary embedding
+                    setattr(module, name, value)
             for parameter, needs_gradient in trainable:
                 parameter.requires_grad_(needs_gradient)
+
+
+@contextmanager
+def gradients_set_aside(model: nn.Module) -> Iterator[None]:
+    """Give parameters no ``.grad`` inside the block, so that one which appears is seen, and theirs back at the end."""
+    found = [(parameter, parameter.grad) for parameter in model.parameters()]
+    try:
+        for parameter, _ in found:
+            parameter.grad = None
+        yield
+    finally:
+        for parameter, gradient in found:
+            parameter.grad = gradient
+
+
+@contextmanager
+def one_at_a_time(model: nn.Module) -> Iterator[None]:
+    """Let other threads wait, as precision and compilation are set for the whole process.
+
+    Raises:
+        CollectionError: If the block is entered for a model inside itself, as by a hook.
+    """
+    with _LOCK:
+        if id(model) in _UNDER_WAY:
+            raise CollectionError("expected a model at rest, found one whose gradients are just being collected")
+        _UNDER_WAY.add(id(model))
+        try:
+            yield
+        finally:
+            _UNDER_WAY.remove(id(model))
 
 
 @contextmanager
@@ -86,3 +127,8 @@ def casts_uncached() -> Iterator[None]:
 def no_autocast(device: torch.device) -> torch.autocast:
     """Return a block in which products are computed in the type of their factors."""
     return torch.autocast(device.type, enabled=False)
+
+
+def at_least_fp32(values: Tensor) -> Tensor:
+    """Return the values in fp32, or in fp64 if they are."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))

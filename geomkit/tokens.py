@@ -6,7 +6,7 @@ Only the tokens of assistant turns count in a loss; everything else is context.
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, get_args, overload
 
 from geomkit.data import Message
 from geomkit.errors import DataError
@@ -137,6 +137,13 @@ def lengths_of(rows: Sequence[Tokens]) -> Sequence[int]:
 def _encoder(
     tokenizer: "PreTrainedTokenizerBase", examples: "Dataset", assistant_mask: AssistantMask, max_length: int | None
 ) -> Callable[[int, list[Message]], Tokens]:
+    if not isinstance(getattr(examples, "column_names", None), list) or not hasattr(examples, "__len__"):
+        raise DataError(
+            f"expected a datasets.Dataset, found {type(examples).__name__}; make one with geomkit.load_examples or "
+            "Dataset.from_list"
+        )
+    if assistant_mask not in get_args(AssistantMask):
+        raise DataError(f"expected the mask {' or '.join(get_args(AssistantMask))}, found {assistant_mask!r}")
     if len(examples) == 0:
         raise DataError("expected at least one example, found an empty set")
     if "messages" not in examples.column_names:

@@ -5,18 +5,22 @@ it. Autograd skips every weight-gradient product, ``.grad`` is not touched, and 
 """
 
 import re
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.nn import functional
 from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.hooks import RemovableHandle
 
-ClosedForm = Literal["linear", "transposed", "lookup"]
+ClosedForm = Literal["linear", "transposed", "lookup", "scaled lookup"]
 
 _CLOSED_FORMS: dict[str, ClosedForm] = {
     "torch.nn.modules.linear.Linear.forward": "linear",
@@ -24,6 +28,7 @@ _CLOSED_FORMS: dict[str, ClosedForm] = {
     "transformers.pytorch_utils.Conv1D.forward": "transposed",
     "transformers.models.falcon.modeling_falcon.FalconLinear.forward": "linear",
 }
+_LINEAR, _EMBEDDING = functional.linear, functional.embedding  # which somebody may replace
 _SCALED_LOOKUP = re.compile(r"transformers\.models\..*ScaledWordEmbedding\.forward")
 """Of many models, all alike: the row times the module's ``embed_scale``."""
 
@@ -35,7 +40,11 @@ def closed_form(module: nn.Module) -> ClosedForm | None:
     """
     forward = type(module).forward
     name = f"{forward.__module__}.{forward.__qualname__}"
-    form = "lookup" if _SCALED_LOOKUP.fullmatch(name) else _CLOSED_FORMS.get(name)
+    if functional.linear is not _LINEAR or functional.embedding is not _EMBEDDING:
+        return None
+    form = "scaled lookup" if _SCALED_LOOKUP.fullmatch(name) else _CLOSED_FORMS.get(name)
+    if form is None or not _is_at(forward, forward.__module__, forward.__qualname__):
+        return None
     if "forward" in vars(module):  # replaced on the instance
         return None
     if torch.nn.modules.module._global_forward_hooks:  # noqa: SLF001 - they come before ours and may change the output
@@ -43,6 +52,14 @@ def closed_form(module: nn.Module) -> ClosedForm | None:
     if isinstance(module, nn.Embedding) and (module.scale_grad_by_freq or module.max_norm is not None):
         return None
     return form
+
+
+def _is_at(function: Any, module: str, qualname: str) -> bool:
+    """Tell whether a function is the one of its name: a wrapper takes the name of what it wraps."""
+    found: Any = sys.modules.get(module)
+    for part in qualname.split("."):
+        found = getattr(found, part, None)
+    return found is function
 
 
 @dataclass(eq=False)
@@ -57,6 +74,8 @@ class Call:
         keywords: The keyword arguments, detached.
         outputs: Where each output tensor entered the autograd graph, ``None`` for one that needs no gradient.
         deltas: The gradient of the loss by each output, kept for modules without a closed form.
+        handles: The hooks on the outputs.
+        version: How often the input had been written to in place.
         starts: Whether nothing before the call needs a gradient, so that autograd must be asked for this one's.
         dtype: The type that autocast computes the module's product in, if it is on.
     """
@@ -70,12 +89,19 @@ class Call:
     starts: bool
     dtype: torch.dtype | None
     deltas: list[Tensor | None] = field(default_factory=list)
+    handles: list[RemovableHandle] = field(default_factory=list)
+    version: int = 0
 
     @property
     def source(self) -> Tensor:
         """The input of a module with a closed form: its only tensor."""
         value: Tensor = self.inputs[0] if self.inputs else next(iter(self.keywords.values()))
         return value
+
+    @property
+    def overwritten(self) -> bool:
+        """Whether the input was written to after the call."""
+        return self.form is not None and self.source._version != self.version  # noqa: SLF001 - torch has no other
 
     def release(self) -> None:
         """Forget the input, whose gradient has been taken."""
@@ -84,7 +110,9 @@ class Call:
     def end(self) -> None:
         """Forget everything: the graph knows its hooks, the hooks the call, and no collector sees that circle."""
         self.release()
-        self.outputs, self.deltas = [], []
+        for handle in self.handles:  # an output may be a parameter itself, which stays
+            handle.remove()
+        self.outputs, self.deltas, self.handles = [], [], []
 
 
 Receiver = Callable[[Call, Tensor], None]
@@ -98,11 +126,13 @@ class Tape:
         calls: The calls that need a gradient, in order.
         ran: Names of the parameters whose module was called at all.
         open: Whether calls are recorded; a checkpoint runs modules again during the backward pass.
+        lasting: The storages of parameters and buffers.
     """
 
     calls: list[Call] = field(default_factory=list)
     ran: set[str] = field(default_factory=set)
     open: bool = True
+    lasting: frozenset[int] = frozenset()
 
 
 @contextmanager
@@ -119,14 +149,15 @@ def recording(model: nn.Module, wanted: dict[str, str], receive: Receiver, *, sp
     Yields:
         The tape that fills while the model runs.
     """
-    tape = Tape()
+    tape = Tape(lasting=frozenset(map(_storage, chain(model.parameters(), model.buffers()))))
     handles = []
     try:
         for path, module in model.named_modules():
-            names = {local: f"{path}.{local}" if path else local for local, _ in module.named_parameters(recurse=False)}
+            own = dict(module.named_parameters(recurse=False, remove_duplicate=False))
+            names = {local: f"{path}.{local}" if path else local for local in own}
             owned = {local: wanted[name] for local, name in names.items() if name in wanted}
             if owned:
-                hook = partial(_record, tape, owned, receive, spread if _is_added(model, path) else 1)
+                hook = partial(_record, tape, owned, own, receive, spread if _is_added(model, path) else 1)
                 # First of all hooks: one of the user's may change the output.
                 handles.append(module.register_forward_hook(hook, with_kwargs=True, prepend=True))
         yield tape
@@ -144,6 +175,7 @@ def _is_added(model: nn.Module, path: str) -> bool:
 def _record(
     tape: Tape,
     owned: dict[str, str],
+    own: dict[str, nn.Parameter],
     receive: Receiver,
     spread: int,
     module: nn.Module,
@@ -152,6 +184,8 @@ def _record(
     output: Any,
 ) -> Any:
     form = closed_form(module)
+    if not own.keys() <= {"weight", "bias"} or any(getattr(module, local) is not own[local] for local in own):
+        form = None  # more than the form knows of, or called with other values in their place
     spreads = form == "lookup" and isinstance(output, Tensor) and output.ndim == 3 and len(output) == 1 < spread
     if spreads:
         output = output.expand(spread, -1, -1)
@@ -160,35 +194,55 @@ def _record(
         )
     outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
     tape.ran.update(owned.values() if tape.open else ())
-    if tape.open and any(leaf.requires_grad for leaf in outputs):
+    # A leaf among the outputs is a parameter handed through, which the graph finds.
+    if tape.open and any(leaf.requires_grad for leaf in outputs) and not any(map(_is_parameter, outputs)):
         call = Call(
             module,
             owned,
             form if len(outputs) == 1 else None,
-            inputs=_detached(inputs),
-            keywords=_detached(keywords),
+            inputs=_detached(inputs, tape.lasting),
+            keywords=_detached(keywords, tape.lasting),
             # The edge, not the tensor: an in-place operation on the output later would move the tensor's own edge.
             outputs=[get_gradient_edge(leaf) if leaf.requires_grad else None for leaf in outputs],
             starts=not any(leaf.requires_grad for leaf in tree_leaves((inputs, keywords)) if isinstance(leaf, Tensor)),
             dtype=_autocast_dtype(outputs[0].device.type),
             deltas=[None] * len(outputs),
         )
+        call.version = call.source._version if call.form else 0  # noqa: SLF001
         tape.calls.append(call)
         for place, leaf in enumerate(outputs):
             if leaf.requires_grad:
-                leaf.register_hook(partial(_hand_over, call, receive, place))  # type: ignore[no-untyped-call]
+                handle = leaf.register_hook(partial(_hand_over, call, receive, place))  # type: ignore[no-untyped-call]
+                call.handles.append(handle)
     return output if spreads else None
 
 
-def _hand_over(call: Call, receive: Receiver, place: int, delta: Tensor) -> None:
+def _hand_over(call: Call, receive: Receiver, place: int, delta: Tensor | None) -> None:
+    if delta is None:  # a function of the user's may say that there is no gradient
+        return
     if call.form is None:
         call.deltas[place] = delta
     else:
         receive(call, delta)
 
 
-def _detached(values: Any) -> Any:
-    return tree_map(lambda value: value.detach() if isinstance(value, Tensor) else value, values)
+def _is_parameter(value: Tensor) -> bool:
+    return value.is_leaf and value.requires_grad
+
+
+def _detached(values: Any, lasting: frozenset[int]) -> Any:
+    """Detach tensors, and copy those that are a part of the model: training will change them."""
+
+    def detach(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return value.detach().clone() if _storage(value) in lasting else value.detach()
+
+    return tree_map(detach, values)
+
+
+def _storage(value: Tensor) -> int:
+    return value.untyped_storage().data_ptr()
 
 
 def _autocast_dtype(device: str) -> torch.dtype | None:

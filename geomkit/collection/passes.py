@@ -9,7 +9,7 @@ from torch.autograd.graph import GradientEdge
 
 from geomkit.batching import Batch
 from geomkit.collection.hooks import Call, Tape, recording
-from geomkit.collection.rows import at_least_fp32, rows_of
+from geomkit.collection.rows import rows_of
 from geomkit.collection.separation import SampleSink, Separation
 from geomkit.collection.target import Target
 from geomkit.collection.uses import Uses, uses_of
@@ -17,7 +17,7 @@ from geomkit.errors import CollectionError
 from geomkit.forms import DenseGradient
 from geomkit.layer_gradient import LayerGradient
 from geomkit.loss import Reduction, example_losses, scored, token_losses
-from geomkit.state import casts_uncached, no_autocast
+from geomkit.state import at_least_fp32, casts_uncached, no_autocast
 
 WholeSink = Callable[[str, LayerGradient], None]
 
@@ -65,6 +65,7 @@ class _Pass:
         self.separation = Separation(target, batch, self.weights.tolist(), samples) if samples else None
         self.tape = Tape()
         self.direct: set[str] = set()  # autograd itself forms their sum
+        self.outside: set[str] = set()  # of these, those that are used where no module's call tells
 
     def run(self) -> list[float]:
         spread = self.examples if self.separation else 1
@@ -81,8 +82,8 @@ class _Pass:
             self._plan(uses)
             held = {name: self.parameters[name] for name in self.parameters if name in self.direct}
             sources: list[Tensor | GradientEdge] = [*held.values(), *self._ends(uses)]
-            found = torch.autograd.grad(loss, sources) if sources else ()  # type: ignore[arg-type]
-        self._finish(dict(zip(held, found, strict=False)))
+            found = torch.autograd.grad(loss, sources, allow_unused=True) if sources else ()  # type: ignore[arg-type]
+        self._finish({name: value for name, value in zip(held, found, strict=False) if value is not None})
         return [float(value) for value in own.detach()]
 
     def _plan(self, uses: Uses) -> None:
@@ -92,18 +93,23 @@ class _Pass:
         named = [(name, call) for call in reached for name in call.parameters.values()]
         calls = Counter(name for name, _ in named)
         opaque = {name for name, call in named if call.form is None}
+        overwritten = {name for name, call in named if call.overwritten}
         for name, parameter in self.parameters.items():
             # A call of a module with a closed form reads its parameters once; more is somebody else's use.
-            outside = uses.of(parameter) > calls[name] and name not in opaque
+            outside = (uses.of(parameter) > calls[name] and name not in opaque) or name in overwritten
             if outside or (name in opaque and uses.of(parameter)):
                 self.direct.add(name)
             if outside:
-                self.target.notes[name] = "used outside its module's call"
+                self.outside.add(name)
+                said = "input overwritten after the call" if name in overwritten else "used outside its module's call"
+                self.target.notes[name] = said
             elif calls[name] > 1:
                 modules = len({id(call.module) for other, call in named if other == name})
                 self.target.notes[name] = f"shared by {modules} modules" if modules > 1 else "module called repeatedly"
         if self.separation:
-            self.separation.expect(Counter(name for name, call in named if call.form is not None), self.direct)
+            closed = Counter(name for name, call in named if call.form is not None)
+            several = {name for name in opaque if uses.of(self.parameters[name]) > calls[name]}
+            self.separation.expect(closed, self.direct, self.outside, several)
 
     def _ends(self, uses: Uses) -> list[Tensor | GradientEdge]:
         """Return where autograd has to arrive so that it passes every call.
@@ -124,7 +130,7 @@ class _Pass:
         with torch.no_grad(), no_autocast(delta.device):
             rows = rows_of(call, delta, self.examples, self.length)
             if rows.broken is not None:
-                raise self._broken_gradient(next(iter(names)), rows.broken if rows.apart else None)
+                raise self._broken_gradient(next(iter(names)), rows.broken)
             if self.whole is not None:
                 for name in names - self.direct:
                     self.whole(name, rows.whole[name])
@@ -133,6 +139,11 @@ class _Pass:
         call.release()
 
     def _finish(self, sums: Mapping[str, Tensor]) -> None:
+        if any(parameter.grad is not None for parameter in self.target.model.parameters()):
+            raise CollectionError(
+                "expected a model that leaves the backward pass to autograd, found one that runs its own (a custom or "
+                "offloaded checkpoint); turn that off"
+            )
         for name, value in sums.items():
             if not bool(torch.isfinite(value).all()):
                 raise self._broken_gradient(name)
@@ -142,11 +153,11 @@ class _Pass:
         if self.separation is not None:
             self.separation.finish(self.tape.calls, sums)
 
-    def _broken_gradient(self, name: str, place: float | None = None) -> CollectionError:
-        """Name the example whose gradient is not finite, given its place as a share of the batch or by trying."""
+    def _broken_gradient(self, name: str, row: int = -1) -> CollectionError:
+        """Name the example whose gradient is not finite, given its row or by trying each."""
         said = f"expected a finite gradient of {name}, found NaN or inf"
-        if place is not None:
-            return _advised(f"example {self.batch.examples[int(place * self.examples)]}: {said}")
+        if row >= 0:
+            return _advised(f"example {self.batch.examples[row]}: {said}")
         for row, example in enumerate(self.batch.examples):
             if not bool(torch.isfinite(self.target.by_autograd(self.batch.single(row), [name])[name].dense()).all()):
                 return _advised(f"example {example}: {said}")

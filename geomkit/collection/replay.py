@@ -14,9 +14,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from geomkit.collection.hooks import Call
 from geomkit.collection.layout import layout
-from geomkit.collection.rows import at_least_fp32
 from geomkit.forms import DenseGradient
 from geomkit.layer_gradient import LayerGradient
+from geomkit.state import at_least_fp32
 
 
 class _Bare(nn.Module):
@@ -37,10 +37,12 @@ class Replay:
     Attributes:
         gradients: Each example's gradients by parameter name.
         certain: Whether the examples were told apart beyond doubt.
+        elementwise: Whether the module was taken for one that is affine in its weights.
     """
 
     gradients: Sequence[Mapping[str, LayerGradient]]
     certain: bool
+    elementwise: bool = False
 
 
 def replayed(call: Call, examples: int, length: int) -> Replay | None:
@@ -60,11 +62,11 @@ def replayed(call: Call, examples: int, length: int) -> Replay | None:
     if not deltas or len(own) != len(list(call.module.parameters())):
         return None
     given = [value for value in tree_leaves((call.inputs, call.keywords)) if isinstance(value, Tensor)]
-    layouts = [layout(value.shape, examples, length) for value in (*deltas, *given)]
+    layouts = [layout(value, examples, length) for value in (*deltas, *given)]
     if "mixed" in layouts[: len(deltas)] or set(layouts[len(deltas) :]) <= {"mixed"}:
         return None
     if _may_be_elementwise(call, own):
-        return Replay(_elementwise(call, own, examples), layouts[0] == "certain")
+        return Replay(_elementwise(call, own, examples), layouts[0] == "certain", elementwise=True)
     rows = [_one(call, row, examples, length) for row in range(examples)]
     whole = [row for row in rows if row is not None]
     return Replay(whole, "doubtful" not in layouts) if len(whole) == examples else None
@@ -100,7 +102,7 @@ def _one(call: Call, row: int, examples: int, length: int) -> dict[str, LayerGra
     """Run the module on one example and pull its output gradients back, if its output is as large as they are."""
 
     def part(value: Any) -> Any:
-        if not isinstance(value, Tensor) or layout(value.shape, examples, length) == "mixed":
+        if not isinstance(value, Tensor) or layout(value, examples, length) == "mixed":
             return value
         step = len(value) // examples
         return value[row * step : (row + 1) * step]

@@ -12,6 +12,7 @@ from geomkit.collection.hooks import Call
 from geomkit.collection.layout import layout
 from geomkit.forms import DenseGradient, FactoredGradient
 from geomkit.layer_gradient import LayerGradient
+from geomkit.state import at_least_fp32
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +26,8 @@ class Rows:
         runs: Where the positions that have a share in the gradient are, one run for each example, in order.
         apart: Whether there is a run for each example; otherwise there is one run, of who knows whose positions.
         certain: Whether that is beyond doubt, see :func:`geomkit.collection.layout.layout`.
-        broken: The first position whose output gradient is not finite, as a share of the batch; ``None`` if all are.
+        broken: The first example with an input or output gradient that is not finite, −1 if who knows whose it is;
+            ``None`` if all are finite.
     """
 
     call: Call
@@ -34,7 +36,7 @@ class Rows:
     runs: list[slice]
     apart: bool
     certain: bool
-    broken: float | None
+    broken: int | None
 
     @cached_property
     def whole(self) -> dict[str, LayerGradient]:
@@ -69,7 +71,7 @@ class Rows:
         for local, name in self.call.parameters.items():
             if local == "bias":
                 found[name] = DenseGradient(delta.sum(0), len(delta))
-            elif self.call.form == "lookup":
+            elif _is_lookup(self.call):
                 found[name] = coalesce(source, delta, cast("nn.Embedding", self.call.module).num_embeddings, len(delta))
             elif self.call.form == "transposed":
                 found[name] = FactoredGradient(source, delta)
@@ -90,26 +92,31 @@ def rows_of(call: Call, delta: Tensor, examples: int, length: int) -> Rows:
         examples: B, the batch size.
         length: L, the padded length.
     """
-    how = layout(delta.shape, examples, length)
-    deltas = delta.reshape(-1, delta.shape[-1])
+    how = layout(delta, examples, length)
+    deltas = delta.flatten(0, -2)
     sizes = deltas.abs().amax(1)
     live = sizes != 0
     deltas = at_least_fp32(deltas)
-    if call.form == "lookup":
+    if _is_lookup(call):
         table = cast("nn.Embedding", call.module)
-        sources, scale = call.source.reshape(-1), _lookup_scale(table)
-        deltas = deltas if scale == 1 else deltas * scale
+        sources = call.source.reshape(-1)
+        deltas = deltas * _lookup_scale(table) if call.form == "scaled lookup" else deltas
         if table.padding_idx is not None:
             live &= sources != table.padding_idx  # autograd gives the padding row no gradient
     else:
-        sources = call.source.reshape(-1, call.source.shape[-1])
-        sources = at_least_fp32(sources if call.dtype is None else sources.to(call.dtype))
-    runs = _runs(live.view(1 if how == "mixed" else examples, -1))
+        sources = call.source.flatten(0, -2)
+        # Autocast leaves fp64 alone.
+        rounded = call.dtype is not None and sources.dtype != torch.float64
+        sources = at_least_fp32(sources.to(call.dtype) if rounded else sources)
+    groups = 1 if how == "mixed" else examples
+    broken = _first_broken(sizes, sources, groups)
+    runs = _runs(live.view(groups, -1)) if len(live) else [slice(0, 0)] * groups
     if runs is None:
         index = live.nonzero().squeeze(1)
         deltas, sources = deltas.index_select(0, index), sources.index_select(0, index)
-        runs = _following(live.view(1 if how == "mixed" else examples, -1).sum(1).tolist())
-    return Rows(call, deltas, sources, runs, how != "mixed", how == "certain", _first_broken(sizes))
+        runs = _following(live.view(groups, -1).sum(1).tolist())
+    unknown = how == "mixed" and broken is not None
+    return Rows(call, deltas, sources, runs, how != "mixed", how == "certain", -1 if unknown else broken)
 
 
 def _runs(live: Tensor) -> list[slice] | None:
@@ -128,18 +135,18 @@ def _following(counts: list[int]) -> list[slice]:
     return [slice(end - count, end) for end, count in zip(ends, counts, strict=True)]
 
 
-def at_least_fp32(values: Tensor) -> Tensor:
-    """Return the values in fp32, or in fp64 if they are."""
-    return values.to(torch.promote_types(values.dtype, torch.float32))
-
-
-def _first_broken(sizes: Tensor) -> float | None:
-    if bool(torch.isfinite(sizes).all()):
+def _first_broken(sizes: Tensor, sources: Tensor, groups: int) -> int | None:
+    # A sum that is finite has finite parts only, and takes one look at them.
+    if bool(torch.isfinite(sizes.sum() + sources.sum())):
         return None
-    return int(torch.nonzero(~torch.isfinite(sizes))[0]) / len(sizes)
+    broken = ~torch.isfinite(sizes) | ((sizes != 0) & ~torch.isfinite(sources.reshape(len(sizes), -1)).all(1))
+    return int(broken.nonzero()[0]) * groups // len(broken) if bool(broken.any()) else None
 
 
 def _lookup_scale(table: nn.Embedding) -> float:
     """Return what a scaled embedding multiplies its rows by, rounded as the module rounds it."""
-    scale = getattr(table, "embed_scale", 1.0)
-    return float(torch.as_tensor(scale).to(table.weight.dtype))
+    return float(torch.as_tensor(table.embed_scale).to(table.weight.dtype))
+
+
+def _is_lookup(call: Call) -> bool:
+    return call.form in {"lookup", "scaled lookup"}

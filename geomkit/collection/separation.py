@@ -15,11 +15,11 @@ from geomkit.algebra import add
 from geomkit.batching import Batch
 from geomkit.collection.hooks import Call
 from geomkit.collection.replay import Replay, replayed
-from geomkit.collection.rows import Rows, at_least_fp32
+from geomkit.collection.rows import Rows
 from geomkit.collection.target import Target
 from geomkit.forms import DenseGradient
 from geomkit.layer_gradient import LayerGradient
-from geomkit.state import no_autocast
+from geomkit.state import at_least_fp32, no_autocast
 
 SampleSink = Callable[[str, Sequence[LayerGradient]], None]
 
@@ -40,19 +40,23 @@ class Separation:
         self._examples, self._length = batch.input_ids.shape
         self._expected: Counter[str] = Counter()  # calls with a closed form whose part is still to come
         self._direct: set[str] = set()
+        self._several: set[str] = set()
         self._parts: dict[str, list[list[LayerGradient]]] = {}
         self._alone = set(target.inseparable)
         self._doubtful: set[str] = set()
         self._replays: dict[Call, Replay | None] = {}
 
-    def expect(self, calls: Counter[str], direct: set[str]) -> None:
+    def expect(self, calls: Counter[str], direct: set[str], outside: set[str], several: set[str]) -> None:
         """Say what is to come.
 
         Args:
             calls: For each parameter, the number of calls with a closed form.
             direct: The parameters whose sum autograd forms: parts of them are not all from such calls.
+            outside: Of these, the ones that are used where no call tells.
+            several: Of these, the ones that are used more often than their modules are called.
         """
-        self._expected, self._direct = calls, direct
+        self._expected, self._direct, self._several = calls, direct, several
+        self._alone |= outside
 
     def receive(self, rows: Rows) -> None:
         """Take a call's share of each example's gradient."""
@@ -113,14 +117,18 @@ class Separation:
                 again = self._replayed(call)
                 if again is None or any(name not in gradients for gradients in again.gradients):
                     return False
+                if again.elementwise and name in self._several:  # a norm reads its weight once
+                    return False
                 if not again.certain:
                     self._doubt([name])
                 self._keep(name, [gradients[name] for gradients in again.gradients])
         if name not in self._parts:
             return False
         weighted = zip(self._parts[name], self._weights, strict=True)
-        found = sum((part.dense() * weight for parts, weight in weighted for part in parts), torch.zeros_like(total))
-        return bool((found - total).norm() <= _tolerance(total) * total.norm())
+        found = [part.dense() * weight for parts, weight in weighted for part in parts]
+        # Rounding is that of the parts, which may cancel.
+        size = sum(float(part.norm()) for part in found)
+        return bool((sum(found) - total).norm() <= _rounding(total) * size)
 
     def _replayed(self, call: Call) -> Replay | None:
         if call not in self._replays:
@@ -135,7 +143,7 @@ class Separation:
         row = int(self._batch.attention_mask.sum(1).argmin())
         for name, expected in self._target.by_autograd(self._batch.single(row), names).items():
             difference = float((add(self._parts[name][row]).dense() - expected.dense()).norm())
-            if 0 < expected.norm >= difference / _tolerance(self._target.parameters[name]):
+            if 0 < expected.norm >= difference / _kernels(self._target.parameters[name]):
                 self._target.verified.add((name, self._examples))
                 continue
             self._alone.add(name)
@@ -143,6 +151,11 @@ class Separation:
                 self._target.inseparable.add(name)
 
 
-def _tolerance(like: Tensor) -> float:
-    """Bound what rounding leaves between two ways to one gradient, where autograd forms it in a tensor's type."""
-    return 1e-3 if like.dtype in {torch.float32, torch.float64} else 5e-2
+def _rounding(like: Tensor) -> float:
+    """Bound what rounding leaves between two ways to one sum, of which autograd's is in a tensor's type."""
+    return 1e-5 if like.dtype in {torch.float32, torch.float64} else 5e-2
+
+
+def _kernels(like: Tensor) -> float:
+    """Bound what else an example's gradient differs by in a batch and alone, with and without padding."""
+    return 1e-3 if like.dtype in {torch.float32, torch.float64} else 1e-1

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import nn
@@ -11,11 +12,11 @@ from geomkit.batching import collate, plan_batches
 from geomkit.collection.passes import WholeSink, run_pass
 from geomkit.collection.selection import Selection, chosen_parameters, refuse_unseen_values, unwrapped_model
 from geomkit.collection.target import Target
-from geomkit.errors import CollectionError
+from geomkit.errors import CollectionError, DataError
 from geomkit.layer_gradient import LayerGradient
 from geomkit.loss import Reduction
-from geomkit.state import as_found, differentiated_as_written, full_precision
-from geomkit.tokens import Tokens, lengths_of
+from geomkit.state import as_found, differentiated_as_written, full_precision, gradients_set_aside, one_at_a_time
+from geomkit.tokens import EncodedExamples, Tokens, lengths_of
 
 TOKENS_PER_BATCH = 4096
 """Positions in a batch where nothing else is said: a few GiB of activations for a model of a billion parameters."""
@@ -69,6 +70,9 @@ def stream(
     """
     from tqdm.auto import tqdm
 
+    if reduction not in get_args(Reduction):
+        raise CollectionError(f"expected the reduction {' or '.join(get_args(Reduction))}, found {reduction!r}")
+    _refuse_unscored(rows)
     device = next(model.parameters()).device
     lengths = lengths_of(rows)
     losses, scored = [0.0] * len(rows), [0] * len(rows)
@@ -105,11 +109,28 @@ def watched(model: nn.Module, chosen: Selection) -> Iterator[Target]:
     inner = unwrapped_model(model)
     target = Target(inner, chosen_parameters(inner, chosen))
     refuse_unseen_values(target.parameters, CollectionError)
-    with torch.inference_mode(False), as_found(inner), differentiated_as_written(inner), full_precision():
-        inner.eval()
+    with (
+        torch.inference_mode(False),
+        one_at_a_time(inner),
+        as_found(inner),
+        gradients_set_aside(inner),
+        differentiated_as_written(inner),
+        full_precision(),
+    ):
+        for module in inner.modules():  # eval() may be overridden, and do more than that
+            module.training = False
         for parameter in set(inner.parameters()) - set(target.parameters.values()):
             parameter.requires_grad_(False)
         yield target
+
+
+def _refuse_unscored(rows: Sequence[Tokens]) -> None:
+    if not rows:
+        raise DataError("expected at least one example, found none")
+    if not isinstance(rows, EncodedExamples):  # those were checked when they were encoded
+        for index, row in enumerate(rows):
+            if row.loss_tokens == 0:
+                raise DataError(f"example {index}: expected tokens to take the loss on, found none of {len(row)}")
 
 
 def padded_length(lengths: Sequence[int]) -> int:

@@ -9,10 +9,10 @@ from torch import nn
 
 from geomkit.algebra import zero_gradient
 from geomkit.batching import Batch
-from geomkit.collection.rows import at_least_fp32
 from geomkit.forms import DenseGradient
 from geomkit.layer_gradient import LayerGradient
 from geomkit.loss import example_losses, token_losses
+from geomkit.state import at_least_fp32
 
 
 @dataclass

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from geomkit.layer_gradient import LayerGradient, in_one_type, strips
+from geomkit.layer_gradient import LayerGradient, in_one_type, strips, times
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +60,7 @@ class DenseGradient(LayerGradient):
     def matmul(self, operand: Tensor) -> Tensor:
         """Return G @ B, a strip of rows at a time."""
         (operand,) = in_one_type(operand)
-        parts = [self.take(strip, operand.dtype) @ operand for strip in strips(self.matrix_shape[0])]
+        parts = [times(self.take(strip, operand.dtype), operand) for strip in strips(self.matrix_shape[0])]
         return torch.cat(parts) if parts else operand.new_zeros(0, operand.shape[1])
 
     def rmatmul(self, operand: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from geomkit.layer_gradient import Factors, LayerGradient, in_one_type, row_products, strips
+from geomkit.layer_gradient import Factors, LayerGradient, in_one_type, row_products, strips, times
 
 
 @dataclass(frozen=True, eq=False)
@@ -13,8 +13,8 @@ class FactoredGradient(LayerGradient):
     """LᵀR, the gradient of a linear layer over T tokens.
 
     Attributes:
-        left: (T, rows) factor, fp32.
-        right: (T, columns) factor, fp32.
+        left: (T, rows) factor, fp32 or fp64.
+        right: (T, columns) factor, fp32 or fp64.
     """
 
     left: Tensor
@@ -37,7 +37,7 @@ class FactoredGradient(LayerGradient):
 
     def dense(self) -> Tensor:
         """Form the matrix."""
-        return self.left.T @ self.right
+        return times(self.left.T, self.right)
 
     def add_to(self, weight: Tensor, scale: float) -> None:
         """Add ``scale`` times the gradient to ``weight`` in place."""
@@ -55,17 +55,17 @@ class FactoredGradient(LayerGradient):
 
     def take(self, rows: Tensor | slice, dtype: torch.dtype = torch.float64) -> Tensor:
         """Return some rows of the gradient, from the same columns of ``left``."""
-        return self.left[:, rows].to(dtype).T @ self.right.to(dtype)
+        return times(self.left[:, rows].to(dtype).T, self.right.to(dtype))
 
     def matmul(self, operand: Tensor) -> Tensor:
         """Return Lᵀ(RB), two thin products."""
         left, right, operand = in_one_type(operand, self.left, self.right)
-        return left.T @ (right @ operand)
+        return times(left.T, times(right, operand))
 
     def rmatmul(self, operand: Tensor) -> Tensor:
         """Return (ALᵀ)R, two thin products."""
         left, right, operand = in_one_type(operand, self.left, self.right)
-        return (operand @ left.T) @ right
+        return times(times(operand, left.T), right)
 
     def factors(self) -> Factors:
         """Return the two factors."""

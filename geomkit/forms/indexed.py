@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from geomkit.layer_gradient import Factors, LayerGradient, in_one_type
+from geomkit.layer_gradient import Factors, LayerGradient, in_one_type, times
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,12 +67,12 @@ class IndexedGradient(LayerGradient):
     def matmul(self, operand: Tensor) -> Tensor:
         """Return G @ B, whose rows are zero where nothing was looked up."""
         rows, operand = in_one_type(operand, self.rows)
-        return rows.new_zeros(self.size, operand.shape[1]).index_copy_(0, self.indices, rows @ operand)
+        return rows.new_zeros(self.size, operand.shape[1]).index_copy_(0, self.indices, times(rows, operand))
 
     def rmatmul(self, operand: Tensor) -> Tensor:
         """Return A @ G, from the columns of A that were looked up."""
         rows, operand = in_one_type(operand, self.rows)
-        return operand[:, self.indices] @ rows
+        return times(operand[:, self.indices], rows)
 
     def factors(self) -> Factors:
         """Return a one-hot row for each that was looked up, and the rows."""

@@ -58,7 +58,7 @@ class SumGradient(LayerGradient):
 
     def dense(self) -> Tensor:
         """Form the whole tensor."""
-        total = torch.zeros(self.shape, device=self.device)
+        total = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
         self.add_to(total, 1.0)
         return total
 
