@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal, get_args
 
+import torch
 from torch import nn
 
 from geomkit.algebra import Accumulator, zero_gradient
@@ -144,6 +145,7 @@ def gradients_of(
     weights = streamed.loss_tokens if reduction == "token" else [1] * len(rows)
     parameters = streamed.target.parameters
     found = {name: sums.pop(name).total(1 / sum(weights)) for name in parameters if name in sums}
+    _refuse_overflow(found)
     coverage = coverage_of(streamed.target, found)
     return GradientSet(
         found,
@@ -153,6 +155,15 @@ def gradients_of(
         coverage=coverage,
         samples=_sample_sets(samples, streamed, found, coverage) if per_sample else (),
     )
+
+
+def _refuse_overflow(found: Mapping[str, LayerGradient]) -> None:
+    """Refuse sums that left the range of their type, though each part is within it."""
+    for name, gradient in found.items():
+        if not all(bool(torch.isfinite(numbers).all()) for numbers in gradient.numbers):
+            raise CollectionError(
+                f"expected a finite sum of gradients of {name}, found an overflow; scale the loss down"
+            )
 
 
 def _sample_sets(

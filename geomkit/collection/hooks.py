@@ -43,7 +43,7 @@ def closed_form(module: nn.Module) -> ClosedForm | None:
     if functional.linear is not _LINEAR or functional.embedding is not _EMBEDDING:
         return None
     form = "scaled lookup" if _SCALED_LOOKUP.fullmatch(name) else _CLOSED_FORMS.get(name)
-    if form is None or not _is_at(forward, forward.__module__, forward.__qualname__):
+    if form is None or hasattr(forward, "__wrapped__") or not _is_at(forward):
         return None
     if "forward" in vars(module):  # replaced on the instance
         return None
@@ -54,10 +54,10 @@ def closed_form(module: nn.Module) -> ClosedForm | None:
     return form
 
 
-def _is_at(function: Any, module: str, qualname: str) -> bool:
+def _is_at(function: Any) -> bool:
     """Tell whether a function is the one of its name: a wrapper takes the name of what it wraps."""
-    found: Any = sys.modules.get(module)
-    for part in qualname.split("."):
+    found: Any = sys.modules.get(function.__module__)
+    for part in function.__qualname__.split("."):
         found = getattr(found, part, None)
     return found is function
 
@@ -74,9 +74,9 @@ class Call:
         keywords: The keyword arguments, detached.
         outputs: Where each output tensor entered the autograd graph, ``None`` for one that needs no gradient.
         deltas: The gradient of the loss by each output, kept for modules without a closed form.
-        handles: The hooks on the outputs.
+        handles: The hooks at the outputs.
         version: How often the input had been written to in place.
-        starts: Whether nothing before the call needs a gradient, so that autograd must be asked for this one's.
+        starts: Whether nothing before the call needs a gradient, so that autograd must be asked for its outputs'.
         dtype: The type that autocast computes the module's product in, if it is on.
     """
 
@@ -210,14 +210,20 @@ def _record(
         )
         call.version = call.source._version if call.form else 0  # noqa: SLF001
         tape.calls.append(call)
-        for place, leaf in enumerate(outputs):
-            if leaf.requires_grad:
-                handle = leaf.register_hook(partial(_hand_over, call, receive, place))  # type: ignore[no-untyped-call]
+        for place, edge in enumerate(call.outputs):
+            if edge is not None and not call.starts:
+                # Before the node, so after every hook on the tensor, which may change the gradient.
+                handle = edge.node.register_prehook(partial(_hand_over_at, call, receive, place, edge.output_nr))
                 call.handles.append(handle)
     return output if spreads else None
 
 
-def _hand_over(call: Call, receive: Receiver, place: int, delta: Tensor | None) -> None:
+def _hand_over_at(call: Call, receive: Receiver, place: int, output: int, gradients: tuple[Tensor | None, ...]) -> None:
+    hand_over(call, receive, place, gradients[output])
+
+
+def hand_over(call: Call, receive: Receiver, place: int, delta: Tensor | None) -> None:
+    """Give the gradient of one of a call's outputs to the receiver, or to the call if it has no closed form."""
     if delta is None:  # a function of the user's may say that there is no gradient
         return
     if call.form is None:

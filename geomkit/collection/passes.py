@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
 from geomkit.batching import Batch
-from geomkit.collection.hooks import Call, Tape, recording
+from geomkit.collection.hooks import Call, Tape, hand_over, recording
 from geomkit.collection.rows import rows_of
 from geomkit.collection.separation import SampleSink, Separation
 from geomkit.collection.target import Target
@@ -81,8 +81,12 @@ class _Pass:
             uses = uses_of(loss)
             self._plan(uses)
             held = {name: self.parameters[name] for name in self.parameters if name in self.direct}
-            sources: list[Tensor | GradientEdge] = [*held.values(), *self._ends(uses)]
+            starts = self._starts(uses)
+            edges = [edge for call, place in starts if (edge := call.outputs[place])]
+            sources: list[Tensor | GradientEdge] = [*held.values(), *edges, *self._other_leaves(uses)]
             found = torch.autograd.grad(loss, sources, allow_unused=True) if sources else ()  # type: ignore[arg-type]
+            for (call, place), delta in zip(starts, found[len(held) :], strict=False):
+                hand_over(call, self._receive, place, delta)
         self._finish({name: value for name, value in zip(held, found, strict=False) if value is not None})
         return [float(value) for value in own.detach()]
 
@@ -111,16 +115,19 @@ class _Pass:
             several = {name for name in opaque if uses.of(self.parameters[name]) > calls[name]}
             self.separation.expect(closed, self.direct, self.outside, several)
 
-    def _ends(self, uses: Uses) -> list[Tensor | GradientEdge]:
-        """Return where autograd has to arrive so that it passes every call.
+    def _starts(self, uses: Uses) -> list[tuple[Call, int]]:
+        """Return the outputs of calls before which nothing needs a gradient: autograd must be asked for these."""
+        starts = [call for call in self.tape.calls if call.starts]
+        places = [(call, place, edge) for call in starts for place, edge in enumerate(call.outputs)]
+        return [(call, place) for call, place, edge in places if edge and uses.reaches(edge)]
 
-        A call leads to another one before it, to one that starts the graph, or to a leaf that is no parameter, such
-        as embedded inputs that were told to need a gradient.
+    def _other_leaves(self, uses: Uses) -> list[Tensor]:
+        """Return the leaves that are no parameters, such as embedded inputs that were told to need a gradient.
+
+        Every call leads to another one before it, to a start, or to one of these: asking for them passes all calls.
         """
         known = {id(parameter) for parameter in self.parameters.values()}
-        starts = [call for call in self.tape.calls if call.starts]
-        edges = [edge for call in starts for edge in call.outputs if edge and uses.reaches(edge)]
-        return [*edges, *(leaf for leaf in uses.leaves if id(leaf) not in known)]
+        return [leaf for leaf in uses.leaves if id(leaf) not in known]
 
     def _receive(self, call: Call, delta: Tensor) -> None:
         """Take a call apart as soon as its output's gradient is there."""

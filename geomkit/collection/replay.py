@@ -54,12 +54,12 @@ def replayed(call: Call, examples: int, length: int) -> Replay | None:
         length: L, the padded length.
 
     Returns:
-        The gradients, or ``None`` if the call does not keep the examples apart or the module holds others with
-        parameters of their own, so that running it again would be running half the model.
+        The gradients, or ``None`` if the call does not keep the examples apart, or the module cannot be run alone: it
+        holds others with parameters of their own, or values that were made of its parameters.
     """
     own = dict(call.module.named_parameters(recurse=False))
     deltas = [delta for delta in call.deltas if delta is not None]
-    if not deltas or len(own) != len(list(call.module.parameters())):
+    if not deltas or len(own) != len(list(call.module.parameters())) or _holds_derived(call.module):
         return None
     given = [value for value in tree_leaves((call.inputs, call.keywords)) if isinstance(value, Tensor)]
     layouts = [layout(value, examples, length) for value in (*deltas, *given)]
@@ -70,6 +70,11 @@ def replayed(call: Call, examples: int, length: int) -> Replay | None:
     rows = [_one(call, row, examples, length) for row in range(examples)]
     whole = [row for row in rows if row is not None]
     return Replay(whole, "doubtful" not in layouts) if len(whole) == examples else None
+
+
+def _holds_derived(module: nn.Module) -> bool:
+    """Tell whether a module works with values made of its parameters, as pruned ones do, whose graph is gone."""
+    return any(isinstance(value, Tensor) and value.grad_fn is not None for value in vars(module).values())
 
 
 def _may_be_elementwise(call: Call, own: dict[str, nn.Parameter]) -> bool:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from typing import cast
 
 import torch
@@ -93,7 +94,7 @@ def rows_of(call: Call, delta: Tensor, examples: int, length: int) -> Rows:
         length: L, the padded length.
     """
     how = layout(delta, examples, length)
-    deltas = delta.flatten(0, -2)
+    deltas = _positions(delta)
     sizes = deltas.abs().amax(1)
     live = sizes != 0
     deltas = at_least_fp32(deltas)
@@ -104,7 +105,7 @@ def rows_of(call: Call, delta: Tensor, examples: int, length: int) -> Rows:
         if table.padding_idx is not None:
             live &= sources != table.padding_idx  # autograd gives the padding row no gradient
     else:
-        sources = call.source.flatten(0, -2)
+        sources = _positions(call.source)
         # Autocast leaves fp64 alone.
         rounded = call.dtype is not None and sources.dtype != torch.float64
         sources = at_least_fp32(sources.to(call.dtype) if rounded else sources)
@@ -117,6 +118,10 @@ def rows_of(call: Call, delta: Tensor, examples: int, length: int) -> Rows:
         runs = _following(live.view(groups, -1).sum(1).tolist())
     unknown = how == "mixed" and broken is not None
     return Rows(call, deltas, sources, runs, how != "mixed", how == "certain", -1 if unknown else broken)
+
+
+def _positions(value: Tensor) -> Tensor:
+    return value.reshape(prod(value.shape[:-1]), value.shape[-1])
 
 
 def _runs(live: Tensor) -> list[slice] | None:

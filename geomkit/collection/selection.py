@@ -106,6 +106,8 @@ def refuse_unseen_values(parameters: Mapping[str, nn.Parameter], error: type[Geo
                 f"expected whole weights, found '{name}' sharded over processes, which geomkit cannot see yet; "
                 "use DDP or one device"
             )
+        if parameter.is_inference():
+            raise error(f"expected weights that can be trained, found '{name}' made in inference mode; load it outside")
         if parameter.is_meta:
             raise error(f"expected weights with values, found '{name}' on the meta device; load the model first")
 
