@@ -162,7 +162,7 @@ def _refuse_overflow(found: Mapping[str, LayerGradient]) -> None:
     for name, gradient in found.items():
         if not all(bool(torch.isfinite(numbers).all()) for numbers in gradient.numbers):
             raise CollectionError(
-                f"expected a finite sum of gradients of {name}, found an overflow; scale the loss down"
+                f"expected a finite sum of gradients of {name}, found an overflow; run the model in fp64"
             )
 
 
