@@ -131,16 +131,17 @@ class _Pass:
 
     def _receive(self, call: Call, delta: Tensor) -> None:
         """Take a call apart as soon as its output's gradient is there."""
-        names = set(call.parameters.values())
-        if self.separation is None and names <= self.direct:
+        names = list(call.parameters.values())
+        if self.separation is None and self.direct.issuperset(names):
             return
         with torch.no_grad(), no_autocast(delta.device):
             rows = rows_of(call, delta, self.examples, self.length)
             if rows.broken is not None:
-                raise self._broken_gradient(next(iter(names)), rows.broken)
+                raise self._broken_gradient(names[0], rows.broken)
             if self.whole is not None:
-                for name in names - self.direct:
-                    self.whole(name, rows.whole[name])
+                for name in names:
+                    if name not in self.direct:
+                        self.whole(name, rows.whole[name])
             if self.separation is not None:
                 self.separation.receive(rows)
         call.release()
