@@ -81,7 +81,11 @@ class Separation:
             sums: The gradients that autograd formed itself, of the weighted sum.
         """
         opaque = [call for call in calls if call.form is None]
-        self._alone |= {name for name, total in sums.items() if not self._completed(name, opaque, total)}
+        for name, total in sums.items():
+            if name not in self._alone and not (
+                self._add_opaque_parts(name, opaque, total) and self._sum_up_to(name, total)
+            ):
+                self._alone.add(name)
         self._verify([name for name in self._parts if name in self._doubtful - self._alone])
         for name in [name for name in self._parts if name not in self._alone]:
             self._hand_on(name)
@@ -104,10 +108,8 @@ class Separation:
         with torch.no_grad(), no_autocast(self._batch.input_ids.device):
             self._sink(name, [add(parts, keep_factors=True) for parts in self._parts.pop(name)])
 
-    def _completed(self, name: str, opaque: Iterable[Call], total: Tensor) -> bool:
-        """Add the parts of calls without a closed form; tell whether the examples then sum up to the total."""
-        if name in self._alone:
-            return False
+    def _add_opaque_parts(self, name: str, opaque: Iterable[Call], total: Tensor) -> bool:
+        """Add the parts of calls without a closed form; tell whether there were such parts, for all examples."""
         if self._examples == 1:
             self._parts[name] = [[]]
             self._keep(name, [DenseGradient(at_least_fp32(total), int(self._batch.attention_mask.sum()))])
@@ -122,8 +124,10 @@ class Separation:
                 if not again.certain:
                     self._doubt([name])
                 self._keep(name, [gradients[name] for gradients in again.gradients])
-        if name not in self._parts:
-            return False
+        return name in self._parts
+
+    def _sum_up_to(self, name: str, total: Tensor) -> bool:
+        """Tell whether the examples' gradients, weighted, sum up to what autograd formed."""
         weighted = zip(self._parts[name], self._weights, strict=True)
         found = [part.dense() * weight for parts, weight in weighted for part in parts]
         # Rounding is that of the parts, which may cancel.
@@ -143,12 +147,13 @@ class Separation:
         row = int(self._batch.attention_mask.sum(1).argmin())
         for name, expected in self._target.by_autograd(self._batch.single(row), names).items():
             difference = float((add(self._parts[name][row]).dense() - expected.dense()).norm())
-            if 0 < expected.norm >= difference / _kernels(self._target.parameters[name]):
-                self._target.verified.add((name, self._examples))
-                continue
-            self._alone.add(name)
-            if difference > 0:  # nothing against nothing shows nothing
+            bound = _kernels(self._target.parameters[name]) * expected.norm
+            if difference > bound:
                 self._target.inseparable.add(name)
+            if difference <= bound and expected.norm > 0:
+                self._target.verified.add((name, self._examples))
+            else:  # wrong, or nothing against nothing, which shows nothing
+                self._alone.add(name)
 
 
 def _rounding(like: Tensor) -> float:

@@ -50,7 +50,9 @@ class FactoredGradient(LayerGradient):
         return sum(float(((right @ rows.T) * left).sum()) for rows, left in pieces)
 
     def scaled(self, scale: float) -> "FactoredGradient":
-        """Return ``scale`` times the gradient."""
+        """Return ``scale`` times the gradient; of the two factors the smaller one is copied."""
+        if self.right.numel() < self.left.numel():
+            return FactoredGradient(self.left, self.right * scale)
         return FactoredGradient(self.left * scale, self.right)
 
     def take(self, rows: Tensor | slice, dtype: torch.dtype = torch.float64) -> Tensor:
