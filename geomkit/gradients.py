@@ -45,7 +45,7 @@ class Coverage:
         """Say the share, and name what is missing and what there is to know."""
         # Never "100.0%" where something is missing.
         share = min(self.share, 0.999) if self.missing else self.share
-        head = f"{share:.1%} of the trainable parameters"
+        head = f"{share:.1%} of the chosen parameters"
         named = ((title, said) for title, said in (("missing", self.reasons), ("notes", self.notes)) if said)
         return "; ".join([head, *(f"{title}: {_first_few(said)}" for title, said in named)])
 

@@ -52,7 +52,7 @@ def test_seeds_decide_and_nothing_else_does(found):
 def test_it_shows_itself(found):
     sections = analysis_sections(found)
     assert [len(section.figures) for section in sections] == [2, 3, 1]
-    assert "100.0% of the trainable parameters" in found._repr_html_()
+    assert "100.0% of the chosen parameters" in found._repr_html_()
     assert len(found.to_frame()) == 8
 
 

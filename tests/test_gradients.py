@@ -33,12 +33,12 @@ def flat(gradients):
 
 
 def test_coverage_says_the_share_and_names_what_is_missing():
-    assert str(Coverage({"a": 3}, {}, {})) == "100.0% of the trainable parameters"
+    assert str(Coverage({"a": 3}, {}, {})) == "100.0% of the chosen parameters"
     missing = dict.fromkeys("bcdef", 1)
     found = Coverage({"a": 3}, missing, dict.fromkeys(missing, "never ran"))
     assert found.share == 3 / 8
     assert str(found) == (
-        "37.5% of the trainable parameters; missing: b (never ran), c (never ran), d (never ran) and 2 more"
+        "37.5% of the chosen parameters; missing: b (never ran), c (never ran), d (never ran) and 2 more"
     )
     assert Coverage({}, {}, {}).share == 0
 
@@ -46,7 +46,7 @@ def test_coverage_says_the_share_and_names_what_is_missing():
 def test_coverage_says_what_there_is_to_know():
     notes = dict.fromkeys("abcd", "its module is called 2 times")
     assert str(Coverage({"a": 3}, {"b": 1}, {"b": "never ran"}, {"a": "used without its module being called"})) == (
-        "75.0% of the trainable parameters; missing: b (never ran); notes: a (used without its module being called)"
+        "75.0% of the chosen parameters; missing: b (never ran); notes: a (used without its module being called)"
     )
     assert str(Coverage({"a": 3}, {}, {}, notes)).endswith("c (its module is called 2 times) and 1 more")
     gradients = GradientSet(
@@ -60,7 +60,7 @@ def test_coverage_says_what_there_is_to_know():
 
 
 def test_a_share_just_below_one_is_not_shown_as_all():
-    assert str(Coverage({"a": 99_999}, {"b": 1}, {"b": "never ran"})).startswith("99.9% of the trainable parameters;")
+    assert str(Coverage({"a": 99_999}, {"b": 1}, {"b": "never ran"})).startswith("99.9% of the chosen parameters;")
 
 
 def test_a_set_is_a_mapping_in_the_models_order(safety):
