@@ -110,7 +110,7 @@ class Call:
     def end(self) -> None:
         """Forget everything: the graph knows its hooks, the hooks the call, and no collector sees that circle."""
         self.release()
-        for handle in self.handles:  # an output may be a parameter itself, which stays
+        for handle in self.handles:
             handle.remove()
         self.outputs, self.deltas, self.handles = [], [], []
 

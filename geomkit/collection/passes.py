@@ -82,10 +82,10 @@ class _Pass:
             self._plan(uses)
             held = {name: self.parameters[name] for name in self.parameters if name in self.direct}
             starts = self._starts(uses)
-            edges = [edge for call, place in starts if (edge := call.outputs[place])]
+            edges = [edge for _, _, edge in starts]
             sources: list[Tensor | GradientEdge] = [*held.values(), *edges, *self._other_leaves(uses)]
             found = torch.autograd.grad(loss, sources, allow_unused=True) if sources else ()  # type: ignore[arg-type]
-            for (call, place), delta in zip(starts, found[len(held) :], strict=False):
+            for (call, place, _), delta in zip(starts, found[len(held) :], strict=False):
                 hand_over(call, self._receive, place, delta)
         self._finish({name: value for name, value in zip(held, found, strict=False) if value is not None})
         return [float(value) for value in own.detach()]
@@ -115,11 +115,11 @@ class _Pass:
             several = {name for name in opaque if uses.of(self.parameters[name]) > calls[name]}
             self.separation.expect(closed, self.direct, self.outside, several)
 
-    def _starts(self, uses: Uses) -> list[tuple[Call, int]]:
+    def _starts(self, uses: Uses) -> list[tuple[Call, int, GradientEdge]]:
         """Return the outputs of calls before which nothing needs a gradient: autograd must be asked for these."""
         starts = [call for call in self.tape.calls if call.starts]
         places = [(call, place, edge) for call in starts for place, edge in enumerate(call.outputs)]
-        return [(call, place) for call, place, edge in places if edge and uses.reaches(edge)]
+        return [(call, place, edge) for call, place, edge in places if edge and uses.reaches(edge)]
 
     def _other_leaves(self, uses: Uses) -> list[Tensor]:
         """Return the leaves that are no parameters, such as embedded inputs that were told to need a gradient.
