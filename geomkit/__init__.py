@@ -29,7 +29,7 @@ _ROOMS = {
     "load_model": "models",
     "load_organism": "organism",
     "load_subspace": "storage",
-    "match_tokens": "controls",
+    "match_tokens": "token_matching",
     "measure_samples": "measuring",
     "one_sample_study": "onesample",
     "principal_angles": "angles",
@@ -75,7 +75,6 @@ if TYPE_CHECKING:
     from geomkit.collection.checks import check_collection
     from geomkit.collection.plan import describe
     from geomkit.control_sets import with_responses
-    from geomkit.controls import match_tokens
     from geomkit.correlation import conflict
     from geomkit.data import load_examples, shipped_examples
     from geomkit.errors import GeomkitError
@@ -91,6 +90,7 @@ if TYPE_CHECKING:
     from geomkit.spf.callback import SPFCallback
     from geomkit.storage import load_gradients, load_subspace
     from geomkit.subspaces import subspace
+    from geomkit.token_matching import match_tokens
 
 
 def __getattr__(name: str) -> object:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from geomkit.controls import percentile_interval
+from geomkit.resampling import percentile_interval
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,13 +10,13 @@ from geomkit.angles import Angles, principal_angles
 from geomkit.collect import collect_gradients
 from geomkit.collection.streaming import TOKENS_PER_BATCH
 from geomkit.control_sets import with_responses
-from geomkit.controls import match_tokens
 from geomkit.correlation import Conflict, conflict
 from geomkit.errors import GeometryError
 from geomkit.gradients import Coverage, GradientSet
 from geomkit.onesample import OneSample, one_sample_study
 from geomkit.spectra import Spectrum, spectrum
 from geomkit.subspaces import subspace
+from geomkit.token_matching import match_tokens
 from geomkit.tokens import AssistantMask
 
 if TYPE_CHECKING:

@@ -16,11 +16,11 @@ import numpy as np
 
 from geomkit._cosine import Grams, expected_cosine, permutation_test, permuted_cosines
 from geomkit._display import html_table
-from geomkit.controls import permuted_labels
 from geomkit.errors import GeometryError
 from geomkit.gradients import GradientSet, layer_grams
 from geomkit.names import kind_of, layer_index
 from geomkit.rates import Rate
+from geomkit.resampling import permuted_labels
 
 if TYPE_CHECKING:
     import pandas as pd

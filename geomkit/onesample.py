@@ -16,11 +16,12 @@ from torch import Tensor
 
 from geomkit._display import html_table
 from geomkit._leave_one_out import bases_without_each
-from geomkit.controls import bootstrap_interval, haar_overlap
+from geomkit.controls import haar_overlap
 from geomkit.errors import GeometryError
 from geomkit.gradients import GradientSet, shared_layers
 from geomkit.layer_gradient import LayerGradient
 from geomkit.names import kind_of, layer_index
+from geomkit.resampling import bootstrap_interval
 from geomkit.subspaces import Side, layer_subspace
 
 if TYPE_CHECKING:
@@ -148,8 +149,8 @@ def one_sample_study(
 
     The rank of a parameter is the smallest of ``rank`` and the numeric ranks of all its gradients here, and the same
     for anchors, means and controls: overlaps at different ranks do not compare. Controls should be
-    of similar length; see :func:`geomkit.controls.subsample_tokens`. A parameter in which some example has no gradient
-    is left out.
+    of similar length; see :func:`geomkit.token_matching.subsample_tokens`. A parameter in which some example has no
+    gradient is left out.
 
     Args:
         safety: N ≥ 3 anchors, collected with ``per_sample=True``.

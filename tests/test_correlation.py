@@ -9,12 +9,12 @@ from scipy.stats import kstest
 
 from geomkit._cosine import Grams, expected_cosine, permutation_test, permuted_cosines
 from geomkit.algebra import add
-from geomkit.controls import permuted_labels
 from geomkit.correlation import conflict
 from geomkit.errors import GeometryError
 from geomkit.forms import DenseGradient, FactoredGradient
 from geomkit.gradients import Coverage, GradientSet
 from geomkit.layer_gradient import LayerGradient
+from geomkit.resampling import permuted_labels
 
 FULL = Coverage({}, {}, {})
 NAMES = ("model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight")
