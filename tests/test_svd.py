@@ -14,7 +14,7 @@ from geomkit.forms import DenseGradient, FactoredGradient, IndexedGradient, SumG
 from geomkit.layer_gradient import LayerGradient
 from geomkit.spectra import LayerSpectrum, layer_spectrum, spectrum
 from geomkit.subspaces import layer_subspace, subspace
-from geomkit.svd import core, singular_values, singular_values_of
+from geomkit.svd import core, singular_values, singular_values_of, singular_values_of_gram
 
 SEEDS = st.integers(0, 2**31)
 RANKS = ("numeric_rank", "effective_rank", "entropy_rank", "participation_ratio", "stable_rank")
@@ -115,6 +115,17 @@ def test_singular_values_are_exact_whatever_the_condition_of_the_factors(
     assert np.abs(found.singular_values - expected[: found.rank_bound]).max() <= 1e-7 * expected[0]
     near = np.abs(expected / found.tolerance - 1) < 1e-2  # a value on the edge may fall on either side
     assert abs(found.numeric_rank - (expected > found.tolerance).sum()) <= near.sum()
+
+
+def test_a_gram_gives_singular_values_to_the_root_of_its_precision() -> None:
+    matrices = rotation(12, 1)[:8].T * torch.logspace(0, -7, 8).double()  # (12, 8), σ down to 1e-7
+    stacked = torch.stack([matrices, 2 * matrices])
+    found = singular_values_of_gram(stacked.mT @ stacked).numpy()
+    expected = np.linalg.svd(stacked.numpy(), compute_uv=False)
+    assert found.dtype == np.float64
+    assert np.abs(found - expected).max() <= 2e-8 * 2
+    assert found[:, :4] == pytest.approx(expected[:, :4], rel=1e-9)  # σ down to 1e-3 keeps ten digits
+    assert (singular_values_of_gram(torch.zeros(3, 3)) == 0).all()
 
 
 def test_tokens_that_cancel_are_taken_from_the_factors_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
