@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 _ROOMS = {
+    "GeometryCallback": "tracking",
     "GeomkitError": "errors",
+    "Probe": "probes",
     "SPF": "spf",
     "SPFCallback": "spf.callback",
-    "analyze": "analysis",
+    "analyze": "probes",
     "check_collection": "collection.checks",
     "collect_gradients": "collect",
     "conflict": "correlation",
@@ -32,17 +34,23 @@ _ROOMS = {
     "match_tokens": "token_matching",
     "measure_samples": "measuring",
     "one_sample_study": "onesample",
+    "own_responses": "control_sets",
     "principal_angles": "angles",
+    "random_tokens": "control_sets",
     "sample_grams": "grams",
     "shipped_examples": "data",
+    "shuffled_pairs": "control_sets",
     "spectrum": "spectra",
     "subspace": "subspaces",
+    "track": "tracking",
     "with_responses": "control_sets",
 }
 
 __all__ = [
     "SPF",
+    "GeometryCallback",
     "GeomkitError",
+    "Probe",
     "SPFCallback",
     "analyze",
     "check_collection",
@@ -60,21 +68,24 @@ __all__ = [
     "match_tokens",
     "measure_samples",
     "one_sample_study",
+    "own_responses",
     "principal_angles",
+    "random_tokens",
     "sample_grams",
     "shipped_examples",
+    "shuffled_pairs",
     "spectrum",
     "subspace",
+    "track",
     "with_responses",
 ]
 
 if TYPE_CHECKING:
-    from geomkit.analysis import analyze
     from geomkit.angles import principal_angles
     from geomkit.collect import collect_gradients
     from geomkit.collection.checks import check_collection
     from geomkit.collection.plan import describe
-    from geomkit.control_sets import with_responses
+    from geomkit.control_sets import own_responses, random_tokens, shuffled_pairs, with_responses
     from geomkit.correlation import conflict
     from geomkit.data import load_examples, shipped_examples
     from geomkit.errors import GeomkitError
@@ -85,12 +96,14 @@ if TYPE_CHECKING:
     from geomkit.models import load_model
     from geomkit.onesample import one_sample_study
     from geomkit.organism import load_organism
+    from geomkit.probes import Probe, analyze
     from geomkit.spectra import spectrum
     from geomkit.spf import SPF
     from geomkit.spf.callback import SPFCallback
     from geomkit.storage import load_gradients, load_subspace
     from geomkit.subspaces import subspace
     from geomkit.token_matching import match_tokens
+    from geomkit.tracking import GeometryCallback, track
 
 
 def __getattr__(name: str) -> object:

@@ -1,31 +1,27 @@
-"""The three insights in one call: low rank, conflict, one sample — each beside what could have refuted it."""
+"""The three insights in one result: low rank, conflict, one sample — each beside what could have refuted it."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from geomkit._display import html_table
 from geomkit.angles import Angles, principal_angles
-from geomkit.collect import collect_gradients
-from geomkit.collection.streaming import TOKENS_PER_BATCH
-from geomkit.control_sets import with_responses
 from geomkit.correlation import Conflict, conflict
-from geomkit.errors import GeometryError
 from geomkit.gradients import Coverage, GradientSet
 from geomkit.onesample import OneSample, one_sample_study
 from geomkit.spectra import Spectrum, spectrum
 from geomkit.subspaces import subspace
 from geomkit.token_matching import match_tokens
-from geomkit.tokens import AssistantMask
 
 if TYPE_CHECKING:
     import pandas as pd
-    from datasets import Dataset
     from plotly.graph_objects import Figure
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_FEWEST = 3
+_COLUMNS = ("question", "measure", "of", "value", "low", "high", "null", "null_low", "null_high")
+_NAN = float("nan")
+_UNKNOWN = (_NAN, _NAN)
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +35,8 @@ class Analysis:
         conflict: Cosines between the two.
         one_sample: What single safety examples find of the mean safety subspace, beside what single controls find.
         coverage: What share of the model was seen.
-        tokens: Number of tokens in each layer's spectra, the same on both sides; the median over layers.
+        tokens: Number of tokens in each layer's spectra, the same on all sides; the median over layers.
+        losses: Mean loss of the safety, utility and control examples, in nats per token.
     """
 
     safety: Spectrum
@@ -49,8 +46,9 @@ class Analysis:
     one_sample: OneSample
     coverage: Coverage
     tokens: int
+    losses: Mapping[str, float] = field(default_factory=dict)
 
-    def to_dict(self) -> dict[str, dict[str, object]]:
+    def to_dict(self) -> dict[str, object]:
         """Return the headline numbers: ``spectrum``, ``conflict``, ``one_sample``.
 
         ``null_interval`` is where ``cosine``, that of the mean gradients, lies for shuffled labels; ``interval``
@@ -80,35 +78,41 @@ class Analysis:
         }
 
     def to_frame(self) -> "pd.DataFrame":
-        """Return one row per headline number: ``question``, ``measure``, ``value``, ``interval``, ``null``."""
+        """Return one row per headline number.
+
+        The columns are ``question``, ``measure``, ``of`` (which gradients), ``value`` with its interval ``low`` to
+        ``high`` over examples, and ``null`` with ``null_low`` to ``null_high``: what it would be if there were nothing
+        to find.
+        """
         import pandas as pd
 
-        rows = [
-            ("low rank?", f"{statistic.replace('_', ' ')}, {name} gradient", side.mean(statistic), "", _number(null))
+        rows = [*self._loss_rows(), *self._rank_rows(), *self._conflict_rows(), *self._one_sample_rows()]
+        return pd.DataFrame(rows, columns=list(_COLUMNS))
+
+    def _loss_rows(self) -> "list[tuple[object, ...]]":
+        return [_row("loss", "nats per token", name, loss) for name, loss in self.losses.items()]
+
+    def _rank_rows(self) -> "list[tuple[object, ...]]":
+        return [
+            _row("low rank?", label, name, side.mean(statistic), null=side.null_mean(statistic))
+            for statistic, label in (("effective_rank", "effective rank"), ("cer10", "CER(10)"))
             for name, side in (("safety", self.safety), ("utility", self.utility))
-            for statistic in ("effective_rank", "cer10")
-            for null in [side.null_mean(statistic)]
         ]
-        found, study = self.conflict, self.one_sample
-        rows += [
-            ("conflict?", "cosine of the mean gradients", found.cosine, "", _span(found.null_interval)),
-            ("conflict?", "cosine of the expected gradients", found.corrected, _span(found.interval), "0"),
-            (
-                "conflict?",
-                "utility examples against safety",
-                found.negative.value,
-                _span(found.negative.interval),
-                "0.5",
-            ),
-            (
-                "one sample?",
-                "overlap of one safety example",
-                study.overlap,
-                _span(study.interval),
-                _span(study.null_interval),
-            ),
+
+    def _conflict_rows(self) -> "list[tuple[object, ...]]":
+        found, question = self.conflict, "conflict?"
+        return [
+            _row(question, "cosine of the mean gradients", "safety", found.cosine, null_interval=found.null_interval),
+            _row(question, "cosine", "safety", found.corrected, found.interval, 0.0),
+            _row(question, "share of examples against", "safety", found.negative.value, found.negative.interval, 0.5),
         ]
-        return pd.DataFrame(rows, columns=["question", "measure", "value", "interval", "null"])
+
+    def _one_sample_rows(self) -> "list[tuple[object, ...]]":
+        study, question = self.one_sample, "one sample?"
+        return [
+            _row(question, "overlap", "safety", study.overlap, study.interval, study.expected),
+            _row(question, "overlap", "control", study.null_mean, study.null_interval, study.expected),
+        ]
 
     def plot(self) -> "Figure":
         """Draw the normalised spectra with their nulls."""
@@ -117,98 +121,57 @@ class Analysis:
         return plot_spectrum(self.safety, self.utility, names=("safety", "utility"))
 
     def _repr_html_(self) -> str:
-        return html_table(f"Gradient geometry at {self.tokens} tokens; {self.coverage}", self.to_frame())
+        return html_table(f"Gradient geometry at {self.tokens} tokens; {self.coverage}", self.to_frame(), rows=40)
 
 
-def analyze(
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
-    safety: "Dataset",
-    utility: "Dataset",
+def _row(
+    question: str,
+    measure: str,
+    of: str,
+    value: float,
+    interval: tuple[float, float] = _UNKNOWN,
+    null: float = _NAN,
+    null_interval: tuple[float, float] = _UNKNOWN,
+) -> tuple[object, ...]:
+    return (question, measure, of, value, *interval, null, *null_interval)
+
+
+def analysis_of(
+    safety: GradientSet,
+    utility: GradientSet,
+    control: GradientSet,
     *,
-    control: "Dataset | None" = None,
-    examples: int | None = 32,
     rank: int = 10,
     null_draws: int = 8,
-    layers: str = "*",
-    tokens_per_batch: int = TOKENS_PER_BATCH,
-    assistant_mask: AssistantMask = "template",
-    max_length: int | None = None,
     seed: int = 0,
-    progress: bool = True,
 ) -> Analysis:
-    """Measure the paper's three insights on a model and two sets of examples.
-
-    Spectra are those of the mean gradients of the linear layers, after a random subset of tokens has been drawn on
-    the side that has more, so that both have the same T; the null of each keeps its T, its inputs and the size of
-    each token's share, and randomises the output directions.
+    """Measure gradients that were collected with ``per_sample=True`` and ``form="factored"``.
 
     Args:
-        model: A causal language model; left as found.
-        tokenizer: Its tokenizer, with a chat template and a pad token.
-        safety: Forbidden requests and refusals.
-        utility: Benign requests and answers.
-        control: Benign requests with the safety set's responses, the null of the one-sample overlap; made of the
-            utility set's prompts when left out.
-        examples: Use no more than this many of each, drawn at random; all when ``None``. Factors of every example
-            are kept, so memory grows with it.
+        safety: Of forbidden requests and refusals.
+        utility: Of benign requests and answers.
+        control: Of benign requests with the safety set's responses.
         rank: Number of directions compared between subspaces.
         null_draws: Draws from the null of each layer's spectrum.
-        layers: Glob pattern on parameter names.
-        tokens_per_batch: Most token positions run at a time, padding included.
-        assistant_mask: How assistant tokens are found, see :func:`geomkit.tokens.encode`.
-        max_length: Cut longer examples to this many tokens.
         seed: Seed of all random draws.
-        progress: Show bars.
 
     Returns:
-        An :class:`Analysis`.
+        The three questions, answered.
 
     Raises:
-        DataError: If examples cannot be encoded.
-        CollectionError: If a loss or gradient is not finite, or no parameter matches.
-        GeometryError: If a set has fewer than three examples.
+        GeometryError: If a set has fewer than three examples, or was not collected so.
     """
-    for name, side in (("safety", safety), ("utility", utility)):
-        if min(len(side), examples or len(side)) < _FEWEST:
-            raise GeometryError(
-                f"expected at least {_FEWEST} {name} examples to tell their spread, found {len(side)} "
-                f"(examples={examples}); give more"
-            )
-
-    def collect(side: "Dataset") -> GradientSet:
-        return collect_gradients(
-            model,
-            tokenizer,
-            _drawn(side, examples, seed),
-            per_sample=True,
-            layers=layers,
-            form="factored",
-            tokens_per_batch=tokens_per_batch,
-            assistant_mask=assistant_mask,
-            max_length=max_length,
-            progress=progress,
-        )
-
-    safe, useful = collect(safety), collect(utility)
-    controls = collect(control if control is not None else with_responses(utility, safety))
-    matched_safe, matched_useful = match_tokens(safe, useful, seed=seed)
+    matched_safety, matched_utility = match_tokens(safety, utility, seed=seed)
     return Analysis(
-        safety=spectrum(matched_safe, null_draws=null_draws, seed=seed),
-        utility=spectrum(matched_useful, null_draws=null_draws, seed=seed),
-        angles=principal_angles(subspace(matched_safe, rank=rank), subspace(matched_useful, rank=rank)),
-        conflict=conflict(safe, useful, seed=seed),
-        one_sample=one_sample_study(safe, controls, rank=rank, seed=seed),
-        coverage=safe.coverage,
-        tokens=int(np.median([gradient.tokens for gradient in matched_safe.values()])),
+        safety=spectrum(matched_safety, null_draws=null_draws, seed=seed),
+        utility=spectrum(matched_utility, null_draws=null_draws, seed=seed),
+        angles=principal_angles(subspace(matched_safety, rank=rank), subspace(matched_utility, rank=rank)),
+        conflict=conflict(safety, utility, seed=seed),
+        one_sample=one_sample_study(safety, control, rank=rank, seed=seed),
+        coverage=safety.coverage,
+        tokens=int(np.median([gradient.tokens for gradient in matched_safety.values()])),
+        losses={"safety": safety.loss, "utility": utility.loss, "control": control.loss},
     )
-
-
-def _drawn(examples: "Dataset", count: int | None, seed: int) -> "Dataset":
-    if count is None or len(examples) <= count:
-        return examples
-    chosen = np.random.default_rng(seed).choice(len(examples), count, replace=False)
-    return examples.select(sorted(chosen.tolist()))
 
 
 def _headline(side: Spectrum, tokens: int) -> dict[str, object]:
@@ -219,11 +182,3 @@ def _headline(side: Spectrum, tokens: int) -> dict[str, object]:
         "null_effective_rank": side.null_mean("effective_rank"),
         "null_cer10": side.null_mean("cer10"),
     }
-
-
-def _number(value: float) -> str:
-    return f"{value:.3g}"
-
-
-def _span(interval: tuple[float, float]) -> str:
-    return f"[{interval[0]:.3g}, {interval[1]:.3g}]"

@@ -164,10 +164,10 @@ def analyze(
 ) -> None:
     """Measure rank, conflict and one-sample overlap of a model's gradients, and write report.html."""
     _prepare(threads)
-    from geomkit.analysis import analyze as run_analysis
     from geomkit.data import load_examples
     from geomkit.models import load_model
     from geomkit.pages import analysis_sections
+    from geomkit.probes import analyze as run_analysis
 
     _check_writable(out, json_file and json_file.parent)
     safe, useful = load_examples(safety), load_examples(utility)

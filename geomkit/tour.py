@@ -6,13 +6,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from geomkit._display import html_table
-from geomkit.analysis import Analysis, analyze
+from geomkit.analysis import Analysis
 from geomkit.control_sets import with_responses
 from geomkit.data import load_examples
 from geomkit.evaluation import ORGANISM_SKILLS, Evaluation, evaluate
 from geomkit.finetuning import FineTuneResult, finetune
 from geomkit.organism import load_organism
 from geomkit.organism.scenarios import SCENARIOS, Scenario
+from geomkit.probes import analyze
 from geomkit.spf.certificate import Certificate
 from geomkit.spf.method import SPF
 

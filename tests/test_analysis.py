@@ -53,7 +53,9 @@ def test_it_shows_itself(found):
     sections = analysis_sections(found)
     assert [len(section.figures) for section in sections] == [2, 3, 1]
     assert "100.0% of the chosen parameters" in found._repr_html_()
-    assert len(found.to_frame()) == 8
+    frame = found.to_frame()
+    assert list(frame["question"].unique()) == ["loss", "low rank?", "conflict?", "one sample?"]
+    assert not frame.duplicated(["question", "measure", "of"]).any()
 
 
 def test_too_few_examples_are_refused_before_the_work():

@@ -10,6 +10,7 @@ from geomkit.plots._ranks import plot_effective_rank
 from geomkit.plots._runs import plot_certificate, plot_evaluation, plot_history
 from geomkit.plots._style import COLOURS, TEMPLATE
 from geomkit.plots._subspaces import plot_angles, plot_one_sample
+from geomkit.plots._trajectory import plot_trajectory
 
 __all__ = [
     "COLOURS",
@@ -24,4 +25,5 @@ __all__ = [
     "plot_history",
     "plot_one_sample",
     "plot_spectrum",
+    "plot_trajectory",
 ]

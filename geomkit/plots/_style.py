@@ -11,6 +11,7 @@ from geomkit.names import layer_index
 COLOURS = {
     "safety": "#0072B2",
     "utility": "#D55E00",
+    "control": "#8C6BB1",
     "null": "#767676",
     "SFT": "#CC79A7",
     "SPF": "#009E73",
@@ -22,7 +23,7 @@ OUTSIDE = "–"
 
 _MOST_LABELS = 16
 
-_OTHERS = ("#444444", "#56B4E9", "#E69F00", "#0072B2", "#D55E00", "#8C6BB1")
+_OTHERS = ("#444444", "#56B4E9", "#E69F00", "#0072B2", "#D55E00", "#7A5C00")
 _DASHES = ("solid", "dash", "dashdot", "longdash", "dot")
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x")
 
