@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 from torch import Tensor
 
 from geomkit._display import html_table
@@ -100,6 +101,13 @@ class GradientSet(Mapping[str, LayerGradient]):
     def norm(self) -> float:
         """The norm over all parameters."""
         return float(sum(gradient.norm**2 for gradient in self.values()) ** 0.5)
+
+    @property
+    def weights(self) -> np.ndarray:
+        """(N,) the share of each sample in the mean: alike, or by scored tokens where ``reduction="token"`` said so."""
+        by_token = self.provenance is not None and self.provenance.reduction == "token"
+        shares = np.array([sample.loss_tokens if by_token else 1 for sample in self.samples], dtype=np.float64)
+        return np.asarray(shares / shares.sum())
 
     def matrices(self) -> dict[str, LayerGradient]:
         """Return the gradients that are matrices: those a spectrum or a subspace says something about."""

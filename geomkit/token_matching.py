@@ -2,12 +2,17 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import overload
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from geomkit.controls import parameter_generator
 from geomkit.errors import GeometryError
 from geomkit.forms import FactoredGradient, IndexedGradient
+from geomkit.gradients import Coverage, GradientSet
 from geomkit.layer_gradient import LayerGradient
 
 _LOGGER = logging.getLogger(__name__)
@@ -45,55 +50,131 @@ def _subsampled(name: str, gradient: LayerGradient, tokens: int, generator: torc
         raise GeometryError(
             f"expected 1 to {gradient.tokens} tokens of {name}, found {tokens}; subsample the side with more tokens"
         )
-    kept = torch.randperm(gradient.tokens, generator=generator)[:tokens].sort().values.to(gradient.left.device)
-    return FactoredGradient(gradient.left[kept], gradient.right[kept])
+    (kept,) = _some_tokens([gradient], tokens, generator)
+    return kept
 
 
-def match_tokens(
-    first: Mapping[str, LayerGradient], second: Mapping[str, LayerGradient], *, seed: int = 0
-) -> tuple[dict[str, LayerGradient], dict[str, LayerGradient]]:
-    """Bring two gradients to the same number of tokens, parameter by parameter, so that their spectra compare.
+def _some_tokens(
+    parts: Sequence[FactoredGradient], tokens: int, generator: torch.Generator
+) -> tuple[FactoredGradient, ...]:
+    """Draw tokens from those of all parts together, and return each part with the ones drawn from it."""
+    ends = np.cumsum([part.tokens for part in parts])
+    drawn = torch.randperm(int(ends[-1]), generator=generator)[:tokens].sort().values.numpy()
+    if tokens == ends[-1]:
+        return tuple(parts)
+    places = np.split(drawn, np.searchsorted(drawn, ends[:-1]))
+    return tuple(
+        _rows(part, torch.from_numpy(own - end + part.tokens))
+        for part, own, end in zip(parts, places, ends, strict=True)
+    )
 
-    Where one side has more tokens, a random subset of them is kept. Only factored gradients can be thinned out: the
-    linear layers of sets collected with ``form="factored"``; all others are left out. So is, with a logged warning, a
-    layer whose gradient is zero on a side, as that of LoRA's ``lora_A`` is before the first step.
+
+def _rows(gradient: FactoredGradient, places: Tensor) -> FactoredGradient:
+    places = places.to(gradient.left.device)
+    return FactoredGradient(gradient.left[places], gradient.right[places])
+
+
+@overload
+def match_tokens(*sides: GradientSet, seed: int = 0) -> tuple[GradientSet, ...]: ...
+@overload
+def match_tokens(*sides: Mapping[str, LayerGradient], seed: int = 0) -> tuple[Mapping[str, LayerGradient], ...]: ...
+def match_tokens(*sides: Mapping[str, LayerGradient], seed: int = 0) -> tuple[Mapping[str, LayerGradient], ...]:
+    """Bring gradients to the same number of tokens, parameter by parameter, so that their spectra compare.
+
+    Where a side has more tokens than the least, a random subset of them is kept. Only factored gradients can be
+    thinned out: the linear layers of sets collected with ``form="factored"`` or ``per_sample=True``; all others are
+    left out. So is, with a logged warning, a layer whose gradient is zero on a side, as that of LoRA's ``lora_A`` is
+    before the first step.
+
+    A set collected per sample stays one: the subset is drawn from the tokens of all its examples, each example keeps
+    its own, and the mean is that of the thinned examples, with the weights the examples had. Its losses and counts of
+    examples and scored tokens stay those of the whole.
 
     Args:
-        first: Gradients by parameter.
-        second: Gradients of the same parameters.
+        sides: Two or more gradients by parameter, of the same model.
         seed: Seed of the subsets; one parameter's does not depend on which others there are.
 
     Returns:
-        Both sides, with the parameters that are factored on both.
+        The sides, in order, with the parameters that are factored on all: sets for sets, dicts for other mappings.
 
     Raises:
-        GeometryError: If there is no such parameter.
+        GeometryError: If there are fewer than two sides, or no such parameter.
+
+    Example:
+        >>> short, long = (FactoredGradient(torch.ones(t, 3), torch.ones(t, 4)) for t in (2, 5))
+        >>> [side["w"].tokens for side in match_tokens({"w": long}, {"w": short}, {"w": long})]
+        [2, 2, 2]
     """
-    both = [name for name in first if name in second]
-    factored = [name for name in both if all(isinstance(side[name], FactoredGradient) for side in (first, second))]
-    tokens = {name: min(first[name].tokens, second[name].tokens) for name in factored}
+    if len(sides) < 2:
+        raise GeometryError(f"expected two sides to match or more, found {len(sides)}; give e.g. safety and control")
+    first, *others = sides
+    shared = [name for name in first if all(name in side for side in others)]
+    parts = [{name: _parts(side, name) for name in shared} for side in sides]
+    factored = [name for name in shared if all(own[name] for own in parts)]
+    tokens = {name: min(sum(part.tokens for part in own[name]) for own in parts) for name in factored}
     names = [name for name in factored if tokens[name] > 0]
     if not names:
-        raise GeometryError(_nothing_to_match([*first.values(), *second.values()], both, factored))
+        raise GeometryError(_nothing_to_match([each for side in sides for each in side.values()], shared, factored))
     if zero := [name for name in factored if tokens[name] == 0]:
         _LOGGER.warning("left %d of %d layers out, whose gradient is zero: %s", len(zero), len(factored), zero[:4])
 
-    def thinned(side: Mapping[str, LayerGradient], place: int) -> dict[str, LayerGradient]:
-        generators = {name: parameter_generator(2 * seed + place, name) for name in names}
-        return {name: _subsampled(name, side[name], tokens[name], generators[name]) for name in names}
+    def thinned(own: Mapping[str, Sequence[FactoredGradient]], place: int) -> _Thinned:
+        generators = {name: parameter_generator(len(sides) * seed + place, name) for name in names}
+        return {name: _some_tokens(own[name], tokens[name], generators[name]) for name in names}
 
-    return thinned(first, 0), thinned(second, 1)
+    return tuple(
+        _rebuilt(side, thinned(own, place)) for place, (side, own) in enumerate(zip(sides, parts, strict=True))
+    )
+
+
+_Thinned = dict[str, tuple[FactoredGradient, ...]]
+"""By parameter: the gradient of each example, or the mean alone."""
+
+
+def _parts(side: Mapping[str, LayerGradient], name: str) -> tuple[FactoredGradient, ...]:
+    """Return a parameter's gradient by example where there are some, otherwise the mean; none if not factored."""
+    samples = side.samples if isinstance(side, GradientSet) else ()
+    gradients = [sample[name] for sample in samples] or [side[name]]
+    factored = tuple(gradient for gradient in gradients if isinstance(gradient, FactoredGradient))
+    return factored if len(factored) == len(gradients) else ()
+
+
+def _rebuilt(side: Mapping[str, LayerGradient], thinned: _Thinned) -> Mapping[str, LayerGradient]:
+    """Put thinned gradients in the place of a side's own."""
+    if not isinstance(side, GradientSet):
+        return {name: mean for name, (mean,) in thinned.items()}
+    coverage = _only(side.coverage, thinned)
+    if not side.samples:
+        return replace(side, layers={name: mean for name, (mean,) in thinned.items()}, coverage=coverage)
+    samples = (
+        replace(sample, layers={name: parts[place] for name, parts in thinned.items()}, coverage=coverage)
+        for place, sample in enumerate(side.samples)
+    )
+    means = {name: _weighted_sum(parts, side.weights.tolist()) for name, parts in thinned.items()}
+    return replace(side, layers=means, samples=tuple(samples), coverage=coverage)
+
+
+def _weighted_sum(parts: Sequence[FactoredGradient], weights: Sequence[float]) -> FactoredGradient:
+    left = torch.cat([part.left * weight for part, weight in zip(parts, weights, strict=True)])
+    return FactoredGradient(left, torch.cat([part.right for part in parts]))
+
+
+def _only(coverage: Coverage, names: Mapping[str, object]) -> Coverage:
+    seen = {name: size for name, size in coverage.seen.items() if name in names}
+    dropped = {name: size for name, size in coverage.seen.items() if name not in names}
+    reasons = {**coverage.reasons, **dict.fromkeys(dropped, "left out by match_tokens")}
+    return replace(coverage, seen=seen, missing={**coverage.missing, **dropped}, reasons=reasons)
 
 
 def _nothing_to_match(gradients: Sequence[LayerGradient], both: Sequence[str], factored: Sequence[str]) -> str:
     if factored:
-        return f"expected a gradient that is not zero on either side, found none in {factored[:4]}; train these first"
+        return f"expected a gradient other than zero on every side, found none in {factored[:4]}; train these first"
     if not both:
-        return "expected gradients of the same parameters, found none in common; collect both with the same layers="
+        return "expected gradients of the same parameters, found none in common; collect all with the same layers="
     if any(
         isinstance(gradient, FactoredGradient) or len(gradient.shape) == 2
         for gradient in gradients
         if not isinstance(gradient, IndexedGradient)
     ):
-        return 'expected factored gradients on both sides, found none; collect both with form="factored"'
+        return 'expected factored gradients on all sides, found none; collect all with form="factored"'
     return f"expected the weight of a linear layer, found none among {both[:4]}; choose others with layers="
