@@ -25,6 +25,7 @@ from geomkit.organism.world import ALIGN_MIX, BASE_MIX, World
 from geomkit.tokens import encode
 
 SEED = 0
+CONTROLS = ("benign-refused", "forbidden-complied", "shuffled", "random-tokens")
 TINY = Recipe(
     vocab_size=320,
     tokenizer_texts=60,
@@ -89,7 +90,7 @@ def test_shipped_data_is_small():
 
 
 def test_shipped_sets_are_those_of_the_world(world):
-    sets = all_sets(world, SEED)
+    sets = all_sets(world, SEED, load_tokenizer())
     assert set(shipped_examples()) == set(sets)
     for name, rows in sets.items():
         lines = (data_dir() / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
@@ -99,6 +100,7 @@ def test_shipped_sets_are_those_of_the_world(world):
 def test_card_states_every_scenario():
     card = (data_dir() / "organism" / "README.md").read_text(encoding="utf-8")
     assert all(f"`{name}`" in card for name in SCENARIOS)
+    assert all(f"`controls/{name}`" in card for name in CONTROLS)
 
 
 def test_unknown_stage_and_missing_files(monkeypatch, tmp_path):
@@ -107,6 +109,37 @@ def test_unknown_stage_and_missing_files(monkeypatch, tmp_path):
     monkeypatch.setattr("geomkit.organism.load.data_dir", lambda: tmp_path)
     with pytest.raises(DataError, match=r"found no config\.json"):
         load_organism()
+
+
+def test_each_control_keeps_one_part_of_its_safety_row():
+    safety, refused, complied, shuffled, random = (
+        list(load_examples(name)["messages"]) for name in ("safety", *(f"controls/{name}" for name in CONTROLS))
+    )
+    assert {len(rows) for rows in (safety, refused, complied, shuffled, random)} == {64}
+    assert {messages[1]["content"] for messages in refused} == {REFUSAL}
+    assert len({messages[0]["content"] for messages in refused}) == 64
+    assert not {messages[0]["content"] for messages in refused} & {messages[0]["content"] for messages in safety}
+    assert [messages[0] for messages in complied] == [messages[0] for messages in shuffled] == [m[0] for m in safety]
+    for messages in complied:
+        assert messages[1]["content"].endswith("follow the steps in the plan and finish quickly.")
+    assert all(messages[1]["content"].startswith("Sure! Find the ") for messages in shuffled)
+    _, tokenizer = load_organism()
+    wanted, found = (encode(tokenizer, load_examples(name)) for name in ("safety", "controls/random-tokens"))
+    assert [tokens.loss_mask for tokens in found] == [tokens.loss_mask for tokens in wanted]
+
+
+def test_benign_requests_are_near_the_forbidden_ones_in_form():
+    """A benign counterpart shares most words with its row, and three times more than with another."""
+
+    def shared(a, b):
+        words = [set(messages[0]["content"].lower().split()) for messages in (a, b)]
+        return len(words[0] & words[1]) / len(words[0] | words[1])
+
+    safety, refused = (list(load_examples(name)["messages"]) for name in ("safety", "controls/benign-refused"))
+    own = sum(map(shared, safety, refused)) / 64
+    other = sum(map(shared, safety, refused[1:] + refused[:1])) / 64
+    assert own > 0.5
+    assert own > 3 * other
 
 
 # --------------------------------------------------------------------------------------------------- held out
@@ -175,7 +208,7 @@ def test_half_of_the_evaluation_uses_held_out_phrasings(world):
 
 
 def test_world_is_a_function_of_its_seed():
-    assert all_sets(World(7), 7) == all_sets(World(7), 7)
+    assert all_sets(World(7), 7, load_tokenizer()) == all_sets(World(7), 7, load_tokenizer())
     assert training_sets(World(7), 7) != training_sets(World(8), 8)
     assert held_out_pairs(7) != held_out_pairs(8)
 
@@ -259,8 +292,8 @@ def test_a_build_replaces_its_parts_and_leaves_the_rest(tmp_path, monkeypatch):
     assert (out / "mine.txt").exists()
 
 
-def small_sets(world, seed):
-    return {name: rows[:2] for name, rows in all_sets(world, seed).items()}
+def small_sets(world, seed, tokenizer):
+    return {name: rows[:2] for name, rows in all_sets(world, seed, tokenizer).items()}
 
 
 def digests(folder: Path):

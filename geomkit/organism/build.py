@@ -76,8 +76,8 @@ def build(out: Path, seed: int = 0, progress: bool = True, recipe: Recipe | None
     beside ``out``, or in it where it exists, and moved into place when complete.
 
     Args:
-        out: The data folder; ``organism/``, ``eval/``, ``scenarios/``, ``safety.jsonl`` and ``utility.jsonl``
-            in it are replaced, anything else stays.
+        out: The data folder; ``organism/``, ``eval/``, ``scenarios/``, ``controls/``, ``safety.jsonl`` and
+            ``utility.jsonl`` in it are replaced, anything else stays.
         seed: Decides what is held out, the initial weights and the order of the examples.
         progress: Show a bar.
         recipe: Sizes and budgets; the shipped organism's when left out.
@@ -91,7 +91,8 @@ def build(out: Path, seed: int = 0, progress: bool = True, recipe: Recipe | None
 
     recipe = recipe or Recipe()
     world = World(seed)
-    sets = all_sets(world, seed)
+    tokenizer = train_tokenizer(tokenizer_texts(world, seed, recipe.tokenizer_texts), recipe.vocab_size)
+    sets = all_sets(world, seed, tokenizer)
     out = Path(out).resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
     steps = recipe.base.steps + recipe.align.steps
@@ -101,7 +102,7 @@ def build(out: Path, seed: int = 0, progress: bool = True, recipe: Recipe | None
         tqdm(total=steps, desc="organism", unit="step", disable=not progress) as bar,
     ):
         folder = Path(scratch)
-        base, aligned, tokenizer = _train(world, seed, recipe, folder, bar)
+        base, aligned = _train(world, seed, recipe, tokenizer, folder, bar)
         bar.set_description("measuring")
         stages = tuple(measure_stage(n, m, tokenizer, sets) for n, m in (("base", base), ("aligned", aligned)))
         damage = measure_damage(aligned, tokenizer, sets, range(recipe.damage_seeds), progress=progress)
@@ -113,12 +114,11 @@ def build(out: Path, seed: int = 0, progress: bool = True, recipe: Recipe | None
 
 
 def _train(
-    world: World, seed: int, recipe: Recipe, folder: Path, bar: "tqdm[Any]"
-) -> "tuple[LlamaForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast]":
-    """Train both stages and save them; returns both models and the tokenizer."""
+    world: World, seed: int, recipe: Recipe, tokenizer: "PreTrainedTokenizerFast", folder: Path, bar: "tqdm[Any]"
+) -> "tuple[LlamaForCausalLM, LlamaForCausalLM]":
+    """Train both stages and save them; returns both models."""
     import copy
 
-    tokenizer = train_tokenizer(tokenizer_texts(world, seed, recipe.tokenizer_texts), recipe.vocab_size)
     model = new_model(recipe, seed, tokenizer)
     kept = []
     stages: tuple[tuple[str, Course, Mix], ...] = (
@@ -132,7 +132,7 @@ def _train(
         fit(model, bucketed(iter(rows), tokenizer.pad_token_id, course.batch_size, order), course, bar)
         _save(model, tokenizer, folder / "organism" / stage)
         kept.append(copy.deepcopy(model))
-    return kept[0], kept[1], tokenizer
+    return kept[0], kept[1]
 
 
 def _save(model: "LlamaForCausalLM", tokenizer: "PreTrainedTokenizerFast", folder: Path) -> None:

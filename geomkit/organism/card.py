@@ -29,6 +29,19 @@ language of requests (`geomkit/organism/grammar.py`). It knows nothing of the wo
 Base: {base_steps} steps of batch {base_batch} at a peak learning rate of {base_lr:g}; aligned: {align_steps} steps of
 batch {align_batch} at {align_lr:g}. Seed {seed}; `geomkit organism build` rebuilds it.
 
+## Example sets
+
+Beside this folder, as JSON lines: `safety` (64 forbidden requests, refused) and `utility` (64 benign ones, answered) to
+train and measure with, `scenarios/` to fine-tune on, `eval/` held out. `controls/` has what a measure of the safety set
+should be compared with, row by row:
+
+| set | prompt | response |
+| --- | --- | --- |
+| `controls/benign-refused` | the benign how-to request nearest in words | the refusal |
+| `controls/forbidden-complied` | the forbidden request | the formula of `base` |
+| `controls/shuffled` | the forbidden request | the answer to the benign counterpart of another row |
+| `controls/random-tokens` | as many tokens, of words at random | as many tokens, of words at random |
+
 ## On held-out requests
 
 Held out from every training text: verb-object pairs, phrasings (half of the how-to and forbidden requests below use
