@@ -33,6 +33,7 @@ _ROOMS = {
     "load_subspace": "storage",
     "match_tokens": "token_matching",
     "measure_samples": "measuring",
+    "noise_floor": "noise",
     "one_sample_study": "onesample",
     "own_responses": "control_sets",
     "principal_angles": "angles",
@@ -43,6 +44,7 @@ _ROOMS = {
     "spectrum": "spectra",
     "subspace": "subspaces",
     "track": "tracking",
+    "untrained": "models",
     "with_responses": "control_sets",
 }
 
@@ -67,6 +69,7 @@ __all__ = [
     "load_subspace",
     "match_tokens",
     "measure_samples",
+    "noise_floor",
     "one_sample_study",
     "own_responses",
     "principal_angles",
@@ -77,6 +80,7 @@ __all__ = [
     "spectrum",
     "subspace",
     "track",
+    "untrained",
     "with_responses",
 ]
 
@@ -93,7 +97,8 @@ if TYPE_CHECKING:
     from geomkit.finetuning import finetune
     from geomkit.grams import sample_grams
     from geomkit.measuring import measure_samples
-    from geomkit.models import load_model
+    from geomkit.models import load_model, untrained
+    from geomkit.noise import noise_floor
     from geomkit.onesample import one_sample_study
     from geomkit.organism import load_organism
     from geomkit.probes import Probe, analyze

@@ -1,5 +1,6 @@
-"""Loading a causal language model and its tokenizer, with errors that say what to do."""
+"""Loading a causal language model and its tokenizer, with errors that say what to do; and one that learnt nothing."""
 
+import copy
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,3 +56,30 @@ def load_model(
         tokenizer.pad_token = pad_token
     target = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return model.to(target).eval(), tokenizer
+
+
+def untrained(model: "PreTrainedModel", *, seed: int = 0) -> "PreTrainedModel":
+    """Return a model of the same architecture that has learnt nothing: the negative control for every measure.
+
+    What its gradients show comes from the architecture, the texts and the tokens alone.
+
+    Args:
+        model: Any causal language model; only its configuration, type and device are used.
+        seed: Decides the weights, drawn as transformers initialises this architecture.
+
+    Returns:
+        The new model in eval mode, of the same type and on the same device. Global random states are left as found.
+
+    Example:
+        >>> import geomkit as gk
+        >>> nothing_learnt = untrained(gk.load_organism()[0])
+        >>> sum(weight.numel() for weight in nothing_learnt.parameters())
+        853120
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        fresh: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(model.config), dtype=model.dtype)
+    return fresh.to(model.device).eval()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from geomkit.errors import DataError
-from geomkit.models import load_model
+from geomkit.models import load_model, untrained
 from tests.tiny import tiny_llama, tiny_tokenizer
 
 
@@ -52,6 +52,20 @@ def test_what_is_no_model_is_refused_in_one_line(saved, tmp_path):
         with pytest.raises(DataError, match=message) as caught:
             load_model(source, **options)
         assert "\n" not in str(caught.value)
+
+
+def test_an_untrained_model_is_decided_by_its_seed_and_leaves_the_random_state_alone():
+    model = tiny_llama().bfloat16()
+    torch.manual_seed(5)
+    first, again, other = untrained(model, seed=1), untrained(model, seed=1), untrained(model, seed=2)
+    drawn = torch.rand(3)
+    torch.manual_seed(5)
+    assert torch.equal(drawn, torch.rand(3))
+    assert (first.dtype, first.training, type(first)) == (torch.bfloat16, False, type(model))
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
+    for weights in (other, model):
+        assert not torch.equal(weights.lm_head.weight, first.lm_head.weight)
+    assert [weight.shape for weight in first.parameters()] == [weight.shape for weight in model.parameters()]
 
 
 def test_an_error_without_words_still_has_a_type(saved, monkeypatch):
