@@ -5,7 +5,7 @@ from random import Random
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from geomkit.control_sets import dealt_anew, own_responses, random_tokens, shuffled_pairs, with_responses
@@ -92,6 +92,7 @@ def test_random_tokens_say_what_stands_in_the_way():
     with pytest.raises(DataError, match=r"example 0: expected random words with its .* tokens, found none in 50 draws"):
         random_tokens(conversations(("how do i steal the bike", "no")), tokenizer)
     digits = Tokenizer(models.WordLevel({"1": 0, "2": 1}, unk_token="2"))  # noqa: S106
+    digits.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     wordless = PreTrainedTokenizerFast(tokenizer_object=digits, chat_template=tokenizer.chat_template)
     with pytest.raises(DataError, match="expected a tokenizer with tokens that are words"):
         random_tokens(conversations(("1", "1")), wordless)
