@@ -1,0 +1,245 @@
+"""How much of a mean gradient's spectrum is more than the sampling noise of its examples.
+
+The mean of N random gradients that cancel in expectation is a full matrix too, with a spectrum of its own. The floor
+here is drawn from the examples themselves: a sum of the same gradients under random signs has their noise, with all its
+correlations between tokens, inputs and entries, and no mean.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from geomkit._display import html_table
+from geomkit._weighted_sums import weighted_spectra
+from geomkit.algebra import add
+from geomkit.edges import gavish_donoho_threshold, marchenko_pastur_edge
+from geomkit.errors import GeometryError
+from geomkit.false_discovery import benjamini_hochberg
+from geomkit.gradients import GradientSet, shared_layers
+from geomkit.layer_gradient import LayerGradient
+from geomkit.names import kind_of, layer_index
+from geomkit.svd import rank_tolerance, singular_values
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+_FEWEST = 8  # of fewer, too many random signs repeat the mean itself: one in 2⁷ of eight
+_TIED = 1e-7  # signs that are all equal give the mean itself, but for the rounding of its square
+
+
+@dataclass(frozen=True, eq=False)
+class LayerNoiseFloor:
+    """The spectrum of one parameter's mean gradient beside what sampling noise alone reaches.
+
+    Attributes:
+        parameter: Name of the parameter.
+        shape: Rows and columns.
+        tokens: T, the token positions of all examples.
+        singular_values: Of the mean over examples, fp64, descending.
+        floor: What the largest singular value of sampling noise exceeds in 1 − confidence of the draws. No value of
+            the mean beyond the rank of the expected gradient is larger than the largest of its noise (Weyl 1912), so
+            this one floor serves all of them.
+        p_value: Share of random signs under which the largest singular value of the mean is as large: small if the
+            expected gradient is not zero. Exact where noise is symmetric about zero.
+        noise: Root mean square standard deviation of the mean's entries, √(tr Cov(g) / (N · rows · columns)).
+        confidence: Of the floor, and of saying that there is a signal at all.
+    """
+
+    parameter: str
+    shape: tuple[int, int]
+    tokens: int
+    singular_values: np.ndarray = field(repr=False)
+    floor: float
+    p_value: float
+    noise: float
+    confidence: float = 0.95
+
+    @property
+    def signal_rank(self) -> int:
+        """How many singular values exceed the floor and rounding; 0 where no mean can be told from zero.
+
+        In 1 − confidence of experiments at most, it is larger than the rank of the expected gradient. It is smaller
+        wherever a direction is weaker than the noise.
+        """
+        if self.p_value > 1 - self.confidence + _TIED:
+            return 0
+        return max(1, int((self.singular_values > max(self.floor, self.rounding)).sum()))
+
+    @property
+    def rounding(self) -> float:
+        """What is below this is rounding of fp32 factors, see :func:`geomkit.svd.rank_tolerance`."""
+        return rank_tolerance(self.singular_values, self.shape)
+
+    @property
+    def mp_edge(self) -> float:
+        """The largest singular value of *white* noise of the same size, too low for gradients' noise.
+
+        See :func:`geomkit.edges.marchenko_pastur_edge`.
+        """
+        return marchenko_pastur_edge(self.shape, self.noise)
+
+    @property
+    def gavish_donoho(self) -> float:
+        """The optimal hard threshold if noise were white, see :func:`geomkit.edges.gavish_donoho_threshold`.
+
+        NaN with fewer tokens than rows or columns: the median singular value, from which it is told, is then zero.
+        """
+        if min(self.tokens, len(self.singular_values)) < min(self.shape):
+            return float("nan")
+        return gavish_donoho_threshold(self.singular_values, self.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class NoiseFloor:
+    """The spectra of a model's mean gradients beside the sampling noise of their examples.
+
+    Attributes:
+        layers: The spectrum and its floor for each matrix parameter.
+        examples: N, how many examples were averaged.
+        draws: How many random signs were drawn; no p-value is below 1/(draws + 1).
+        confidence: Of the floor.
+    """
+
+    layers: Mapping[str, LayerNoiseFloor]
+    examples: int
+    draws: int
+    confidence: float = 0.95
+
+    def to_frame(self) -> "pd.DataFrame":
+        """Return a row per parameter: its largest singular value, the floors, the signal rank and the p-value.
+
+        ``q_value`` is the p-value after Benjamini and Hochberg (1995) over the parameters.
+        """
+        import pandas as pd
+
+        frame = pd.DataFrame([_row(layer) for layer in self.layers.values()])
+        return frame.assign(q_value=benjamini_hochberg(frame["p_value"].to_numpy())) if len(frame) else frame
+
+    def plot(self) -> "go.Figure":
+        """Draw it, see :func:`geomkit.plots.plot_noise_floor`."""
+        from geomkit.plots import plot_noise_floor
+
+        return plot_noise_floor(self)
+
+    def __str__(self) -> str:
+        """Say where the mean gradient is more than noise, and in how many directions."""
+        layers = list(self.layers.values())
+        q_values = benjamini_hochberg([layer.p_value for layer in layers])
+        ranks = [layer.signal_rank for layer in layers]
+        span = f"{np.median(ranks):.3g} ({min(ranks)} to {max(ranks)})" if ranks else "none"
+        return (
+            f"mean gradient of {self.examples} examples above its sampling noise in {int((q_values < 0.05).sum())} of "
+            f"{len(layers)} matrices (q < 0.05); directions above the {self.confidence:.0%} floor of {self.draws} "
+            f"random signs, at the median: {span}"
+        )
+
+    def _repr_html_(self) -> str:
+        return html_table(str(self), self.to_frame())
+
+
+def _row(layer: LayerNoiseFloor) -> dict[str, object]:
+    return {
+        "parameter": layer.parameter,
+        "kind": kind_of(layer.parameter),
+        "layer": layer_index(layer.parameter),
+        "largest": float(max(layer.singular_values, default=0.0)),
+        "floor": layer.floor,
+        "mp_edge": layer.mp_edge,
+        "gavish_donoho": layer.gavish_donoho,
+        "rounding": layer.rounding,
+        "signal_rank": layer.signal_rank,
+        "tokens": layer.tokens,
+        "p_value": layer.p_value,
+    }
+
+
+def noise_floor(gradients: GradientSet, *, draws: int = 99, seed: int = 0, confidence: float = 0.95) -> NoiseFloor:
+    """Measure how many singular values of the mean gradient exceed the sampling noise of its examples.
+
+    Two questions, two draws of the same signs ε. *Is there a mean at all?* compares its largest singular value with
+    that of Σ ε_i g_i / N, an exact test wherever gradients without a mean would be symmetric about zero. *How many
+    directions has it?* compares every singular value with the largest of Σ (ε_i − ε̄) g_i / √(N (N−1)): noise with the
+    sample covariance of the mean, in which a strong direction does not hide the weak ones beside it.
+
+    In simulations with coloured noise (8 to 32 examples; Gaussian, of low rank, of very uneven size) the test rejected
+    without a mean in 3 to 7 % at a level of 5 %, in 7 to 9 % where all entries shared an exponential's skewness. Three
+    planted directions, the weakest at twice the floor, were all found in 99 %, and more than three in 1 %.
+
+    Args:
+        gradients: Collected with ``per_sample=True``, at least eight examples. The mean is that of the examples'
+            gradients, each counting the same.
+        draws: How many random signs, which all parameters share. One parameter alone among P can reach a q-value of
+            .05 with 20 P of them only; where many have a signal, 99 are enough.
+        seed: Seed of the signs.
+        confidence: Of the floor.
+
+    Returns:
+        For each matrix parameter the spectrum of the mean and its floors.
+
+    Raises:
+        GeometryError: If there are no per-sample gradients or fewer than eight, or too few draws for the confidence.
+
+    Example:
+        >>> import geomkit as gk
+        >>> model, tokenizer = gk.load_organism()
+        >>> safety = gk.load_examples("safety").select(range(8))
+        >>> found = gk.noise_floor(gk.collect_gradients(model, tokenizer, safety, per_sample=True, kinds="head"))
+        >>> found.layers["lm_head.weight"].p_value <= 0.05
+        True
+    """
+    samples = gradients.samples
+    if len(samples) < _FEWEST:
+        raise GeometryError(
+            f"expected per-sample gradients of at least {_FEWEST} examples, found {len(samples)}; collect more, with "
+            "per_sample=True"
+        )
+    exceeding = int((1 - confidence) * (draws + 1) + _TIED)
+    if exceeding < 1:
+        raise GeometryError(f"expected draws for a confidence of {confidence}, found {draws}; give 99 or more")
+    names = [name for name in shared_layers(*samples) if min(samples[0][name].matrix_shape) > 1]
+    signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=(draws, len(samples)))
+    layers = {
+        name: _layer_floor(name, [sample[name] for sample in samples], signs, exceeding, confidence) for name in names
+    }
+    return NoiseFloor(layers, len(samples), draws, confidence)
+
+
+def _layer_floor(
+    name: str, gradients: Sequence[LayerGradient], signs: np.ndarray, exceeding: int, confidence: float
+) -> LayerNoiseFloor:
+    mean = add(gradients).scaled(1 / len(gradients))
+    values = singular_values(mean)
+    flipped, centred = _null_values(gradients, signs)
+    largest = max(values, default=0.0)
+    as_large = int((flipped >= largest * (1 - _TIED)).sum())
+    return LayerNoiseFloor(
+        parameter=name,
+        shape=mean.matrix_shape,
+        tokens=mean.tokens,
+        singular_values=values,
+        floor=float(np.sort(centred)[-exceeding]),
+        p_value=(1 + as_large) / (1 + len(signs)),
+        noise=_entry_noise(gradients, values),
+        confidence=confidence,
+    )
+
+
+def _null_values(gradients: Sequence[LayerGradient], signs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the largest singular values of the sums under signs, and under signs that sum to zero."""
+    n = signs.shape[1]
+    weights = np.concatenate([signs / n, (signs - signs.mean(1, keepdims=True)) / (n * (n - 1)) ** 0.5])
+    spectra = weighted_spectra(gradients, torch.from_numpy(weights)).cpu().numpy()
+    largest = spectra.max(axis=1, initial=0.0)
+    return largest[: len(signs)], largest[len(signs) :]
+
+
+def _entry_noise(gradients: Sequence[LayerGradient], values: np.ndarray) -> float:
+    """√(tr Cov(g) / (N m n)), from the examples' norms and that of their mean."""
+    n = len(gradients)
+    rows, columns = gradients[0].matrix_shape
+    spread = (sum(gradient.norm**2 for gradient in gradients) - n * float((values**2).sum())) / (n - 1)
+    return float((max(spread, 0.0) / (n * rows * columns)) ** 0.5)
