@@ -177,6 +177,10 @@ def principal_angles(a: Subspace, b: Subspace) -> Angles:
     """
     if a.side != b.side:
         raise GeometryError(f"expected subspaces of one side, found {a.side} and {b.side}; build both with one side=")
+    if a.side == "both":
+        raise GeometryError(
+            "expected subspaces of one side, found those of both; compare a.on('left') and b.on('left')"
+        )
     if difference := set(a.layers).symmetric_difference(b.layers):
         some = ", ".join(sorted(difference)[:4])
         raise GeometryError(

@@ -89,8 +89,9 @@ def load_subspace(folder: str | Path, model: nn.Module | None = None) -> Subspac
     """
     subspace: Subspace = _load("subspace", folder)
     if model is not None:
-        dimensions = {name: (len(layer.basis),) for name, layer in subspace.layers.items()}
-        own = _rows if subspace.side == "left" else _columns
+        bases = {name: (layer.basis, layer.partner) for name, layer in subspace.layers.items()}
+        dimensions = {name: tuple(len(own) for own in pair if own is not None) for name, pair in bases.items()}
+        own = {"left": _rows, "right": _columns, "both": _rows_and_columns}[subspace.side]
         _check_model(model, subspace.provenance, f"the {subspace.side} subspaces in {folder}", dimensions, own)
     return subspace
 
@@ -116,6 +117,10 @@ def _rows(shape: torch.Size) -> _Size:
 
 def _columns(shape: torch.Size) -> _Size:
     return tuple(shape[-1:])
+
+
+def _rows_and_columns(shape: torch.Size) -> _Size:
+    return _rows(shape) + _columns(shape)
 
 
 def _check_model(

@@ -1,20 +1,21 @@
 """The subspaces that the leading singular vectors of a gradient span."""
 
 import warnings
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from geomkit._display import html_table
+from geomkit._singular_vectors import SingularVectors, exact_vectors, randomized_vectors
+from geomkit.controls import parameter_generator
 from geomkit.errors import GeometryError
-from geomkit.forms import IndexedGradient
 from geomkit.gradients import GradientSet
-from geomkit.layer_gradient import LayerGradient, thin_factors
+from geomkit.layer_gradient import LayerGradient
 from geomkit.names import kind_of, layer_index
 from geomkit.svd import energy_rank, rank_tolerance
 
@@ -26,10 +27,10 @@ if TYPE_CHECKING:
 Side = Literal["left", "right"]
 """Left vectors live in the layer's output space, right vectors in its input space."""
 
-Leading = Callable[[int], Tensor]
+Sides = Literal["left", "right", "both"]
+"""One side, or both with the vectors of one belonging to those of the other."""
 
-_STRIP = 4096
-"""Rows of a tall matrix that are decomposed at a time."""
+Method = Literal["exact", "randomized"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,11 +39,16 @@ class LayerSubspace:
 
     Attributes:
         basis: (d, k) orthonormal columns, fp32, on the gradient's device; d is the number of rows for the left side
-            and of columns for the right side.
+            and of columns for the right side. For both sides it is the left one.
         singular_values: (k,) fp64, descending.
-        energy: Share of the gradient's squared norm that lies in the subspace.
-        numeric_rank: How many directions the gradient has at all, see :func:`geomkit.svd.rank_tolerance`.
+        energy: Share of the gradient's squared norm that lies in the subspace, ‖UᵀG‖² / ‖G‖² for a left basis U.
+        numeric_rank: How many directions the gradient has at all, see :func:`geomkit.svd.rank_tolerance`; of a
+            randomized subspace, how many of the directions that were looked at.
         parameter: Name of the parameter.
+        partner: (columns, k) the right vectors that belong to the left ones of ``basis``, G v_i = σ_i u_i, where both
+            sides were asked for.
+        residual: How far a randomized subspace is from being one of singular vectors, ‖GV − UΣ‖_F / ‖G‖_F; 0 where
+            it is exact.
     """
 
     basis: Tensor = field(repr=False)
@@ -50,11 +56,17 @@ class LayerSubspace:
     energy: float
     numeric_rank: int
     parameter: str = ""
+    partner: Tensor | None = field(default=None, repr=False)
+    residual: float = 0.0
 
     @property
     def rank(self) -> int:
         """k, the dimension of the subspace."""
         return self.basis.shape[1]
+
+    def on(self, side: Side) -> "LayerSubspace":
+        """Return one side of two."""
+        return replace(self, basis=self.basis if side == "left" or self.partner is None else self.partner, partner=None)
 
 
 def layer_subspace(
@@ -62,7 +74,9 @@ def layer_subspace(
     *,
     rank: int | None = None,
     energy: float | None = None,
-    side: Side = "left",
+    side: Sides = "left",
+    method: Method = "exact",
+    seed: int = 0,
     parameter: str = "",
 ) -> LayerSubspace:
     """Return the leading singular vectors of one gradient; with few tokens it is never formed.
@@ -71,14 +85,17 @@ def layer_subspace(
         gradient: Gradient of a matrix; T tokens cost a QR of each thin factor and the SVD of a T × T matrix.
         rank: How many vectors, if the gradient has as many; never more than its numeric rank.
         energy: Or: as many as hold this share of the squared norm.
-        side: ``"left"`` for the output space, ``"right"`` for the input space.
+        side: ``"left"`` for the output space, ``"right"`` for the input space, or ``"both"``.
+        method: ``"randomized"`` for gradients of many tokens whose exact SVD is too slow; look at the residual.
+        seed: Seed of the random projections.
         parameter: Name to keep with the result.
 
     Returns:
         The subspace, of rank 0 for a zero gradient.
 
     Raises:
-        GeometryError: If not exactly one of ``rank`` and ``energy`` is given, or it is out of range.
+        GeometryError: If not exactly one of ``rank`` and ``energy`` is given, or it is out of range; or for a share
+            of the energy from random projections, which needs all singular values.
 
     Example:
         >>> from geomkit.forms import FactoredGradient
@@ -86,64 +103,52 @@ def layer_subspace(
         >>> found.basis.shape, found.rank, found.energy
         (torch.Size([5, 2]), 2, 1.0)
     """
+    _check(rank, energy, side, method)
+    if rank is not None and method == "randomized":
+        vectors = randomized_vectors(gradient, rank, parameter_generator(seed, parameter))
+    else:
+        vectors = exact_vectors(gradient, side)
+    values = vectors.values[: gradient.rank_bound]
+    numeric_rank = int((values > rank_tolerance(values, gradient.matrix_shape)).sum())
+    wanted = rank if energy is None else energy_rank(values, energy)
+    kept = min(wanted or 0, numeric_rank)
+    if method == "randomized":
+        share, residual = _accuracy(gradient, vectors, kept, side)
+    else:
+        share, residual = float((values[:kept] ** 2).sum() / (values**2).sum()) if kept else 0.0, 0.0
+    basis = vectors.right(kept) if side == "right" else vectors.left(kept)
+    partner = vectors.right(kept).float().contiguous() if side == "both" else None
+    found = values[:kept].copy()
+    return LayerSubspace(basis.float().contiguous(), found, share, numeric_rank, parameter, partner, residual)
+
+
+def _check(rank: int | None, energy: float | None, side: Sides, method: Method) -> None:
     if (rank is None) == (energy is None):
         raise GeometryError(f"expected exactly one of rank and energy, found rank={rank}, energy={energy}; give one")
     if rank is not None and rank < 1:
         raise GeometryError(f"expected a rank of at least 1, found {rank}; give e.g. 10")
-    values, leading = _decomposed(gradient, side)
-    values = values[: gradient.rank_bound]
-    numeric_rank = int((values > rank_tolerance(values, gradient.matrix_shape)).sum())
-    wanted = rank if energy is None else energy_rank(values, energy)
-    kept = min(wanted or 0, numeric_rank)
-    share = float((values[:kept] ** 2).sum() / (values**2).sum()) if kept else 0.0
-    return LayerSubspace(leading(kept).float().contiguous(), values[:kept].copy(), share, numeric_rank, parameter)
+    if side not in get_args(Sides) or method not in get_args(Method):
+        raise GeometryError(
+            f"expected side= {', '.join(get_args(Sides))} and method= {', '.join(get_args(Method))}, found {side!r} "
+            f"and {method!r}; give one of these"
+        )
+    if energy is not None and method == "randomized":
+        raise GeometryError(
+            f"expected rank= with random projections, found energy={energy}: a share of the energy needs all singular "
+            "values; give rank=, or method='exact'"
+        )
 
 
-def _decomposed(gradient: LayerGradient, side: Side) -> tuple[np.ndarray, Leading]:
-    """Return the singular values, and a function from k to the first k vectors of one side, columns in fp64."""
-    if isinstance(gradient, IndexedGradient):
-        return _from_rows(gradient, side)
-    if factors := thin_factors(gradient):
-        return _from_factors(*(factors if side == "left" else factors[::-1]))
-    rows, columns = gradient.matrix_shape
-    if rows > 2 * columns:
-        return _from_strips(gradient, side)
-    matrix = gradient.take(slice(None))
-    vectors, values = _from_matrix(matrix if side == "left" else matrix.T)
-    return values, lambda k: vectors[:, :k]
-
-
-def _from_rows(gradient: IndexedGradient, side: Side) -> tuple[np.ndarray, Leading]:
-    rows = gradient.rows.double()
-    vectors, values = _from_matrix(rows if side == "left" else rows.T)
-    if side == "right":
-        return values, lambda k: vectors[:, :k]
-    return values, lambda k: vectors.new_zeros(gradient.size, k).index_copy_(0, gradient.indices, vectors[:, :k])
-
-
-def _from_factors(own: Tensor, other: Tensor) -> tuple[np.ndarray, Leading]:
-    frame, triangle = torch.linalg.qr(own.double().T)
-    vectors, values = _from_matrix(triangle @ torch.linalg.qr(other.double().T, mode="r").R.T)
-    return values, lambda k: frame @ vectors[:, :k]
-
-
-def _from_strips(gradient: LayerGradient, side: Side) -> tuple[np.ndarray, Leading]:
-    """Decompose a tall matrix from the triangle of its QR, which needs some of its rows at a time only."""
-    rows, columns = gradient.matrix_shape
-    triangle = torch.zeros(0, columns, dtype=torch.float64, device=gradient.device)
-    step = max(_STRIP, columns)
-    for start in range(0, rows, step):
-        strip = torch.cat([triangle, gradient.take(slice(start, start + step))])
-        triangle = torch.linalg.qr(strip, mode="r").R
-    vectors, values = _from_matrix(triangle.T)
-    if side == "right":
-        return values, lambda k: vectors[:, :k]
-    return values, lambda k: gradient.matmul(vectors[:, :k]) / torch.from_numpy(values[:k]).to(gradient.device)
-
-
-def _from_matrix(matrix: Tensor) -> tuple[Tensor, np.ndarray]:
-    vectors, values, _ = torch.linalg.svd(matrix, full_matrices=False)
-    return vectors, values.cpu().numpy()
+def _accuracy(gradient: LayerGradient, vectors: SingularVectors, kept: int, side: Sides) -> tuple[float, float]:
+    """Return the share of the energy that is exactly in the subspace, and its residual."""
+    if not kept:
+        return 0.0, 0.0
+    values = torch.from_numpy(vectors.values[:kept]).to(gradient.device)
+    image = gradient.matmul(vectors.right(kept))
+    residual = float(torch.linalg.vector_norm(image - vectors.left(kept) * values)) / gradient.norm
+    # UᵀG is ΣVᵀ by construction, GV is not UΣ.
+    inside = torch.linalg.vector_norm(image) if side == "right" else torch.linalg.vector_norm(values)
+    return (float(inside) / gradient.norm) ** 2, residual
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,17 +156,34 @@ class Subspace:
     """The leading singular subspace of every matrix gradient of a model.
 
     Attributes:
-        side: Which singular vectors, ``"left"`` or ``"right"``.
+        side: Which singular vectors, ``"left"``, ``"right"`` or ``"both"``.
         layers: A subspace for each parameter.
         provenance: What the gradients were collected from.
     """
 
-    side: Side
+    side: Sides
     layers: Mapping[str, LayerSubspace]
     provenance: "Provenance | None" = field(default=None, repr=False)
 
+    def on(self, side: Side) -> "Subspace":
+        """Return the subspaces of one side alone.
+
+        Raises:
+            GeometryError: If they are those of the other side only.
+        """
+        if self.side == side:
+            return self
+        if self.side != "both":
+            raise GeometryError(
+                f"expected subspaces with a {side} side, found {self.side} ones only; build them with side='both'"
+            )
+        return Subspace(side, {name: layer.on(side) for name, layer in self.layers.items()}, self.provenance)
+
     def to_frame(self) -> "pd.DataFrame":
-        """Return a row per parameter: ``rank`` of ``numeric_rank`` in ``dimension``, and the ``energy`` it holds."""
+        """Return a row per parameter: ``rank`` of ``numeric_rank`` in ``dimension``, and the ``energy`` it holds.
+
+        The dimension of both sides is that of the left one.
+        """
         import pandas as pd
 
         return pd.DataFrame(
@@ -175,6 +197,7 @@ class Subspace:
                     "rank": layer.rank,
                     "numeric_rank": layer.numeric_rank,
                     "energy": layer.energy,
+                    "residual": layer.residual,
                 }
                 for name, layer in self.layers.items()
             ]
@@ -184,7 +207,10 @@ class Subspace:
         """Say how many subspaces of which rank."""
         ranks = [layer.rank for layer in self.layers.values()]
         span = f"{min(ranks)} to {max(ranks)}" if len(set(ranks)) > 1 else f"{ranks[0]}" if ranks else "0"
-        return f"{self.side} subspaces of {len(ranks)} matrices, rank {span}"
+        sides = {"both": "left and right"}.get(self.side, self.side)
+        worst = max((layer.residual for layer in self.layers.values()), default=0.0)
+        residual = f", residual at most {worst:.1e}" if worst else ""
+        return f"{sides} subspaces of {len(ranks)} matrices, rank {span}{residual}"
 
     def save(self, folder: str | Path) -> Path:
         """Write it to a folder, from which :func:`geomkit.load_subspace` reads it without the model.
@@ -208,7 +234,9 @@ def subspace(
     *,
     rank: int | None = None,
     energy: float | None = None,
-    side: Side = "left",
+    side: Sides = "left",
+    method: Method = "exact",
+    seed: int = 0,
 ) -> Subspace:
     """Return the leading singular subspace of every matrix gradient.
 
@@ -217,19 +245,23 @@ def subspace(
         rank: How many directions to take. A gradient of fewer gives what it has, with a warning: singular vectors
             beyond the numeric rank are rounding noise.
         energy: Or: as many as hold this share of the squared norm, which differs between parameters.
-        side: ``"left"`` for the output space, ``"right"`` for the input space.
+        side: ``"left"`` for the output space, ``"right"`` for the input space, or ``"both"`` with vectors in pairs.
+        method: ``"exact"``, or ``"randomized"`` for large gradients of many tokens: eleven thin products each, and a
+            ``residual`` that says how far from singular vectors the result is.
+        seed: Seed of the random projections; a parameter's do not depend on which others there are.
 
     Returns:
         A subspace for each matrix parameter.
 
     Raises:
-        GeometryError: If not exactly one of ``rank`` and ``energy`` is given, or it is out of range.
+        GeometryError: If not exactly one of ``rank`` and ``energy`` is given, or it is out of range; or for a share
+            of the energy from random projections.
 
     Warns:
         UserWarning: Once, if some gradients have a numeric rank below ``rank``.
     """
     layers = {
-        name: layer_subspace(gradient, rank=rank, energy=energy, side=side, parameter=name)
+        name: layer_subspace(gradient, rank=rank, energy=energy, side=side, method=method, seed=seed, parameter=name)
         for name, gradient in gradients.items()
         if min(gradient.matrix_shape) > 1
     }

@@ -112,6 +112,8 @@ def test_subspaces_that_cannot_be_compared_are_refused() -> None:
     a = named(frame(30, 4, 0))
     with pytest.raises(GeometryError, match="left and right"):
         principal_angles(a, Subspace("right", a.layers))
+    with pytest.raises(GeometryError, match=r"found those of both; compare a.on\('left'\)"):
+        principal_angles(Subspace("both", a.layers), Subspace("both", a.layers))
     with pytest.raises(GeometryError, match="same parameters"):
         principal_angles(a, named(frame(30, 4, 0), "v"))
     with pytest.raises(GeometryError, match="dimensions 30 and 31"):

@@ -56,6 +56,10 @@ def test_a_subspace_comes_back_bit_for_bit(tmp_path):
         kept = subspace(every_form(), rank=4, side="right")
     kept.save(tmp_path)
     assert identical(kept, load_subspace(tmp_path))
+    with pytest.warns(UserWarning, match="expected rank 4"):
+        pairs = subspace(every_form(), rank=4, side="both", method="randomized")
+    pairs.save(tmp_path)
+    assert identical(pairs, load_subspace(tmp_path))
     empty = Subspace("left", {"w": LayerSubspace(torch.zeros(5, 0), np.zeros(0), 0.0, 0)})
     empty.save(tmp_path)
     assert identical(empty, load_subspace(tmp_path))
@@ -418,6 +422,9 @@ def test_other_names_and_shapes_are_refused_with_a_diff(tmp_path):
         subspaces(tmp_path, tiny_llama())
     subspace(wide, rank=1, side="left").save(tmp_path)
     with pytest.raises(DataError, match=r"2 .* \(model.layers.0.mlp.gate_proj.weight: \(40,\) saved, \(24,\) in the"):
+        subspaces(tmp_path, tiny_llama())
+    subspace(wide, rank=1, side="both").save(tmp_path)
+    with pytest.raises(DataError, match=r"3 .* \(model.layers.0.mlp.gate_proj.weight: \(40, 16\) saved, \(24, 16\) in"):
         subspaces(tmp_path, tiny_llama())
 
 
