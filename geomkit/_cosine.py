@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from geomkit._fieller import Ratio
 from geomkit.resampling import percentile_interval
 
 
@@ -34,23 +35,32 @@ class Grams:
         a, b = (_unit(float(side.diagonal().mean())) for side in (self.safety, self.utility))
         return Grams(a * a * self.safety, a * b * self.across, b * b * self.utility)
 
+    def chosen(self, safety: np.ndarray, utility: np.ndarray) -> "Grams":
+        """Return the inner products of some of the examples, by place."""
+        return Grams(
+            self.safety[np.ix_(safety, safety)],
+            self.across[np.ix_(safety, utility)],
+            self.utility[np.ix_(utility, utility)],
+        )
+
     @property
     def pooled(self) -> np.ndarray:
         """(N + M, N + M) of all examples, safety first."""
         return np.block([[self.safety, self.across], [self.across.T, self.utility]])
 
     @property
+    def norms(self) -> float:
+        """The product of the norms of the two mean gradients."""
+        return float((max(self.safety.mean(), 0.0) * max(self.utility.mean(), 0.0)) ** 0.5)
+
+    @property
     def cosine(self) -> float:
         """Cosine of the two mean gradients; NaN if one is zero."""
-        return _ratio(self.across.mean(), self.safety.mean() * self.utility.mean())
+        return float(self.across.mean() / self.norms) if self.norms > 0 else float("nan")
 
 
 def _unit(squared_norm: float) -> float:
     return squared_norm**-0.5 if squared_norm > 0 else 1.0
-
-
-def _ratio(inner: float, squared_norms: float) -> float:
-    return float(inner / squared_norms**0.5) if squared_norms > 0 else float("nan")
 
 
 def _pair_means(gram: np.ndarray) -> tuple[float, np.ndarray]:
@@ -63,52 +73,54 @@ def _pair_means(gram: np.ndarray) -> tuple[float, np.ndarray]:
     return float(others.sum() / (n * (n - 1))), (others.sum() - 2 * others) / ((n - 1) * (n - 2))
 
 
-@dataclass(frozen=True, eq=False)
-class _Jackknife:
-    """An estimate of ⟨E g_s, E g_u⟩ and of ‖E g_s‖·‖E g_u‖, and both with each example left out in turn."""
-
-    inner: float
-    norms: float
-    inner_without: tuple[np.ndarray, np.ndarray]
-    norms_without: tuple[np.ndarray, np.ndarray]
-
-    def covariance(self, a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
-        """Jackknife covariance of two statistics, the part of each sample."""
-        return np.array(
-            [(len(x) - 1) * float(np.mean((x - x.mean()) * (y - y.mean()))) for x, y in zip(a, b, strict=True)]
-        )
+def _inner_without(across: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the inner product of two means without each row, and without each column."""
+    n, m = across.shape
+    total = across.sum()
+    return (total - across.sum(1)) / ((n - 1) * m), (total - across.sum(0)) / (n * (m - 1))
 
 
-def _jackknife(grams: Grams) -> _Jackknife | None:
-    """Return the estimates, or nothing if a mean gradient is no larger than its sampling noise."""
-    n, m = grams.across.shape
+def _pair_variance(across: np.ndarray, cosine: float) -> float:
+    """Return the part of the variance of an inner product of two means that neither mean alone explains.
+
+    It is the error of an additive two-way layout of the inner products, over N·M. A share cos² of it is left in: the
+    norms, which an inner product is compared with, have pairs of their own, and near ±1 both move together. (Without
+    it, 85 to 92 % of nominal 95 % intervals held a cosine of −.8 in simulations, with it 93 to 97 %.)
+    """
+    n, m = across.shape
+    left = across - across.mean(0) - across.mean(1)[:, None] + across.mean()
+    return float((left**2).sum() / ((n - 1) * (m - 1) * n * m)) * max(1 - cosine**2, 0.0)
+
+
+def _root(squared: np.ndarray) -> np.ndarray:
+    return np.asarray(np.sqrt(squared.clip(0)))
+
+
+def cosine_ratio(grams: Grams) -> Ratio | None:
+    """Estimate ⟨E g_s, E g_u⟩ and ‖E g_s‖·‖E g_u‖; nothing if a mean gradient is no larger than its sampling noise."""
     safety, safety_without = _pair_means(grams.safety)
     utility, utility_without = _pair_means(grams.utility)
     if safety <= 0 or utility <= 0:
         return None
-    total = grams.across.sum()
-    return _Jackknife(
-        inner=float(total / (n * m)),
-        norms=(safety * utility) ** 0.5,
-        inner_without=((total - grams.across.sum(1)) / ((n - 1) * m), (total - grams.across.sum(0)) / (n * (m - 1))),
-        norms_without=(
-            np.sqrt(safety_without.clip(0) * utility),
-            np.sqrt(utility_without.clip(0) * safety),
-        ),
+    inner, norms = float(grams.across.mean()), (safety * utility) ** 0.5
+    return Ratio(
+        numerator=inner,
+        denominator=norms,
+        numerator_without=_inner_without(grams.across),
+        denominator_without=(_root(safety_without * utility), _root(utility_without * safety)),
+        counted_twice=_pair_variance(grams.across, inner / norms),
     )
 
 
 def expected_cosine(grams: Grams, confidence: float) -> tuple[float, tuple[float, float]]:
     """Estimate the cosine of the *expected* gradients, with a confidence interval.
 
-    The estimate is ⟨ḡ_s, ḡ_u⟩ / √(u_s u_u) with u the unbiased estimates of the squared norms. The interval is
-    Fieller's (1954): all θ for which ⟨ḡ_s, ḡ_u⟩ − θ √(u_s u_u) is within Student's t of zero, its variance by the
-    two-sample jackknife and its degrees of freedom after Welch and Satterthwaite. It is cut at ±1 and widens to
-    [−1, 1] where a mean gradient cannot be told from zero.
+    The estimate is ⟨ḡ_s, ḡ_u⟩ / √(u_s u_u) with u the unbiased estimates of the squared norms, the interval that of
+    :class:`geomkit._fieller.Ratio`.
 
-    In simulations with planted expected gradients (4 to 64 examples a side, Gaussian, heavy-tailed and of uneven
-    size) a nominal 95 % covered 94.8 to 98.0 %, and more only where it hardly can do otherwise: at a cosine of one,
-    and where it widens to [−1, 1].
+    In simulations with planted expected gradients (cosines 0 to −.8, 8 to 32 examples a side, ‖E g‖² at .1 to 1 of
+    tr Cov(g)) a nominal 95 % covered 93.5 to 97.3 % where gradients were Gaussian and both means could be told from
+    noise, 91 to 98 % where their sizes were exponentially distributed, and more where it widens to [−1, 1].
 
     Args:
         grams: Inner products of at least three examples on each side.
@@ -117,28 +129,40 @@ def expected_cosine(grams: Grams, confidence: float) -> tuple[float, tuple[float
     Returns:
         The estimate, cut at ±1 and NaN if a mean gradient is no larger than its noise, and the interval.
     """
-    from scipy.stats import t as student
-
-    found = _jackknife(grams)
+    found = cosine_ratio(grams)
     if found is None:
         return float("nan"), (-1.0, 1.0)
-    theta = found.inner / found.norms
-    var_inner = found.covariance(found.inner_without, found.inner_without)
-    var_norms = found.covariance(found.norms_without, found.norms_without)
-    between = found.covariance(found.inner_without, found.norms_without)
-    parts = (var_inner - 2 * theta * between + theta**2 * var_norms).clip(0)
-    freedom = parts.sum() ** 2 / max((parts**2 / (np.array(grams.across.shape) - 1)).sum(), np.finfo(float).tiny)
-    squared = float(student.ppf((1 + confidence) / 2, max(freedom, 1.0))) ** 2
-    # The roots of (a − θq)² = t² (var_a − 2θ cov + θ² var_q), a the inner product and q the norms.
-    second = found.norms**2 - squared * var_norms.sum()
-    first = found.inner * found.norms - squared * between.sum()
-    constant = found.inner**2 - squared * var_inner.sum()
-    estimate = float(np.clip(theta, -1, 1))
-    if second <= 0:
-        return estimate, (-1.0, 1.0)
-    spread = max(first**2 - second * constant, 0.0) ** 0.5
-    low, high = np.clip([(first - spread) / second, (first + spread) / second], -1, 1)
-    return estimate, (float(low), float(high))
+    return float(np.clip(found.estimate, -1, 1)), found.interval(confidence, 1.0)
+
+
+def contrast_ratio(first: Grams, second: Grams) -> Ratio | None:
+    """Estimate the difference of two cosines with one utility gradient, as one ratio.
+
+    cos(s, u) − cos(c, u) = (⟨s, u⟩‖c‖ − ⟨c, u⟩‖s‖) / (‖s‖‖c‖‖u‖), from three independent samples of examples.
+
+    Args:
+        first: Inner products of the safety examples s with the utility examples u.
+        second: Those of the control examples c with the same utility examples.
+
+    Returns:
+        The ratio, or nothing if a mean gradient is no larger than its sampling noise.
+    """
+    squared, without = zip(*map(_pair_means, (first.safety, second.safety, first.utility)), strict=True)
+    if min(squared) <= 0:
+        return None
+    s, c, u = np.sqrt(squared)
+    s_without, c_without, u_without = map(_root, without)
+    a, b = first.across.mean(), second.across.mean()
+    (a_s, a_u), (b_c, b_u) = _inner_without(first.across), _inner_without(second.across)
+    return Ratio(
+        numerator=float(a * c - b * s),
+        denominator=float(s * c * u),
+        numerator_without=(a_s * c - b * s_without, a * c_without - b_c * s, a_u * c - b_u * s),
+        denominator_without=(s_without * c * u, s * c_without * u, s * c * u_without),
+        counted_twice=float(
+            c**2 * _pair_variance(first.across, a / (s * u)) + s**2 * _pair_variance(second.across, b / (c * u))
+        ),
+    )
 
 
 def permuted_cosines(grams: Grams, in_first: np.ndarray) -> np.ndarray:

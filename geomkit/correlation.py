@@ -1,9 +1,11 @@
-"""Whether the safety and the utility gradient conflict: their cosine with an interval and a permutation null.
+"""Whether the safety and the utility gradient conflict: their cosine with an interval, a null and a control.
 
-Two questions are kept apart. *Is there a conflict?* asks whether the cosine of the expected gradients is below zero:
-read :attr:`Conflict.interval`. *Is it about safety?* asks whether the two sets differ from a random division of the
-same examples: read :attr:`Conflict.p_value`. Random directions have a negative inner product half of the time, so
-neither question is answered by a sign.
+Three questions are kept apart. *Is there a conflict?* asks whether the cosine of the expected gradients is below zero:
+read :attr:`Conflict.interval`. *Does it concern safety?* asks whether it is lower than that of benign prompts with the
+same refusals: read :attr:`Conflict.contrast`. Untrained models, in which there is no safety to find, show cosines well
+below zero; their contrasts are zero. *Do the two sets differ at all?* asks whether a random division of the same
+examples would show as low a cosine: read :attr:`Conflict.p_value`. Random directions have a negative inner product
+half of the time, so no question is answered by a sign.
 """
 
 from collections.abc import Mapping
@@ -14,9 +16,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from geomkit._cosine import Grams, expected_cosine, permutation_test, permuted_cosines
+from geomkit._conflicts import Contrast, LayerConflict, LayerGrams, joined, measure, refuse_other_parameters, span
+from geomkit._cosine import Grams
 from geomkit._display import html_table
+from geomkit._shares import Share, negative_shares
 from geomkit.errors import GeometryError
+from geomkit.false_discovery import benjamini_hochberg
 from geomkit.gradients import GradientSet, layer_grams
 from geomkit.names import kind_of, layer_index
 from geomkit.rates import Rate
@@ -26,28 +31,7 @@ if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
-_FEWEST = 3  # leaving one example out must leave a pair
-
-
-@dataclass(frozen=True)
-class LayerConflict:
-    """The conflict in one parameter; the fields mean what they mean in :class:`Conflict`.
-
-    Attributes:
-        parameter: Name of the parameter.
-        cosine: Cosine of the two mean gradients; NaN if one is zero.
-        corrected: Estimate of the cosine of the expected gradients.
-        interval: Confidence interval of the cosine of the expected gradients.
-        null_interval: Where ``cosine`` lies when the examples are divided at random.
-        p_value: One-sided permutation p-value.
-    """
-
-    parameter: str
-    cosine: float
-    corrected: float
-    interval: tuple[float, float]
-    null_interval: tuple[float, float]
-    p_value: float
+__all__ = ["Conflict", "Contrast", "LayerConflict", "conflict", "conflict_of_grams"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,11 +50,19 @@ class Conflict:
             in common lie below it as well as two that conflict: it tests whether they differ, not how.
         p_value: One-sided permutation p-value, the share of random divisions with a cosine as low. Small means that
             safety and utility examples are not exchangeable, which they may be at a positive cosine.
-        negative: Utility examples whose gradient has a negative inner product with the mean safety gradient. Half of
-            unrelated gradients have.
+        negative: Utility examples whose gradient has a negative inner product with the mean safety gradient, with the
+            Wilson interval over utility examples, the safety examples given. Half of unrelated gradients have.
+        negative_parameters: Share of the parameters with a negative cosine, each counted once. Its interval is over
+            examples, see :func:`geomkit._shares.negative_shares`: parameters are no independent draws.
+        negative_weight: The same, each parameter counted by the product of its two mean gradients' norms.
+        unweighted: The same measures with every parameter scaled, on either side, to the same root mean square norm
+            of the examples' gradients. One tensor with large gradients, such as the head, can own ``cosine``; here all
+            have one voice.
+        contrast: How much lower the cosine is than the control's, if there is a control.
         layers: The same for each parameter.
         per_example: (M,) cosine of each utility example with the mean safety gradient.
-        confidence: Of both intervals.
+        control_per_example: (M,) cosine of each utility example with the mean control gradient, if there is one.
+        confidence: Of all intervals but that of ``negative``, which is of 95 %.
     """
 
     cosine: float
@@ -79,21 +71,29 @@ class Conflict:
     null_interval: tuple[float, float]
     p_value: float
     negative: Rate
+    negative_parameters: Share
+    negative_weight: Share
+    unweighted: LayerConflict
     layers: Mapping[str, LayerConflict] = field(repr=False)
     per_example: np.ndarray = field(repr=False)
+    contrast: Contrast | None = None
+    control_per_example: np.ndarray | None = field(default=None, repr=False)
     confidence: float = 0.95
 
     def to_frame(self) -> "pd.DataFrame":
         """Return a row per parameter: its cosine and the interval, null and p-value that belong to it.
 
-        ``q_value`` is the p-value after Benjamini and Hochberg (1995) over the parameters: among those below .05, at
-        most 5 % are expected to be false.
+        ``weight`` is the parameter's share of ‖ḡ_s‖·‖ḡ_u‖: weights times cosines sum to the cosine over all parameters.
+        ``q_value`` and, with a control, ``contrast_q_value`` are the p-values after Benjamini and Hochberg (1995) over
+        the parameters: among those below .05, at most 5 % are expected to be false.
         """
         import pandas as pd
-        from scipy.stats import false_discovery_control
 
         frame = pd.DataFrame([_row(layer) for layer in self.layers.values()])
-        return frame.assign(q_value=false_discovery_control(frame["p_value"].to_numpy()))
+        frame = frame.assign(q_value=benjamini_hochberg(frame["p_value"].to_numpy()))
+        if self.contrast is not None:
+            frame = frame.assign(contrast_q_value=benjamini_hochberg(frame["contrast_p_value"].to_numpy()))
+        return frame
 
     def plot(self) -> "go.Figure":
         """Draw it, see :func:`geomkit.plots.plot_conflict`."""
@@ -102,29 +102,30 @@ class Conflict:
         return plot_conflict(self)
 
     def __str__(self) -> str:
-        """Say the cosine, its interval and its null."""
+        """Say the cosine, its interval, its null, what the control shows, and the shares."""
         expected = "unknown, a mean is no larger than its noise"
         if not np.isnan(self.corrected):
-            expected = f"{self.corrected:+.3f} {_span(self.interval)}"
-        return (
-            f"cosine of the mean gradients {self.cosine:+.3f} (shuffled {_span(self.null_interval)}, "
-            f"p = {self.p_value:.3g}); of the expected gradients {expected}; "
-            f"utility examples against safety: {self.negative}"
-        )
+            expected = f"{self.corrected:+.3f} {span(self.interval)}"
+        said = [
+            f"cosine of the mean gradients {self.cosine:+.3f} (shuffled {span(self.null_interval)}, "
+            f"p = {self.p_value:.3g})",
+            f"of the expected gradients {expected}",
+            f"every parameter weighing the same {self.unweighted.corrected:+.3f} {span(self.unweighted.interval)}",
+            *([str(self.contrast)] if self.contrast else []),
+            f"against safety: utility examples {self.negative}, parameters {self.negative_parameters}",
+        ]
+        return "; ".join(said)
 
     def _repr_html_(self) -> str:
         return html_table(str(self), self.to_frame())
 
 
-def _span(interval: tuple[float, float]) -> str:
-    return f"[{interval[0]:+.3f}, {interval[1]:+.3f}]"
-
-
 def _row(layer: LayerConflict) -> dict[str, object]:
-    return {
+    row: dict[str, object] = {
         "parameter": layer.parameter,
         "kind": kind_of(layer.parameter),
         "layer": layer_index(layer.parameter),
+        "weight": layer.weight,
         "cosine": layer.cosine,
         "corrected": layer.corrected,
         "low": layer.interval[0],
@@ -133,21 +134,42 @@ def _row(layer: LayerConflict) -> dict[str, object]:
         "null_high": layer.null_interval[1],
         "p_value": layer.p_value,
     }
+    if layer.contrast is not None:
+        row |= {
+            "control": layer.contrast.control,
+            "contrast": layer.contrast.value,
+            "contrast_low": layer.contrast.interval[0],
+            "contrast_high": layer.contrast.interval[1],
+            "contrast_p_value": layer.contrast.p_value,
+        }
+    return row
 
 
 def conflict(
-    safety: GradientSet, utility: GradientSet, *, draws: int = 1000, seed: int = 0, confidence: float = 0.95
+    safety: GradientSet,
+    utility: GradientSet,
+    control: GradientSet | None = None,
+    *,
+    draws: int = 1000,
+    seed: int = 0,
+    confidence: float = 0.95,
 ) -> Conflict:
-    """Measure the conflict between the gradients of two sets of examples.
+    """Measure the conflict between the gradients of two sets of examples, and how much of it a control shows as well.
 
     Everything is computed from the inner products between examples; every example counts the same, whatever its
-    length. The interval is a jackknife one (see :func:`geomkit._cosine.expected_cosine`) and not a bootstrap: a
-    resampled mean carries its sampling noise twice, so percentiles of the bootstrapped cosine miss the truth (in
-    simulations with planted means a nominal 95 % covered 0 to 94 %, this one 95 to 98 %).
+    length. For sets whose gradients do not fit into memory, see :func:`conflict_of_grams`. The interval is a jackknife
+    one (see :func:`geomkit._cosine.expected_cosine`) and not a bootstrap: a resampled mean carries its sampling noise
+    twice, so percentiles of the bootstrapped cosine miss the truth.
+
+    Power, in simulations with ‖E g‖² at .3 of tr Cov(g): with 32 examples a side, an interval below zero was found in
+    52 % of experiments at a cosine of −.2 and in 97 % at −.4 (27 and 74 % with 16), a contrast with p ≤ .05 to a
+    control at zero in 38 and 89 % (17 and 59 %).
 
     Args:
         safety: Collected with ``per_sample=True``, at least three examples.
         utility: Collected with ``per_sample=True``, at least three examples.
+        control: The same of examples that share with the safety set what its gradient should not be about, such as
+            benign requests with the same refusals (:func:`geomkit.with_responses`).
         draws: Number of random divisions of the pooled examples; the smallest possible p-value is 1/(draws + 1).
         seed: Seed of the divisions, which all parameters share.
         confidence: Of the intervals.
@@ -158,14 +180,76 @@ def conflict(
     Raises:
         GeometryError: If a set lacks per-sample gradients, has fewer than three, or they cover different parameters.
     """
-    for name, found in (("safety", safety.samples), ("utility", utility.samples)):
-        if found and len(found) < _FEWEST:
-            raise GeometryError(f"expected at least {_FEWEST} {name} examples, found {len(found)}; collect more")
-    grams = _grams(safety, utility)
+    against = None if control is None else layer_grams(control, utility)
+    return conflict_of_grams(
+        layer_grams(safety, safety),
+        layer_grams(safety, utility),
+        layer_grams(utility, utility),
+        control=None if control is None else layer_grams(control, control),
+        control_across=against,
+        draws=draws,
+        seed=seed,
+        confidence=confidence,
+    )
+
+
+def conflict_of_grams(
+    safety: LayerGrams,
+    across: LayerGrams,
+    utility: LayerGrams,
+    *,
+    control: LayerGrams | None = None,
+    control_across: LayerGrams | None = None,
+    draws: int = 1000,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> Conflict:
+    """Measure the conflict from inner products, so that sets of any size fit; see :func:`conflict`.
+
+    Args:
+        safety: (N, N) inner products within the safety set, by parameter.
+        across: (N, M) between safety and utility examples.
+        utility: (M, M) within the utility set.
+        control: (C, C) within the control set, if there is one.
+        control_across: (C, M) between control and utility examples.
+        draws: See :func:`conflict`.
+        seed: See :func:`conflict`.
+        confidence: See :func:`conflict`.
+
+    Returns:
+        What :func:`conflict` returns from the gradients themselves.
+
+    Raises:
+        GeometryError: If a set has fewer than three examples, shapes do not fit, parameters differ, or only one of
+            the two mappings of the control is given.
+
+    Example:
+        >>> import geomkit as gk
+        >>> model, tokenizer = gk.load_organism()
+        >>> sets = gk.load_examples("safety").select(range(4)), gk.load_examples("scenarios/new-skill").select(range(4))
+        >>> within, beside = (gk.sample_grams(model, tokenizer, one, kinds="head", progress=False) for one in sets)
+        >>> across = gk.sample_grams(model, tokenizer, *sets, kinds="head", progress=False)
+        >>> list(conflict_of_grams(within, across, beside, draws=99).layers)
+        ['lm_head.weight']
+    """
+    if (control is None) != (control_across is None):
+        raise GeometryError("expected control= and control_across= together, found one of them; give both or neither")
+    grams = joined(safety, across, utility, "safety")
+    other = None
+    if control is not None and control_across is not None:
+        other = joined(control, control_across, utility, "control")
+        refuse_other_parameters(grams, other)
     total = reduce(add, grams.values())
-    shuffled = permuted_labels(len(total.safety), len(total.utility), draws, np.random.default_rng(seed))
-    layers = {name: _measure(name, gram, shuffled, confidence) for name, gram in grams.items()}
-    whole = _measure("", total, shuffled, confidence)
+    safety_size, utility_size = total.across.shape
+    shuffled = permuted_labels(safety_size, utility_size, draws, np.random.default_rng(seed))
+
+    def measured(name: str, one: Grams, beside: Grams | None, norms: float) -> LayerConflict:
+        return measure(name, one, beside, shuffled, confidence, norms=norms)
+
+    whole_control = reduce(add, other.values()) if other else None
+    whole = measured("", total, whole_control, total.norms)
+    equal, equal_control = _balanced(grams), _balanced(other) if other else None
+    shares = negative_shares(list(grams.values()), np.random.default_rng(seed), confidence)
     inner = total.across.mean(0)
     return Conflict(
         cosine=whole.cosine,
@@ -174,25 +258,19 @@ def conflict(
         null_interval=whole.null_interval,
         p_value=whole.p_value,
         negative=Rate(int((inner < 0).sum()), len(inner)),
-        layers=layers,
+        negative_parameters=shares[0],
+        negative_weight=shares[1],
+        unweighted=measured("", equal, equal_control, equal.norms),
+        layers={name: measured(name, one, other[name] if other else None, total.norms) for name, one in grams.items()},
         per_example=_example_cosines(total),
+        contrast=whole.contrast,
+        control_per_example=_example_cosines(whole_control) if whole_control else None,
         confidence=confidence,
     )
 
 
-def _grams(safety: GradientSet, utility: GradientSet) -> dict[str, Grams]:
-    across = layer_grams(safety, utility)
-    within, beside = layer_grams(safety, safety), layer_grams(utility, utility)
-    return {
-        name: Grams(within[name].cpu().numpy(), gram.cpu().numpy(), beside[name].cpu().numpy())
-        for name, gram in across.items()
-    }
-
-
-def _measure(name: str, grams: Grams, shuffled: np.ndarray, confidence: float) -> LayerConflict:
-    corrected, interval = expected_cosine(grams, confidence)
-    p_value, null_interval = permutation_test(grams.cosine, permuted_cosines(grams.balanced(), shuffled), confidence)
-    return LayerConflict(name, grams.cosine, corrected, interval, null_interval, p_value)
+def _balanced(grams: Mapping[str, Grams]) -> Grams:
+    return reduce(add, (one.balanced() for one in grams.values()))
 
 
 def _example_cosines(grams: Grams) -> np.ndarray:

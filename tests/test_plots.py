@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from geomkit import plots
+from geomkit._shares import Share
 from geomkit.angles import Angles, principal_angles
-from geomkit.correlation import Conflict, LayerConflict
+from geomkit.correlation import Conflict, Contrast, LayerConflict
 from geomkit.errors import GeometryError, SPFError
 from geomkit.evaluation import Evaluation
 from geomkit.forms import FactoredGradient
@@ -194,6 +195,9 @@ def conflict() -> Conflict:
         null_interval=(-0.03, 0.03),
         p_value=0.001,
         negative=Rate(3, 4),
+        negative_parameters=Share(0.5, (0.2, 0.8)),
+        negative_weight=Share(0.5, (0.2, 0.8)),
+        unweighted=layer(-0.1),
         layers={**{name: layer(0.05 - 0.1 * place) for place, name in enumerate(NAMES)}, "lm_head.weight": layer(0.3)},
         per_example=np.array([-0.3, -0.2, -0.1, 0.1]),
     )
@@ -225,6 +229,35 @@ def test_conflict_map_bears_zero_gradients() -> None:
     cells, marks = plots.plot_conflict(replace(conflict(), layers={"lm_head.weight": nowhere})).data
     assert (cells.zmin, cells.zmax) == (-1, 1)
     assert list(marks.x) == ["–"]
+
+
+def test_conflict_map_of_the_contrast_marks_where_its_own_interval_covers_zero() -> None:
+    measured = conflict()
+    with pytest.raises(GeometryError, match="pass control="):
+        plots.plot_conflict(measured, contrast=True)
+    contrasts = [
+        Contrast(-0.2, (-0.3, -0.1), 0.001, 0.1, (0.0, 0.2)),
+        Contrast(0.1, (-0.1, 0.3), 0.3, 0.0, (-0.1, 0.1)),
+    ]
+    layers = {
+        name: replace(layer, contrast=contrasts[place % 2])
+        for place, (name, layer) in enumerate(measured.layers.items())
+    }
+    figure = plots.plot_conflict(replace(measured, layers=layers, contrast=contrasts[0]), contrast=True)
+    cells, marks = figure.data
+    assert sorted({value for value in cells.z.flatten() if not np.isnan(value)}) == [-0.2, 0.1]
+    assert len(marks.x) == sum(layer.contrast is contrasts[1] for layer in layers.values())
+    assert "control +0.100" in figure.layout.title.subtitle.text
+    assert "minus control" in cells.text[0][0]
+
+
+def test_conflict_examples_show_the_control_in_the_same_bins() -> None:
+    control = np.array([0.1, 0.2, 0.3, 0.4])
+    figure = plots.plot_conflict_examples(replace(conflict(), control_per_example=control))
+    safety, other = figure.data
+    np.testing.assert_array_equal(other.x, control)
+    assert (safety.xbins.start, safety.xbins.size) == (other.xbins.start, other.xbins.size)
+    assert safety.xbins.start <= -0.3 < 0.4 < safety.xbins.end
 
 
 def test_conflict_examples_pass_through() -> None:

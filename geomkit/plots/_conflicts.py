@@ -5,38 +5,45 @@ from typing import TYPE_CHECKING
 import numpy as np
 import plotly.graph_objects as go
 
+from geomkit.errors import GeometryError
 from geomkit.plots._style import COLOURS, TEMPLATE, column_of, columns_of, layer_axis, place_of, title
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from geomkit.correlation import Conflict, LayerConflict
+    from geomkit.correlation import Conflict, Contrast, LayerConflict
+
+    Cells = dict[tuple[str, str], tuple[str, LayerConflict]]
 
 _SHOWN = 0.95
 """Share of the parameters whose cosine lies within the scale of colours."""
 
+_BINS = 30
 
-def plot_conflict(conflict: "Conflict") -> go.Figure:
+
+def plot_conflict(conflict: "Conflict", *, contrast: bool = False) -> go.Figure:
     """Draw the cosine between safety and utility gradient for every parameter, red where they conflict.
 
     Args:
         conflict: The conflict between two gradient sets.
+        contrast: Draw how much lower the cosine is than the control's instead, red where safety conflicts more.
 
     Returns:
-        The figure: a row per kind of parameter, a column per layer, the cosine of the mean gradients in colours
-        centred at zero (the largest 5 % may share the last colour), and a mark where the interval for the expected
-        gradients covers zero.
+        The figure: a row per kind of parameter, a column per layer, the cosine of the mean gradients (or the contrast)
+        in colours centred at zero (the largest 5 % may share the last colour), and a mark where the interval for the
+        expected gradients covers zero.
+
+    Raises:
+        GeometryError: If the contrast is asked for and was not measured.
     """
     rows = list(dict.fromkeys(place_of(name) for name in conflict.layers))
     columns = columns_of(conflict.layers)
     cells = {(place_of(name), column_of(name)): (name, layer) for name, layer in conflict.layers.items()}
     figure = go.Figure(layout={"template": TEMPLATE})
-    figure.add_trace(_heatmap(cells, rows, columns))
-    figure.add_trace(_marks(cells))
+    figure.add_trace(_heatmap(cells, rows, columns, contrast))
+    figure.add_trace(_marks(cells, contrast))
     figure.update_layout(
-        title=title(
-            "Cosine between safety and utility gradient, by parameter", f"all parameters: {_summary(conflict)}"
-        ),
+        title=_contrast_title(conflict.contrast) if contrast else _cosine_title(conflict),
         xaxis={**layer_axis(columns), "showgrid": False},
         yaxis={"type": "category", "categoryorder": "array", "categoryarray": rows, "autorange": "reversed"},
         yaxis_showgrid=False,
@@ -52,30 +59,55 @@ def plot_conflict_examples(conflict: "Conflict") -> go.Figure:
         conflict: The conflict between two gradient sets.
 
     Returns:
-        The figure: a histogram with a line at zero and a tick for every example.
+        The figure: a histogram with a line at zero; with a control, behind it that of the same examples' cosines with
+        the mean control gradient.
     """
-    cosines = np.asarray(conflict.per_example)
-    figure = go.Figure(layout={"template": TEMPLATE})
-    figure.add_trace(
-        go.Histogram(
-            x=cosines,
-            name="utility examples",
-            marker={"color": COLOURS["utility"], "line": {"color": "white", "width": 1}},
-            nbinsx=30,
-            hovertemplate="cosine %{x}<br>%{y} examples<extra></extra>",
+    drawn = {"safety": np.asarray(conflict.per_example)}
+    if conflict.control_per_example is not None:
+        drawn["control"] = np.asarray(conflict.control_per_example)
+    everything = np.concatenate(list(drawn.values()))
+    low, high = float(everything.min()), float(everything.max())
+    bins = {"start": low, "end": high + 1e-9, "size": max((high - low) / _BINS, 1e-9)}
+    figure = go.Figure(layout={"template": TEMPLATE, "barmode": "overlay"})
+    for name, cosines in drawn.items():
+        figure.add_trace(
+            go.Histogram(
+                x=cosines,
+                name=f"with the mean {name} gradient",
+                marker={
+                    "color": COLOURS["utility"] if name == "safety" else COLOURS["null"],
+                    "line": {"color": "white", "width": 1},
+                },
+                opacity=0.75 if len(drawn) > 1 else 1.0,
+                xbins=bins,
+                autobinx=False,
+                hovertemplate=f"cosine with {name} %{{x}}<br>%{{y}} examples<extra></extra>",
+            )
         )
-    )
     figure.add_vline(x=0, line={"color": "#222222", "width": 1.5})
     figure.update_layout(
         title=title(
             "Cosine of each utility example with the mean safety gradient",
             f"{conflict.negative} of {conflict.negative.n} examples are negative",
         ),
-        xaxis_title="cosine with the mean safety gradient",
+        xaxis_title="cosine with the mean gradient",
         yaxis_title="examples",
-        showlegend=False,
+        showlegend=len(drawn) > 1,
     )
     return figure
+
+
+def _cosine_title(conflict: "Conflict") -> dict[str, object]:
+    return title("Cosine between safety and utility gradient, by parameter", f"all parameters: {_summary(conflict)}")
+
+
+def _contrast_title(contrast: "Contrast | None") -> dict[str, object]:
+    if contrast is None:
+        raise GeometryError("expected a conflict with a control to draw the contrast, found none; pass control= to it")
+    return title(
+        "Cosine with the utility gradient: safety minus control, by parameter",
+        f"all parameters: {_contrast_summary(contrast)}",
+    )
 
 
 def _summary(conflict: "Conflict | LayerConflict", new_line: str = "; ") -> str:
@@ -85,22 +117,35 @@ def _summary(conflict: "Conflict | LayerConflict", new_line: str = "; ") -> str:
     )
 
 
+def _contrast_summary(contrast: "Contrast", new_line: str = "; ") -> str:
+    return (
+        f"{contrast.value:+.3f} {_span(contrast.interval)}, p = {contrast.p_value:.2g}{new_line}"
+        f"control {contrast.control:+.3f} {_span(contrast.control_interval)}"
+    )
+
+
+def _told(name: str, layer: "LayerConflict") -> str:
+    lines = [name, _summary(layer, "<br>")]
+    if np.isfinite(layer.weight):
+        lines.append(f"{layer.weight:.1%} of the norms")
+    if layer.contrast is not None:
+        lines.append(f"minus control {_contrast_summary(layer.contrast, '<br>')}")
+    return "<br>".join(lines)
+
+
 def _span(interval: tuple[float, float]) -> str:
     return f"[{interval[0]:+.3f}, {interval[1]:+.3f}]"
 
 
-def _heatmap(
-    cells: "dict[tuple[str, str], tuple[str, LayerConflict]]",
-    rows: list[str],
-    columns: list[str],
-) -> go.Heatmap:
+def _heatmap(cells: "Cells", rows: list[str], columns: list[str], contrast: bool) -> go.Heatmap:
     values = np.full((len(rows), len(columns)), np.nan)
     texts = np.full(values.shape, "", dtype=object)
     for (row, column), (name, layer) in cells.items():
         place = rows.index(row), columns.index(column)
-        values[place] = layer.cosine
-        texts[place] = f"{name}<br>{_summary(layer, '<br>')}"
+        values[place] = layer.contrast.value if contrast and layer.contrast else layer.cosine
+        texts[place] = _told(name, layer)
     limit, clipped = _limit(np.abs(values[np.isfinite(values)]))
+    said = "safety minus control" if contrast else "cosine"
     return go.Heatmap(
         z=values,
         x=columns,
@@ -115,7 +160,7 @@ def _heatmap(
         xgap=1,
         ygap=1,
         colorbar={
-            "title": {"text": f"cosine, clipped at ±{limit:.2g}" if clipped else "cosine", "side": "right"},
+            "title": {"text": f"{said}, clipped at ±{limit:.2g}" if clipped else said, "side": "right"},
             "thickness": 14,
         },
     )
@@ -129,14 +174,14 @@ def _limit(magnitudes: "NDArray[np.float64]") -> tuple[float, bool]:
     return limit, limit < magnitudes.max()
 
 
-def _signed(layer: "LayerConflict") -> bool:
+def _signed(layer: "LayerConflict", contrast: bool) -> bool:
     """Whether the interval leaves zero out; an undefined one does not."""
-    low, high = layer.interval
+    low, high = layer.contrast.interval if contrast and layer.contrast else layer.interval
     return low > 0 or high < 0
 
 
-def _marks(cells: "dict[tuple[str, str], tuple[str, LayerConflict]]") -> go.Scatter:
-    covered = [place for place, (_, layer) in cells.items() if not _signed(layer)]
+def _marks(cells: "Cells", contrast: bool) -> go.Scatter:
+    covered = [place for place, (_, layer) in cells.items() if not _signed(layer, contrast)]
     return go.Scatter(
         x=[column for _, column in covered],
         y=[row for row, _ in covered],
