@@ -21,6 +21,7 @@ _ROOMS = {
     "analyze": "probes",
     "check_collection": "collection.checks",
     "collect_gradients": "collect",
+    "compare_spectra": "contrasts",
     "conflict": "correlation",
     "describe": "collection.plan",
     "evaluate": "evaluation",
@@ -57,6 +58,7 @@ __all__ = [
     "analyze",
     "check_collection",
     "collect_gradients",
+    "compare_spectra",
     "conflict",
     "describe",
     "evaluate",
@@ -89,6 +91,7 @@ if TYPE_CHECKING:
     from geomkit.collect import collect_gradients
     from geomkit.collection.checks import check_collection
     from geomkit.collection.plan import describe
+    from geomkit.contrasts import compare_spectra
     from geomkit.control_sets import own_responses, random_tokens, shuffled_pairs, with_responses
     from geomkit.correlation import conflict
     from geomkit.data import load_examples, shipped_examples

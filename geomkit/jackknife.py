@@ -54,11 +54,42 @@ def jackknife_interval(
     """
     from scipy.stats import t as student
 
+    error, degrees = jackknife_error(*without)
+    half = student.ppf((1 + confidence) / 2, degrees) * error
+    return np.asarray(value - half), np.asarray(value + half)
+
+
+def jackknife_p_value(value: np.ndarray | float, *without: np.ndarray) -> np.ndarray:
+    """Return the two-sided p-value of a statistic being zero: below .05 where its interval excludes zero.
+
+    Args:
+        value: The statistic, or an array of statistics, from all examples.
+        without: What it is without each group of examples, as for :func:`jackknife_interval`.
+
+    Returns:
+        p-values of the shape of ``value``; 1 for a statistic that is zero and never moves.
+
+    Example:
+        >>> values = np.array([1.0, 2.0, 3.0, 6.0])
+        >>> without = np.array([np.delete(values, i).mean() for i in range(4)])
+        >>> float(jackknife_p_value(values.mean(), without).round(4))  # that of a t-test
+        0.0691
+    """
+    from scipy.stats import t as student
+
+    error, degrees = jackknife_error(*without)
+    still = np.where(np.asarray(value) == 0, 0.0, np.inf)
+    distance = np.divide(np.abs(value), error, out=np.broadcast_to(still, error.shape).copy(), where=error > 0)
+    p_value = 2 * student.sf(distance, degrees)
+    return np.where(np.isnan(value) | np.isnan(error), np.nan, p_value)
+
+
+def jackknife_error(*without: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the standard error behind :func:`jackknife_interval` and its degrees of freedom."""
     parts = np.array([(len(found) - 1) * found.var(axis=0) for found in without])
     freedom = np.array([len(found) - 1 for found in without]).reshape(-1, *[1] * (parts.ndim - 1))
     variance = parts.sum(0)
     spread = (parts**2 / freedom).sum(0)
     # A statistic that never moves has no spread to divide by, and any degrees of freedom will do.
     degrees = np.divide(variance**2, spread, out=np.ones_like(variance), where=spread > 0)
-    half = student.ppf((1 + confidence) / 2, degrees) * np.sqrt(variance)
-    return np.asarray(value - half), np.asarray(value + half)
+    return np.sqrt(variance), degrees

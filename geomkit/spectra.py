@@ -1,133 +1,35 @@
-"""Singular spectra of gradients and the measures of their rank, each beside a null with the same token count.
+"""Singular spectra of gradients, with intervals over examples and beside a null with the same token count.
 
-No single number is the rank of a gradient: the measures here answer different questions and disagree, and each is
-bounded by min(rows, columns, T) whatever the gradient means. So a :class:`Spectrum` keeps T, the bound and the null.
+No single number is the rank of a gradient: the measures of :class:`~geomkit.layer_spectra.LayerSpectrum` answer
+different questions and disagree, and each is bounded by min(rows, columns, T) whatever the gradient means. So a
+:class:`Spectrum` keeps T, the bound, the null, and the spectra without some of the examples in turn.
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from geomkit._display import html_table
+from geomkit.algebra import add
 from geomkit.controls import parameter_generator, random_factor_null
 from geomkit.errors import GeometryError
 from geomkit.forms import DenseGradient
+from geomkit.gradients import GradientSet
+from geomkit.jackknife import jackknife_groups, jackknife_interval
 from geomkit.layer_gradient import LayerGradient
+from geomkit.layer_spectra import SMOOTH, LayerSpectrum, layer_spectrum, statistics_of
 from geomkit.names import kind_of, layer_index
-from geomkit.svd import energy_rank, rank_tolerance, singular_values
 
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
+__all__ = ["LayerSpectrum", "Spectrum", "layer_spectrum", "spectrum"]
+
 _LOGGER = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, eq=False)
-class LayerSpectrum:
-    """The singular values of one gradient and what can be said about its rank.
-
-    A gradient that is zero has rank 0 by every measure, and no CER.
-
-    Attributes:
-        parameter: Name of the parameter.
-        shape: Rows and columns.
-        tokens: T, the number of token positions in the gradient.
-        rank_bound: min(rows, columns, T), which no measure can exceed.
-        singular_values: (rank_bound,) fp64, descending.
-    """
-
-    parameter: str
-    shape: tuple[int, int]
-    tokens: int
-    rank_bound: int
-    singular_values: np.ndarray = field(repr=False)
-
-    @property
-    def is_zero(self) -> bool:
-        """Whether there is no gradient at all."""
-        return not self.singular_values.any()
-
-    @cached_property
-    def tolerance(self) -> float:
-        """σ₁ · max(rows, columns) · ε of fp32, the precision of the factors."""
-        return rank_tolerance(self.singular_values, self.shape)
-
-    @property
-    def numeric_rank(self) -> int:
-        """How many singular values exceed :attr:`tolerance`."""
-        return int((self.singular_values > self.tolerance).sum())
-
-    @property
-    def effective_rank(self) -> float:
-        """The exponential of the entropy of the shares, exp H(σ/Σσ) (Roy and Vetterli 2007)."""
-        return _exp_entropy(self.singular_values)
-
-    @property
-    def entropy_rank(self) -> float:
-        """The exponential of the entropy of the energy, exp H(σ²/Σσ²): less moved by a long tail."""
-        return _exp_entropy(self.singular_values**2)
-
-    @property
-    def participation_ratio(self) -> float:
-        """(Σσ²)² / Σσ⁴."""
-        if self.is_zero:
-            return 0.0
-        shares = self.singular_values**2 / (self.singular_values**2).sum()
-        return float(1 / (shares**2).sum())
-
-    @property
-    def stable_rank(self) -> float:
-        """‖G‖_F² / ‖G‖₂² (Rudelson and Vershynin 2007)."""
-        return 0.0 if self.is_zero else float(((self.singular_values / self.singular_values[0]) ** 2).sum())
-
-    def cer(self, k: int) -> float:
-        """Return the cumulative energy ratio Σ_{i≤k} σ_i² / Σ σ_i².
-
-        Raises:
-            GeometryError: If k is below 1.
-        """
-        if k < 1:
-            raise GeometryError(f"expected a rank of at least 1, found {k}; give e.g. 10")
-        squared = self.singular_values**2
-        return float("nan") if self.is_zero else float(squared[:k].sum() / squared.sum())
-
-    def rank_at(self, energy: float) -> int:
-        """Return the smallest k with CER(k) ≥ ``energy``."""
-        return energy_rank(self.singular_values, energy)
-
-    def statistics(self) -> dict[str, float]:
-        """Return every measure under its short name."""
-        return {
-            "numeric_rank": float(self.numeric_rank),
-            "effective_rank": self.effective_rank,
-            "entropy_rank": self.entropy_rank,
-            "participation_ratio": self.participation_ratio,
-            "stable_rank": self.stable_rank,
-            "cer10": self.cer(10),
-            "cer20": self.cer(20),
-            "rank90": float(self.rank_at(0.90)),
-            "rank95": float(self.rank_at(0.95)),
-            "rank99": float(self.rank_at(0.99)),
-        }
-
-
-def _exp_entropy(weights: np.ndarray) -> float:
-    if not weights.any():
-        return 0.0
-    shares = weights[weights > 0] / weights.sum()
-    return float(np.exp(-(shares * np.log(shares)).sum()))
-
-
-def layer_spectrum(parameter: str, gradient: LayerGradient) -> LayerSpectrum:
-    """Measure one gradient."""
-    return LayerSpectrum(
-        parameter, gradient.matrix_shape, gradient.tokens, gradient.rank_bound, singular_values(gradient)
-    )
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,10 +39,20 @@ class Spectrum:
     Attributes:
         layers: A spectrum for each matrix parameter.
         null: Several spectra for each, of gradients drawn by :func:`geomkit.controls.random_factor_null`.
+        without: The spectra for each without one group of examples in turn, the same groups for all parameters; none
+            where examples were not kept.
+        confidence: Of the intervals.
     """
 
     layers: Mapping[str, LayerSpectrum]
     null: Mapping[str, tuple[LayerSpectrum, ...]]
+    without: Mapping[str, tuple[LayerSpectrum, ...]] = field(default_factory=dict)
+    confidence: float = 0.95
+
+    @property
+    def measured(self) -> list[str]:
+        """The parameters whose gradient is not zero."""
+        return [name for name, layer in self.layers.items() if not layer.is_zero]
 
     def mean(self, statistic: str) -> float:
         """Return the plain mean of a statistic over the parameters whose gradient is not zero.
@@ -148,7 +60,16 @@ class Spectrum:
         Raises:
             GeometryError: If there is no such statistic.
         """
-        return _mean([layer for layer in self.layers.values() if not layer.is_zero], statistic)
+        return _mean(statistics_of([self.layers[name] for name in self.measured], statistic))
+
+    def interval(self, statistic: str) -> tuple[float, float]:
+        """Return the interval of the mean over parameters; NaN for a statistic that has none, or without examples.
+
+        Raises:
+            GeometryError: If there is no such statistic.
+        """
+        low, high = self._interval(self.mean(statistic), self.left_out(statistic).mean(axis=1))
+        return float(low), float(high)
 
     def null_mean(self, statistic: str) -> float:
         """Return the mean of a statistic over the draws of the null, over the same parameters.
@@ -156,23 +77,43 @@ class Spectrum:
         Raises:
             GeometryError: If there is no such statistic.
         """
-        return _mean([drawn for draws in self.null.values() for drawn in draws if not drawn.is_zero], statistic)
+        draws = [drawn for draws in self.null.values() for drawn in draws if not drawn.is_zero]
+        return _mean(statistics_of(draws, statistic))
+
+    def left_out(self, statistic: str, parameters: Sequence[str] | None = None) -> np.ndarray:
+        """Return a statistic without each group of examples.
+
+        Args:
+            statistic: One of those with an interval; for any other there is nothing to return.
+            parameters: P of the parameters; those of :attr:`measured` when left out.
+
+        Returns:
+            (J, P) for J groups; J is 0 where examples were not kept.
+        """
+        names = self.measured if parameters is None else parameters
+        if statistic not in SMOOTH or not names or any(not self.without.get(name) for name in names):
+            return np.empty((0, max(len(names), 1)))
+        return np.column_stack([_without(self.layers[name], self.without[name], statistic) for name in names])
 
     def to_frame(self) -> "pd.DataFrame":
         """Return a row per parameter and statistic.
 
-        ``null`` is the mean over the null's draws, ``null_low`` and ``null_high`` are its smallest and largest: with
-        D draws, one more falls outside with probability 2/(D+1).
+        ``low`` and ``high`` are the interval over examples. ``null`` is the mean over the null's draws, ``null_low``
+        and ``null_high`` are its smallest and largest: with D draws, one more falls outside with probability
+        2/(D+1). ``tolerance`` is what a singular value must exceed to count for the numeric rank.
         """
         import pandas as pd
 
         return pd.DataFrame([row for layer in self.layers.values() for row in self._rows(layer)])
 
     def _rows(self, layer: LayerSpectrum) -> list[dict[str, object]]:
-        drawn = [draw.statistics() for draw in self.null.get(layer.parameter, ())]
+        values = layer.statistics()
+        draws, without = (some.get(layer.parameter, ()) for some in (self.null, self.without))
         rows: list[dict[str, object]] = []
-        for statistic, value in layer.statistics().items():
-            null = np.array([draw[statistic] for draw in drawn] or [np.nan])
+        for statistic, value in values.items():
+            null = statistics_of(draws, statistic) if draws else np.array([np.nan])
+            others = _without(layer, without, statistic) if without and statistic in SMOOTH else np.empty(0)
+            low, high = self._interval(value, others)
             rows.append(
                 {
                     "parameter": layer.parameter,
@@ -180,14 +121,22 @@ class Spectrum:
                     "layer": layer_index(layer.parameter),
                     "statistic": statistic,
                     "value": value,
+                    "low": float(low),
+                    "high": float(high),
                     "null": float(null.mean()),
                     "null_low": float(null.min()),
                     "null_high": float(null.max()),
                     "tokens": layer.tokens,
                     "rank_bound": layer.rank_bound,
+                    "tolerance": layer.tolerance,
                 }
             )
         return rows
+
+    def _interval(self, value: float, without: np.ndarray) -> tuple[float | np.ndarray, float | np.ndarray]:
+        if len(without) < 2:
+            return np.nan, np.nan
+        return jackknife_interval(value, without, confidence=self.confidence)
 
     def plot(self) -> "go.Figure":
         """Draw it, see :func:`geomkit.plots.plot_spectrum`."""
@@ -196,38 +145,83 @@ class Spectrum:
         return plot_spectrum(self)
 
     def __str__(self) -> str:
-        """Say the mean effective rank and CER(10) beside their nulls."""
-        return (
-            f"spectra of {len(self.layers)} matrices: mean effective rank {self.mean('effective_rank'):.3g} "
-            f"(null {self.null_mean('effective_rank'):.3g}), "
-            f"CER(10) {self.mean('cer10'):.3g} (null {self.null_mean('cer10'):.3g})"
+        """Say the mean effective rank and CER(10), with their intervals and beside their nulls."""
+        said = (
+            f"{words} {self.mean(statistic):.3g}{_brackets(self.interval(statistic))} "
+            f"(null {self.null_mean(statistic):.3g})"
+            for words, statistic in (("mean effective rank", "effective_rank"), ("CER(10)", "cer10"))
         )
+        return f"spectra of {len(self.layers)} matrices: {', '.join(said)}"
 
     def _repr_html_(self) -> str:
         return html_table(str(self), self.to_frame())
 
 
-def _mean(layers: list[LayerSpectrum], statistic: str) -> float:
-    values = [layer.statistics() for layer in layers]
-    if values and statistic not in values[0]:
-        raise GeometryError(f"expected one of {', '.join(values[0])}, found {statistic!r}; choose one of these")
-    return float(np.mean([value[statistic] for value in values])) if values else float("nan")
+def _without(layer: LayerSpectrum, without: Sequence[LayerSpectrum], statistic: str) -> np.ndarray:
+    """Return a statistic without each group; NaN for a CER(k) that leaving a group out takes to 1 by its tokens."""
+    k = int(statistic.removeprefix("cer")) if statistic.startswith("cer") else 0
+    if layer.rank_bound > k >= min(left.rank_bound for left in without):
+        return np.full(len(without), np.nan)
+    return statistics_of(without, statistic)
 
 
-def spectrum(gradients: Mapping[str, LayerGradient], *, null_draws: int = 8, seed: int = 0) -> Spectrum:
-    """Measure the singular spectrum of every matrix gradient, beside a null with the same tokens.
+def _mean(values: np.ndarray) -> float:
+    return float(values.mean()) if len(values) else float("nan")
+
+
+def _brackets(interval: tuple[float, float]) -> str:
+    return "" if np.isnan(interval).any() else f" [{interval[0]:.3g}, {interval[1]:.3g}]"
+
+
+def spectrum(
+    gradients: Mapping[str, LayerGradient],
+    *,
+    null_draws: int = 8,
+    groups: int = 16,
+    seed: int = 0,
+    confidence: float = 0.95,
+) -> Spectrum:
+    """Measure the singular spectrum of every matrix gradient, with intervals and beside a null with the same tokens.
 
     The null is only as strong as what the gradient's form still knows (:func:`geomkit.controls.random_factor_null`):
-    collect with ``form="factored"`` so that it shares the layer's inputs, which alone make a spectrum steep.
+    collect with ``form="factored"`` so that it shares the layer's inputs, which alone make a spectrum steep. A model
+    with random weights is below that null too; what is left to safety is the difference to a control set, see
+    :func:`geomkit.contrasts.compare_spectra`.
+
+    Intervals are jackknife intervals over examples (:func:`geomkit.jackknife.jackknife_interval`), of the statistic
+    for sets of this size and token count: every measure of rank grows with both. They are cautious, because leaving
+    examples out overstates the variance of a curved statistic (Efron and Stein 1981). Of 1000 sets from each planted
+    population, with 16 or 32 examples in 8 or 16 groups, 95 % intervals held the truth in .93 to .99 where tokens had
+    low-rank or power-law covariances, and in .89 to .98 where a few examples had most of the weight. The ranks at a
+    share of the energy jump (.60 to .99), and the numeric rank mostly equals its bound: these have no interval. Nor
+    has CER(k) where leaving a group out leaves k tokens or fewer; up to 1.6 k tokens it is short (.81 to .94).
 
     Args:
         gradients: Gradients by parameter, such as a :class:`~geomkit.gradients.GradientSet`; vectors are left out.
+            For intervals a set collected with ``per_sample=True``, thinned by ``match_tokens`` or not.
         null_draws: How many gradients to draw from the null for each parameter; 0 for no null.
-        seed: Seed of the null; a parameter's draws do not depend on which others are measured.
+        groups: Into how many groups at most the examples are dealt, of which one is left out at a time; each costs as
+            much as a draw of the null. 0 for no intervals.
+        seed: Seed of the null and of the groups; a parameter's draws do not depend on which others are measured.
+        confidence: Of the intervals.
 
     Returns:
         The spectra. Singular values are exact to 1e-7 of the largest, and no gradient of few tokens is formed.
+
+    Raises:
+        GeometryError: If ``groups`` is 1 or negative.
+
+    Example:
+        >>> import geomkit as gk
+        >>> model, tokenizer = gk.load_organism()
+        >>> safety = gk.load_examples("safety").select(range(4))
+        >>> found = gk.collect_gradients(model, tokenizer, safety, per_sample=True, kinds="head", progress=False)
+        >>> low, high = spectrum(found).interval("effective_rank")
+        >>> bool(low < spectrum(found).mean("effective_rank") < high)
+        True
     """
+    if groups < 0 or groups == 1:
+        raise GeometryError(f"expected two groups of examples or more, or 0 for no intervals, found groups={groups}")
     matrices = {name: gradient for name, gradient in gradients.items() if min(gradient.matrix_shape) > 1}
     dense = [name for name, gradient in matrices.items() if isinstance(gradient, DenseGradient)]
     if dense and null_draws:
@@ -242,4 +236,28 @@ def spectrum(gradients: Mapping[str, LayerGradient], *, null_draws: int = 8, see
     for name, gradient in matrices.items():
         generator = parameter_generator(seed, name)
         null[name] = tuple(layer_spectrum(name, random_factor_null(gradient, generator)) for _ in range(null_draws))
-    return Spectrum({name: layer_spectrum(name, gradient) for name, gradient in matrices.items()}, null)
+    layers = {name: layer_spectrum(name, gradient) for name, gradient in matrices.items()}
+    return Spectrum(layers, null, _left_out(gradients, list(matrices), groups, seed), confidence)
+
+
+def _left_out(
+    gradients: Mapping[str, LayerGradient], names: Sequence[str], groups: int, seed: int
+) -> dict[str, tuple[LayerSpectrum, ...]]:
+    """Measure every parameter without one group of examples in turn; nothing where there are no two examples."""
+    if not isinstance(gradients, GradientSet) or len(gradients.samples) < 2 or not groups:
+        return {}
+    count = len(gradients.samples)
+    dealt = jackknife_groups(count, groups, np.random.default_rng(seed))
+    shares = gradients.weights * count  # 1 where examples count alike: nothing is scaled then, nor copied
+    left_out: dict[str, tuple[LayerSpectrum, ...]] = {}
+    for name in names:
+        own = (sample[name] for sample in gradients.samples)
+        parts = [part if share == 1 else part.scaled(share) for part, share in zip(own, shares, strict=True)]
+        left_out[name] = tuple(layer_spectrum(name, total) for total in _sums_without(parts, dealt))
+    return left_out
+
+
+def _sums_without(parts: Sequence[LayerGradient], groups: Sequence[np.ndarray]) -> Iterator[LayerGradient]:
+    """Sum all gradients but those of one group, for each group."""
+    sums = [add([parts[place] for place in group]) for group in groups]
+    return (add([*sums[:place], *sums[place + 1 :]]) for place in range(len(sums)))

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from geomkit.jackknife import jackknife_groups, jackknife_interval
+from geomkit.jackknife import jackknife_groups, jackknife_interval, jackknife_p_value
 
 
 def leave_one_out(values: np.ndarray) -> np.ndarray:
@@ -31,6 +31,20 @@ def test_measures_many_statistics_at_once_and_one_that_never_moves() -> None:
         expected = jackknife_interval(values[:, column].mean(), leave_one_out(values[:, column]))
         assert [low[column], high[column]] == pytest.approx([float(end) for end in expected])
     assert low[2] == high[2] == 5
+
+
+def test_p_values_are_those_of_the_t_tests() -> None:
+    generator = np.random.default_rng(4)
+    a, b = generator.standard_normal(7), 3 * generator.standard_normal(12)
+    one = jackknife_p_value(a.mean(), leave_one_out(a))
+    assert float(one) == pytest.approx(stats.ttest_1samp(a, 0).pvalue)
+    two = jackknife_p_value(a.mean() - b.mean(), leave_one_out(a), leave_one_out(b))
+    assert float(two) == pytest.approx(stats.ttest_ind(a, b, equal_var=False).pvalue)
+
+
+def test_p_values_of_what_never_moves_and_of_what_cannot_be_measured() -> None:
+    without = np.array([[0.0, 2.0, np.nan], [0.0, 2.0, np.nan]])
+    assert jackknife_p_value(np.array([0.0, 2.0, np.nan]), without) == pytest.approx([1, 0, np.nan], nan_ok=True)
 
 
 @pytest.mark.parametrize(("examples", "groups"), [(24, 24), (48, 12)])

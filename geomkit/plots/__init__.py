@@ -6,6 +6,7 @@ utility side, the null, plain fine-tuning and SPF.
 
 from geomkit.plots._conflicts import plot_conflict, plot_conflict_examples
 from geomkit.plots._noise import plot_noise_floor
+from geomkit.plots._contrasts import plot_spectrum_contrast
 from geomkit.plots._profiles import plot_cer, plot_spectrum
 from geomkit.plots._ranks import plot_effective_rank
 from geomkit.plots._runs import plot_certificate, plot_evaluation, plot_history
@@ -27,5 +28,6 @@ __all__ = [
     "plot_noise_floor",
     "plot_one_sample",
     "plot_spectrum",
+    "plot_spectrum_contrast",
     "plot_trajectory",
 ]
