@@ -1,3 +1,5 @@
+from collections.abc import Iterable
+
 import numpy as np
 import pytest
 import torch
@@ -5,6 +7,7 @@ from scipy.stats import kstest
 
 from geomkit.controls import parameter_generator, random_factor_null
 from geomkit.forms import DenseGradient, FactoredGradient, IndexedGradient, SumGradient
+from geomkit.layer_gradient import LayerGradient
 from geomkit.spectra import layer_spectrum
 
 
@@ -62,6 +65,53 @@ def test_null_of_a_sum_keeps_what_each_part_keeps() -> None:
     assert drawn_head.left.norm(dim=1).numpy() == pytest.approx(head.left.norm(dim=1).numpy(), rel=1e-5)
     assert torch.equal(drawn_table.indices, table.indices)
     assert not torch.equal(drawn_table.rows, table.rows)
+
+
+PUBLISHED = [(16, 0.69, 1.0), (32, 0.41, 0.72), (64, 0.25, 0.45), (128, 0.16, 0.29), (1024, 0.06, 0.12)]
+"""CER(10) and CER(20) of LᵀR, both factors Gaussian, T × 1024."""
+
+
+def energies(gradients: Iterable[LayerGradient]) -> tuple[float, float]:
+    """Mean CER(10) and CER(20)."""
+    found = [layer_spectrum("w", gradient) for gradient in gradients]
+    return float(np.mean([one.cer(10) for one in found])), float(np.mean([one.cer(20) for one in found]))
+
+
+@pytest.mark.parametrize(("tokens", "cer10", "cer20"), PUBLISHED)
+@pytest.mark.parametrize("form", ["dense", "factored"])
+def test_nulls_of_unstructured_gradients_have_the_published_energy(
+    form: str, tokens: int, cer10: float, cer20: float
+) -> None:
+    gradient = DenseGradient(torch.zeros(1024, 1024), tokens) if form == "dense" else factored(tokens, 1024, 1024)
+    generator = torch.Generator().manual_seed(0)
+    draws = 1 if tokens == 1024 else 4
+    found = energies(random_factor_null(gradient, generator) for _ in range(draws))
+    assert found == pytest.approx((cer10, cer20), abs=0.01)
+
+
+def power_law(tokens: int, left: float, right: float, seed: int) -> FactoredGradient:
+    """Factors whose rows have a covariance with eigenvalues i^−left and i^−right."""
+    base = factored(tokens, 1024, 1024, seed)
+    index = torch.arange(1.0, 1025.0)
+    return FactoredGradient(base.left * index ** (-left / 2), base.right * index ** (-right / 2))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "exponent", "published"), [(32, 1.0, (0.74, 0.90)), (1024, 1.0, (0.60, 0.70)), (32, 1.5, (0.96, 0.99))]
+)
+def test_null_explains_the_share_of_the_inputs_and_not_that_of_the_left_rows(
+    tokens: int, exponent: float, published: tuple[float, float]
+) -> None:
+    """The published energies have both factors coloured; the null keeps the right one and draws the left afresh."""
+    seeds = range(0, 100, 2) if tokens == 32 else range(1)
+    coloured = [power_law(tokens, exponent, exponent, seed) for seed in seeds]
+    assert energies(coloured) == pytest.approx(published, abs=0.02)  # of a few draws, whose spread is that
+    generator = torch.Generator().manual_seed(0)
+    null = energies(random_factor_null(gradient, generator) for gradient in coloured)
+    # Rows of steep factors have uneven norms, which the null keeps too and which make it a little steeper.
+    inputs = energies(power_law(tokens, 0.0, exponent, seed) for seed in seeds)
+    assert null == pytest.approx(inputs, abs=0.02)
+    assert null[0] < published[0] - 0.05
 
 
 @pytest.mark.parametrize("tokens", [3, 12, 60])
