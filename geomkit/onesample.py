@@ -1,9 +1,10 @@
 """Whether one safety example is enough to estimate the dominant safety directions.
 
-Each anchor's subspace is compared with that of the mean gradient of the *other* anchors; with itself in the mean,
-the overlap of an anchor would be high by construction. The null is what control examples show against the same means.
-Which controls, decides what the comparison says: against unrelated examples, an overlap may come from the refusal's
-wording alone; against benign requests answered with the same refusal, what is left is due to the forbidden request.
+Each anchor's gradient is compared with the mean gradient of the *other* anchors; with itself in the mean, it would
+agree with it by construction. Control examples meet the same means, each the one without the anchor at its place, so
+that a prompt in another wording never meets itself. Which controls, decides what the comparison says: against unrelated
+examples, an overlap may come from the refusal's wording alone; against benign requests answered with the same refusal,
+what is left is due to the forbidden request.
 """
 
 import logging
@@ -12,17 +13,17 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
-from torch import Tensor
 
 from geomkit._display import html_table
-from geomkit._leave_one_out import bases_without_each
+from geomkit._singles import Estimate, Interval, Singles, estimates, singles_of_cosines, singles_of_overlaps
+from geomkit._stacks import Stack, overlaps_between, stack_of
+from geomkit.algebra import gram
 from geomkit.controls import haar_overlap
 from geomkit.errors import GeometryError
 from geomkit.gradients import GradientSet, shared_layers
 from geomkit.layer_gradient import LayerGradient
 from geomkit.names import kind_of, layer_index
-from geomkit.resampling import bootstrap_interval
-from geomkit.subspaces import Side, layer_subspace
+from geomkit.subspaces import Side
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,25 +31,41 @@ if TYPE_CHECKING:
 
 _LOGGER = logging.getLogger(__name__)
 _FEWEST = 3  # the mean of the others must be a mean
+_ALL = "all parameters"
+
+
+@dataclass(frozen=True, eq=False)
+class Group:
+    """What the single examples of one set find of the mean safety gradient.
+
+    Attributes:
+        overlaps: (M,) of each example's subspace with that of a mean, ‖UᵀV‖_F²/k.
+        cosines: (M,) of each example's gradient with that mean.
+        overlap: Their mean over examples, and by how much the anchors' is above it.
+        cosine: The same of the cosines.
+    """
+
+    overlaps: np.ndarray = field(repr=False)
+    cosines: np.ndarray = field(repr=False)
+    overlap: Estimate
+    cosine: Estimate
 
 
 @dataclass(frozen=True, eq=False)
 class LayerOneSample:
-    """Overlaps of single examples with the mean safety gradient in one parameter.
+    """Single examples against the mean safety gradient in one parameter.
 
     Attributes:
         parameter: Name of the parameter.
         rank: k, the same for every subspace of this parameter so that all overlaps compare.
         dimension: d of the space.
-        overlaps: (N,) ‖UᵀV‖_F²/k of each anchor with the mean of the others.
-        null: (M,) the same of each control.
+        groups: The anchors as ``"safety"``, then the controls.
     """
 
     parameter: str
     rank: int
     dimension: int
-    overlaps: np.ndarray = field(repr=False)
-    null: np.ndarray = field(repr=False)
+    groups: Mapping[str, Group]
 
     @property
     def expected(self) -> float:
@@ -58,64 +75,92 @@ class LayerOneSample:
 
 @dataclass(frozen=True, eq=False)
 class OneSample:
-    """How much of the mean safety subspace single examples find.
+    """How much of the mean safety gradient single examples find.
 
     Attributes:
         side: Which singular vectors span the subspaces.
         rank: The rank asked for; ``layers`` has the one each parameter allowed.
-        overlaps: (N,) one per anchor, mean over parameters.
-        interval: Bootstrap interval of their mean, over anchors.
-        null: (M,) one per control, against the same safety means.
-        null_interval: Bootstrap interval of the mean of the null, over controls.
+        groups: The anchors as ``"safety"``, then the controls: overlaps as means over parameters, cosines of the whole
+            gradients.
         layers: The same for each parameter.
-        confidence: Of both intervals.
+        confidence: Of all intervals.
     """
 
     side: Side
     rank: int
-    overlaps: np.ndarray = field(repr=False)
-    interval: tuple[float, float]
-    null: np.ndarray = field(repr=False)
-    null_interval: tuple[float, float]
+    groups: Mapping[str, Group] = field(repr=False)
     layers: Mapping[str, LayerOneSample] = field(repr=False)
     confidence: float = 0.95
 
     @property
+    def controls(self) -> dict[str, Group]:
+        """The groups that are not the anchors."""
+        return {name: group for name, group in self.groups.items() if name != "safety"}
+
+    @property
+    def overlaps(self) -> np.ndarray:
+        """(N,) overlaps, one per anchor, mean over parameters."""
+        return self.groups["safety"].overlaps
+
+    @property
     def overlap(self) -> float:
         """Mean overlap of the anchors."""
-        return float(self.overlaps.mean())
+        return self.groups["safety"].overlap.value
+
+    @property
+    def interval(self) -> Interval:
+        """Interval of the anchors' mean overlap."""
+        return self.groups["safety"].overlap.interval
+
+    @property
+    def null(self) -> np.ndarray:
+        """(M,) overlaps of the first control, one per example."""
+        return self._first.overlaps
 
     @property
     def null_mean(self) -> float:
-        """Mean overlap of the controls."""
-        return float(self.null.mean())
+        """Mean overlap of the first control."""
+        return self._first.overlap.value
+
+    @property
+    def null_interval(self) -> Interval:
+        """Interval of the first control's mean overlap."""
+        return self._first.overlap.interval
+
+    @property
+    def contrast(self) -> float:
+        """By how much the anchors' mean overlap is above the first control's."""
+        return self._first.overlap.contrast
+
+    @property
+    def contrast_interval(self) -> Interval:
+        """Interval of that contrast."""
+        return self._first.overlap.contrast_interval
 
     @property
     def expected(self) -> float:
         """Mean over parameters of what uniformly random subspaces would show."""
         return float(np.mean([layer.expected for layer in self.layers.values()]))
 
+    @property
+    def _first(self) -> Group:
+        return next(iter(self.controls.values()))
+
     def to_frame(self) -> "pd.DataFrame":
-        """Return a row per parameter: its rank, mean overlap, its spread over anchors, and both nulls."""
+        """Return a row per parameter, group and statistic, those of all parameters together first.
+
+        ``value`` with its interval ``low`` to ``high``, ``contrast`` (safety − group) with ``contrast_low`` to
+        ``contrast_high``, and ``null``: what uniformly random subspaces or gradients would show.
+        """
         import pandas as pd
 
-        return pd.DataFrame(
-            [
-                {
-                    "parameter": name,
-                    "kind": kind_of(name),
-                    "layer": layer_index(name),
-                    "rank": layer.rank,
-                    "dimension": layer.dimension,
-                    "overlap": float(layer.overlaps.mean()),
-                    "lowest": float(layer.overlaps.min()),
-                    "highest": float(layer.overlaps.max()),
-                    "null": float(layer.null.mean()),
-                    "expected": layer.expected,
-                }
-                for name, layer in self.layers.items()
+        rows = _rows(_ALL, self.groups, self.expected)
+        for name, layer in self.layers.items():
+            rows += [
+                {**row, "rank": layer.rank, "dimension": layer.dimension}
+                for row in _rows(name, layer.groups, layer.expected)
             ]
-        )
+        return pd.DataFrame(rows)
 
     def plot(self) -> "go.Figure":
         """Draw it, see :func:`geomkit.plots.plot_one_sample`."""
@@ -124,92 +169,181 @@ class OneSample:
         return plot_one_sample(self)
 
     def __str__(self) -> str:
-        """Say the mean overlap beside both nulls."""
-        (low, high), (null_low, null_high) = self.interval, self.null_interval
+        """Say the mean overlap beside that of each control, and the contrasts."""
+        controls = "; ".join(
+            f"{name} {group.overlap}, contrast {group.overlap.contrast:+.3f} {_span(group.overlap.contrast_interval)}"
+            for name, group in self.controls.items()
+        )
         return (
             f"one of {len(self.overlaps)} anchors against the mean of the others, {self.side}-{self.rank}: overlap "
-            f"{self.overlap:.3f} [{low:.3f}, {high:.3f}], controls {self.null_mean:.3f} "
-            f"[{null_low:.3f}, {null_high:.3f}], random subspaces {self.expected:.3f}"
+            f"{self.groups['safety'].overlap}; {controls}; random subspaces {self.expected:.3f}"
         )
 
     def _repr_html_(self) -> str:
         return html_table(str(self), self.to_frame())
 
 
+def _span(interval: Interval) -> str:
+    return f"[{interval[0]:+.3f}, {interval[1]:+.3f}]"
+
+
+def _rows(parameter: str, groups: Mapping[str, Group], expected: float) -> list[dict[str, object]]:
+    return [
+        {
+            "parameter": parameter,
+            "kind": "all" if parameter == _ALL else kind_of(parameter),
+            "layer": layer_index(parameter),
+            "group": name,
+            "statistic": statistic,
+            "value": found.value,
+            "low": found.interval[0],
+            "high": found.interval[1],
+            "contrast": found.contrast,
+            "contrast_low": found.contrast_interval[0],
+            "contrast_high": found.contrast_interval[1],
+            "null": null,
+        }
+        for name, group in groups.items()
+        for statistic, found, null in (("overlap", group.overlap, expected), ("cosine", group.cosine, 0.0))
+    ]
+
+
 def one_sample_study(
     safety: GradientSet,
-    control: GradientSet,
+    control: GradientSet | Mapping[str, GradientSet],
     *,
     rank: int = 10,
     side: Side = "left",
-    seed: int = 0,
     confidence: float = 0.95,
 ) -> OneSample:
-    """Compare the subspace of every single safety example with that of the mean of the others.
+    """Compare every single safety example with the mean of the others, and control examples with the same means.
 
     The rank of a parameter is the smallest of ``rank`` and the numeric ranks of all its gradients here, and the same
     for anchors, means and controls: overlaps at different ranks do not compare. Controls should be
     of similar length; see :func:`geomkit.token_matching.subsample_tokens`. A parameter in which some example has no
-    gradient is left out.
+    gradient is left out of the overlaps.
+
+    All intervals are jackknife intervals over examples, see :func:`geomkit.jackknife.jackknife_interval`, in which
+    leaving an anchor out changes the means as well. Example i of a control with as many examples as there are anchors
+    is left out together with anchor i, which is right whether the two share a prompt or not. In simulations with 12 to
+    32 anchors, nominal 95 % intervals of overlaps, cosines and contrasts covered 93 to 98 %.
 
     Args:
         safety: N ≥ 3 anchors, collected with ``per_sample=True``.
-        control: M ≥ 3 other examples, collected with ``per_sample=True``; each meets one of the same N means. Benign
+        control: M ≥ 3 other examples, collected with ``per_sample=True``, or several such sets by name. Benign
             requests with the same refusals (:func:`geomkit.control_sets.with_responses`) are the strict choice.
         rank: How many directions to compare, at most.
         side: ``"left"`` for the output space, ``"right"`` for the input space.
-        seed: Seed of the bootstrap.
-        confidence: Of both intervals. They speak of other single examples against these means: the means are taken
-            as given, though the overlaps share them.
+        confidence: Of all intervals.
 
     Returns:
-        The overlaps, one for each anchor and each control.
+        Overlaps, cosines and contrasts of the anchors and of each control.
 
     Raises:
-        GeometryError: If a set lacks per-sample gradients, has fewer than three, covers other parameters, or no
-            parameter has a gradient in every example.
+        GeometryError: If there is no control or one of them is called ``"safety"``, a set lacks per-sample gradients,
+            has fewer than three, covers other parameters, or no parameter has a gradient in every example.
+
+    Example:
+        >>> import geomkit as gk
+        >>> model, tokenizer = gk.load_organism()
+        >>> def head(name):
+        ...     rows = gk.load_examples(name).select(range(4))
+        ...     return gk.collect_gradients(model, tokenizer, rows, per_sample=True, kinds="head", progress=False)
+        >>> print(one_sample_study(head("safety"), {"refused": head("controls/benign-refused")}))
+        one of 4 anchors against the mean of the others, left-10: overlap ...; refused ..., contrast ...
     """
-    for name, found in (("safety", safety), ("control", control)):
+    sets = _named(safety, control)
+    names = shared_layers(*(sample for found in sets.values() for sample in found.samples))
+    gradients = {name: [sample[name] for found in sets.values() for sample in found.samples] for name in names}
+    places = _places({name: len(found.samples) for name, found in sets.items()})
+    products, overlaps, kept = {}, {}, {}
+    for name in names:
+        stack = stack_of(gradients[name], side)
+        products[name] = _products(stack, gradients[name], places["safety"])
+        if min(gradients[name][0].matrix_shape) > 1:
+            overlaps[name], kept[name] = _overlaps(stack, len(safety.samples), rank)
+            if not kept[name]:
+                _LOGGER.warning("left %s out of the one-sample study: an example has no gradient there", name)
+    studied = [name for name in kept if kept[name]]
+    if not studied:
+        raise GeometryError("expected a matrix with a gradient in every example, found none; check the loss masks")
+    # The whole model is one more parameter: its overlap is the mean, its inner products are the sums.
+    whole = np.mean([overlaps[name] for name in studied], axis=0)
+    summed = tuple(np.sum(parts, axis=0) for parts in zip(*products.values(), strict=True))
+    columns = _groups(
+        np.stack([whole, *(overlaps[name] for name in studied)], axis=-1),
+        tuple(np.stack(parts, axis=-1) for parts in zip(summed, *(products[name] for name in studied), strict=True)),
+        places,
+        confidence,
+    )
+    layers = {
+        name: LayerOneSample(name, kept[name], _dimension(gradients[name][0], side), groups)
+        for name, groups in zip(studied, columns[1:], strict=True)
+    }
+    return OneSample(side, rank, columns[0], layers, confidence)
+
+
+def _named(safety: GradientSet, control: GradientSet | Mapping[str, GradientSet]) -> dict[str, GradientSet]:
+    controls = {"control": control} if isinstance(control, GradientSet) else dict(control)
+    if not controls or "safety" in controls:
+        raise GeometryError(
+            f"expected controls by names other than 'safety', found {list(controls)}; give e.g. benign-refused=…"
+        )
+    sets = {"safety": safety, **controls}
+    for name, found in sets.items():
         if len(found.samples) < _FEWEST:
             raise GeometryError(
                 f"expected at least {_FEWEST} per-sample gradients in the {name} set, found {len(found.samples)}; "
                 "collect more, with per_sample=True"
             )
-    names = shared_layers(*safety.samples, *control.samples)
-    layers = {}
-    for name in (name for name in names if min(safety.samples[0][name].matrix_shape) > 1):
-        anchors, others = ([sample[name] for sample in found.samples] for found in (safety, control))
-        if measured := _study_layer(name, anchors, others, rank, side):
-            layers[name] = measured
-        else:
-            _LOGGER.warning("left %s out of the one-sample study: an example has no gradient there", name)
-    if not layers:
-        raise GeometryError("expected a matrix with a gradient in every example, found none; check the loss masks")
-    overlaps = np.mean([layer.overlaps for layer in layers.values()], axis=0)
-    null = np.mean([layer.null for layer in layers.values()], axis=0)
-    generator = np.random.default_rng(seed)
-    intervals = [bootstrap_interval(values, generator, confidence) for values in (overlaps, null)]
-    return OneSample(side, rank, overlaps, intervals[0], null, intervals[1], layers, confidence)
+    return sets
 
 
-def _study_layer(
-    name: str, anchors: Sequence[LayerGradient], controls: Sequence[LayerGradient], rank: int, side: Side
-) -> LayerOneSample | None:
-    mean = bases_without_each(anchors, rank, side)
-    single, other = (
-        [layer_subspace(part, rank=rank, side=side).basis for part in parts] for parts in (anchors, controls)
-    )
-    kept = min(basis.shape[1] for basis in (*mean, *single, *other))
-    if not kept:
-        return None
-    return LayerOneSample(
-        parameter=name,
-        rank=kept,
-        dimension=mean[0].shape[0],
-        overlaps=np.array([_overlap(a, b, kept) for a, b in zip(single, mean, strict=True)]),
-        null=np.array([_overlap(basis, mean[place % len(mean)], kept) for place, basis in enumerate(other)]),
-    )
+def _places(counts: Mapping[str, int]) -> dict[str, slice]:
+    ends = np.cumsum(list(counts.values())).tolist()
+    return {name: slice(end - count, end) for (name, count), end in zip(counts.items(), ends, strict=True)}
 
 
-def _overlap(a: Tensor, b: Tensor, rank: int) -> float:
-    return float((a[:, :rank].double().T @ b[:, :rank].double()).square().sum()) / rank
+def _dimension(gradient: LayerGradient, side: Side) -> int:
+    return gradient.matrix_shape[0 if side == "left" else 1]
+
+
+def _products(stack: Stack, gradients: Sequence[LayerGradient], anchors: slice) -> tuple[np.ndarray, np.ndarray]:
+    """Return (N, N + M) inner products of the anchors with all examples, and the squared norms of these."""
+    found = stack.gram()
+    if found is None:
+        return gram(gradients[anchors], gradients).cpu().numpy(), np.array([each.norm**2 for each in gradients])
+    return found[anchors].cpu().numpy(), found.diagonal().cpu().numpy()
+
+
+def _overlaps(stack: Stack, anchors: int, rank: int) -> tuple[np.ndarray, int]:
+    """Return (N + M, N + 1) overlaps of single examples with the means without each anchor and of all, and the rank."""
+    single, means = stack.bases(rank), stack.bases_without_each(anchors, rank)
+    kept = min(basis.shape[1] for basis in (*single, *means))
+    found = overlaps_between(single, means, kept).numpy() if kept else np.zeros((len(single), len(means)))
+    return found, kept
+
+
+def _groups(
+    overlaps: np.ndarray,
+    products: tuple[np.ndarray, ...],
+    places: Mapping[str, slice],
+    confidence: float,
+) -> list[dict[str, Group]]:
+    """Return the groups of the whole model and of each parameter, the trailing dimension of all arrays."""
+    across, squared_norms = products
+    anchors = across[:, places["safety"]]
+
+    def singles(place: slice) -> tuple[Singles, Singles]:
+        return singles_of_overlaps(overlaps[place]), singles_of_cosines(anchors, across[:, place], squared_norms[place])
+
+    safety = singles(places["safety"])
+    by_group = {}
+    for name, place in places.items():
+        own = safety if name == "safety" else singles(place)
+        found = (estimates(mine, other, confidence) for mine, other in zip(safety, own, strict=True))
+        by_group[name] = [
+            Group(own[0].values[:, column], own[1].values[:, column], *both)
+            for column, both in enumerate(zip(*found, strict=True))
+        ]
+    return [{name: found[column] for name, found in by_group.items()} for column in range(overlaps.shape[-1])]

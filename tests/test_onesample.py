@@ -3,7 +3,8 @@ import pytest
 import torch
 from scipy.linalg import subspace_angles
 
-from geomkit._leave_one_out import bases_without_each
+from geomkit._singles import singles_of_cosines, singles_of_overlaps
+from geomkit._stacks import overlaps_between, stack_of
 from geomkit.algebra import add, zero_gradient
 from geomkit.errors import GeometryError
 from geomkit.forms import DenseGradient, FactoredGradient
@@ -57,31 +58,190 @@ def test_anchor_meets_the_mean_of_the_others() -> None:
     assert found.expected == 3 / ROWS
 
 
+def leading(matrix: np.ndarray, rank: int, side: str) -> np.ndarray:
+    left, values, right = np.linalg.svd(matrix)
+    kept = min(rank, int((values > 1e-4 * values[0]).sum())) if values[0] else 0
+    return (left if side == "left" else right.T)[:, :kept]
+
+
+def check_partial_sums(parts: list[LayerGradient], rank: int, side: str) -> None:
+    """Every overlap between single gradients and sums without one, against those of dense SVDs."""
+    matrices = [dense(part) for part in parts]
+    stack = stack_of(parts, side)
+    single, others = stack.bases(rank), stack.bases_without_each(len(parts), rank)
+    expected_single = [leading(matrix, rank, side) for matrix in matrices]
+    expected_others = [leading(sum(matrices) - own, rank, side) for own in [*matrices, 0 * matrices[0]]]
+    assert [basis.shape[1] for basis in single] == [basis.shape[1] for basis in expected_single]
+    assert [basis.shape[1] for basis in others] == [basis.shape[1] for basis in expected_others]
+    for a, exact_a in zip([*single, *others], [*expected_single, *expected_others], strict=True):
+        for b, exact_b in zip(others, expected_others, strict=True):
+            assert float((a.T @ b).square().sum()) == pytest.approx(((exact_a.T @ exact_b) ** 2).sum(), abs=1e-5)
+    assert stack.basis([1, 2], rank).shape[1] == leading(matrices[1] + matrices[2], rank, side).shape[1]
+    products = stack.gram()
+    assert products is not None
+    flat = np.stack(matrices).reshape(len(parts), -1)
+    assert products.numpy() == pytest.approx(flat @ flat.T, abs=1e-3, rel=1e-5)
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("count", [3, 6])
-def test_one_frame_for_all_sums_gives_the_subspaces_of_each_sum(count: int, side: str) -> None:
+def test_partial_sums_have_the_subspaces_of_each_sum(count: int, side: str) -> None:
     """Three examples have fewer tokens than the matrix has rows and columns, six have more."""
-    parts = [sample[NAME] for sample in drawn(count, 3, shared=2).samples]
-    for place, basis in enumerate(bases_without_each(parts, 5, side)):
-        left, _, right = np.linalg.svd(sum(p.dense().double() for i, p in enumerate(parts) if i != place).numpy())
-        expected = (left if side == "left" else right.T)[:, :5]
-        assert basis.double().numpy() @ basis.double().numpy().T == pytest.approx(expected @ expected.T, abs=1e-6)
+    check_partial_sums([sample[NAME] for sample in drawn(count, 3, shared=2).samples], 5, side)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("form", ["tied", "indexed"])
-def test_embeddings_and_examples_without_a_share_have_their_means(form: str, side: str) -> None:
+@pytest.mark.parametrize("form", ["factored", "tied", "indexed", "dense", "sum"])
+@pytest.mark.parametrize("shape", [(60, 40), (12, 40), (60, 9)])
+def test_partial_sums_of_every_form_and_of_examples_without_a_share(
+    form: str, side: str, shape: tuple[int, int]
+) -> None:
     generator = seeded()
-    parts = [some_gradient(form, (60, 40), generator) for _ in range(3)] + [zero_gradient((60, 40))]
-    for place, basis in enumerate(bases_without_each(parts, 2, side)):
-        left, _, right = np.linalg.svd(sum(dense(part) for i, part in enumerate(parts) if i != place))
-        expected = (left if side == "left" else right.T)[:, :2]
-        assert basis.double().numpy() @ basis.double().numpy().T == pytest.approx(expected @ expected.T, abs=1e-5)
+    parts = [some_gradient(form, shape, generator) for _ in range(3)] + [zero_gradient(shape)]
+    check_partial_sums(parts, 2, side)
+
+
+def test_rows_that_nobody_looked_up_are_left_away() -> None:
+    generator = seeded(3)
+    parts = [some_gradient("indexed", (900, 40), generator) for _ in range(4)]
+    check_partial_sums(parts, 3, "left")
+    assert stack_of(parts, "left").own[0].shape[1] <= 24
+
+
+def test_large_matrices_are_decomposed_for_their_leading_vectors_only() -> None:
+    parts = [some_gradient("dense", (200, 180), seeded(seed)) for seed in range(3)]
+    check_partial_sums(parts, 4, "left")
+
+
+def test_without_room_to_keep_the_gradients_the_result_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = [sample[NAME] for sample in drawn(6, 3, shared=2).samples]
+    kept = stack_of(parts, "left").bases_without_each(6, 3)
+    monkeypatch.setattr("geomkit._stacks._KEPT", 0)
+    stack = stack_of(parts, "left")
+    assert stack.gram() is None
+    for a, b in zip(kept, stack.bases_without_each(6, 3), strict=True):
+        assert float(overlaps_between([a], [b], 3)) == pytest.approx(1, abs=1e-9)
+    found = one_sample_study(drawn(4, 0), drawn(4, 1), rank=3)
+    monkeypatch.undo()
+    again = one_sample_study(drawn(4, 0), drawn(4, 1), rank=3)
+    assert found.overlaps == pytest.approx(again.overlaps, abs=1e-9)
+    assert found.groups["control"].cosines == pytest.approx(again.groups["control"].cosines, abs=1e-7)
 
 
 def test_no_direction_beyond_the_rank_of_the_others() -> None:
     parts = [FactoredGradient(torch.eye(1, ROWS), torch.eye(1, COLUMNS))] * 3
-    assert [basis.shape for basis in bases_without_each(parts, 5, "left")] == [(ROWS, 1)] * 3
+    assert [basis.shape[1] for basis in stack_of(parts, "left").bases_without_each(3, 5)] == [1] * 4
+
+
+# -------------------------------------------------------------------------------------------------- cosines
+
+
+def test_cosines_are_those_with_the_mean_of_the_others_over_all_parameters() -> None:
+    safety, control = drawn(5, 0, shared=2), drawn(7, 1)
+    found = one_sample_study(safety, control, rank=3)
+
+    def flat(sample: GradientSet) -> np.ndarray:
+        return np.concatenate([dense(gradient).ravel() for gradient in sample.values()])
+
+    own, other = ([flat(sample) for sample in side.samples] for side in (safety, control))
+
+    def cosine(a: np.ndarray, b: np.ndarray) -> float:
+        return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+
+    expected = [cosine(each, sum(own) - each) for each in own]
+    assert found.groups["safety"].cosines == pytest.approx(expected, abs=1e-6)
+    expected = [cosine(each, sum(own) - own[place % 5]) for place, each in enumerate(other)]
+    assert found.groups["control"].cosines == pytest.approx(expected, abs=1e-6)
+    matrices = [dense(sample[NAME]).ravel() for sample in safety.samples]
+    expected = [cosine(each, sum(matrices) - each) for each in matrices]
+    assert found.layers[NAME].groups["safety"].cosines == pytest.approx(expected, abs=1e-6)
+
+
+def test_pairs_of_cosines_lack_both_anchors() -> None:
+    generator = np.random.default_rng(0)
+    anchors, others = generator.normal(size=(5, 9)), generator.normal(size=(7, 9))
+    found = singles_of_cosines(
+        (anchors @ anchors.T)[..., None], (anchors @ others.T)[..., None], (others**2).sum(1)[:, None]
+    )
+    for c in range(7):
+        for j in range(5):
+            if j != c % 5:
+                mean = anchors.sum(0) - anchors[c % 5] - anchors[j]
+                expected = others[c] @ mean / np.linalg.norm(others[c]) / np.linalg.norm(mean)
+                assert found.pairs[c, j, 0] == pytest.approx(expected, abs=1e-12)
+
+
+# ------------------------------------------------------------------------------------------------ intervals
+
+
+def test_leaving_out_is_what_a_study_without_that_example_finds() -> None:
+    """Cosines, exactly: the study of four anchors and four matched controls is that of five without the last."""
+    safety, control = drawn(5, 0, shared=2), drawn(5, 1, shared=1)
+
+    def products(rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        own, other = (np.stack([dense(s[NAME]).ravel() for s in side.samples[:rows]]) for side in (safety, control))
+        return (own @ own.T)[..., None], (own @ other.T)[..., None], (other**2).sum(1)[:, None]
+
+    (without,) = singles_of_cosines(*products(5)).without()
+    assert without[4] == pytest.approx(singles_of_cosines(*products(4)).values.mean(0), abs=1e-12)
+
+
+def test_overlaps_with_two_anchors_left_out_are_nearly_the_sum_of_leaving_out_either() -> None:
+    parts = [sample[NAME] for sample in drawn(16, 0, shared=3, strength=3.0).samples]
+    stack = stack_of(parts, "left")
+    single, others = stack.bases(3), stack.bases_without_each(16, 3)
+    found = singles_of_overlaps(overlaps_between(single, others, 3).numpy()[..., None])
+    exact, nearly = [], []
+    for j in range(1, 16):
+        rest = stack.basis([place for place in range(1, 16) if place != j], 3)
+        exact.append(float(overlaps_between([single[0]], [rest], 3)))
+        nearly.append(found.pairs[0, j, 0])
+    assert np.corrcoef(exact, nearly)[0, 1] > 0.9
+    assert np.std(nearly) == pytest.approx(np.std(exact), rel=0.25)
+
+
+def small(count: int, generator: torch.Generator, lean: float, spread: float = 0.0) -> GradientSet:
+    """Few-token gradients of a small matrix, whose left rows lean towards three directions."""
+    samples: list[dict[str, LayerGradient]] = []
+    for _ in range(count):
+        left, right = torch.randn(6, 16, generator=generator), torch.randn(6, 14, generator=generator)
+        left[:3] += lean * torch.eye(3, 16)
+        right[:3] += 2.0
+        size = 1 + spread * float(torch.rand((), generator=generator))
+        samples.append({"w": FactoredGradient(size * left, right)})
+    return gradient_set(samples)
+
+
+@pytest.mark.parametrize(("counts", "leans"), [((16, 16), (3.0, 1.0)), ((14, 9), (4.0, 2.0))])
+def test_intervals_hold_what_such_studies_find_on_average(counts: tuple[int, int], leans: tuple[float, float]) -> None:
+    generator = seeded(1)
+    rows = []
+    for _ in range(300):
+        sets = [small(count, generator, lean, 1.0) for count, lean in zip(counts, leans, strict=True)]
+        groups = one_sample_study(*sets, rank=3).groups
+        means = (groups["safety"].overlap, groups["control"].overlap, groups["safety"].cosine)
+        contrasts = (groups["control"].overlap, groups["control"].cosine)
+        rows += [(found.value, *found.interval) for found in means]
+        rows += [(found.contrast, *found.contrast_interval) for found in contrasts]
+    values, lows, highs = np.array(rows).reshape(300, 5, 3).transpose(2, 0, 1)
+    truth = values.mean(0)
+    covered = ((lows <= truth) & (truth <= highs)).mean(0)
+    assert (covered > 0.92).all()
+    assert (covered < 0.99).all()
+
+
+def test_a_contrast_that_is_not_there_is_not_found() -> None:
+    """Controls drawn as the anchors are: the interval leaves zero out about once in twenty studies."""
+    generator = seeded(5)
+    missed = 0
+    for _ in range(300):
+        found = one_sample_study(small(14, generator, 3.0), small(14, generator, 3.0), rank=3)
+        low, high = found.contrast_interval
+        missed += not low <= 0 <= high
+    assert missed / 300 == pytest.approx(0.05, abs=0.035)
+
+
+# ---------------------------------------------------------------------------------------------------- study
 
 
 def test_shared_directions_are_found_above_the_null() -> None:
@@ -89,7 +249,7 @@ def test_shared_directions_are_found_above_the_null() -> None:
     assert found.interval[0] < found.overlap < found.interval[1]
     assert found.interval[0] > 0.5 > found.null_interval[1]
     assert "random subspaces 0.062" in str(found)
-    assert found.to_frame().loc[0, "null"] == pytest.approx(found.null_mean)
+    assert found.contrast_interval[0] > 0
     assert "anchors" in found._repr_html_()
 
 
@@ -114,11 +274,21 @@ def test_right_side_compares_input_spaces() -> None:
     assert found.side == "right"
 
 
-def test_seed_decides_the_interval_only() -> None:
-    sets = drawn(5, 0), drawn(5, 1)
-    first, again, other = (one_sample_study(*sets, rank=3, seed=seed) for seed in (0, 0, 1))
-    assert first.interval == again.interval != other.interval
-    assert np.array_equal(first.overlaps, other.overlaps)
+def test_every_control_meets_the_same_means() -> None:
+    safety, first, second = drawn(5, 0, shared=2), drawn(4, 1), drawn(5, 2, shared=1)
+    both = one_sample_study(safety, {"first": first, "second": second}, rank=3)
+    assert list(both.groups) == ["safety", "first", "second"]
+    for name, control in (("first", first), ("second", second)):
+        alone = one_sample_study(safety, control, rank=3).groups["control"]
+        assert both.groups[name].overlaps == pytest.approx(alone.overlaps, abs=1e-9)
+        assert both.groups[name].overlap.contrast_interval == pytest.approx(alone.overlap.contrast_interval, abs=1e-9)
+        assert both.groups[name].overlap.contrast == pytest.approx(both.overlap - alone.overlaps.mean())
+    assert both.null_mean == both.groups["first"].overlaps.mean()
+    assert both.contrast == both.groups["first"].overlap.contrast
+    frame = both.to_frame()
+    assert len(frame) == 2 * 3 * 2
+    assert set(frame["parameter"]) == {"all parameters", NAME}
+    assert frame.loc[0, "value"] == both.overlap
 
 
 def test_a_parameter_without_gradient_in_some_example_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
@@ -139,6 +309,10 @@ def test_sets_that_cannot_be_studied_are_refused() -> None:
         one_sample_study(GradientSet(safety.layers, 1.0, 4, 16, FULL), utility)
     with pytest.raises(GeometryError, match="control set, found 2"):
         one_sample_study(safety, drawn(2, 1))
+    with pytest.raises(GeometryError, match="names other than 'safety'"):
+        one_sample_study(safety, {"safety": utility})
+    with pytest.raises(GeometryError, match=r"found \[\]"):
+        one_sample_study(safety, {})
     empty = gradient_set([{NAME: sample[NAME].scaled(0.0)} for sample in safety.samples])
     with pytest.raises(GeometryError, match="found none"):
         one_sample_study(empty, gradient_set([{NAME: sample[NAME]} for sample in utility.samples]))

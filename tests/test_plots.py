@@ -12,13 +12,14 @@ import torch
 
 from geomkit import plots
 from geomkit._shares import Share
+from geomkit._singles import Estimate
 from geomkit.angles import Angles, principal_angles
 from geomkit.correlation import Conflict, Contrast, LayerConflict
 from geomkit.errors import GeometryError, SPFError
 from geomkit.evaluation import Evaluation
 from geomkit.forms import FactoredGradient
 from geomkit.layer_gradient import LayerGradient
-from geomkit.onesample import LayerOneSample, OneSample
+from geomkit.onesample import Group, LayerOneSample, OneSample
 from geomkit.plots._style import looks, place_of
 from geomkit.rates import Rate
 from geomkit.spectra import Spectrum, spectrum
@@ -170,11 +171,16 @@ def test_angles_without_directions_are_refused() -> None:
 
 def test_one_sample_shows_every_example_and_the_expectation() -> None:
     overlaps, null = np.array([0.5, 0.7, 0.9]), np.array([0.1, 0.3])
-    layers = {"w": LayerOneSample("w", 4, 50, overlaps, null)}
-    study = OneSample("left", 10, overlaps, (0.6, 0.8), null, (0.1, 0.3), layers)
+    control = Estimate(0.2, (0.1, 0.3), 0.5, (0.4, 0.6))
+    groups = {
+        "safety": Group(overlaps, overlaps, Estimate(0.7, (0.6, 0.8)), Estimate(0.7, (0.6, 0.8))),
+        "refused": Group(null, null, control, control),
+    }
+    study = OneSample("left", 10, groups, {"w": LayerOneSample("w", 4, 50, groups)})
     figure = plots.plot_one_sample(study)
     np.testing.assert_array_equal(trace(figure, "safety").x, study.overlaps)
-    np.testing.assert_array_equal(trace(figure, "control").x, study.null)
+    np.testing.assert_array_equal(trace(figure, "refused").x, study.null)
+    assert any(note.text == "+0.500 [+0.400, +0.600]" and note.y == "refused" for note in figure.layout.annotations)
     mean = trace(figure, "safety: mean")
     assert (mean.x[0], mean.x[0] + mean.error_x.array[0]) == pytest.approx((0.7, 0.8))
     assert figure.layout.shapes[0].x0 == 0.08

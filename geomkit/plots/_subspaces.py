@@ -13,6 +13,7 @@ from geomkit.names import kind_of
 from geomkit.plots._style import COLOURS, TEMPLATE, column_of, columns_of, layer_axis, looks, title, translucent
 
 if TYPE_CHECKING:
+    from geomkit._singles import Estimate
     from geomkit.angles import Angles, LayerAngles
     from geomkit.onesample import OneSample
 
@@ -57,23 +58,20 @@ def plot_angles(angles: "Angles") -> go.Figure:
 
 
 def plot_one_sample(study: "OneSample") -> go.Figure:
-    """Draw how much of the mean safety subspace one example finds, anchor by anchor, beside the null.
+    """Draw how much of the mean safety subspace one example finds, anchor by anchor, beside the controls.
 
     Args:
         study: A leave-one-out study of single examples.
 
     Returns:
         The figure: a point per safety example and per control, a box for each group, the mean with its
-        interval, and the expectation for random subspaces.
+        interval, the contrast of each control, and the expectation for random subspaces.
     """
-    groups = (
-        ("control", "control example<br>(null)", study.null, study.null_mean, study.null_interval, COLOURS["null"]),
-        ("safety", "safety example", study.overlaps, study.overlap, study.interval, COLOURS["safety"]),
-    )
+    names = [*reversed(study.controls), "safety"]
     figure = go.Figure(layout={"template": TEMPLATE})
-    for name, label, values, mean, interval, colour in groups:
-        figure.add_trace(_strip(values, name, label, colour))
-        figure.add_trace(_mean(mean, interval, name, label))
+    for name in names:
+        figure.add_trace(_strip(study.groups[name].overlaps, name, COLOURS["safety" if name == "safety" else "null"]))
+        figure.add_trace(_mean(study.groups[name].overlap, name))
     figure.add_vline(
         x=study.expected,
         line={"color": "#222222", "dash": "dash", "width": 1.5},
@@ -83,22 +81,32 @@ def plot_one_sample(study: "OneSample") -> go.Figure:
     figure.update_layout(
         title=title(
             "Overlap of one example's subspace with that of the mean safety gradient",
-            f"rank at most {study.rank}, mean over parameters; mean {_interval(study.overlap, study.interval)}, "
-            f"null {_interval(study.null_mean, study.null_interval)}",
+            f"rank at most {study.rank}, mean over parameters; right of each control: safety − control with its "
+            f"{study.confidence:.0%} interval",
         ),
         xaxis={"title": "overlap, mean cos² of the principal angles", "rangemode": "tozero"},
         yaxis={"showgrid": False, "ticks": "", "title": ""},
-        height=340,
-        margin_b=56,
+        height=220 + 62 * len(names),
+        margin={"b": 56, "r": 190},
         showlegend=False,
+        annotations=[
+            *figure.layout.annotations,
+            *(_contrast(study.groups[name].overlap, name) for name in study.controls),
+        ],
     )
     return figure
 
 
-def _strip(values: "NDArray[np.float64]", name: str, label: str, colour: str) -> go.Box:
+def _contrast(found: "Estimate", name: str) -> dict[str, object]:
+    text = f"{found.contrast:+.3f} [{found.contrast_interval[0]:+.3f}, {found.contrast_interval[1]:+.3f}]"
+    place = {"x": 1.01, "xref": "paper", "xanchor": "left", "y": name, "yref": "y"}
+    return {"text": text, "showarrow": False, "font": {"size": 12}, **place}
+
+
+def _strip(values: "NDArray[np.float64]", name: str, colour: str) -> go.Box:
     return go.Box(
         x=np.asarray(values),
-        y=[label] * len(values),
+        y=[name] * len(values),
         name=name,
         orientation="h",
         boxpoints="all",
@@ -114,20 +122,17 @@ def _strip(values: "NDArray[np.float64]", name: str, label: str, colour: str) ->
     )
 
 
-def _mean(mean: float, interval: tuple[float, float], name: str, label: str) -> go.Scatter:
+def _mean(found: "Estimate", name: str) -> go.Scatter:
+    low, high = found.interval
     return go.Scatter(
-        x=[mean],
-        y=[label],
+        x=[found.value],
+        y=[name],
         name=f"{name}: mean",
         mode="markers",
         marker={"symbol": "diamond", "size": 11, "color": "#222222", "line": {"color": "white", "width": 1}},
-        error_x={"array": [interval[1] - mean], "arrayminus": [mean - interval[0]], "thickness": 2.5, "width": 6},
-        hovertemplate=f"{name}: mean {_interval(mean, interval)}<extra></extra>",
+        error_x={"array": [high - found.value], "arrayminus": [found.value - low], "thickness": 2.5, "width": 6},
+        hovertemplate=f"{name}: mean {found}<extra></extra>",
     )
-
-
-def _interval(value: float, interval: tuple[float, float]) -> str:
-    return f"{value:.3g} [{interval[0]:.3g}, {interval[1]:.3g}]"
 
 
 def _angle_lines(layers: "Mapping[str, LayerAngles]", kind: str, colour: str) -> go.Scatter:
