@@ -42,6 +42,7 @@ _ROOMS = {
     "sample_grams": "grams",
     "shipped_examples": "data",
     "shuffled_pairs": "control_sets",
+    "span": "spans",
     "spectrum": "spectra",
     "subspace": "subspaces",
     "track": "tracking",
@@ -79,6 +80,7 @@ __all__ = [
     "sample_grams",
     "shipped_examples",
     "shuffled_pairs",
+    "span",
     "spectrum",
     "subspace",
     "track",
@@ -105,6 +107,7 @@ if TYPE_CHECKING:
     from geomkit.onesample import one_sample_study
     from geomkit.organism import load_organism
     from geomkit.probes import Probe, analyze
+    from geomkit.spans import span
     from geomkit.spectra import spectrum
     from geomkit.spf import SPF
     from geomkit.spf.callback import SPFCallback

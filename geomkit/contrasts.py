@@ -101,7 +101,7 @@ class SpectrumContrast:
         return plot_spectrum_contrast(self)
 
     def __str__(self) -> str:
-        """Say the differences in effective rank and CER(10) with their intervals, and in how many matrices."""
+        """Say the differences in effective rank and CER(10) with their intervals, and in how many parameters."""
         said = []
         for words, statistic in (("effective rank", "effective_rank"), ("CER(10)", "cer10")):
             difference, (low, high) = self.mean(statistic)
@@ -110,7 +110,7 @@ class SpectrumContrast:
         differ = int((ranks["q_value"] < 1 - self.confidence).sum())
         return (
             f"{self.names[0]} − {self.names[1]}: {', '.join(said)}; "
-            f"effective rank differs in {differ} of {len(ranks)} matrices"
+            f"effective rank differs in {differ} of {len(ranks)} parameters"
         )
 
     def _repr_html_(self) -> str:

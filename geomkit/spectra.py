@@ -151,7 +151,7 @@ class Spectrum:
             f"(null {self.null_mean(statistic):.3g})"
             for words, statistic in (("mean effective rank", "effective_rank"), ("CER(10)", "cer10"))
         )
-        return f"spectra of {len(self.layers)} matrices: {', '.join(said)}"
+        return f"spectra of {len(self.layers)} parameters: {', '.join(said)}"
 
     def _repr_html_(self) -> str:
         return html_table(str(self), self.to_frame())

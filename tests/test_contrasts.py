@@ -67,7 +67,7 @@ def test_the_mean_is_over_parameters_with_the_same_groups(contrast: SpectrumCont
     assert interval == pytest.approx([float(end) for end in jackknife_interval(difference, *without)])
     assert contrast.p_value("stable_rank") == pytest.approx(float(jackknife_p_value(difference, *without)))
     assert str(contrast).startswith("safety − control: mean effective rank -")
-    assert str(contrast).endswith("effective rank differs in 1 of 3 matrices")
+    assert str(contrast).endswith("effective rank differs in 1 of 3 parameters")
     assert "safety − control" in contrast._repr_html_()
 
 

@@ -272,7 +272,7 @@ def test_spectrum_of_a_set_has_a_null_for_each_matrix_and_none_for_vectors() -> 
     assert ((frame.null_low <= frame.null) & (frame.null <= frame.null_high)).all()
     assert set(frame.kind) == {"mlp", "embedding", "head"}
     assert found.null_mean("numeric_rank") == pytest.approx((6 + 3 + 9) / 3)
-    assert "3 matrices" in found._repr_html_()
+    assert "3 parameters" in found._repr_html_()
 
 
 def test_null_is_reproducible_and_independent_of_the_other_parameters() -> None:
