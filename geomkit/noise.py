@@ -109,6 +109,12 @@ class NoiseFloor:
     draws: int
     confidence: float = 0.95
 
+    @property
+    def significant(self) -> frozenset[str]:
+        """The parameters whose q-value is below 1 − confidence: of these, no larger share is expected to be false."""
+        q_values = benjamini_hochberg([layer.p_value for layer in self.layers.values()])
+        return frozenset(name for name, q in zip(self.layers, q_values, strict=True) if q < 1 - self.confidence)
+
     def to_frame(self) -> "pd.DataFrame":
         """Return a row per parameter: its largest singular value, the floors, the signal rank and the p-value.
 
@@ -127,14 +133,12 @@ class NoiseFloor:
 
     def __str__(self) -> str:
         """Say where the mean gradient is more than noise, and in how many directions."""
-        layers = list(self.layers.values())
-        q_values = benjamini_hochberg([layer.p_value for layer in layers])
-        ranks = [layer.signal_rank for layer in layers]
+        ranks = [layer.signal_rank for layer in self.layers.values()]
         span = f"{np.median(ranks):.3g} ({min(ranks)} to {max(ranks)})" if ranks else "none"
         return (
-            f"mean gradient of {self.examples} examples above its sampling noise in {int((q_values < 0.05).sum())} of "
-            f"{len(layers)} matrices (q < 0.05); directions above the {self.confidence:.0%} floor of {self.draws} "
-            f"random signs, at the median: {span}"
+            f"mean gradient of {self.examples} examples above its sampling noise in {len(self.significant)} of "
+            f"{len(self.layers)} matrices (q < {1 - self.confidence:.2g}); directions above the "
+            f"{self.confidence:.0%} floor of {self.draws} random signs, at the median: {span}"
         )
 
     def _repr_html_(self) -> str:

@@ -1,6 +1,5 @@
 """The figure of mean gradients' spectra above and below the sampling noise of their examples."""
 
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -8,6 +7,7 @@ import plotly.graph_objects as go
 
 from geomkit.errors import GeometryError
 from geomkit.names import kind_of
+from geomkit.plots._profiles import names_like
 from geomkit.plots._style import COLOURS, TEMPLATE, looks, title, translucent
 
 if TYPE_CHECKING:
@@ -34,13 +34,9 @@ def plot_noise_floor(noise: "NoiseFloor", *, layers: str = "*") -> go.Figure:
     Raises:
         GeometryError: If no parameter matches, or all that match are zero.
     """
-    matching = [layer for name, layer in noise.layers.items() if fnmatchcase(name, layers)]
-    shown = [layer for layer in matching if layer.floor > 0]
+    shown = [layer for name in names_like(layers, noise.layers) if (layer := noise.layers[name]).floor > 0]
     if not shown:
-        raise GeometryError(
-            f"expected gradients that are not zero of parameters like {layers!r}, found {len(matching)} that match "
-            f"and none that is not zero, of {len(noise.layers)}; give a pattern that matches, such as '*'"
-        )
+        raise GeometryError(f"expected gradients, found only zeros in {layers!r}; measure examples with a loss")
     figure = go.Figure(layout={"template": TEMPLATE})
     kinds = list(dict.fromkeys(kind_of(layer.parameter) for layer in shown))
     colours = {kind: look.colour for kind, look in zip(kinds, looks(kinds), strict=True)}
@@ -62,10 +58,10 @@ def plot_noise_floor(noise: "NoiseFloor", *, layers: str = "*") -> go.Figure:
 
 
 def _subtitle(noise: "NoiseFloor", shown: list["LayerNoiseFloor"]) -> str:
-    above = sum(layer.signal_rank > 0 for layer in shown)
+    above = sum(layer.parameter in noise.significant for layer in shown)
     return (
-        f"{above} of {len(shown)} matrices have a signal; grey line: {noise.confidence:.0%} floor of {noise.draws} "
-        f"random signs, {noise.examples} examples"
+        f"{above} of {len(shown)} matrices above noise (q < {1 - noise.confidence:.2g}); grey line: "
+        f"{noise.confidence:.0%} floor of {noise.draws} random signs, {noise.examples} examples"
     )
 
 
