@@ -23,6 +23,8 @@ _ROOMS = {
     "collect_gradients": "collect",
     "compare_spectra": "contrasts",
     "conflict": "correlation",
+    "conflict_directions": "directions",
+    "conflict_of_grams": "correlation",
     "describe": "collection.plan",
     "evaluate": "evaluation",
     "finetune": "finetuning",
@@ -45,6 +47,8 @@ _ROOMS = {
     "span": "spans",
     "spectrum": "spectra",
     "subspace": "subspaces",
+    "subspace_energy": "subspace_energies",
+    "token_conflict": "attribution",
     "track": "tracking",
     "untrained": "models",
     "with_responses": "control_sets",
@@ -61,6 +65,8 @@ __all__ = [
     "collect_gradients",
     "compare_spectra",
     "conflict",
+    "conflict_directions",
+    "conflict_of_grams",
     "describe",
     "evaluate",
     "finetune",
@@ -83,6 +89,8 @@ __all__ = [
     "span",
     "spectrum",
     "subspace",
+    "subspace_energy",
+    "token_conflict",
     "track",
     "untrained",
     "with_responses",
@@ -90,13 +98,15 @@ __all__ = [
 
 if TYPE_CHECKING:
     from geomkit.angles import principal_angles
+    from geomkit.attribution import token_conflict
     from geomkit.collect import collect_gradients
     from geomkit.collection.checks import check_collection
     from geomkit.collection.plan import describe
     from geomkit.contrasts import compare_spectra
     from geomkit.control_sets import own_responses, random_tokens, shuffled_pairs, with_responses
-    from geomkit.correlation import conflict
+    from geomkit.correlation import conflict, conflict_of_grams
     from geomkit.data import load_examples, shipped_examples
+    from geomkit.directions import conflict_directions
     from geomkit.errors import GeomkitError
     from geomkit.evaluation import evaluate, generate
     from geomkit.finetuning import finetune
@@ -112,6 +122,7 @@ if TYPE_CHECKING:
     from geomkit.spf import SPF
     from geomkit.spf.callback import SPFCallback
     from geomkit.storage import load_gradients, load_subspace
+    from geomkit.subspace_energies import subspace_energy
     from geomkit.subspaces import subspace
     from geomkit.token_matching import match_tokens
     from geomkit.tracking import GeometryCallback, track

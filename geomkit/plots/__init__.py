@@ -5,13 +5,15 @@ utility side, the null, plain fine-tuning and SPF.
 """
 
 from geomkit.plots._conflicts import plot_conflict, plot_conflict_examples
-from geomkit.plots._noise import plot_noise_floor
 from geomkit.plots._contrasts import plot_spectrum_contrast
+from geomkit.plots._directions import plot_conflict_directions
+from geomkit.plots._noise import plot_noise_floor
 from geomkit.plots._profiles import plot_cer, plot_spectrum
 from geomkit.plots._ranks import plot_effective_rank
 from geomkit.plots._runs import plot_certificate, plot_evaluation, plot_history
 from geomkit.plots._style import COLOURS, TEMPLATE
 from geomkit.plots._subspaces import plot_angles, plot_one_sample
+from geomkit.plots._tokens import plot_token_conflict
 from geomkit.plots._trajectory import plot_trajectory
 
 __all__ = [
@@ -21,6 +23,7 @@ __all__ = [
     "plot_cer",
     "plot_certificate",
     "plot_conflict",
+    "plot_conflict_directions",
     "plot_conflict_examples",
     "plot_effective_rank",
     "plot_evaluation",
@@ -29,5 +32,6 @@ __all__ = [
     "plot_one_sample",
     "plot_spectrum",
     "plot_spectrum_contrast",
+    "plot_token_conflict",
     "plot_trajectory",
 ]
