@@ -3,20 +3,15 @@
 The means are made of the same anchors, so another draw of anchors would move them all: leaving anchor j out changes
 its own value and every mean. Values against means that lack two anchors, the one at the example's place and j, give the
 jackknife of all that at once.
-
-The jackknife counts twice what an example and a mean do together, more than their sum (Efron and Stein 1981), and where
-the means are mostly noise that is most of all. The values by pairs show how much it is, and it is taken off once.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from geomkit.jackknife import jackknife_interval
+from geomkit._interactions import interactions, narrowed_interval
 
 Interval = tuple[float, float]
-
-_ROUNDS = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,15 +83,9 @@ class Singles:
 
     def interactions(self) -> np.ndarray:
         """(M, N, …) what an anchor does to an example's value beyond what it does to all and what all do to it."""
-        own = self.own
         if not self.interacting:
             return np.zeros_like(self.pairs)
-        moved = np.where(own, 0.0, self.pairs - self.values[:, None])
-        for _ in range(_ROUNDS):  # of sweeping out means over the places that are there
-            for axis in (0, 1):
-                present = np.maximum((~own).sum(axis, keepdims=True), 1)
-                moved = np.where(own, 0.0, moved - moved.sum(axis, keepdims=True) / present)
-        return moved
+        return interactions(self.pairs - self.values[:, None], self.own)
 
 
 def estimates(anchors: Singles, group: Singles, confidence: float) -> list[Estimate]:
@@ -111,7 +100,7 @@ def estimates(anchors: Singles, group: Singles, confidence: float) -> list[Estim
         An estimate per measure, of the trailing dimension.
     """
     value, without, together = group.values.mean(0), group.without(), group.interactions()
-    interval = _interval(value, without, _variance(together, group.matched), confidence)
+    interval = narrowed_interval(value, without, _variance(together, group.matched), confidence)
     if group is anchors:
         return [
             Estimate(float(mean), (float(low), float(high))) for mean, low, high in zip(value, *interval, strict=True)
@@ -122,7 +111,7 @@ def estimates(anchors: Singles, group: Singles, confidence: float) -> list[Estim
     # What an example of an unmatched control leaves changes nothing on the anchors' side.
     replicates = safety - without[0], *(-part for part in without[1:])
     twice = _variance(own - together, True) if group.matched else _variance(own, True) + _variance(together, False)
-    between = _interval(contrast, replicates, twice, confidence)
+    between = narrowed_interval(contrast, replicates, twice, confidence)
     return [
         Estimate(float(mean), (float(low), float(high)), float(above), (float(least), float(most)))
         for mean, low, high, above, least, most in zip(value, *interval, contrast, *between, strict=True)
@@ -134,17 +123,6 @@ def _variance(interactions: np.ndarray, matched: bool) -> np.ndarray:
     if matched:
         return np.asarray(((interactions + interactions.swapaxes(0, 1)) ** 2).sum((0, 1)) / 2 / len(interactions) ** 2)
     return np.asarray((interactions**2).sum((0, 1)) / len(interactions) ** 2)
-
-
-def _interval(
-    value: np.ndarray, without: tuple[np.ndarray, ...], counted_twice: np.ndarray, confidence: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return a jackknife interval, narrowed by the variance that was counted twice: at most half of all."""
-    variance = sum((len(part) - 1) * part.var(axis=0) for part in without)
-    share = np.divide(counted_twice, variance, out=np.zeros_like(value), where=variance > 0)
-    _, high = jackknife_interval(value, *without, confidence=confidence)
-    half = (high - value) * np.sqrt(1 - share.clip(0, 0.5))
-    return value - half, value + half
 
 
 def singles_of_overlaps(overlaps: np.ndarray) -> Singles:

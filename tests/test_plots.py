@@ -12,6 +12,7 @@ import torch
 
 from geomkit import plots
 from geomkit._shares import Share
+from geomkit._pairs import Contrast as PairContrast
 from geomkit._singles import Estimate
 from geomkit.angles import Angles, principal_angles
 from geomkit.correlation import Conflict, Contrast, LayerConflict
@@ -22,6 +23,7 @@ from geomkit.layer_gradient import LayerGradient
 from geomkit.onesample import Group, LayerOneSample, OneSample
 from geomkit.plots._style import looks, place_of
 from geomkit.rates import Rate
+from geomkit.similarity import Overlaps
 from geomkit.spectra import Spectrum, spectrum
 from geomkit.spf.certificate import Certificate, StepRecord
 from geomkit.subspaces import subspace
@@ -185,6 +187,28 @@ def test_one_sample_shows_every_example_and_the_expectation() -> None:
     assert (mean.x[0], mean.x[0] + mean.error_x.array[0]) == pytest.approx((0.7, 0.8))
     assert figure.layout.shapes[0].x0 == 0.08
     assert "overlap" in figure.layout.xaxis.title.text
+
+
+def test_overlaps_show_every_mean_and_tell_intervals_and_contrasts() -> None:
+    found = Overlaps(
+        side="left",
+        rank=10,
+        names=("a", "b"),
+        counts=(4, 4),
+        pairs=np.eye(8),
+        matrix=np.array([[0.5, 0.2], [0.2, 0.3]]),
+        intervals=dict.fromkeys([("a", "a"), ("a", "b"), ("b", "a"), ("b", "b")], (0.1, 0.6)),
+        contrasts={("a", "b"): PairContrast(0.3, (0.2, 0.4), 0.01), ("b", "a"): PairContrast(0.1, (0.0, 0.2), 0.5)},
+        expected=0.05,
+        parameters=("w",),
+    )
+    figure = plots.plot_overlaps(found)
+    np.testing.assert_array_equal(figure.data[0].z, found.matrix)
+    assert figure.data[0].text[0][
+        1
+    ] == "a – b<br>overlap <b>0.200</b> [0.100, 0.600]<br>within a less this: +0.300 " + ("[+0.200, +0.400], p = 0.01")
+    assert "within" not in figure.data[0].text[0][0]
+    assert "random subspaces: 0.05" in figure.layout.title.subtitle.text
 
 
 # ------------------------------------------------------------------------------------------------- conflict
