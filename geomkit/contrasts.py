@@ -108,10 +108,8 @@ class SpectrumContrast:
             said.append(f"mean {words} {difference:+.3g} [{low:+.3g}, {high:+.3g}]")
         ranks = self._frame[self._frame["statistic"] == "effective_rank"]
         differ = int((ranks["q_value"] < 1 - self.confidence).sum())
-        return (
-            f"{self.names[0]} − {self.names[1]}: {', '.join(said)}; "
-            f"effective rank differs in {differ} of {len(ranks)} parameters"
-        )
+        where = f"; effective rank differs in {differ} of {len(ranks)} parameters" if len(ranks) > 1 else ""
+        return f"{self.names[0]} − {self.names[1]}: {', '.join(said)}{where}"
 
     def _repr_html_(self) -> str:
         return html_table(str(self), self.to_frame())

@@ -151,7 +151,8 @@ class Spectrum:
             f"(null {self.null_mean(statistic):.3g})"
             for words, statistic in (("mean effective rank", "effective_rank"), ("CER(10)", "cer10"))
         )
-        return f"spectra of {len(self.layers)} parameters: {', '.join(said)}"
+        what = f"{len(self.layers)} parameters" if len(self.layers) != 1 else next(iter(self.layers))
+        return f"spectra of {what}: {', '.join(said)}"
 
     def _repr_html_(self) -> str:
         return html_table(str(self), self.to_frame())
