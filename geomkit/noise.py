@@ -7,6 +7,7 @@ correlations between tokens, inputs and entries, and no mean.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -43,8 +44,7 @@ class LayerNoiseFloor:
         floor: What the largest singular value of sampling noise exceeds in 1 − confidence of the draws. No value of
             the mean beyond the rank of the expected gradient is larger than the largest of its noise (Weyl 1912), so
             this one floor serves all of them.
-        p_value: Share of random signs under which the largest singular value of the mean is as large: small if the
-            expected gradient is not zero. Exact where noise is symmetric about zero.
+        null: (draws,) largest singular value of the mean under random signs.
         noise: Root mean square standard deviation of the mean's entries, √(tr Cov(g) / (N · rows · columns)).
         confidence: Of the floor, and of saying that there is a signal at all.
     """
@@ -54,9 +54,22 @@ class LayerNoiseFloor:
     tokens: int
     singular_values: np.ndarray = field(repr=False)
     floor: float
-    p_value: float
+    null: np.ndarray = field(repr=False)
     noise: float
     confidence: float = 0.95
+
+    @property
+    def largest(self) -> float:
+        """The largest singular value of the mean."""
+        return float(max(self.singular_values, default=0.0))
+
+    @property
+    def p_value(self) -> float:
+        """Share of random signs under which the largest singular value is as large: small where there is a mean.
+
+        Exact where gradients without a mean would be symmetric about zero (Phipson and Smyth 2010).
+        """
+        return _p_value(self.null, self.largest)
 
     @property
     def signal_rank(self) -> int:
@@ -109,21 +122,40 @@ class NoiseFloor:
     draws: int
     confidence: float = 0.95
 
+    @cached_property
+    def family_p_values(self) -> Mapping[str, float]:
+        """The p-value of each parameter, corrected for all others: small by chance *anywhere* as often as it says.
+
+        Each largest singular value, in units of its median under random signs, is compared with the largest of all
+        parameters under the same signs (Westfall and Young 1993). Few draws are enough for many parameters, and
+        parameters whose gradients rise and fall together count as the few they are.
+        """
+        scales = {name: float(np.median(layer.null)) for name, layer in self.layers.items()}
+        known = {name: layer for name, layer in self.layers.items() if scales[name] > 0}
+        most = np.max([layer.null / scales[name] for name, layer in known.items()], axis=0) if known else np.ones(0)
+        return {
+            name: _p_value(most, layer.largest / scales[name]) if name in known else 1.0
+            for name, layer in self.layers.items()
+        }
+
     @property
     def significant(self) -> frozenset[str]:
-        """The parameters whose q-value is below 1 − confidence: of these, no larger share is expected to be false."""
-        q_values = benjamini_hochberg([layer.p_value for layer in self.layers.values()])
-        return frozenset(name for name, q in zip(self.layers, q_values, strict=True) if q < 1 - self.confidence)
+        """The parameters whose mean is more than noise: with this confidence, not one is by chance."""
+        return frozenset(name for name, p in self.family_p_values.items() if p <= 1 - self.confidence + _TIED)
 
     def to_frame(self) -> "pd.DataFrame":
         """Return a row per parameter: its largest singular value, the floors, the signal rank and the p-value.
 
-        ``q_value`` is the p-value after Benjamini and Hochberg (1995) over the parameters.
+        ``p_family`` is one of :attr:`family_p_values`, ``q_value`` the p-value after Benjamini and Hochberg (1995) over
+        the parameters: where few of P have a signal, it needs 20 P draws to fall below .05.
         """
         import pandas as pd
 
         frame = pd.DataFrame([_row(layer) for layer in self.layers.values()])
-        return frame.assign(q_value=benjamini_hochberg(frame["p_value"].to_numpy())) if len(frame) else frame
+        if not len(frame):
+            return frame
+        q_values = benjamini_hochberg(frame["p_value"].to_numpy())
+        return frame.assign(p_family=frame["parameter"].map(self.family_p_values), q_value=q_values)
 
     def plot(self) -> "go.Figure":
         """Draw it, see :func:`geomkit.plots.plot_noise_floor`."""
@@ -134,10 +166,12 @@ class NoiseFloor:
     def __str__(self) -> str:
         """Say where the mean gradient is more than noise, and in how many directions."""
         ranks = [layer.signal_rank for layer in self.layers.values()]
+        level = 1 - self.confidence
+        q_values = benjamini_hochberg([layer.p_value for layer in self.layers.values()])
         span = f"{np.median(ranks):.3g} ({min(ranks)} to {max(ranks)})" if ranks else "none"
         return (
             f"mean gradient of {self.examples} examples above its sampling noise in {len(self.significant)} of "
-            f"{len(self.layers)} matrices (q < {1 - self.confidence:.2g}); directions above the "
+            f"{len(self.layers)} matrices (family-wise p ≤ {level:.2g}; {int((q_values < level).sum())} at q < {level:.2g}); directions above the "
             f"{self.confidence:.0%} floor of {self.draws} random signs, at the median: {span}"
         )
 
@@ -145,12 +179,16 @@ class NoiseFloor:
         return html_table(str(self), self.to_frame())
 
 
+def _p_value(null: np.ndarray, value: float) -> float:
+    return (1 + int((null >= value * (1 - _TIED)).sum())) / (1 + len(null))
+
+
 def _row(layer: LayerNoiseFloor) -> dict[str, object]:
     return {
         "parameter": layer.parameter,
         "kind": kind_of(layer.parameter),
         "layer": layer_index(layer.parameter),
-        "largest": float(max(layer.singular_values, default=0.0)),
+        "largest": layer.largest,
         "floor": layer.floor,
         "mp_edge": layer.mp_edge,
         "gavish_donoho": layer.gavish_donoho,
@@ -176,8 +214,7 @@ def noise_floor(gradients: GradientSet, *, draws: int = 99, seed: int = 0, confi
     Args:
         gradients: Collected with ``per_sample=True``, at least eight examples. The mean is that of the examples'
             gradients, each counting the same.
-        draws: How many random signs, which all parameters share. One parameter alone among P can reach a q-value of
-            .05 with 20 P of them only; where many have a signal, 99 are enough.
+        draws: How many random signs, which all parameters share.
         seed: Seed of the signs.
         confidence: Of the floor.
 
@@ -218,15 +255,13 @@ def _layer_floor(
     mean = add(gradients).scaled(1 / len(gradients))
     values = singular_values(mean)
     flipped, centred = _null_values(gradients, signs)
-    largest = max(values, default=0.0)
-    as_large = int((flipped >= largest * (1 - _TIED)).sum())
     return LayerNoiseFloor(
         parameter=name,
         shape=mean.matrix_shape,
         tokens=mean.tokens,
         singular_values=values,
         floor=float(np.sort(centred)[-exceeding]),
-        p_value=(1 + as_large) / (1 + len(signs)),
+        null=flipped,
         noise=_entry_noise(gradients, values),
         confidence=confidence,
     )

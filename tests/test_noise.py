@@ -85,6 +85,21 @@ def test_white_noise_ends_at_the_edge_and_coloured_noise_beyond() -> None:
     assert steep.floor > 1.15 * steep.mp_edge
 
 
+def test_one_signal_among_many_parameters_is_found_with_few_draws_and_none_is_invented() -> None:
+    generator = np.random.default_rng(0)
+    planted = directions(generator, [1.6])
+    missed, invented = 0, 0
+    for seed in range(100):
+        drawn = coloured(generator, 12, 25)
+        drawn[:, 7] += planted
+        found = noise_floor(dense(drawn), seed=seed, draws=39)
+        missed += "w7" not in found.significant
+        invented += len(found.significant - {"w7"}) > 0
+        assert found.to_frame()["q_value"].min() > 0.05  # 39 draws are too few for a q-value below 25 / 40
+    assert missed <= 100 * 0.05
+    assert invented <= 100 * 0.1  # 5 %, and two standard deviations of what 100 experiments show
+
+
 def several(kind: str) -> list[LayerGradient]:
     def factored(tokens: int, rows: int, columns: int, seed: int) -> FactoredGradient:
         return FactoredGradient(gaussian(tokens, rows, seed=seed), gaussian(tokens, columns, seed=seed + 50))
@@ -147,6 +162,8 @@ def test_the_result_names_everything_and_says_what_it_cannot() -> None:
     assert frame["gavish_donoho"].isna().all()  # with few tokens
     assert frame["p_value"].iloc[2] == 1.0
     assert (frame["q_value"] >= frame["p_value"]).all()
+    assert (frame["p_family"] >= frame["p_value"]).all()
+    assert found.significant == {next(iter(few))}
     assert frame["layer"].iloc[0] == 0
     assert "10 examples" in str(found)
     assert "3 matrices" in found._repr_html_()

@@ -63,7 +63,8 @@ def test_no_band_lies_on_a_line(found: Spectrum) -> None:
 
 
 def layer_noise(name: str, values: list[float], floor: float) -> LayerNoiseFloor:
-    return LayerNoiseFloor(name, (4, 3), 20, np.array(values), floor, 0.01, noise=0.1)
+    null = floor * np.linspace(0, 1, 99)
+    return LayerNoiseFloor(name, (4, 3), 20, np.array(values), floor, null, noise=0.1)
 
 
 def test_noise_floor_is_drawn_at_one() -> None:
@@ -87,7 +88,7 @@ def test_noise_floor_is_drawn_at_one() -> None:
     assert edge.y[0] == pytest.approx(np.median([0.1 * (2 + 3**0.5) / floor for floor in (0.5, 2.0)]))
     assert "Gavish–Donoho" in threshold.name
     assert [each.showlegend for each in (strong, weak)] == [True, False]
-    assert "2 of 2 matrices above noise (q < 0.05)" in figure.layout.title.subtitle.text
+    assert "1 of 2 matrices above noise (family-wise p ≤ 0.05)" in figure.layout.title.subtitle.text
     assert len(plots.plot_noise_floor(noise, layers="*.1.*").data) == 3
     with pytest.raises(GeometryError, match=r"only zeros in 'lm_head.weight'"):
         plots.plot_noise_floor(noise, layers="lm_head.weight")

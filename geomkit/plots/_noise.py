@@ -44,8 +44,10 @@ def plot_noise_floor(noise: "NoiseFloor", *, layers: str = "*") -> go.Figure:
     for layer in shown:
         kind = kind_of(layer.parameter)
         figure.add_trace(_scree(layer, kind, colours[kind], named=first[kind] == layer.parameter))
-    floor = {"annotation_text": "floor", "annotation_position": "top right", "annotation_font_color": COLOURS["null"]}
-    figure.add_hline(1.0, line={"color": COLOURS["null"], "width": 2}, **floor)
+    figure.add_hline(1.0, line={"color": COLOURS["null"], "width": 2})
+    # An annotation of a log axis is placed by the logarithm.
+    floor = {"text": "floor", "font_color": COLOURS["null"], "showarrow": False}
+    figure.add_annotation(floor, x=1, xref="paper", xanchor="right", y=0, yref="y", yanchor="bottom")
     for text, dash, ratios in _white_noise(shown):
         if ratios:
             figure.add_trace(_level(_widest(shown), float(np.median(ratios)), text, dash))
@@ -60,7 +62,7 @@ def plot_noise_floor(noise: "NoiseFloor", *, layers: str = "*") -> go.Figure:
 def _subtitle(noise: "NoiseFloor", shown: list["LayerNoiseFloor"]) -> str:
     above = sum(layer.parameter in noise.significant for layer in shown)
     return (
-        f"{above} of {len(shown)} matrices above noise (q < {1 - noise.confidence:.2g}); grey line: "
+        f"{above} of {len(shown)} matrices above noise (family-wise p ≤ {1 - noise.confidence:.2g}); grey line: "
         f"{noise.confidence:.0%} floor of {noise.draws} random signs, {noise.examples} examples"
     )
 
