@@ -38,6 +38,7 @@ _ROOMS = {
     "measure_samples": "measuring",
     "noise_floor": "noise",
     "one_sample_study": "onesample",
+    "overlaps": "similarity",
     "own_responses": "control_sets",
     "principal_angles": "angles",
     "random_tokens": "control_sets",
@@ -80,6 +81,7 @@ __all__ = [
     "measure_samples",
     "noise_floor",
     "one_sample_study",
+    "overlaps",
     "own_responses",
     "principal_angles",
     "random_tokens",
@@ -117,6 +119,7 @@ if TYPE_CHECKING:
     from geomkit.onesample import one_sample_study
     from geomkit.organism import load_organism
     from geomkit.probes import Probe, analyze
+    from geomkit.similarity import overlaps
     from geomkit.spans import span
     from geomkit.spectra import spectrum
     from geomkit.spf import SPF

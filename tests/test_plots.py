@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from geomkit import plots
-from geomkit._shares import Share
 from geomkit._pairs import Contrast as PairContrast
+from geomkit._shares import Share
 from geomkit._singles import Estimate
 from geomkit.angles import Angles, principal_angles
 from geomkit.correlation import Conflict, Contrast, LayerConflict

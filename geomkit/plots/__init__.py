@@ -8,6 +8,7 @@ from geomkit.plots._conflicts import plot_conflict, plot_conflict_examples
 from geomkit.plots._contrasts import plot_spectrum_contrast
 from geomkit.plots._directions import plot_conflict_directions
 from geomkit.plots._noise import plot_noise_floor
+from geomkit.plots._overlaps import plot_overlaps
 from geomkit.plots._profiles import plot_cer, plot_spectrum
 from geomkit.plots._ranks import plot_effective_rank
 from geomkit.plots._runs import plot_certificate, plot_evaluation, plot_history
@@ -30,6 +31,7 @@ __all__ = [
     "plot_history",
     "plot_noise_floor",
     "plot_one_sample",
+    "plot_overlaps",
     "plot_spectrum",
     "plot_spectrum_contrast",
     "plot_token_conflict",
