@@ -168,11 +168,12 @@ class NoiseFloor:
         ranks = [layer.signal_rank for layer in self.layers.values()]
         level = 1 - self.confidence
         q_values = benjamini_hochberg([layer.p_value for layer in self.layers.values()])
+        by_rate = int((q_values < level).sum())
         span = f"{np.median(ranks):.3g} ({min(ranks)} to {max(ranks)})" if ranks else "none"
         return (
             f"mean gradient of {self.examples} examples above its sampling noise in {len(self.significant)} of "
-            f"{len(self.layers)} matrices (family-wise p ≤ {level:.2g}; {int((q_values < level).sum())} at q < {level:.2g}); directions above the "
-            f"{self.confidence:.0%} floor of {self.draws} random signs, at the median: {span}"
+            f"{len(self.layers)} matrices (family-wise p ≤ {level:.2g}; {by_rate} at q < {level:.2g}); directions above "
+            f"the {self.confidence:.0%} floor of {self.draws} random signs, at the median: {span}"
         )
 
     def _repr_html_(self) -> str:
