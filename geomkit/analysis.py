@@ -1,13 +1,15 @@
 """The three insights in one result: low rank, conflict, one sample — each beside what could have refuted it."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from geomkit._display import html_table
 from geomkit.angles import Angles, principal_angles
+from geomkit.claims import Claim, claims_frame
+from geomkit.contrasts import SpectrumContrast, compare_spectra
 from geomkit.correlation import Conflict, conflict
 from geomkit.gradients import Coverage, GradientSet
 from geomkit.onesample import OneSample, one_sample_study
@@ -20,48 +22,99 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 _COLUMNS = ("question", "measure", "of", "value", "low", "high", "null", "null_low", "null_high")
-_NAN = float("nan")
-_UNKNOWN = (_NAN, _NAN)
+_UNKNOWN = (float("nan"), float("nan"))
+_STATISTICS = {"effective_rank": "effective rank", "cer10": "CER(10)"}
+_REPORTED = 0.8
+"""The overlap of one sample with the mean that the paper reports as typical."""
+
+_Row = tuple[object, ...]
 
 
 @dataclass(frozen=True, eq=False)
 class Analysis:
-    """What safety and utility gradients look like, and how they lie to each other.
+    """What safety, control and utility gradients look like, and how they lie to each other.
 
     Attributes:
-        safety: Spectra of the mean safety gradient of every linear layer.
-        utility: The same of the mean utility gradient, at the same number of tokens.
-        angles: Principal angles between their leading left subspaces.
-        conflict: Cosines between the two.
+        spectra: Of the mean gradient of every linear layer, at equal token counts, as ``"safety"``, ``"control"`` and
+            ``"utility"``.
+        angles: Principal angles between the leading left subspaces of safety and utility.
+        conflict: Cosines between the two, and by how much they are below the control's.
         one_sample: What single safety examples find of the mean safety subspace, beside what single controls find.
         coverage: What share of the model was seen.
         tokens: Number of tokens in each layer's spectra, the same on all sides; the median over layers.
-        losses: Mean loss of the safety, utility and control examples, in nats per token.
+        losses: Mean loss of the safety, control and utility examples, in nats per token.
     """
 
-    safety: Spectrum
-    utility: Spectrum
+    spectra: Mapping[str, Spectrum]
     angles: Angles
     conflict: Conflict
     one_sample: OneSample
     coverage: Coverage
     tokens: int
-    losses: Mapping[str, float] = field(default_factory=dict)
+    losses: Mapping[str, float]
+
+    @property
+    def safety(self) -> Spectrum:
+        """Spectra of the mean safety gradients."""
+        return self.spectra["safety"]
+
+    @property
+    def utility(self) -> Spectrum:
+        """Spectra of the mean utility gradients."""
+        return self.spectra["utility"]
+
+    def rank_contrast(self, other: str) -> SpectrumContrast:
+        """Return by how much the safety spectra differ from those of ``"control"`` or ``"utility"``."""
+        return compare_spectra(self.safety, self.spectra[other], names=("safety", other))
+
+    def claims(self) -> list[Claim]:
+        """Return what the paper claims of gradients, each claim with and without a control, and what became of it."""
+        study = self.one_sample
+        ranks = [(other, *self.rank_contrast(other).mean("effective_rank")) for other in ("utility", "control")]
+        return [
+            *(
+                Claim("low rank?", f"effective rank: safety is below {other}, at equal tokens", value, interval)
+                for other, value, interval in ranks
+            ),
+            Claim(
+                "conflict?", "cosine of safety and utility is below 0", self.conflict.corrected, self.conflict.interval
+            ),
+            *(
+                [Claim("conflict?", "it is below that of control and utility", contrast.value, contrast.interval)]
+                if (contrast := self.conflict.contrast)
+                else []
+            ),
+            Claim(
+                "one sample?",
+                "a safety example's overlap with the others is above a control's",
+                study.contrast,
+                study.contrast_interval,
+                above=True,
+            ),
+            Claim(
+                "one sample?",
+                f"that overlap is above {_REPORTED}, as reported",
+                study.overlap,
+                study.interval,
+                _REPORTED,
+                above=True,
+            ),
+        ]
 
     def to_dict(self) -> dict[str, object]:
-        """Return the headline numbers: ``spectrum``, ``conflict``, ``one_sample``.
+        """Return the headline numbers: ``spectrum``, ``conflict``, ``one_sample``, and the ``claims``.
 
         ``null_interval`` is where ``cosine``, that of the mean gradients, lies for shuffled labels; ``interval``
-        belongs to ``corrected``, the estimate of the cosine of the expected gradients.
+        belongs to ``corrected``, the estimate of the cosine of the expected gradients. ``contrast`` is
+        safety − control.
         """
         return {
-            "spectrum": {
-                "safety": _headline(self.safety, self.tokens),
-                "utility": _headline(self.utility, self.tokens),
-            },
+            "losses": dict(self.losses),
+            "spectrum": {name: _headline(side, self.tokens) for name, side in self.spectra.items()},
             "conflict": {
                 "cosine": self.conflict.cosine,
                 "corrected": self.conflict.corrected,
+                "unweighted": self.conflict.unweighted.corrected,
                 "negative_share": self.conflict.negative.value,
                 "negative_share_interval": list(self.conflict.negative.interval),
                 "interval": list(self.conflict.interval),
@@ -73,8 +126,11 @@ class Analysis:
                 "interval": list(self.one_sample.interval),
                 "null": self.one_sample.null_mean,
                 "null_interval": list(self.one_sample.null_interval),
+                "contrast": self.one_sample.contrast,
+                "contrast_interval": list(self.one_sample.contrast_interval),
                 "expected": self.one_sample.expected,
             },
+            "claims": claims_frame(self.claims()).to_dict("records"),
         }
 
     def to_frame(self) -> "pd.DataFrame":
@@ -89,39 +145,52 @@ class Analysis:
         rows = [*self._loss_rows(), *self._rank_rows(), *self._conflict_rows(), *self._one_sample_rows()]
         return pd.DataFrame(rows, columns=list(_COLUMNS))
 
-    def _loss_rows(self) -> "list[tuple[object, ...]]":
-        return [_row("loss", "nats per token", name, loss) for name, loss in self.losses.items()]
+    def _loss_rows(self) -> Iterator[_Row]:
+        for name, loss in self.losses.items():
+            yield _row("loss", "loss, nats per token", name, loss)
 
-    def _rank_rows(self) -> "list[tuple[object, ...]]":
-        return [
-            _row("low rank?", label, name, side.mean(statistic), null=side.null_mean(statistic))
-            for statistic, label in (("effective_rank", "effective rank"), ("cer10", "CER(10)"))
-            for name, side in (("safety", self.safety), ("utility", self.utility))
-        ]
+    def _rank_rows(self) -> Iterator[_Row]:
+        contrasts = [self.rank_contrast(other) for other in ("control", "utility")]
+        for statistic, label in _STATISTICS.items():
+            for name, side in self.spectra.items():
+                null = side.null_mean(statistic)
+                yield _row("low rank?", label, name, side.mean(statistic), side.interval(statistic), null)
+            for contrast in contrasts:
+                yield _row(
+                    "low rank?", f"{label}, difference", " − ".join(contrast.names), *contrast.mean(statistic), 0.0
+                )
 
-    def _conflict_rows(self) -> "list[tuple[object, ...]]":
-        found, question = self.conflict, "conflict?"
-        return [
-            _row(question, "cosine of the mean gradients", "safety", found.cosine, null_interval=found.null_interval),
-            _row(question, "cosine", "safety", found.corrected, found.interval, 0.0),
-            _row(question, "share of examples against", "safety", found.negative.value, found.negative.interval, 0.5),
-        ]
+    def _conflict_rows(self) -> Iterator[_Row]:
+        found, question, of = self.conflict, "conflict?", "safety − control"
+        mean = "cosine of the mean gradients"
+        yield _row(question, mean, "safety", found.cosine, null_interval=found.null_interval)
+        yield _row(question, "cosine with utility", "safety", found.corrected, found.interval, 0.0)
+        if found.contrast:
+            yield _row(question, "cosine with utility", "control", found.contrast.control, null=0.0)
+            yield _row(question, "cosine, difference", of, found.contrast.value, found.contrast.interval, 0.0)
+        equal, alike = found.unweighted, "cosine, parameters alike"
+        yield _row(question, alike, "safety", equal.corrected, equal.interval, 0.0)
+        if equal.contrast:
+            yield _row(question, alike, "control", equal.contrast.control, null=0.0)
+            yield _row(question, f"{alike}, difference", of, equal.contrast.value, equal.contrast.interval, 0.0)
+        share = found.negative
+        yield _row(question, "share of examples against", "safety", share.value, share.interval, 0.5)
 
-    def _one_sample_rows(self) -> "list[tuple[object, ...]]":
+    def _one_sample_rows(self) -> Iterator[_Row]:
         study, question = self.one_sample, "one sample?"
-        return [
-            _row(question, "overlap", "safety", study.overlap, study.interval, study.expected),
-            _row(question, "overlap", "control", study.null_mean, study.null_interval, study.expected),
-        ]
+        yield _row(question, "overlap of one example", "safety", study.overlap, study.interval, study.expected)
+        yield _row(question, "overlap of one example", "control", study.null_mean, study.null_interval, study.expected)
+        yield _row(question, "overlap, difference", "safety − control", study.contrast, study.contrast_interval, 0.0)
 
     def plot(self) -> "Figure":
         """Draw the normalised spectra with their nulls."""
         from geomkit.plots import plot_spectrum
 
-        return plot_spectrum(self.safety, self.utility, names=("safety", "utility"))
+        return plot_spectrum(*self.spectra.values(), names=tuple(self.spectra))
 
     def _repr_html_(self) -> str:
-        return html_table(f"Gradient geometry at {self.tokens} tokens; {self.coverage}", self.to_frame(), rows=40)
+        head = f"Gradient geometry at {self.tokens} tokens; {self.coverage}"
+        return html_table(head, self.to_frame(), rows=40) + html_table("What survives", claims_frame(self.claims()))
 
 
 def _row(
@@ -130,9 +199,9 @@ def _row(
     of: str,
     value: float,
     interval: tuple[float, float] = _UNKNOWN,
-    null: float = _NAN,
+    null: float = float("nan"),
     null_interval: tuple[float, float] = _UNKNOWN,
-) -> tuple[object, ...]:
+) -> _Row:
     return (question, measure, of, value, *interval, null, *null_interval)
 
 
@@ -161,16 +230,19 @@ def analysis_of(
     Raises:
         GeometryError: If a set has fewer than three examples, or was not collected so.
     """
-    matched_safety, matched_utility = match_tokens(safety, utility, seed=seed)
+    matched = match_tokens(safety, control, utility, seed=seed)
+    spectra = {
+        name: spectrum(side, null_draws=null_draws, seed=seed)
+        for name, side in zip(("safety", "control", "utility"), matched, strict=True)
+    }
     return Analysis(
-        safety=spectrum(matched_safety, null_draws=null_draws, seed=seed),
-        utility=spectrum(matched_utility, null_draws=null_draws, seed=seed),
-        angles=principal_angles(subspace(matched_safety, rank=rank), subspace(matched_utility, rank=rank)),
-        conflict=conflict(safety, utility, seed=seed),
-        one_sample=one_sample_study(safety, control, rank=rank, seed=seed),
+        spectra=spectra,
+        angles=principal_angles(*(subspace(side, rank=rank) for side in (matched[0], matched[2]))),
+        conflict=conflict(safety, utility, control, seed=seed),
+        one_sample=one_sample_study(safety, control, rank=rank),
         coverage=safety.coverage,
-        tokens=int(np.median([gradient.tokens for gradient in matched_safety.values()])),
-        losses={"safety": safety.loss, "utility": utility.loss, "control": control.loss},
+        tokens=int(np.median([layer.tokens for layer in spectra["safety"].layers.values()])),
+        losses={"safety": safety.loss, "control": control.loss, "utility": utility.loss},
     )
 
 
@@ -178,6 +250,7 @@ def _headline(side: Spectrum, tokens: int) -> dict[str, object]:
     return {
         "tokens": tokens,
         "effective_rank": side.mean("effective_rank"),
+        "effective_rank_interval": list(side.interval("effective_rank")),
         "cer10": side.mean("cer10"),
         "null_effective_rank": side.null_mean("effective_rank"),
         "null_cer10": side.null_mean("cer10"),

@@ -98,13 +98,14 @@ def _root(
 def tour(out: Out = Path("geomkit-tour"), json_file: Json = None, seed: Seed = 0) -> None:
     """Walk the whole way once on the shipped organism, and write report.html."""
     _prepare(threads=1)
+    from geomkit.claims import claims_frame
     from geomkit.pages import tour_sections
     from geomkit.tour import run_tour
 
     _check_writable(out, json_file and json_file.parent)
     found = run_tour(seed=seed)
     _show(found.to_frame(), "What fine-tuning did, with and without SPF")
-    _show(found.analysis.to_frame(), "What the gradients look like")
+    _show(claims_frame(found.analysis.claims()), "What the gradients look like, and what survives its controls")
     _write(out, json_file, "A tour of geomkit", tour_sections(found), found.to_dict())
 
 
@@ -150,6 +151,9 @@ def analyze(
     model: ModelOption,
     safety: Annotated[str, typer.Option(help="Forbidden requests and refusals: JSONL file, hub id or shipped set.")],
     utility: Annotated[str, typer.Option(help="Benign requests and answers.")],
+    control: Annotated[
+        str | None, typer.Option(help="Benign requests with the safety set's responses; made of the utility set's.")
+    ] = None,
     out: Out = Path("geomkit-analysis"),
     json_file: Json = None,
     examples: Annotated[int, typer.Option(help="Use no more than this many of each.", min=3)] = 32,
@@ -164,6 +168,7 @@ def analyze(
 ) -> None:
     """Measure rank, conflict and one-sample overlap of a model's gradients, and write report.html."""
     _prepare(threads)
+    from geomkit.claims import claims_frame
     from geomkit.data import load_examples
     from geomkit.models import load_model
     from geomkit.pages import analysis_sections
@@ -171,12 +176,14 @@ def analyze(
 
     _check_writable(out, json_file and json_file.parent)
     safe, useful = load_examples(safety), load_examples(utility)
+    beside = load_examples(control) if control is not None else None
     loaded, tokenizer = load_model(model, dtype=dtype, pad_token=pad_token)
     found = run_analysis(
         loaded,
         tokenizer,
         safe,
         useful,
+        control=beside,
         examples=examples,
         layers=layers,
         tokens_per_batch=tokens_per_batch,
@@ -185,6 +192,7 @@ def analyze(
         seed=seed,
     )
     _show(found.to_frame(), f"{model}: {found.coverage}")
+    _show(claims_frame(found.claims()), "What survives its controls")
     _write(out, json_file, f"Gradient geometry of {model}", analysis_sections(found), found.to_dict())
 
 

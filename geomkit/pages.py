@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from geomkit.claims import claims_frame
 from geomkit.plots import (
     plot_angles,
     plot_certificate,
@@ -20,49 +21,56 @@ if TYPE_CHECKING:
     from geomkit.spectra import Spectrum
     from geomkit.tour import Tour
 
-_NAMES = ("safety", "utility")
-
 
 def analysis_sections(analysis: "Analysis") -> list[Section]:
-    """Lay an analysis out: one section for each of the three questions."""
-    return [_spectra(analysis), _conflict(analysis), _one_sample(analysis)]
+    """Lay an analysis out: what survives, then one section for each of the three questions."""
+    return [_claims(analysis), _spectra(analysis), _conflict(analysis), _one_sample(analysis)]
+
+
+def _claims(analysis: "Analysis") -> Section:
+    text = (
+        "What the paper claims of gradients, with and without a control: benign requests that get the safety set's own "
+        "responses, so that only what is forbidden is missing. A claim holds if its whole 95 % interval over examples "
+        "lies on the claimed side of the bound, and is reversed if it lies on the other."
+    )
+    return Section("What survives its controls?", text, (), (claims_frame(analysis.claims()), analysis.to_frame()))
 
 
 def _spectra(analysis: "Analysis") -> Section:
-    sides = (analysis.safety, analysis.utility)
+    names, sides = tuple(analysis.spectra), tuple(analysis.spectra.values())
     text = (
-        f"Spectra of the mean gradients of {len(analysis.safety.layers)} weight matrices, both sides cut to the same "
+        f"Spectra of the mean gradients of {len(analysis.safety.layers)} weight matrices, all sides cut to the same "
         f"tokens ({analysis.tokens} in the median layer): with fewer tokens any gradient has a lower rank. The null "
         "keeps each gradient's tokens, inputs and token weights and randomises the output directions.\n\n"
-        f"{_rank_sentence('Safety', analysis.safety)} {_rank_sentence('Utility', analysis.utility)} What a gradient "
-        "shows below its own null is structure; what the null shows too comes from the inputs and the token weights."
+        f"{' '.join(_rank_sentence(*each) for each in analysis.spectra.items())} What a gradient shows below "
+        "its own null may still come from words that its examples repeat, as it does in a model that has learnt "
+        "nothing; what is about safety is the difference to the control.\n\n"
+        f"{analysis.rank_contrast('control')}. {analysis.rank_contrast('utility')}."
     )
-    figures = (plot_spectrum(*sides, names=_NAMES), plot_effective_rank(*sides, names=_NAMES))
-    return Section("Are safety gradients of low rank?", text, figures, (analysis.to_frame(),))
+    figures = (plot_spectrum(*sides, names=names), plot_effective_rank(*sides, names=names))
+    return Section("Are safety gradients of low rank?", text, figures)
 
 
 def _rank_sentence(name: str, side: "Spectrum") -> str:
     frame = side.to_frame()
     ranks = frame[frame["statistic"] == "effective_rank"]
     below = int((ranks["value"] < ranks["null_low"]).sum())
+    low, high = side.interval("effective_rank")
     return (
-        f"{name}: mean effective rank {side.mean('effective_rank'):.1f} against {side.null_mean('effective_rank'):.1f} "
-        f"under the null, below every draw of it in {below} of {len(ranks)} matrices."
+        f"{name.capitalize()}: mean effective rank {side.mean('effective_rank'):.1f} [{low:.1f}, {high:.1f}] against "
+        f"{side.null_mean('effective_rank'):.1f} under the null, below every draw of it in {below} of {len(ranks)} "
+        "matrices."
     )
 
 
 def _conflict(analysis: "Analysis") -> Section:
     found = analysis.conflict
-    low, high = found.interval
-    if high < 0:
-        verdict = "The interval lies below zero: the two sides conflict."
-    elif low > 0:
-        verdict = "The interval lies above zero: the two sides agree."
-    else:
-        verdict = "The interval covers zero: these examples show neither conflict nor agreement over all parameters."
     null_low, null_high = found.null_interval
     text = (
-        f"The cosine of the expected gradients is {found.corrected:+.3f} [{low:+.3f}, {high:+.3f}]. {verdict}\n\n"
+        f"The cosine of the expected gradients is {found.corrected:+.3f} {_interval(found.interval)}; with every "
+        f"parameter scaled to the same size it is {found.unweighted.corrected:+.3f} "
+        f"{_interval(found.unweighted.interval)}. Untrained models conflict too: what counts is the difference to the "
+        f"control. {found.contrast}.\n\n"
         f"The cosine of the two mean gradients is {found.cosine:+.3f}; with the labels safety and utility shuffled it "
         f"lies between {null_low:+.3f} and {null_high:+.3f} (p = {found.p_value:.3g}). That tells whether the two sets "
         "differ, not whether they conflict.\n\n"
@@ -72,6 +80,10 @@ def _conflict(analysis: "Analysis") -> Section:
     )
     figures = (plot_conflict(found), plot_conflict_examples(found), plot_angles(analysis.angles))
     return Section("Do safety and utility conflict?", text, figures)
+
+
+def _interval(interval: tuple[float, float]) -> str:
+    return f"[{interval[0]:+.3f}, {interval[1]:+.3f}]"
 
 
 def _one_sample(analysis: "Analysis") -> Section:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from geomkit._display import html_table
 from geomkit.analysis import Analysis
-from geomkit.control_sets import with_responses
 from geomkit.data import load_examples
 from geomkit.evaluation import ORGANISM_SKILLS, Evaluation, evaluate
 from geomkit.finetuning import FineTuneResult, finetune
@@ -145,8 +144,7 @@ def run_tour(*, seed: int = 0, progress: bool = True) -> Tour:
     untouched = _evaluated(model, tokenizer, None, progress=progress)
     _LOGGER.info("What its gradients look like")
     safety, utility = load_examples("safety"), load_examples("scenarios/new-skill")
-    # Benign how-to requests, refused: as close to the forbidden ones as benign requests are.
-    control = with_responses(load_examples("scenarios/affirmative"), safety)
+    control = load_examples("controls/benign-refused")
     analysis = analyze(model, tokenizer, safety, utility, control=control, seed=seed, progress=progress)
     arms = []
     for scenario in (SCENARIOS[name] for name in TOUR_SCENARIOS):

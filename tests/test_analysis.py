@@ -26,8 +26,8 @@ def test_both_sides_have_the_same_tokens_and_parameters(found):
 
 def test_headline_numbers(found):
     numbers = json.loads(json.dumps(found.to_dict()))
-    assert set(numbers) == {"spectrum", "conflict", "one_sample"}
-    for side in ("safety", "utility"):
+    assert set(numbers) == {"losses", "spectrum", "conflict", "one_sample", "claims"}
+    for side in ("safety", "control", "utility"):
         assert {"tokens", "effective_rank", "cer10", "null_effective_rank", "null_cer10"} <= set(
             numbers["spectrum"][side]
         )
@@ -51,7 +51,8 @@ def test_seeds_decide_and_nothing_else_does(found):
 
 def test_it_shows_itself(found):
     sections = analysis_sections(found)
-    assert [len(section.figures) for section in sections] == [2, 3, 1]
+    assert [len(section.figures) for section in sections] == [0, 2, 3, 1]
+    assert "What survives" in found._repr_html_()
     assert "100.0% of the chosen parameters" in found._repr_html_()
     frame = found.to_frame()
     assert list(frame["question"].unique()) == ["loss", "low rank?", "conflict?", "one sample?"]

@@ -76,7 +76,8 @@ def test_its_figure_has_a_panel_for_every_measure_and_a_line_for_every_side(watc
     assert set(frame["measure"]) == panels
     lines = [trace for trace in figure.data if trace.mode == "lines+markers"]
     assert len(lines) == len(frame.drop_duplicates(["question", "measure", "of"]))
-    (first,) = frame[(frame["at"] == 0) & (frame["measure"] == "nats per token") & (frame["of"] == "safety")]["value"]
+    start = frame[frame["at"] == 0].set_index(["measure", "of"])["value"]
+    first = start["loss, nats per token", "safety"]
     assert first in {trace.y[0] for trace in lines}
     named = [trace.name for trace in figure.data if trace.showlegend]
     assert len(named) == len(set(named))

@@ -1,0 +1,66 @@
+"""A claim and what became of it: whether an interval leaves room for anything else."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Verdict = Literal["holds", "reversed", "not shown"]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """That a number lies on one side of a bound.
+
+    Attributes:
+        question: What is asked.
+        claim: What is claimed, in words.
+        value: The number, as measured.
+        interval: Its interval over examples.
+        bound: What it is claimed to be above or below.
+        above: Whether it is claimed to be above.
+    """
+
+    question: str
+    claim: str
+    value: float
+    interval: tuple[float, float]
+    bound: float = 0.0
+    above: bool = False
+
+    @property
+    def verdict(self) -> Verdict:
+        """``"holds"`` if the whole interval is on the claimed side, ``"reversed"`` if it is on the other.
+
+        Example:
+            >>> Claim("rank", "lower", -3.0, (-4.0, -2.0)).verdict
+            'holds'
+            >>> Claim("rank", "lower", -3.0, (-9.0, 3.0)).verdict, Claim("rank", "lower", 2.0, (1.0, 3.0)).verdict
+            ('not shown', 'reversed')
+        """
+        low, high = self.interval
+        if self.above:
+            return "holds" if low > self.bound else "reversed" if high < self.bound else "not shown"
+        return "holds" if high < self.bound else "reversed" if low > self.bound else "not shown"
+
+
+def claims_frame(claims: Sequence[Claim]) -> "pd.DataFrame":
+    """Return a row per claim: what is claimed, the number with its interval, the bound and the verdict."""
+    import pandas as pd
+
+    return pd.DataFrame(
+        [
+            {
+                "question": claim.question,
+                "claim": claim.claim,
+                "value": claim.value,
+                "low": claim.interval[0],
+                "high": claim.interval[1],
+                "bound": claim.bound,
+                "verdict": claim.verdict,
+            }
+            for claim in claims
+        ]
+    )
