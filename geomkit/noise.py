@@ -172,8 +172,8 @@ class NoiseFloor:
         span = f"{np.median(ranks):.3g} ({min(ranks)} to {max(ranks)})" if ranks else "none"
         return (
             f"mean gradient of {self.examples} examples above its sampling noise in {len(self.significant)} of "
-            f"{len(self.layers)} matrices (family-wise p ≤ {level:.2g}; {by_rate} at q < {level:.2g}); directions above "
-            f"the {self.confidence:.0%} floor of {self.draws} random signs, at the median: {span}"
+            f"{len(self.layers)} matrices (family-wise p ≤ {level:.2g}; {by_rate} at q < {level:.2g}); directions "
+            f"above the {self.confidence:.0%} floor of {self.draws} random signs, at the median: {span}"
         )
 
     def _repr_html_(self) -> str:
