@@ -38,7 +38,7 @@ def plot_spectrum_contrast(contrast: "SpectrumContrast", statistic: str = "effec
     first, second = contrast.names
     word = words_for(statistic)
     heading = f"{word} of {first} less that of {second}, by layer and kind of matrix"
-    lay_out(shown, frame, heading, _subtitle(contrast, statistic), f"{word}, {first} − {second}")
+    lay_out(shown, frame, heading, _subtitle(contrast, statistic), f"{word},<br>{first} − {second}")
     shown.figure.add_hline(y=0, line={"color": COLOURS["null"], "width": 1}, row="all", col="all")
     return shown.figure
 
