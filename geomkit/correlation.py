@@ -55,9 +55,10 @@ class Conflict:
         negative_parameters: Share of the parameters with a negative cosine, each counted once. Its interval is over
             examples, see :func:`geomkit._shares.negative_shares`: parameters are no independent draws.
         negative_weight: The same, each parameter counted by the product of its two mean gradients' norms.
-        unweighted: The same measures with every parameter scaled, on either side, to the same root mean square norm
-            of the examples' gradients. One tensor with large gradients, such as the head, can own ``cosine``; here all
-            have one voice.
+        unweighted: The same measures with the gradient of every example in every parameter scaled to a norm of one. One
+            tensor with large gradients, such as the head, can own ``cosine``; here all have one voice. So have all
+            examples: with parameters scaled as a whole, one example of the organism held a fifth of the sum, and
+            76 % of nominal 95 % intervals covered; this way 96 to 98 %.
         contrast: How much lower the cosine is than the control's, if there is a control.
         layers: The same for each parameter.
         per_example: (M,) cosine of each utility example with the mean safety gradient.
@@ -110,7 +111,7 @@ class Conflict:
             f"cosine of the mean gradients {self.cosine:+.3f} (shuffled {span(self.null_interval)}, "
             f"p = {self.p_value:.3g})",
             f"of the expected gradients {expected}",
-            f"every parameter weighing the same {self.unweighted.corrected:+.3f} {span(self.unweighted.interval)}",
+            f"with one voice for each parameter {self.unweighted.corrected:+.3f} {span(self.unweighted.interval)}",
             *([str(self.contrast)] if self.contrast else []),
             f"against safety: utility examples {self.negative}, parameters {self.negative_parameters}",
         ]
@@ -248,7 +249,7 @@ def conflict_of_grams(
 
     whole_control = reduce(add, other.values()) if other else None
     whole = measured("", total, whole_control, total.norms)
-    equal, equal_control = _balanced(grams), _balanced(other) if other else None
+    equal, equal_control = _one_voice(grams), _one_voice(other) if other else None
     shares = negative_shares(list(grams.values()), np.random.default_rng(seed), confidence)
     inner = total.across.mean(0)
     return Conflict(
@@ -269,8 +270,8 @@ def conflict_of_grams(
     )
 
 
-def _balanced(grams: Mapping[str, Grams]) -> Grams:
-    return reduce(add, (one.balanced() for one in grams.values()))
+def _one_voice(grams: Mapping[str, Grams]) -> Grams:
+    return reduce(add, (one.directions() for one in grams.values()))
 
 
 def _example_cosines(grams: Grams) -> np.ndarray:
