@@ -6,6 +6,7 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import geomkit as gk
+from geomkit import plots
 from geomkit.errors import GeometryError
 from geomkit.tracking import Tracker, Trajectory
 from tests.tiny import SAFETY, UTILITY, conversations, tiny_llama, tiny_tokenizer
@@ -81,6 +82,10 @@ def test_its_figure_has_a_panel_for_every_measure_and_a_line_for_every_side(watc
     assert first in {trace.y[0] for trace in lines}
     named = [trace.name for trace in figure.data if trace.showlegend]
     assert len(named) == len(set(named))
+    moved = plots.plot_trajectory(found, questions=["has it moved?"])
+    assert [note.text for note in moved.layout.annotations] == ["cosine with the start", "overlap with the start"]
+    with pytest.raises(GeometryError, match="found why"):
+        plots.plot_trajectory(found, questions=["why"])
 
 
 def test_works_in_a_trainer_of_ones_own(probe: gk.Probe, tmp_path) -> None:

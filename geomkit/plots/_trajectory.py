@@ -1,11 +1,12 @@
 """The figure of how the geometry moves in training: a panel for each measure."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import TYPE_CHECKING
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from geomkit.errors import GeometryError
 from geomkit.plots._style import TEMPLATE, Look, looks, title, translucent
 
 if TYPE_CHECKING:
@@ -16,19 +17,28 @@ if TYPE_CHECKING:
 _COLUMNS = 3
 
 
-def plot_trajectory(trajectory: "Trajectory") -> go.Figure:
-    """Draw every measure of a probe over the moments of training.
+def plot_trajectory(trajectory: "Trajectory", *, questions: Collection[str] | None = None) -> go.Figure:
+    """Draw the measures of a probe over the moments of training.
 
     Args:
         trajectory: What a probe found at several moments.
+        questions: Only the measures of these, such as ``["conflict?", "has it moved?"]``; all when left out.
 
     Returns:
         The figure: a panel per measure; a line per side with its interval over examples as a band, and dotted the null
         of that side, what it would be if there were nothing to find.
+
+    Raises:
+        GeometryError: If a question is not among the trajectory's.
     """
     frame = trajectory.to_frame()
+    asked = list(dict.fromkeys(frame["question"]))
+    if unknown := [question for question in questions or () if question not in asked]:
+        raise GeometryError(f"expected questions among {', '.join(asked)}, found {', '.join(unknown)}")
+    if questions is not None:
+        frame = frame[frame["question"].isin(list(questions))]
     steps = all(isinstance(at, int) for at in trajectory.moments)
-    frame["x"] = frame["at"] if steps else frame["at"].astype(str)
+    frame = frame.assign(x=frame["at"] if steps else frame["at"].astype(str))
     panels = list(dict.fromkeys(zip(frame["question"], frame["measure"], strict=True)))
     rows = -(-len(panels) // _COLUMNS)
     figure = make_subplots(
