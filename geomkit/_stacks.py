@@ -20,6 +20,7 @@ from geomkit.subspaces import Side
 from geomkit.svd import rank_tolerance
 
 _KEPT = 2**25  # numbers of formed gradients that are kept
+_FEWEST_SUMS = 4  # from this many on, sums of what was formed are cheaper than of factors
 _ALL_AT_ONCE = 160  # up to this size, all eigenvectors take no longer than the largest
 
 
@@ -78,20 +79,41 @@ class Stack:
     shape: tuple[int, int]
 
     def basis(self, places: Sequence[int], rank: int) -> Tensor:
-        """Return the leading singular vectors of a sum of some of the gradients.
+        """Return the leading singular vectors of the sum of some of the gradients; see :meth:`bases_of`."""
+        return self.bases_of([places], rank)[0]
+
+    def bases_of(self, sums: Sequence[Sequence[int]], rank: int) -> list[Tensor]:
+        """Return the leading singular vectors of sums of some of the gradients.
 
         Args:
-            places: Which.
+            sums: The places of the gradients in each sum.
             rank: How many vectors, at most; never beyond the numeric rank.
 
         Returns:
-            (p, k) orthonormal columns, fp64.
+            (p, k) orthonormal columns for each sum, fp64.
         """
-        tokens = sum(len(self.own[place]) for place in places)
-        if tokens >= self._room:
-            return self._leading(self._sum(places)[None], rank)[0]
+        long = [place for place, parts in enumerate(sums) if 2 * self._tokens(parts) >= self._room]
+        if self.formed is None or len(long) < _FEWEST_SUMS:
+            return [self._basis(parts, rank) for parts in sums]
+        found = {place: self._basis(parts, rank) for place, parts in enumerate(sums) if place not in set(long)}
+        step = max(1, _KEPT // self.formed[0].numel())
+        for start in range(0, len(long), step):
+            chunk = long[start : start + step]
+            weights = self.formed.new_zeros(len(chunk), len(self.own))
+            for row, place in zip(weights, chunk, strict=True):
+                row[list(sums[place])] = 1.0
+            totals = torch.tensordot(weights, self.formed, dims=1)
+            found |= zip(chunk, self._leading(totals, rank), strict=True)
+        return [found[place] for place in range(len(sums))]
+
+    def _basis(self, places: Sequence[int], rank: int) -> Tensor:
         own, other = (torch.cat([side[place] for place in places]) for side in (self.own, self.other))
+        if len(own) >= self._room:
+            return self._leading((own.T @ other)[None], rank)[0]
         return self._leading_of_factors(own[None], other[None], rank)[0]
+
+    def _tokens(self, places: Sequence[int]) -> int:
+        return sum(len(self.own[place]) for place in places)
 
     def bases(self, rank: int) -> list[Tensor]:
         """Return the leading singular vectors of every single gradient."""
@@ -122,12 +144,6 @@ class Stack:
             return None
         flat = self.formed.flatten(1)
         return row_products(flat, flat)
-
-    def _sum(self, places: Sequence[int]) -> Tensor:
-        if self.formed is not None:
-            return self.formed[list(places)].sum(0)
-        own, other = (torch.cat([side[place] for place in places]) for side in (self.own, self.other))
-        return own.T @ other
 
     @property
     def _room(self) -> int:

@@ -14,6 +14,7 @@ from geomkit import plots
 from geomkit._pairs import Contrast as PairContrast
 from geomkit._shares import Share
 from geomkit._singles import Estimate
+from geomkit.anchor_counts import AnchorCurve, LayerAnchorCurve
 from geomkit.angles import Angles, principal_angles
 from geomkit.correlation import Conflict, Contrast, LayerConflict
 from geomkit.errors import GeometryError, SPFError
@@ -187,6 +188,17 @@ def test_one_sample_shows_every_example_and_the_expectation() -> None:
     assert (mean.x[0], mean.x[0] + mean.error_x.array[0]) == pytest.approx((0.7, 0.8))
     assert figure.layout.shapes[0].x0 == 0.08
     assert "overlap" in figure.layout.xaxis.title.text
+
+
+def test_anchor_curve_shows_means_bands_ceiling_and_expectation() -> None:
+    drawn = {"safety": np.array([[0.2, 0.4], [0.4, 0.6]]), "refused": np.array([[0.1, 0.1], [0.3, 0.3]])}
+    curve = AnchorCurve("left", 10, (1, 2), drawn, {"w": LayerAnchorCurve("w", 4, 50, drawn)})
+    figure = plots.plot_anchor_curve(curve)
+    np.testing.assert_allclose(trace(figure, "safety").y, [0.3, 0.5])
+    np.testing.assert_allclose(trace(figure, "refused").y, [0.2, 0.2])
+    assert trace(figure, "safety: 90 % of draws").y[0] == pytest.approx(0.39)
+    assert sorted(shape.y0 for shape in figure.layout.shapes) == pytest.approx([0.08, 0.5])
+    assert "2 random splits" in figure.layout.title.subtitle.text
 
 
 def test_overlaps_show_every_mean_and_tell_intervals_and_contrasts() -> None:
