@@ -2,10 +2,12 @@
 
 Three questions are kept apart. *Is there a conflict?* asks whether the cosine of the expected gradients is below zero:
 read :attr:`Conflict.interval`. *Does it concern safety?* asks whether it is lower than that of benign prompts with the
-same refusals: read :attr:`Conflict.contrast`. Untrained models, in which there is no safety to find, show cosines well
-below zero; their contrasts are zero. *Do the two sets differ at all?* asks whether a random division of the same
-examples would show as low a cosine: read :attr:`Conflict.p_value`. Random directions have a negative inner product
-half of the time, so no question is answered by a sign.
+same refusals: read :attr:`Conflict.contrast`. Of 30 untrained models of the organism's shape, in which there is no
+safety to find, 23 % had a cosine significantly below zero and 60 % above; the contrast was significant in 7 % (with one
+voice for each parameter in 17 %, none beyond ±.03: prompts differ in more than what they ask for). *Do the two sets
+differ at all?* asks whether a random division of the same examples would show as low a cosine: read
+:attr:`Conflict.p_value`. Random directions have a negative inner product half of the time, so no question is answered
+by a sign.
 """
 
 from collections.abc import Mapping
