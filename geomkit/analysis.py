@@ -8,7 +8,7 @@ import numpy as np
 
 from geomkit._display import html_table
 from geomkit.angles import Angles, principal_angles
-from geomkit.claims import Claim, claims_frame
+from geomkit.claims import Claim, claims_frame, claims_table
 from geomkit.contrasts import SpectrumContrast, compare_spectra
 from geomkit.correlation import Conflict, conflict
 from geomkit.gradients import Coverage, GradientSet
@@ -190,7 +190,7 @@ class Analysis:
 
     def _repr_html_(self) -> str:
         head = f"Gradient geometry at {self.tokens} tokens; {self.coverage}"
-        return html_table(head, self.to_frame(), rows=40) + html_table("What survives", claims_frame(self.claims()))
+        return html_table(head, self.to_frame(), rows=40) + html_table("What survives", claims_table(self.claims()))
 
 
 def _row(

@@ -64,3 +64,19 @@ def claims_frame(claims: Sequence[Claim]) -> "pd.DataFrame":
             for claim in claims
         ]
     )
+
+
+def claims_table(claims: Sequence[Claim]) -> "pd.DataFrame":
+    """Return the same to be read: a row per claim with the number and its interval in one cell."""
+    import pandas as pd
+
+    return pd.DataFrame(
+        [
+            {
+                "claim": claim.claim,
+                "measured": f"{claim.value:.3g} [{claim.interval[0]:.3g}, {claim.interval[1]:.3g}]",
+                "verdict": claim.verdict,
+            }
+            for claim in claims
+        ]
+    )

@@ -98,14 +98,14 @@ def _root(
 def tour(out: Out = Path("geomkit-tour"), json_file: Json = None, seed: Seed = 0) -> None:
     """Walk the whole way once on the shipped organism, and write report.html."""
     _prepare(threads=1)
-    from geomkit.claims import claims_frame
+    from geomkit.claims import claims_table
     from geomkit.pages import tour_sections
     from geomkit.tour import run_tour
 
     _check_writable(out, json_file and json_file.parent)
     found = run_tour(seed=seed)
     _show(found.to_frame(), "What fine-tuning did, with and without SPF")
-    _show(claims_frame(found.analysis.claims()), "What the gradients look like, and what survives its controls")
+    _show(claims_table(found.analysis.claims()), "What the gradients look like, and what survives its controls")
     _write(out, json_file, "A tour of geomkit", tour_sections(found), found.to_dict())
 
 
@@ -168,7 +168,7 @@ def analyze(
 ) -> None:
     """Measure rank, conflict and one-sample overlap of a model's gradients, and write report.html."""
     _prepare(threads)
-    from geomkit.claims import claims_frame
+    from geomkit.claims import claims_table
     from geomkit.data import load_examples
     from geomkit.models import load_model
     from geomkit.pages import analysis_sections
@@ -192,7 +192,7 @@ def analyze(
         seed=seed,
     )
     _show(found.to_frame(), f"{model}: {found.coverage}")
-    _show(claims_frame(found.claims()), "What survives its controls")
+    _show(claims_table(found.claims()), "What survives its controls")
     _write(out, json_file, f"Gradient geometry of {model}", analysis_sections(found), found.to_dict())
 
 

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from geomkit.claims import claims_frame
+from geomkit.claims import claims_table
 from geomkit.plots import (
     plot_angles,
     plot_certificate,
@@ -33,7 +33,7 @@ def _claims(analysis: "Analysis") -> Section:
         "responses, so that only what is forbidden is missing. A claim holds if its whole 95 % interval over examples "
         "lies on the claimed side of the bound, and is reversed if it lies on the other."
     )
-    return Section("What survives its controls?", text, (), (claims_frame(analysis.claims()), analysis.to_frame()))
+    return Section("What survives its controls?", text, (), (claims_table(analysis.claims()), analysis.to_frame()))
 
 
 def _spectra(analysis: "Analysis") -> Section:

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from geomkit.claims import Claim, claims_frame
+from geomkit.claims import Claim, claims_frame, claims_table
 
 
 @pytest.mark.parametrize(
@@ -25,9 +25,20 @@ def test_a_verdict_needs_the_whole_interval_on_one_side(interval, above, verdict
     assert Claim("q", "c", 5.0, shifted, bound=5.0, above=above).verdict == verdict
 
 
+CLAIMS = [
+    Claim("rank?", "low", -3.0, (-4.0, -2.0)),
+    Claim("one?", "much", 0.5, (0.4, 0.6), 0.8, above=True),
+]
+
+
 def test_a_frame_has_a_row_for_each() -> None:
-    frame = claims_frame(
-        [Claim("rank?", "low", -3.0, (-4.0, -2.0)), Claim("one?", "much", 0.5, (0.4, 0.6), 0.8, above=True)]
-    )
+    frame = claims_frame(CLAIMS)
     assert list(frame["verdict"]) == ["holds", "reversed"]
     assert list(frame.columns) == ["question", "claim", "value", "low", "high", "bound", "verdict"]
+
+
+def test_a_table_is_to_be_read() -> None:
+    assert claims_table(CLAIMS).to_numpy().tolist() == [
+        ["low", "-3 [-4, -2]", "holds"],
+        ["much", "0.5 [0.4, 0.6]", "reversed"],
+    ]
