@@ -188,9 +188,11 @@ def permuted_cosines(grams: Grams, in_first: np.ndarray) -> np.ndarray:
         (draws,) cosines, NaN where a mean is zero.
     """
     pooled = grams.pooled
-    first = in_first / in_first.sum(1, keepdims=True)
-    second = ~in_first / (~in_first).sum(1, keepdims=True)
-    toward_first, toward_second = first @ pooled, second @ pooled
+    count = in_first.sum(1, keepdims=True)
+    others = in_first.shape[1] - count
+    first, second = in_first / count, ~in_first / others
+    toward_first = first @ pooled
+    toward_second = (pooled.sum(0) - count * toward_first) / others  # both groups together are all examples
     squared = (toward_first * first).sum(1) * (toward_second * second).sum(1)
     inner = (toward_first * second).sum(1)
     cosines: np.ndarray = np.full(len(inner), np.nan)
