@@ -1,7 +1,7 @@
 """The three insights in one result: low rank, conflict, one sample — each beside what could have refuted it."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,6 +13,7 @@ from geomkit.contrasts import SpectrumContrast, compare_spectra
 from geomkit.correlation import Conflict, conflict
 from geomkit.gradients import Coverage, GradientSet
 from geomkit.onesample import OneSample, one_sample_study
+from geomkit.spans import span
 from geomkit.spectra import Spectrum, spectrum
 from geomkit.subspaces import subspace
 from geomkit.token_matching import match_tokens
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
 _COLUMNS = ("question", "measure", "of", "value", "low", "high", "null", "null_low", "null_high")
 _UNKNOWN = (float("nan"), float("nan"))
-_STATISTICS = {"effective_rank": "effective rank", "cer10": "CER(10)"}
 _REPORTED = 0.8
 """The overlap of one sample with the mean that the paper reports as typical."""
 
@@ -37,6 +37,7 @@ class Analysis:
     Attributes:
         spectra: Of the mean gradient of every linear layer, at equal token counts, as ``"safety"``, ``"control"`` and
             ``"utility"``.
+        spans: Of the examples' own gradients as vectors, one beside another: how many dimensions many of them span.
         angles: Principal angles between the leading left subspaces of safety and utility.
         conflict: Cosines between the two, and by how much they are below the control's.
         one_sample: What single safety examples find of the mean safety subspace, beside what single controls find.
@@ -46,6 +47,7 @@ class Analysis:
     """
 
     spectra: Mapping[str, Spectrum]
+    spans: Mapping[str, Spectrum]
     angles: Angles
     conflict: Conflict
     one_sample: OneSample
@@ -67,14 +69,21 @@ class Analysis:
         """Return by how much the safety spectra differ from those of ``"control"`` or ``"utility"``."""
         return compare_spectra(self.safety, self.spectra[other], names=("safety", other))
 
+    def span_contrast(self, other: str) -> SpectrumContrast:
+        """Return by how much the span of the safety examples differs from that of the others."""
+        return compare_spectra(self.spans["safety"], self.spans[other], names=("safety", other))
+
     def claims(self) -> list[Claim]:
         """Return what the paper claims of gradients, each claim with and without a control, and what became of it."""
         study = self.one_sample
-        ranks = [(other, *self.rank_contrast(other).mean("effective_rank")) for other in ("utility", "control")]
         return [
             *(
-                Claim("low rank?", f"effective rank: safety is below {other}, at equal tokens", value, interval)
-                for other, value, interval in ranks
+                Claim("low rank?", f"{what}: safety is below {other}", *contrast(other).mean("effective_rank"))
+                for what, contrast in (
+                    ("effective rank of the mean gradient at equal tokens", self.rank_contrast),
+                    ("effective rank of the examples' span", self.span_contrast),
+                )
+                for other in ("utility", "control")
             ),
             Claim(
                 "conflict?", "cosine of safety and utility is below 0", self.conflict.corrected, self.conflict.interval
@@ -111,6 +120,10 @@ class Analysis:
         return {
             "losses": dict(self.losses),
             "spectrum": {name: _headline(side, self.tokens) for name, side in self.spectra.items()},
+            "span": {
+                name: {"effective_rank": side.mean("effective_rank"), "interval": list(side.interval("effective_rank"))}
+                for name, side in self.spans.items()
+            },
             "conflict": {
                 "cosine": self.conflict.cosine,
                 "corrected": self.conflict.corrected,
@@ -150,12 +163,15 @@ class Analysis:
             yield _row("loss", "loss, nats per token", name, loss)
 
     def _rank_rows(self) -> Iterator[_Row]:
-        contrasts = [self.rank_contrast(other) for other in ("control", "utility")]
-        for statistic, label in _STATISTICS.items():
-            for name, side in self.spectra.items():
+        for statistic, label, sides, contrast_to in (
+            ("effective_rank", "effective rank", self.spectra, self.rank_contrast),
+            ("cer10", "CER(10)", self.spectra, self.rank_contrast),
+            ("effective_rank", "effective rank of the span", self.spans, self.span_contrast),
+        ):
+            for name, side in sides.items():
                 null = side.null_mean(statistic)
                 yield _row("low rank?", label, name, side.mean(statistic), side.interval(statistic), null)
-            for contrast in contrasts:
+            for contrast in map(contrast_to, ("control", "utility")):
                 yield _row(
                     "low rank?", f"{label}, difference", " − ".join(contrast.names), *contrast.mean(statistic), 0.0
                 )
@@ -230,19 +246,24 @@ def analysis_of(
     Raises:
         GeometryError: If a set has fewer than three examples, or was not collected so.
     """
-    matched = match_tokens(safety, control, utility, seed=seed)
+    sides = {"safety": safety, "control": control, "utility": utility}
+    matched = match_tokens(*sides.values(), seed=seed)
     spectra = {
-        name: spectrum(side, null_draws=null_draws, seed=seed)
-        for name, side in zip(("safety", "control", "utility"), matched, strict=True)
+        name: spectrum(side, null_draws=null_draws, seed=seed) for name, side in zip(sides, matched, strict=True)
     }
+    count = min(len(side.samples) for side in sides.values())  # more examples span more dimensions
     return Analysis(
         spectra=spectra,
+        spans={
+            name: span(replace(side, samples=side.samples[:count]), together=True, seed=seed)
+            for name, side in sides.items()
+        },
         angles=principal_angles(*(subspace(side, rank=rank) for side in (matched[0], matched[2]))),
         conflict=conflict(safety, utility, control, seed=seed),
         one_sample=one_sample_study(safety, control, rank=rank),
         coverage=safety.coverage,
         tokens=int(np.median([layer.tokens for layer in spectra["safety"].layers.values()])),
-        losses={"safety": safety.loss, "control": control.loss, "utility": utility.loss},
+        losses={name: side.loss for name, side in sides.items()},
     )
 
 

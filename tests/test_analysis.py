@@ -26,7 +26,7 @@ def test_both_sides_have_the_same_tokens_and_parameters(found):
 
 def test_headline_numbers(found):
     numbers = json.loads(json.dumps(found.to_dict()))
-    assert set(numbers) == {"losses", "spectrum", "conflict", "one_sample", "claims"}
+    assert set(numbers) == {"losses", "spectrum", "span", "conflict", "one_sample", "claims"}
     for side in ("safety", "control", "utility"):
         assert {"tokens", "effective_rank", "cer10", "null_effective_rank", "null_cer10"} <= set(
             numbers["spectrum"][side]

@@ -110,7 +110,7 @@ def test_analyze_writes_a_report_and_the_promised_numbers(files, monkeypatch, ca
     assert "wrote a/b/report.html\nwrote c/numbers.json\n" in out
     assert "<h1>Gradient geometry of" in Path("a/b/report.html").read_text(encoding="utf-8")
     numbers = json.loads(Path("c/numbers.json").read_text(encoding="utf-8"))
-    assert set(numbers) == {"losses", "spectrum", "conflict", "one_sample", "claims"}
+    assert set(numbers) == {"losses", "spectrum", "span", "conflict", "one_sample", "claims"}
     for side in ("safety", "utility"):
         measured = {"tokens", "effective_rank", "cer10", "null_effective_rank", "null_cer10"}
         low, high = numbers["spectrum"][side].pop("effective_rank_interval")
