@@ -30,7 +30,7 @@ class Contrast:
             gradients; negative where safety conflicts more. NaN if a mean gradient is no larger than its noise.
         interval: Confidence interval, over the examples of all three sets.
         p_value: Two-sided p-value of no difference; in simulations with control and safety examples of one population,
-            3 to 5 % were below .05 (16 or 32 a side, Gaussian and heavy-tailed), 1 to 3 % with very uneven sizes.
+            2.5 to 5 % were below .05 (16 or 32 a side, Gaussian and heavy-tailed), 1 to 3 % with very uneven sizes.
         control: Estimate of the cosine of the expected control and utility gradients.
         control_interval: Confidence interval of that cosine.
     """
