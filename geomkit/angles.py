@@ -1,7 +1,7 @@
 """Principal angles between the subspaces of two models' gradients, beside what random subspaces would show."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -28,12 +28,14 @@ class LayerAngles:
         angles: (min(k_a, k_b),) radians, descending as in :func:`scipy.linalg.subspace_angles`.
         ranks: k_a and k_b.
         dimension: d of the space they lie in.
+        control: Overlap of a control set's subspace with the second one, NaN without a control.
     """
 
     parameter: str
     angles: np.ndarray = field(repr=False)
     ranks: tuple[int, int]
     dimension: int
+    control: float = float("nan")
 
     @cached_property
     def overlap(self) -> float:
@@ -45,7 +47,7 @@ class LayerAngles:
         """The overlap of two uniformly random subspaces, see :func:`geomkit.controls.haar_overlap`.
 
         Gradients of one layer share their inputs' covariance and overlap more than that without any common content:
-        compare with an empirical null as well.
+        compare with an empirical null as well, :attr:`control`.
         """
         return haar_overlap(*self.ranks, self.dimension)
 
@@ -82,11 +84,17 @@ class Angles:
         """The same mean of what uniformly random subspaces would show."""
         return _mean([layer.expected_overlap for layer in self.layers.values() if len(layer.angles)])
 
+    @property
+    def mean_control(self) -> float:
+        """The same mean of the control's overlap with the second subspace; NaN without a control."""
+        return _mean([layer.control for layer in self.layers.values() if len(layer.angles)])
+
     def to_frame(self) -> "pd.DataFrame":
         """Return a row per parameter and statistic.
 
         ``null`` is what uniformly random subspaces would show: :attr:`LayerAngles.expected_overlap` beside the
         overlap, :attr:`LayerAngles.random_edge` beside the largest cosine, nothing beside the angles (in degrees).
+        ``control``, beside the overlap, is the overlap of a control set's subspace with the second one.
         """
         import pandas as pd
 
@@ -99,10 +107,11 @@ class Angles:
         return plot_angles(self)
 
     def __str__(self) -> str:
-        """Say the mean overlap beside that of random subspaces."""
+        """Say the mean overlap beside that of random subspaces, and of the control."""
+        control = "" if np.isnan(self.mean_control) else f"control {self.mean_control:.3g}, "
         return (
             f"principal angles of {self.side} subspaces of {len(self.layers)} matrices: mean overlap "
-            f"{self.mean_overlap:.3g} (random subspaces {self.mean_expected_overlap:.3g})"
+            f"{self.mean_overlap:.3g} ({control}random subspaces {self.mean_expected_overlap:.3g})"
         )
 
     def _repr_html_(self) -> str:
@@ -110,7 +119,8 @@ class Angles:
 
 
 def _mean(values: list[float]) -> float:
-    return float(np.mean(values)) if values else float("nan")
+    known = [value for value in values if not np.isnan(value)]
+    return float(np.mean(known)) if known else float("nan")
 
 
 def _rows(layer: LayerAngles) -> list[dict[str, object]]:
@@ -129,6 +139,7 @@ def _rows(layer: LayerAngles) -> list[dict[str, object]]:
             "statistic": statistic,
             "value": value,
             "null": null,
+            "control": layer.control if statistic == "overlap" else float("nan"),
             "rank_a": layer.ranks[0],
             "rank_b": layer.ranks[1],
             "dimension": layer.dimension,
@@ -162,38 +173,59 @@ def basis_angles(a: Tensor, b: Tensor) -> np.ndarray:
     return np.asarray(np.where(cosines**2 >= 0.5, np.arcsin(np.minimum(sines, 1)), np.arccos(np.minimum(cosines, 1))))
 
 
-def principal_angles(a: Subspace, b: Subspace) -> Angles:
+def principal_angles(a: Subspace, b: Subspace, control: Subspace | None = None) -> Angles:
     """Measure the principal angles between two subspaces, parameter by parameter.
 
     Args:
         a: Subspaces of one gradient, from :func:`geomkit.subspaces.subspace`.
         b: Subspaces of another gradient of the same model and side.
+        control: Subspaces of a set that shares with ``a`` what the overlap should not come from, such as benign
+            requests with the same refusals: its overlap with ``b`` is the empirical null. In each parameter it is that
+            of as many leading directions as ``a`` has; where the control has fewer, there is none.
 
     Returns:
-        The angles, with overlaps and their expectation for uniformly random subspaces.
+        The angles, with overlaps, their expectation for uniformly random subspaces, and the control's.
 
     Raises:
         GeometryError: If sides, parameters or dimensions differ.
     """
-    if a.side != b.side:
-        raise GeometryError(f"expected subspaces of one side, found {a.side} and {b.side}; build both with one side=")
+    for other in (b, *([control] if control else [])):
+        _check(a, other)
     if a.side == "both":
         raise GeometryError(
             "expected subspaces of one side, found those of both; compare a.on('left') and b.on('left')"
         )
+    return Angles(
+        a.side,
+        {
+            name: _layer_angles(name, layer, b.layers[name], control.layers[name] if control else None)
+            for name, layer in a.layers.items()
+        },
+    )
+
+
+def _check(a: Subspace, b: Subspace) -> None:
+    if a.side != b.side:
+        raise GeometryError(f"expected subspaces of one side, found {a.side} and {b.side}; build both with one side=")
     if difference := set(a.layers).symmetric_difference(b.layers):
         some = ", ".join(sorted(difference)[:4])
         raise GeometryError(
             f"expected subspaces of the same parameters, found {len(difference)} on one side only ({some}); "
             "collect both gradients with the same layers="
         )
-    return Angles(a.side, {name: _layer_angles(name, layer, b.layers[name]) for name, layer in a.layers.items()})
+    for name, layer in a.layers.items():
+        if layer.basis.shape[0] != b.layers[name].basis.shape[0]:
+            raise GeometryError(
+                f"expected subspaces of one space for {name}, found dimensions {layer.basis.shape[0]} and "
+                f"{b.layers[name].basis.shape[0]}; collect both gradients from the same model"
+            )
 
 
-def _layer_angles(name: str, a: LayerSubspace, b: LayerSubspace) -> LayerAngles:
-    if a.basis.shape[0] != b.basis.shape[0]:
-        raise GeometryError(
-            f"expected subspaces of one space for {name}, found dimensions {a.basis.shape[0]} and {b.basis.shape[0]}; "
-            "collect both gradients from the same model"
-        )
-    return LayerAngles(name, basis_angles(a.basis, b.basis), (a.rank, b.rank), a.basis.shape[0])
+def _layer_angles(name: str, a: LayerSubspace, b: LayerSubspace, control: LayerSubspace | None) -> LayerAngles:
+    angles = basis_angles(a.basis, b.basis)
+    measured = LayerAngles(name, angles, (a.rank, b.rank), a.basis.shape[0])
+    # An overlap at another rank would not compare.
+    if control is None or control.rank < a.rank:
+        return measured
+    beside = LayerAngles(name, basis_angles(control.basis[:, : a.rank], b.basis), measured.ranks, measured.dimension)
+    return replace(measured, control=beside.overlap)

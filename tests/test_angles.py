@@ -72,6 +72,42 @@ def test_bases_from_gradients_are_accurate_to_fp32() -> None:
     assert same.overlap == pytest.approx(1.0)
 
 
+@settings(max_examples=25, deadline=None)
+@given(seed=SEEDS)
+def test_angles_of_fp32_bases_are_those_of_scipy(seed: int) -> None:
+    a, b = frame(40, 6, seed).float(), frame(40, 9, seed + 1).float()
+    assert basis_angles(a, b) == pytest.approx(subspace_angles(a.double().numpy(), b.double().numpy()), abs=1e-6)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.floats(1e-5, math.pi / 2), min_size=1, max_size=6), SEEDS)
+def test_planted_angles_are_recovered_from_fp32_bases(angles: list[float], seed: int) -> None:
+    a, b = planted(sorted(angles, reverse=True), seed=seed)
+    assert basis_angles(a.float(), b.float()) == pytest.approx(sorted(angles, reverse=True), abs=2e-6)
+
+
+def test_a_control_is_measured_at_the_rank_of_what_it_controls() -> None:
+    a, b, control = named(frame(30, 4, 0)), named(frame(30, 6, 1)), named(frame(30, 5, 2))
+    found = principal_angles(a, b, control)
+    cut = control.layers["w"].basis[:, :4]
+    assert found.mean_control == pytest.approx(float((cut.T @ b.layers["w"].basis).square().sum()) / 4, abs=1e-12)
+    assert found.mean_overlap == principal_angles(a, b).mean_overlap
+    table = found.to_frame().set_index("statistic")
+    assert table.control["overlap"] == found.mean_control
+    assert np.isnan(table.control["largest_angle"])
+    assert f"control {found.mean_control:.3g}" in str(found)
+
+
+def test_without_a_control_or_with_one_of_lower_rank_there_is_none() -> None:
+    a, b = named(frame(30, 4, 0)), named(frame(30, 6, 1))
+    for found in (principal_angles(a, b), principal_angles(a, b, named(frame(30, 3, 2)))):
+        assert np.isnan(found.mean_control)
+        assert found.to_frame()["control"].isna().all()
+        assert "control" not in str(found)
+    with pytest.raises(GeometryError, match="dimensions 30 and 31"):
+        principal_angles(a, b, named(frame(31, 4, 0)))
+
+
 def test_overlap_and_edge_of_random_subspaces_are_as_expected() -> None:
     size, rank_a, rank_b = 256, 16, 8
     drawn = [

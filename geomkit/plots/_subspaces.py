@@ -27,7 +27,7 @@ def plot_angles(angles: "Angles") -> go.Figure:
     Returns:
         The figure. Left: one thin line per parameter, the angles ascending, the median over parameters, and the
         edge below which the angles of random subspaces of these sizes hardly fall. Right: the overlap, the mean
-        squared cosine, with its expectation for random subspaces.
+        squared cosine, with its expectation for random subspaces and, as open circles, what a control shows.
 
     Raises:
         GeometryError: If no parameter has a direction on both sides.
@@ -43,11 +43,15 @@ def plot_angles(angles: "Angles") -> go.Figure:
         for trace in _overlaps(chosen, kind, look.colour, look.symbol):
             figure.add_trace(trace, row=1, col=2)
     figure.add_traces(_angle_summary(layers), rows=1, cols=1)
+    control = ""
+    if not np.isnan(angles.mean_control):
+        figure.add_trace(_controls(layers), row=1, col=2)
+        control = f"control (open circles): {angles.mean_control:.3g}; "
     figure.update_layout(
         template=TEMPLATE,
         title=title(
             f"Principal angles between two {angles.side} subspaces",
-            f"mean overlap {angles.mean_overlap:.3g}; random subspaces: {angles.mean_expected_overlap:.3g}",
+            f"mean overlap {angles.mean_overlap:.3g}; {control}random subspaces: {angles.mean_expected_overlap:.3g}",
         ),
         yaxis={"range": [-2, 92], "dtick": 15, "ticksuffix": "°", "title": "principal angle, degrees"},
         xaxis={"title": "index of the angle, ascending"},
@@ -182,6 +186,18 @@ def _angle_summary(layers: "Mapping[str, LayerAngles]") -> list[go.Scatter]:
             hovertemplate="random subspaces keep above <b>%{y:.1f}°</b> (median over parameters)<extra></extra>",
         ),
     ]
+
+
+def _controls(layers: "Mapping[str, LayerAngles]") -> go.Scatter:
+    return go.Scatter(
+        x=[column_of(name) for name in layers],
+        y=[layer.control for layer in layers.values()],
+        name="control",
+        mode="markers",
+        marker={"symbol": "circle-open", "size": 8, "color": "#222222", "line": {"width": 1.5}},
+        text=list(layers),
+        hovertemplate="%{text}<br>overlap of the control <b>%{y:.3g}</b><extra></extra>",
+    )
 
 
 def _overlaps(layers: "Mapping[str, LayerAngles]", kind: str, colour: str, symbol: str) -> Iterator[go.Scatter]:
