@@ -19,6 +19,7 @@ _ROOMS = {
     "SPF": "spf",
     "SPFCallback": "spf.callback",
     "analyze": "probes",
+    "anchor_curve": "anchor_counts",
     "check_collection": "collection.checks",
     "collect_gradients": "collect",
     "compare_spectra": "contrasts",
@@ -29,6 +30,7 @@ _ROOMS = {
     "evaluate": "evaluation",
     "finetune": "finetuning",
     "generate": "evaluation",
+    "gradient_map": "maps",
     "load_examples": "data",
     "load_gradients": "storage",
     "load_model": "models",
@@ -62,6 +64,7 @@ __all__ = [
     "Probe",
     "SPFCallback",
     "analyze",
+    "anchor_curve",
     "check_collection",
     "collect_gradients",
     "compare_spectra",
@@ -72,6 +75,7 @@ __all__ = [
     "evaluate",
     "finetune",
     "generate",
+    "gradient_map",
     "load_examples",
     "load_gradients",
     "load_model",
@@ -99,6 +103,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from geomkit.anchor_counts import anchor_curve
     from geomkit.angles import principal_angles
     from geomkit.attribution import token_conflict
     from geomkit.collect import collect_gradients
@@ -113,6 +118,7 @@ if TYPE_CHECKING:
     from geomkit.evaluation import evaluate, generate
     from geomkit.finetuning import finetune
     from geomkit.grams import sample_grams
+    from geomkit.maps import gradient_map
     from geomkit.measuring import measure_samples
     from geomkit.models import load_model, untrained
     from geomkit.noise import noise_floor

@@ -8,12 +8,14 @@ QR turns every gradient into a middle of that size.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from geomkit.errors import GeometryError
 from geomkit.forms import IndexedGradient
 from geomkit.layer_gradient import Factors, LayerGradient, row_products
 from geomkit.subspaces import Side
@@ -30,7 +32,12 @@ def stack_of(gradients: Sequence[LayerGradient], side: Side) -> "Stack":
     Args:
         gradients: N gradients of one matrix, whatever their forms.
         side: Whose singular vectors are asked for.
+
+    Raises:
+        GeometryError: If there is no such side.
     """
+    if side not in get_args(Side):
+        raise GeometryError(f"expected the side {' or '.join(get_args(Side))}, found {side!r}; compare one at a time")
     shape = gradients[0].matrix_shape
     pairs = _looked_up(gradients) or [_factors(gradient) for gradient in gradients]
     own, other = (

@@ -309,6 +309,8 @@ def test_sets_that_cannot_be_studied_are_refused() -> None:
         one_sample_study(GradientSet(safety.layers, 1.0, 4, 16, FULL), utility)
     with pytest.raises(GeometryError, match="control set, found 2"):
         one_sample_study(safety, drawn(2, 1))
+    with pytest.raises(GeometryError, match="left or right, found 'both'"):
+        one_sample_study(safety, utility, side="both")  # type: ignore[arg-type]
     with pytest.raises(GeometryError, match="names other than 'safety'"):
         one_sample_study(safety, {"safety": utility})
     with pytest.raises(GeometryError, match=r"found \[\]"):

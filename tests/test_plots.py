@@ -21,13 +21,14 @@ from geomkit.errors import GeometryError, SPFError
 from geomkit.evaluation import Evaluation
 from geomkit.forms import FactoredGradient
 from geomkit.layer_gradient import LayerGradient
+from geomkit.maps import gradient_map
 from geomkit.onesample import Group, LayerOneSample, OneSample
 from geomkit.plots._style import looks, place_of
 from geomkit.rates import Rate
 from geomkit.similarity import Overlaps
 from geomkit.spectra import Spectrum, spectrum
 from geomkit.spf.certificate import Certificate, StepRecord
-from geomkit.subspaces import subspace
+from geomkit.subspaces import Subspace, layer_subspace, subspace
 
 PLACES = ("self_attn.q_proj", "mlp.up_proj")
 NAMES = [f"model.layers.{layer}.{place}.weight" for layer in range(3) for place in PLACES]
@@ -164,6 +165,17 @@ def test_angles_ascend_and_are_in_degrees(angles: Angles) -> None:
     assert tuple(figure.layout.xaxis2.categoryarray) == ("0", "1", "2", "–")
 
 
+def test_a_control_of_the_angles_is_marked() -> None:
+    sides = [
+        Subspace("left", {"w": layer_subspace(FactoredGradient(torch.randn(3, 20), torch.randn(3, 9)), rank=2)})
+    ] * 2
+    found = principal_angles(*sides, sides[0])
+    figure = plots.plot_angles(found)
+    np.testing.assert_allclose(trace(figure, "control").y, [1.0], atol=1e-6)
+    assert "control (open circles): 1" in figure.layout.title.subtitle.text
+    assert "control" not in {entry.name for entry in plots.plot_angles(principal_angles(*sides)).data}
+
+
 def test_angles_without_directions_are_refused() -> None:
     zero = {"w": FactoredGradient(torch.zeros(2, 4), torch.zeros(2, 4))}
     with pytest.warns(UserWarning, match="found less"):
@@ -199,6 +211,17 @@ def test_anchor_curve_shows_means_bands_ceiling_and_expectation() -> None:
     assert trace(figure, "safety: 90 % of draws").y[0] == pytest.approx(0.39)
     assert sorted(shape.y0 for shape in figure.layout.shapes) == pytest.approx([0.08, 0.5])
     assert "2 random splits" in figure.layout.title.subtitle.text
+
+
+@pytest.mark.parametrize("method", ["pca", "mds"])
+def test_a_map_has_a_point_for_every_example(method: str) -> None:
+    vectors = torch.randn(7, 5, generator=torch.Generator().manual_seed(0))
+    found = gradient_map({"safety": 3, "other": 4}, vectors @ vectors.T, method=method, draws=9)
+    figure = plots.plot_gradient_map(found)
+    np.testing.assert_array_equal(trace(figure, "other").x, found.coordinates[3:, 0])
+    assert list(trace(figure, "other").customdata[:, 0]) == [0, 1, 2, 3]
+    assert f"{found.separation:+.3f}" in figure.layout.title.subtitle.text
+    assert figure.layout.yaxis.scaleanchor == "x"
 
 
 def test_overlaps_show_every_mean_and_tell_intervals_and_contrasts() -> None:

@@ -4,9 +4,11 @@ The figures share one template, registered with plotly as ``"geomkit"``, and fix
 utility side, the null, plain fine-tuning and SPF.
 """
 
+from geomkit.plots._anchor_counts import plot_anchor_curve
 from geomkit.plots._conflicts import plot_conflict, plot_conflict_examples
 from geomkit.plots._contrasts import plot_spectrum_contrast
 from geomkit.plots._directions import plot_conflict_directions
+from geomkit.plots._maps import plot_gradient_map
 from geomkit.plots._noise import plot_noise_floor
 from geomkit.plots._overlaps import plot_overlaps
 from geomkit.plots._profiles import plot_cer, plot_spectrum
@@ -20,6 +22,7 @@ from geomkit.plots._trajectory import plot_trajectory
 __all__ = [
     "COLOURS",
     "TEMPLATE",
+    "plot_anchor_curve",
     "plot_angles",
     "plot_cer",
     "plot_certificate",
@@ -28,6 +31,7 @@ __all__ = [
     "plot_conflict_examples",
     "plot_effective_rank",
     "plot_evaluation",
+    "plot_gradient_map",
     "plot_history",
     "plot_noise_floor",
     "plot_one_sample",
