@@ -12,7 +12,8 @@ from geomkit.claims import Claim, claims_frame, claims_table
 from geomkit.contrasts import SpectrumContrast, compare_spectra
 from geomkit.correlation import Conflict, conflict
 from geomkit.gradients import Coverage, GradientSet
-from geomkit.onesample import OneSample, one_sample_study
+from geomkit.one_sample_results import OneSample
+from geomkit.onesample import one_sample_study
 from geomkit.spans import span
 from geomkit.spectra import Spectrum, spectrum
 from geomkit.subspaces import subspace

@@ -13,6 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from geomkit._display import html_table
+from geomkit._named_sets import check_enough, counts_of, with_controls
 from geomkit._stacks import Stack, stack_of
 from geomkit.controls import haar_overlap
 from geomkit.errors import GeometryError
@@ -196,8 +197,10 @@ def anchor_curve(
         >>> curve.counts, curve.needed(2.0)
         ((1, 2, 4), None)
     """
-    sets = _named(safety, control)
+    sets = with_controls(safety, control)
     half = len(safety.samples) // 2
+    check_enough({"safety": len(safety.samples)}, _FEWEST)
+    check_enough(counts_of(sets), half)
     steps = _checked(counts, half)
     generator = np.random.default_rng(seed)
     splits = [_split(sets, half, generator) for _ in range(draws)]
@@ -214,22 +217,6 @@ def anchor_curve(
         raise GeometryError("expected a matrix with a gradient in every example, found none; check the loss masks")
     whole = {name: np.mean([layer.draws[name] for layer in layers.values()], axis=0) for name in sets}
     return AnchorCurve(side, rank, steps, whole, layers)
-
-
-def _named(safety: GradientSet, control: GradientSet | Mapping[str, GradientSet] | None) -> dict[str, GradientSet]:
-    controls = {} if control is None else {"control": control} if isinstance(control, GradientSet) else dict(control)
-    if "safety" in controls:
-        raise GeometryError("expected controls by other names than 'safety', which are the anchors; rename the control")
-    sets = {"safety": safety, **controls}
-    fewest = len(safety.samples) // 2
-    for name, found in sets.items():
-        wanted = _FEWEST if name == "safety" else fewest
-        if len(found.samples) < wanted:
-            raise GeometryError(
-                f"expected at least {wanted} per-sample gradients in the {name} set, found {len(found.samples)}; "
-                "collect more, with per_sample=True"
-            )
-    return sets
 
 
 def _checked(counts: Sequence[int] | None, half: int) -> tuple[int, ...]:

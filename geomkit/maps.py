@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from geomkit._display import html_table
+from geomkit._named_sets import check_enough
 from geomkit._stacks import stack_of
 from geomkit.algebra import gram
 from geomkit.errors import GeometryError
@@ -131,7 +132,11 @@ def gradient_map(
     if method not in get_args(Method):
         raise GeometryError(f"expected the method {' or '.join(get_args(Method))}, found {method!r}")
     counts = {name: found if isinstance(found, int) else len(found.samples) for name, found in sets.items()}
-    _check(counts)
+    if len(counts) < 2:
+        raise GeometryError(
+            f"expected two sets or more to tell apart, found {len(counts)}; give e.g. a control as well"
+        )
+    check_enough(counts, _FEWEST)
     products = _products(sets, grams, sum(counts.values()))
     if normalise:
         lengths = np.sqrt(products.diagonal())
@@ -170,19 +175,6 @@ def silhouettes_of(distances: np.ndarray, labels: np.ndarray) -> np.ndarray:
     other = np.where(member, np.inf, sums / counts).min(2)
     largest = np.maximum(own, other)
     return np.asarray(np.divide(other - own, largest, out=np.zeros_like(own), where=largest > 0))
-
-
-def _check(counts: Mapping[str, int]) -> None:
-    if len(counts) < 2:
-        raise GeometryError(
-            f"expected two sets or more to tell apart, found {len(counts)}; give e.g. a control as well"
-        )
-    for name, count in counts.items():
-        if count < _FEWEST:
-            raise GeometryError(
-                f"expected at least {_FEWEST} per-sample gradients in the {name} set, found {count}; collect more, "
-                "with per_sample=True"
-            )
 
 
 def _products(

@@ -9,203 +9,21 @@ what is left is due to the forbidden request.
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from geomkit._display import html_table
-from geomkit._singles import Estimate, Interval, Singles, estimates, singles_of_cosines, singles_of_overlaps
+from geomkit._named_sets import check_enough, counts_of, with_controls
+from geomkit._singles import Singles, estimates, singles_of_cosines, singles_of_overlaps
 from geomkit._stacks import Stack, overlaps_between, stack_of
 from geomkit.algebra import gram
-from geomkit.controls import haar_overlap
 from geomkit.errors import GeometryError
 from geomkit.gradients import GradientSet, shared_layers
 from geomkit.layer_gradient import LayerGradient
-from geomkit.names import kind_of, layer_index
+from geomkit.one_sample_results import Group, LayerOneSample, OneSample
 from geomkit.subspaces import Side
-
-if TYPE_CHECKING:
-    import pandas as pd
-    import plotly.graph_objects as go
 
 _LOGGER = logging.getLogger(__name__)
 _FEWEST = 3  # the mean of the others must be a mean
-_ALL = "all parameters"
-
-
-@dataclass(frozen=True, eq=False)
-class Group:
-    """What the single examples of one set find of the mean safety gradient.
-
-    Attributes:
-        overlaps: (M,) of each example's subspace with that of a mean, ‖UᵀV‖_F²/k.
-        cosines: (M,) of each example's gradient with that mean.
-        overlap: Their mean over examples, and by how much the anchors' is above it.
-        cosine: The same of the cosines.
-    """
-
-    overlaps: np.ndarray = field(repr=False)
-    cosines: np.ndarray = field(repr=False)
-    overlap: Estimate
-    cosine: Estimate
-
-
-@dataclass(frozen=True, eq=False)
-class LayerOneSample:
-    """Single examples against the mean safety gradient in one parameter.
-
-    Attributes:
-        parameter: Name of the parameter.
-        rank: k, the same for every subspace of this parameter so that all overlaps compare.
-        dimension: d of the space.
-        groups: The anchors as ``"safety"``, then the controls.
-    """
-
-    parameter: str
-    rank: int
-    dimension: int
-    groups: Mapping[str, Group]
-
-    @property
-    def expected(self) -> float:
-        """The overlap of uniformly random subspaces, k/d."""
-        return haar_overlap(self.rank, self.rank, self.dimension)
-
-
-@dataclass(frozen=True, eq=False)
-class OneSample:
-    """How much of the mean safety gradient single examples find.
-
-    Attributes:
-        side: Which singular vectors span the subspaces.
-        rank: The rank asked for; ``layers`` has the one each parameter allowed.
-        groups: The anchors as ``"safety"``, then the controls: overlaps as means over parameters, cosines of the whole
-            gradients.
-        layers: The same for each parameter.
-        confidence: Of all intervals.
-    """
-
-    side: Side
-    rank: int
-    groups: Mapping[str, Group] = field(repr=False)
-    layers: Mapping[str, LayerOneSample] = field(repr=False)
-    confidence: float = 0.95
-
-    @property
-    def controls(self) -> dict[str, Group]:
-        """The groups that are not the anchors."""
-        return {name: group for name, group in self.groups.items() if name != "safety"}
-
-    @property
-    def overlaps(self) -> np.ndarray:
-        """(N,) overlaps, one per anchor, mean over parameters."""
-        return self.groups["safety"].overlaps
-
-    @property
-    def overlap(self) -> float:
-        """Mean overlap of the anchors."""
-        return self.groups["safety"].overlap.value
-
-    @property
-    def interval(self) -> Interval:
-        """Interval of the anchors' mean overlap."""
-        return self.groups["safety"].overlap.interval
-
-    @property
-    def null(self) -> np.ndarray:
-        """(M,) overlaps of the first control, one per example."""
-        return self._first.overlaps
-
-    @property
-    def null_mean(self) -> float:
-        """Mean overlap of the first control."""
-        return self._first.overlap.value
-
-    @property
-    def null_interval(self) -> Interval:
-        """Interval of the first control's mean overlap."""
-        return self._first.overlap.interval
-
-    @property
-    def contrast(self) -> float:
-        """By how much the anchors' mean overlap is above the first control's."""
-        return self._first.overlap.contrast
-
-    @property
-    def contrast_interval(self) -> Interval:
-        """Interval of that contrast."""
-        return self._first.overlap.contrast_interval
-
-    @property
-    def expected(self) -> float:
-        """Mean over parameters of what uniformly random subspaces would show."""
-        return float(np.mean([layer.expected for layer in self.layers.values()]))
-
-    @property
-    def _first(self) -> Group:
-        return next(iter(self.controls.values()))
-
-    def to_frame(self) -> "pd.DataFrame":
-        """Return a row per parameter, group and statistic, those of all parameters together first.
-
-        ``value`` with its interval ``low`` to ``high``, ``contrast`` (safety − group) with ``contrast_low`` to
-        ``contrast_high``, and ``null``: what uniformly random subspaces or gradients would show.
-        """
-        import pandas as pd
-
-        rows = _rows(_ALL, self.groups, self.expected)
-        for name, layer in self.layers.items():
-            rows += [
-                {**row, "rank": layer.rank, "dimension": layer.dimension}
-                for row in _rows(name, layer.groups, layer.expected)
-            ]
-        return pd.DataFrame(rows)
-
-    def plot(self) -> "go.Figure":
-        """Draw it, see :func:`geomkit.plots.plot_one_sample`."""
-        from geomkit.plots import plot_one_sample
-
-        return plot_one_sample(self)
-
-    def __str__(self) -> str:
-        """Say the mean overlap beside that of each control, and the contrasts."""
-        controls = "; ".join(
-            f"{name} {group.overlap}, contrast {group.overlap.contrast:+.3f} {_span(group.overlap.contrast_interval)}"
-            for name, group in self.controls.items()
-        )
-        return (
-            f"one of {len(self.overlaps)} anchors against the mean of the others, {self.side}-{self.rank}: overlap "
-            f"{self.groups['safety'].overlap}; {controls}; random subspaces {self.expected:.3f}"
-        )
-
-    def _repr_html_(self) -> str:
-        return html_table(str(self), self.to_frame())
-
-
-def _span(interval: Interval) -> str:
-    return f"[{interval[0]:+.3f}, {interval[1]:+.3f}]"
-
-
-def _rows(parameter: str, groups: Mapping[str, Group], expected: float) -> list[dict[str, object]]:
-    return [
-        {
-            "parameter": parameter,
-            "kind": "all" if parameter == _ALL else kind_of(parameter),
-            "layer": layer_index(parameter),
-            "group": name,
-            "statistic": statistic,
-            "value": found.value,
-            "low": found.interval[0],
-            "high": found.interval[1],
-            "contrast": found.contrast,
-            "contrast_low": found.contrast_interval[0],
-            "contrast_high": found.contrast_interval[1],
-            "null": null,
-        }
-        for name, group in groups.items()
-        for statistic, found, null in (("overlap", group.overlap, expected), ("cosine", group.cosine, 0.0))
-    ]
 
 
 def one_sample_study(
@@ -252,10 +70,13 @@ def one_sample_study(
         >>> print(one_sample_study(head("safety"), {"refused": head("controls/benign-refused")}))
         one of 4 anchors against the mean of the others, left-10: overlap ...; refused ..., contrast ...
     """
-    sets = _named(safety, control)
+    sets = with_controls(safety, control)
+    if len(sets) == 1:
+        raise GeometryError("expected a control at least, found none; give e.g. benign requests with the same refusals")
+    check_enough(counts_of(sets), _FEWEST)
     names = shared_layers(*(sample for found in sets.values() for sample in found.samples))
     gradients = {name: [sample[name] for found in sets.values() for sample in found.samples] for name in names}
-    places = _places({name: len(found.samples) for name, found in sets.items()})
+    places = _places(counts_of(sets))
     products, overlaps, kept = {}, {}, {}
     for name in names:
         stack = stack_of(gradients[name], side)
@@ -281,22 +102,6 @@ def one_sample_study(
         for name, groups in zip(studied, columns[1:], strict=True)
     }
     return OneSample(side, rank, columns[0], layers, confidence)
-
-
-def _named(safety: GradientSet, control: GradientSet | Mapping[str, GradientSet]) -> dict[str, GradientSet]:
-    controls = {"control": control} if isinstance(control, GradientSet) else dict(control)
-    if not controls or "safety" in controls:
-        raise GeometryError(
-            f"expected controls by names other than 'safety', found {list(controls)}; give e.g. benign-refused=…"
-        )
-    sets = {"safety": safety, **controls}
-    for name, found in sets.items():
-        if len(found.samples) < _FEWEST:
-            raise GeometryError(
-                f"expected at least {_FEWEST} per-sample gradients in the {name} set, found {len(found.samples)}; "
-                "collect more, with per_sample=True"
-            )
-    return sets
 
 
 def _places(counts: Mapping[str, int]) -> dict[str, slice]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from geomkit._display import html_table
+from geomkit._named_sets import check_enough, counts_of
 from geomkit._pairs import Contrast, contrast_of, mean_between
 from geomkit._stacks import overlaps_between, stack_of
 from geomkit.controls import haar_overlap
@@ -158,7 +159,9 @@ def overlaps(
         >>> bool(found.matrix[0, 0] > found.matrix[0, 1] > found.expected)
         True
     """
-    _check(sets)
+    if len(sets) < 2:
+        raise GeometryError(f"expected two sets or more to compare, found {len(sets)}; give e.g. a control set as well")
+    check_enough(counts_of(sets), _FEWEST)
     pairs, expected = _pair_overlaps(sets, rank, side)
     names, counts = tuple(sets), tuple(len(found.samples) for found in sets.values())
     ends = np.cumsum(counts)
@@ -189,17 +192,6 @@ def overlaps(
         parameters=tuple(expected),
         confidence=confidence,
     )
-
-
-def _check(sets: Mapping[str, GradientSet]) -> None:
-    if len(sets) < 2:
-        raise GeometryError(f"expected two sets or more to compare, found {len(sets)}; give e.g. a control set as well")
-    for name, found in sets.items():
-        if len(found.samples) < _FEWEST:
-            raise GeometryError(
-                f"expected at least {_FEWEST} per-sample gradients in the {name} set, found {len(found.samples)}; "
-                "collect more, with per_sample=True"
-            )
 
 
 def _pair_overlaps(sets: Mapping[str, GradientSet], rank: int, side: Side) -> tuple[np.ndarray, dict[str, float]]:

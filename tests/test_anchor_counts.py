@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
+from geomkit._named_sets import with_controls
 from geomkit._stacks import stack_of
-from geomkit.anchor_counts import _named, _split, anchor_curve
+from geomkit.anchor_counts import _split, anchor_curve
 from geomkit.errors import GeometryError
 from geomkit.gradients import GradientSet
 from tests.forms import dense
@@ -17,7 +18,7 @@ def test_overlaps_are_those_of_dense_means_of_the_same_splits() -> None:
     assert found.counts == (1, 2, 4)
     matrices = [dense(sample[NAME]) for side in (safety, control) for sample in side.samples]
     generator = np.random.default_rng(5)
-    sets = _named(safety, {"other": control})
+    sets = with_controls(safety, {"other": control})
     for draw in range(3):
         reference, groups = _split(sets, 4, generator)
         assert not set(reference) & set(groups["safety"])

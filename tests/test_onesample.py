@@ -311,9 +311,9 @@ def test_sets_that_cannot_be_studied_are_refused() -> None:
         one_sample_study(safety, drawn(2, 1))
     with pytest.raises(GeometryError, match="left or right, found 'both'"):
         one_sample_study(safety, utility, side="both")  # type: ignore[arg-type]
-    with pytest.raises(GeometryError, match="names other than 'safety'"):
+    with pytest.raises(GeometryError, match="other names than 'safety'"):
         one_sample_study(safety, {"safety": utility})
-    with pytest.raises(GeometryError, match=r"found \[\]"):
+    with pytest.raises(GeometryError, match="a control at least"):
         one_sample_study(safety, {})
     empty = gradient_set([{NAME: sample[NAME].scaled(0.0)} for sample in safety.samples])
     with pytest.raises(GeometryError, match="found none"):

@@ -22,7 +22,7 @@ from geomkit.evaluation import Evaluation
 from geomkit.forms import FactoredGradient
 from geomkit.layer_gradient import LayerGradient
 from geomkit.maps import gradient_map
-from geomkit.onesample import Group, LayerOneSample, OneSample
+from geomkit.one_sample_results import Group, LayerOneSample, OneSample
 from geomkit.plots._style import looks, place_of
 from geomkit.rates import Rate
 from geomkit.similarity import Overlaps

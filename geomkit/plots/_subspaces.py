@@ -15,7 +15,7 @@ from geomkit.plots._style import COLOURS, TEMPLATE, column_of, columns_of, layer
 if TYPE_CHECKING:
     from geomkit._singles import Estimate
     from geomkit.angles import Angles, LayerAngles
-    from geomkit.onesample import OneSample
+    from geomkit.one_sample_results import OneSample
 
 
 def plot_angles(angles: "Angles") -> go.Figure:
