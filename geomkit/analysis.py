@@ -76,7 +76,7 @@ class Analysis:
 
     def claims(self) -> list[Claim]:
         """Return what the paper claims of gradients, each claim with and without a control, and what became of it."""
-        study = self.one_sample
+        study, direction = self.one_sample, self.one_sample.groups["control"].cosine
         return [
             *(
                 Claim("low rank?", f"{what}: safety is below {other}", *contrast(other).mean("effective_rank"))
@@ -93,6 +93,13 @@ class Analysis:
                 [Claim("conflict?", "it is below that of control and utility", contrast.value, contrast.interval)]
                 if (contrast := self.conflict.contrast)
                 else []
+            ),
+            Claim(
+                "one sample?",
+                "a safety example's cosine with the others' mean is above a control's",
+                direction.contrast,
+                direction.contrast_interval,
+                above=True,
             ),
             Claim(
                 "one sample?",
@@ -142,6 +149,8 @@ class Analysis:
                 "null_interval": list(self.one_sample.null_interval),
                 "contrast": self.one_sample.contrast,
                 "contrast_interval": list(self.one_sample.contrast_interval),
+                "cosine": self.one_sample.groups["safety"].cosine.value,
+                "control_cosine": self.one_sample.groups["control"].cosine.value,
                 "expected": self.one_sample.expected,
             },
             "claims": claims_frame(self.claims()).to_dict("records"),
@@ -198,6 +207,10 @@ class Analysis:
         yield _row(question, "overlap of one example", "safety", study.overlap, study.interval, study.expected)
         yield _row(question, "overlap of one example", "control", study.null_mean, study.null_interval, study.expected)
         yield _row(question, "overlap, difference", "safety − control", study.contrast, study.contrast_interval, 0.0)
+        for name, group in study.groups.items():
+            yield _row(question, "cosine of one example", name, group.cosine.value, group.cosine.interval, 0.0)
+        beside, measure = study.groups["control"].cosine, "cosine of one, difference"
+        yield _row(question, measure, "safety − control", beside.contrast, beside.contrast_interval, 0.0)
 
     def plot(self) -> "Figure":
         """Draw the normalised spectra with their nulls."""

@@ -36,6 +36,8 @@ def differences(found: Analysis) -> Iterator[tuple[str, tuple[float, float]]]:
     yield "conflict", found.conflict.contrast.interval
     yield "conflict, parameters alike", found.conflict.unweighted.contrast.interval
     yield "one sample", found.one_sample.contrast_interval
+    yield "one sample, cosine", found.one_sample.groups["control"].cosine.contrast_interval
+    yield "span", found.span_contrast("control").mean("effective_rank")[1]
 
 
 def test_a_random_model_shows_nothing_that_is_about_safety(untrained) -> None:
