@@ -99,7 +99,7 @@ def measure(
         norms: The product of the norms of both mean gradients over all parameters.
     """
     corrected, interval = expected_cosine(grams, confidence)
-    p_value, null_interval = permutation_test(grams.cosine, permuted_cosines(grams.balanced(), shuffled), confidence)
+    p_value, null_interval = permutation_test(grams.cosine, permuted_cosines(grams, shuffled), confidence)
     weight = grams.norms / norms if norms > 0 else 0.0
     contrast = None if control is None else contrast_of(grams, control, confidence)
     return LayerConflict(name, grams.cosine, corrected, interval, null_interval, p_value, weight, contrast)

@@ -26,15 +26,6 @@ class Grams:
         """Add the inner products of other parameters."""
         return Grams(self.safety + other.safety, self.across + other.across, self.utility + other.utility)
 
-    def balanced(self) -> "Grams":
-        """Scale both sides to a root mean square norm of one, which no cosine between them notices.
-
-        A division of the pooled examples at random would otherwise compare parts of the side with the larger
-        gradients with each other, whatever the other side is.
-        """
-        a, b = (_unit(float(side.diagonal().mean())) for side in (self.safety, self.utility))
-        return Grams(a * a * self.safety, a * b * self.across, b * b * self.utility)
-
     def directions(self) -> "Grams":
         """Scale every example's gradient to a norm of one; zero stays zero."""
         a, b = (_units(side.diagonal()) for side in (self.safety, self.utility))
@@ -62,10 +53,6 @@ class Grams:
     def cosine(self) -> float:
         """Cosine of the two mean gradients; NaN if one is zero."""
         return float(self.across.mean() / self.norms) if self.norms > 0 else float("nan")
-
-
-def _unit(squared_norm: float) -> float:
-    return squared_norm**-0.5 if squared_norm > 0 else 1.0
 
 
 def _units(squared_norms: np.ndarray) -> np.ndarray:

@@ -47,9 +47,10 @@ class Conflict:
             gradients is no larger than its noise.
         interval: Confidence interval of the cosine of the expected gradients, over examples of both sets. It belongs
             to ``corrected``; where examples are few and noisy, ``cosine`` may lie outside.
-        null_interval: Where ``cosine`` lies when the pooled examples, either side scaled to the same size, are divided
-            at random into sets of these sizes: what two sets from the *same* source show. Two sides that have nothing
-            in common lie below it as well as two that conflict: it tests whether they differ, not how.
+        null_interval: Where ``cosine`` lies when the pooled examples are divided at random into sets of these sizes:
+            what two sets from the *same* source show. Two sides that have nothing in common lie below it as well as
+            two that conflict: it tests whether they differ, not how. Nothing is scaled, as a scale that depends on the
+            labels would make them matter where they do not.
         p_value: One-sided permutation p-value, the share of random divisions with a cosine as low. Small means that
             safety and utility examples are not exchangeable, which they may be at a positive cosine.
         negative: Utility examples whose gradient has a negative inner product with the mean safety gradient, with the
