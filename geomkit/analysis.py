@@ -1,17 +1,18 @@
 """The three insights in one result: low rank, conflict, one sample — each beside what could have refuted it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from geomkit._display import html_table
+from geomkit._display import html_table, text_table
 from geomkit.angles import Angles, principal_angles
 from geomkit.claims import Claim, claims_frame, claims_table
 from geomkit.contrasts import SpectrumContrast, compare_spectra
 from geomkit.correlation import Conflict, conflict
 from geomkit.gradients import Coverage, GradientSet
+from geomkit.headlines import COLUMNS, headlines
 from geomkit.one_sample_results import OneSample
 from geomkit.onesample import one_sample_study
 from geomkit.spans import span
@@ -23,12 +24,9 @@ if TYPE_CHECKING:
     import pandas as pd
     from plotly.graph_objects import Figure
 
-_COLUMNS = ("question", "measure", "of", "value", "low", "high", "null", "null_low", "null_high")
-_UNKNOWN = (float("nan"), float("nan"))
+_UNEVEN = 0.2
 _REPORTED = 0.8
 """The overlap of one sample with the mean that the paper reports as typical."""
-
-_Row = tuple[object, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +43,7 @@ class Analysis:
         coverage: What share of the model was seen.
         tokens: Number of tokens in each layer's spectra, the same on all sides; the median over layers.
         losses: Mean loss of the safety, control and utility examples, in nats per token.
+        largest: Share of the examples' squared norms that the largest one holds, of each set.
     """
 
     spectra: Mapping[str, Spectrum]
@@ -55,6 +54,7 @@ class Analysis:
     coverage: Coverage
     tokens: int
     losses: Mapping[str, float]
+    largest: Mapping[str, float]
 
     @property
     def safety(self) -> Spectrum:
@@ -74,6 +74,22 @@ class Analysis:
         """Return by how much the span of the safety examples differs from that of the others."""
         return compare_spectra(self.spans["safety"], self.spans[other], names=("safety", other))
 
+    @property
+    def caution(self) -> str:
+        """What to be careful about; empty where there is nothing.
+
+        Where a few of many examples hold most of the squared norm, a sample says little of the others, and its
+        intervals do not know what it has missed: with half of it in 2 of 240 examples, nominal 95 % intervals of the
+        cosine, the mean gradient's rank and the one-sample overlap held the truth in 70 to 90 % of samples of 16 or 32.
+        """
+        uneven = [f"{name} {share:.0%}" for name, share in self.largest.items() if share > _UNEVEN]
+        if not uneven:
+            return ""
+        return (
+            f"one example holds much of the squared norm ({', '.join(uneven)}): intervals that weigh examples by their "
+            "norm may miss the truth; trust those of the span and of the cosine with all alike, or take more examples"
+        )
+
     def claims(self) -> list[Claim]:
         """Return what the paper claims of gradients, each claim with and without a control, and what became of it."""
         study, direction = self.one_sample, self.one_sample.groups["control"].cosine
@@ -88,6 +104,12 @@ class Analysis:
             ),
             Claim(
                 "conflict?", "cosine of safety and utility is below 0", self.conflict.corrected, self.conflict.interval
+            ),
+            Claim(
+                "conflict?",
+                "it is below 0 with all examples and parameters alike",
+                self.conflict.unweighted.corrected,
+                self.conflict.unweighted.interval,
             ),
             *(
                 [Claim("conflict?", "it is below that of control and utility", contrast.value, contrast.interval)]
@@ -127,6 +149,7 @@ class Analysis:
         """
         return {
             "losses": dict(self.losses),
+            "largest_example": dict(self.largest),
             "spectrum": {name: _headline(side, self.tokens) for name, side in self.spectra.items()},
             "span": {
                 name: {"effective_rank": side.mean("effective_rank"), "interval": list(side.interval("effective_rank"))}
@@ -165,52 +188,7 @@ class Analysis:
         """
         import pandas as pd
 
-        rows = [*self._loss_rows(), *self._rank_rows(), *self._conflict_rows(), *self._one_sample_rows()]
-        return pd.DataFrame(rows, columns=list(_COLUMNS))
-
-    def _loss_rows(self) -> Iterator[_Row]:
-        for name, loss in self.losses.items():
-            yield _row("loss", "loss, nats per token", name, loss)
-
-    def _rank_rows(self) -> Iterator[_Row]:
-        for statistic, label, sides, contrast_to in (
-            ("effective_rank", "effective rank", self.spectra, self.rank_contrast),
-            ("cer10", "CER(10)", self.spectra, self.rank_contrast),
-            ("effective_rank", "effective rank of the span", self.spans, self.span_contrast),
-        ):
-            for name, side in sides.items():
-                null = side.null_mean(statistic)
-                yield _row("low rank?", label, name, side.mean(statistic), side.interval(statistic), null)
-            for contrast in map(contrast_to, ("control", "utility")):
-                yield _row(
-                    "low rank?", f"{label}, difference", " − ".join(contrast.names), *contrast.mean(statistic), 0.0
-                )
-
-    def _conflict_rows(self) -> Iterator[_Row]:
-        found, question, of = self.conflict, "conflict?", "safety − control"
-        mean = "cosine of the mean gradients"
-        yield _row(question, mean, "safety", found.cosine, null_interval=found.null_interval)
-        yield _row(question, "cosine with utility", "safety", found.corrected, found.interval, 0.0)
-        if found.contrast:
-            yield _row(question, "cosine with utility", "control", found.contrast.control, null=0.0)
-            yield _row(question, "cosine, difference", of, found.contrast.value, found.contrast.interval, 0.0)
-        equal, alike = found.unweighted, "cosine, parameters alike"
-        yield _row(question, alike, "safety", equal.corrected, equal.interval, 0.0)
-        if equal.contrast:
-            yield _row(question, alike, "control", equal.contrast.control, null=0.0)
-            yield _row(question, f"{alike}, difference", of, equal.contrast.value, equal.contrast.interval, 0.0)
-        share = found.negative
-        yield _row(question, "share of examples against", "safety", share.value, share.interval, 0.5)
-
-    def _one_sample_rows(self) -> Iterator[_Row]:
-        study, question = self.one_sample, "one sample?"
-        yield _row(question, "overlap of one example", "safety", study.overlap, study.interval, study.expected)
-        yield _row(question, "overlap of one example", "control", study.null_mean, study.null_interval, study.expected)
-        yield _row(question, "overlap, difference", "safety − control", study.contrast, study.contrast_interval, 0.0)
-        for name, group in study.groups.items():
-            yield _row(question, "cosine of one example", name, group.cosine.value, group.cosine.interval, 0.0)
-        beside, measure = study.groups["control"].cosine, "cosine of one, difference"
-        yield _row(question, measure, "safety − control", beside.contrast, beside.contrast_interval, 0.0)
+        return pd.DataFrame(headlines(self), columns=list(COLUMNS))
 
     def plot(self) -> "Figure":
         """Draw the normalised spectra with their nulls."""
@@ -218,21 +196,19 @@ class Analysis:
 
         return plot_spectrum(*self.spectra.values(), names=tuple(self.spectra))
 
+    def __str__(self) -> str:
+        """Say what became of each claim."""
+        rows = claims_table(self.claims())
+        lines = text_table([list(rows.columns), *rows.to_numpy().tolist()])
+        return "\n".join([self._head(), *lines])
+
+    def _head(self) -> str:
+        caution = f"; {self.caution}" if self.caution else ""
+        return f"Gradient geometry at {self.tokens} tokens; {self.coverage}{caution}"
+
     def _repr_html_(self) -> str:
-        head = f"Gradient geometry at {self.tokens} tokens; {self.coverage}"
+        head = self._head()
         return html_table(head, self.to_frame(), rows=40) + html_table("What survives", claims_table(self.claims()))
-
-
-def _row(
-    question: str,
-    measure: str,
-    of: str,
-    value: float,
-    interval: tuple[float, float] = _UNKNOWN,
-    null: float = float("nan"),
-    null_interval: tuple[float, float] = _UNKNOWN,
-) -> _Row:
-    return (question, measure, of, value, *interval, null, *null_interval)
 
 
 def analysis_of(
@@ -268,17 +244,26 @@ def analysis_of(
     count = min(len(side.samples) for side in sides.values())  # more examples span more dimensions
     return Analysis(
         spectra=spectra,
-        spans={
-            name: span(replace(side, samples=side.samples[:count]), together=True, seed=seed)
-            for name, side in sides.items()
-        },
+        spans={name: span(_some(side, count, seed), together=True, seed=seed) for name, side in sides.items()},
         angles=principal_angles(*(subspace(side, rank=rank) for side in (matched[0], matched[2]))),
         conflict=conflict(safety, utility, control, seed=seed),
         one_sample=one_sample_study(safety, control, rank=rank),
         coverage=safety.coverage,
         tokens=int(np.median([layer.tokens for layer in spectra["safety"].layers.values()])),
         losses={name: side.loss for name, side in sides.items()},
+        largest={name: _largest(side) for name, side in sides.items()},
     )
+
+
+def _largest(gradients: GradientSet) -> float:
+    squared = np.array([sample.norm**2 for sample in gradients.samples])
+    return float(squared.max() / squared.sum()) if squared.any() else 0.0
+
+
+def _some(gradients: GradientSet, count: int, seed: int) -> GradientSet:
+    """Keep so many examples, drawn at random."""
+    kept = np.random.default_rng(seed).choice(len(gradients.samples), count, replace=False)
+    return replace(gradients, samples=tuple(gradients.samples[place] for place in sorted(kept.tolist())))
 
 
 def _headline(side: Spectrum, tokens: int) -> dict[str, object]:

@@ -193,6 +193,8 @@ def analyze(
     )
     _show(found.to_frame(), f"{model}: {found.coverage}")
     _show(claims_table(found.claims()), "What survives its controls")
+    if found.caution:
+        typer.echo(f"caution: {found.caution}")
     _write(out, json_file, f"Gradient geometry of {model}", analysis_sections(found), found.to_dict())
 
 

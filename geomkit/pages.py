@@ -33,6 +33,8 @@ def _claims(analysis: "Analysis") -> Section:
         "responses, so that only what is forbidden is missing. A claim holds if its whole 95 % interval over examples "
         "lies on the claimed side of the bound, and is reversed if it lies on the other."
     )
+    if analysis.caution:
+        text += f"\n\nCaution: {analysis.caution}."
     return Section("What survives its controls?", text, (), (claims_table(analysis.claims()), analysis.to_frame()))
 
 

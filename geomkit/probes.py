@@ -28,8 +28,8 @@ class Probe:
     Attributes:
         safety: Forbidden requests and refusals.
         utility: Benign requests and answers.
-        control: Benign requests with the safety set's responses. When left out, made of the utility set's prompts: of
-            those that are not drawn as utility, where there are as many.
+        control: Benign requests with the safety set's responses. When left out, made of utility prompts that are not
+            drawn as utility; of a small set, half are kept for it.
         examples: Use no more than this many of each, drawn at random; all when ``None``. Factors of every example are
             kept, so memory grows with it.
         rank: Number of directions compared between subspaces.
@@ -41,7 +41,7 @@ class Probe:
         seed: Seed of all random draws; the same examples are drawn every time.
 
     Raises:
-        GeometryError: If a set has fewer than three examples.
+        GeometryError: If a set has fewer than three examples, or utility fewer than six where it makes the control.
 
     Example:
         >>> import geomkit as gk
@@ -75,6 +75,11 @@ class Probe:
                     f"expected at least {_FEWEST} {name} examples to tell their spread, found {len(side)} "
                     f"(examples={self.examples}); give more"
                 )
+        if self.control is None and len(self.utility) < 2 * _FEWEST:
+            raise GeometryError(
+                f"expected at least {2 * _FEWEST} utility examples, half of whose prompts make the control, found "
+                f"{len(self.utility)}; give more, or control="
+            )
 
     def collect(
         self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", *, progress: bool = False
@@ -112,16 +117,17 @@ class Probe:
 
     def _sides(self) -> "Iterator[Dataset]":
         """Draw the examples of the three sets."""
-        safety, utility = (_drawn(side, self.examples, self.seed) for side in (self.safety, self.utility))
-        yield self.safety.select(safety)
-        yield self.utility.select(utility)
+        yield self.safety.select(_drawn(len(self.safety), self.examples, self.seed))
         if self.control is not None:
-            yield self.control.select(_drawn(self.control, self.examples, self.seed))
+            yield self.utility.select(_drawn(len(self.utility), self.examples, self.seed))
+            yield self.control.select(_drawn(len(self.control), self.examples, self.seed))
             return
         # Controls with the very prompts of the utility examples would not be independent of them.
-        others = sorted(set(range(len(self.utility))) - set(utility))
-        prompts = others[: len(utility)] if len(others) >= len(utility) else utility
-        yield with_responses(self.utility.select(prompts), self.safety)
+        half = len(self.utility) // 2
+        count = half if self.examples is None else min(half, self.examples)
+        order = np.random.default_rng(self.seed).permutation(len(self.utility)).tolist()
+        yield self.utility.select(sorted(order[:count]))
+        yield with_responses(self.utility.select(sorted(order[count : 2 * count])), self.safety)
 
     def analyze(
         self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", *, progress: bool = False
@@ -134,11 +140,11 @@ class Probe:
         return analysis_of(safety, utility, control, rank=self.rank, null_draws=self.null_draws, seed=self.seed)
 
 
-def _drawn(examples: "Dataset", count: int | None, seed: int) -> list[int]:
+def _drawn(found: int, count: int | None, seed: int) -> list[int]:
     """Return the places of the examples to use."""
-    if count is None or len(examples) <= count:
-        return list(range(len(examples)))
-    chosen: list[int] = np.random.default_rng(seed).choice(len(examples), count, replace=False).tolist()
+    if count is None or found <= count:
+        return list(range(found))
+    chosen: list[int] = np.random.default_rng(seed).choice(found, count, replace=False).tolist()
     return sorted(chosen)
 
 
@@ -170,8 +176,8 @@ def analyze(
         tokenizer: Its tokenizer, with a chat template and a pad token.
         safety: Forbidden requests and refusals.
         utility: Benign requests and answers.
-        control: Benign requests with the safety set's responses, what every measure is contrasted with; made of the
-            utility set's prompts when left out.
+        control: Benign requests with the safety set's responses, what every measure is contrasted with. When left
+            out, made of utility prompts that are not drawn as utility; of a small set, half are kept for it.
         examples: Use no more than this many of each, drawn at random; all when ``None``. Factors of every example
             are kept, so memory grows with it.
         rank: Number of directions compared between subspaces.
@@ -189,7 +195,7 @@ def analyze(
     Raises:
         DataError: If examples cannot be encoded.
         CollectionError: If a loss or gradient is not finite, or no parameter matches.
-        GeometryError: If a set has fewer than three examples.
+        GeometryError: If a set has fewer than three examples, or utility fewer than six where it makes the control.
     """
     probe = Probe(
         safety,

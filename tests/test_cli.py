@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from geomkit import __version__, cli
 from geomkit.tokens import encode
-from tests.tiny import PLAIN_TEMPLATE, SAFETY, TEMPLATE, UTILITY, tiny_llama, tiny_tokenizer
+from tests.tiny import CONTROL, PLAIN_TEMPLATE, SAFETY, TEMPLATE, UTILITY, tiny_llama, tiny_tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +32,7 @@ def files(tmp_path_factory):
     for name, tokenizer in tokenizers.items():
         tiny_llama().save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)
-    for name, examples in (("safety", SAFETY), ("utility", UTILITY)):
+    for name, examples in (("safety", SAFETY), ("utility", UTILITY), ("control", CONTROL)):
         (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in examples))
     pairs = [{"prompt": row[0]["content"], "response": row[1]["content"]} for row in UTILITY["messages"]]
     (root / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
@@ -62,7 +62,12 @@ def finetuning(files, **changes):
 
 
 def analysis(files, **changes):
-    options = {"model": "model", "safety": "safety.jsonl", "utility": "utility.jsonl"} | changes
+    options = {
+        "model": "model",
+        "safety": "safety.jsonl",
+        "utility": "utility.jsonl",
+        "control": "control.jsonl",
+    } | changes
     return ["analyze", *(part for name, value in options.items() for part in (f"--{name}", files / value))]
 
 
@@ -110,7 +115,7 @@ def test_analyze_writes_a_report_and_the_promised_numbers(files, monkeypatch, ca
     assert "wrote a/b/report.html\nwrote c/numbers.json\n" in out
     assert "<h1>Gradient geometry of" in Path("a/b/report.html").read_text(encoding="utf-8")
     numbers = json.loads(Path("c/numbers.json").read_text(encoding="utf-8"))
-    assert set(numbers) == {"losses", "spectrum", "span", "conflict", "one_sample", "claims"}
+    assert set(numbers) == {"losses", "largest_example", "spectrum", "span", "conflict", "one_sample", "claims"}
     for side in ("safety", "utility"):
         measured = {"tokens", "effective_rank", "cer10", "null_effective_rank", "null_cer10"}
         low, high = numbers["spectrum"][side].pop("effective_rank_interval")

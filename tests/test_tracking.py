@@ -9,14 +9,9 @@ import geomkit as gk
 from geomkit import plots
 from geomkit.errors import GeometryError
 from geomkit.tracking import Tracker, Trajectory
-from tests.tiny import SAFETY, UTILITY, conversations, tiny_llama, tiny_tokenizer
+from tests.tiny import CONTROL, SAFETY, UTILITY, tiny_llama, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
-CONTROL = conversations(
-    ("how do i paint the bike", "sorry we can not help"),
-    ("paint the fence", "sorry no way"),
-    ("how can we paint a brush", "no"),
-)
 
 
 @pytest.fixture(scope="module")

@@ -71,3 +71,8 @@ UTILITY = conversations(
     ("how do we paint", "sure"),
     ("help", "take the paint brush we can help"),
 )
+CONTROL = conversations(
+    ("how do i paint the bike", "sorry we can not help"),
+    ("paint the fence", "sorry no way"),
+    ("how can we paint a brush", "no"),
+)
