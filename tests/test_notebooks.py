@@ -6,6 +6,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
+from tests.tiny import conversations, tiny_llama, tiny_tokenizer
+
 FOLDER = Path(__file__).parent.parent / "notebooks"
 
 
@@ -20,3 +22,36 @@ def test_notebook_runs(path):
 def test_notebook_is_stored_without_outputs(path):
     cells = nbformat.read(path, as_version=4).cells
     assert not any(cell.get("outputs") or cell.get("execution_count") for cell in cells)
+
+
+def some(count, answer):
+    """So many requests, of different lengths, with one answer."""
+    verbs, things = ("paint", "steal", "brush", "help"), ("the fence", "the bike", "a brush", "we", "the way")
+    requests = [f"how do i {verb} {thing}{' sure' * place}" for place, verb in enumerate(verbs) for thing in things]
+    return conversations(*((request, answer) for request in requests[:count]))
+
+
+@pytest.mark.parametrize("name", ["02_spectra", "03_conflict", "04_one_sample"])
+def test_the_first_cell_takes_another_model_and_sets_of_any_size(name):
+    """In this process: a model of two layers, none before alignment, and sets of 9, 12 and 14 examples."""
+    first, *others = [
+        cell.source for cell in nbformat.read(FOLDER / f"{name}.ipynb", as_version=4).cells if cell.cell_type == "code"
+    ]
+    imports, _, settings = first.partition("model, tokenizer =")
+    own = {
+        "model": tiny_llama(),
+        "tokenizer": tiny_tokenizer(),
+        "before_alignment": None,
+        "safety": some(9, "sorry we can not help"),
+        "control": some(14, "sorry we can not help"),
+        "benign": some(12, "sure"),
+        "utility": some(14, "sure take the brush"),
+        "obeyed": some(10, "take a brush"),
+        "train": some(14, "sure take the brush"),
+    }
+    exec(imports, own)  # noqa: S102 - a notebook of ours
+    exec("\n".join(line for line in settings.split("\n") if line.startswith(("examples", "reworded"))), own)  # noqa: S102
+    taken = {line.split(" =")[0] for line in first.split("\n") if " = gk.load" in line}
+    assert {part for names in taken for part in names.split(", ")} - {"_"} <= set(own)
+    for source in others:
+        exec(source, own)  # noqa: S102
