@@ -133,9 +133,11 @@ def test_figure_fills_what_differs(contrast: SpectrumContrast) -> None:
     np.testing.assert_allclose(hollow.y, rows["difference"][1:])
     np.testing.assert_allclose(hollow.y + hollow.error_y.array, rows["high"][1:])
     np.testing.assert_allclose(hollow.y - hollow.error_y.arrayminus, rows["low"][1:])
-    assert figure.layout.yaxis.title.text == "effective rank,<br>safety − control"
+    assert figure.layout.yaxis.title.text == "difference"
+    assert list(figure.layout.xaxis.tickvals) == [0, 1, 2]
     assert figure.layout.shapes[0].y0 == 0
-    assert "Effective rank of safety less that of control" in figure.layout.title.text
+    assert figure.layout.title.text == "Effective rank: safety − control"
+    assert "95 % intervals" in figure.layout.title.subtitle.text
 
 
 def test_figure_draws_other_statistics_and_keeps_its_legend(contrast: SpectrumContrast) -> None:
@@ -143,7 +145,7 @@ def test_figure_draws_other_statistics_and_keeps_its_legend(contrast: SpectrumCo
     full, hollow = plots.plot_spectrum_contrast(alike, "cer10").data
     assert (list(full.x), list(hollow.x)) == ([None], [0, 1, 2])
     assert full.showlegend
-    assert plots.plot_spectrum_contrast(contrast, "cer10").layout.yaxis.title.text == "CER(10),<br>safety − control"
+    assert plots.plot_spectrum_contrast(contrast, "cer10").layout.title.text == "CER(10): safety − control"
     with pytest.raises(GeometryError, match="found 'rank'"):
         plots.plot_spectrum_contrast(contrast, "rank")
 
@@ -156,6 +158,6 @@ def test_effective_rank_has_lines_for_intervals(contrast: SpectrumContrast) -> N
     np.testing.assert_allclose(value.y - value.error_y.arrayminus, rows["low"])
     np.testing.assert_allclose(value.customdata[:, 1:3].astype(float), rows[["low", "high"]])
     assert "interval" in value.hovertemplate
-    assert "95% intervals" in figure.layout.title.subtitle.text
+    assert "95 % intervals" in figure.layout.title.subtitle.text
     bare = plots.plot_effective_rank(Spectrum(contrast.a.layers, {}))
     assert "interval" not in bare.data[1].hovertemplate + bare.layout.title.subtitle.text

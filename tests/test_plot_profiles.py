@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from geomkit import plots
+from geomkit.contrasts import SpectrumContrast
 from geomkit.errors import GeometryError
 from geomkit.forms import FactoredGradient
 from geomkit.noise import LayerNoiseFloor, NoiseFloor
@@ -92,3 +93,19 @@ def test_noise_floor_is_drawn_at_one() -> None:
     assert len(plots.plot_noise_floor(noise, layers="*.1.*").data) == 3
     with pytest.raises(GeometryError, match=r"only zeros in 'lm_head.weight'"):
         plots.plot_noise_floor(noise, layers="lm_head.weight")
+
+
+def test_legends_name_each_set_once_and_leave_room_for_the_figure(found: Spectrum) -> None:
+    names = ["safety", *(f"a rather long name of control number {place}" for place in range(4))]
+    for figure in (plots.plot_cer(*[found] * 5, names=names), plots.plot_spectrum(*[found] * 5, names=names)):
+        assert [each.name for each in figure.data if each.showlegend is not False] == names
+        assert figure.layout.height == 420 + 3 * 22
+        assert list(figure.layout.xaxis.tickvals) == list(range(1, 8))
+
+
+def test_two_layers_have_two_ticks_and_long_names_fit(found: Spectrum) -> None:
+    assert list(plots.plot_effective_rank(found).layout.xaxis.tickvals) == [0, 1]
+    names = ("safety", "benign requests, refused in the model's own words")
+    figure = plots.plot_spectrum_contrast(SpectrumContrast(found, found, names))
+    assert figure.layout.title.text == "Effective rank: safety − benign requests, refused…"
+    assert figure.layout.yaxis.title.text == "difference"

@@ -136,12 +136,8 @@ def test_effective_rank_has_a_panel_per_place_and_the_null_range(safety: Spectru
     np.testing.assert_allclose(null.y + null.error_y.array, rows["null_high"])
     np.testing.assert_allclose(null.y - null.error_y.arrayminus, rows["null_low"])
     np.testing.assert_allclose(np.round(value.x), [0, 1, 2])
-    assert [each.name for each in figure.data if each.showlegend] == [
-        "safety: null",
-        "safety",
-        "utility: null",
-        "utility",
-    ]
+    assert [each.name for each in figure.data if each.showlegend] == ["safety", "utility"]
+    assert figure.layout.yaxis.minallowed == 0
 
 
 def test_other_statistics_can_be_drawn(safety: Spectrum) -> None:
@@ -172,6 +168,8 @@ def test_a_control_of_the_angles_is_marked() -> None:
     found = principal_angles(*sides, sides[0])
     figure = plots.plot_angles(found)
     np.testing.assert_allclose(trace(figure, "control").y, [1.0], atol=1e-6)
+    assert trace(figure, "control").marker.color == plots.COLOURS["control"]
+    assert list(figure.layout.xaxis.tickvals) == [1, 2]
     assert "control (open circles): 1" in figure.layout.title.subtitle.text
     assert "control" not in {entry.name for entry in plots.plot_angles(principal_angles(*sides)).data}
 
@@ -193,6 +191,8 @@ def test_one_sample_shows_every_example_and_the_expectation() -> None:
     }
     study = OneSample("left", 10, groups, {"w": LayerOneSample("w", 4, 50, groups)})
     figure = plots.plot_one_sample(study)
+    assert [trace(figure, name).line.color for name in groups] == [plots.COLOURS["safety"], plots.COLOURS["control"]]
+    assert "its 95 % interval" in figure.layout.title.subtitle.text
     np.testing.assert_array_equal(trace(figure, "safety").x, study.overlaps)
     np.testing.assert_array_equal(trace(figure, "refused").x, study.null)
     assert any(note.text == "+0.500 [+0.400, +0.600]" and note.y == "refused" for note in figure.layout.annotations)
@@ -210,7 +210,8 @@ def test_anchor_curve_shows_means_bands_ceiling_and_expectation() -> None:
     np.testing.assert_allclose(trace(figure, "refused").y, [0.2, 0.2])
     assert trace(figure, "safety: 90 % of draws").y[0] == pytest.approx(0.39)
     assert sorted(shape.y0 for shape in figure.layout.shapes) == pytest.approx([0.08, 0.5])
-    assert "2 random splits" in figure.layout.title.subtitle.text
+    assert "mean over 1 parameter; band: 90 % of 2 random splits" in figure.layout.title.subtitle.text
+    assert trace(figure, "refused").line.color == plots.COLOURS["control"]
 
 
 @pytest.mark.parametrize("method", ["pca", "mds"])
@@ -243,7 +244,7 @@ def test_overlaps_show_every_mean_and_tell_intervals_and_contrasts() -> None:
         1
     ] == "a – b<br>overlap <b>0.200</b> [0.100, 0.600]<br>within a less this: +0.300 " + ("[+0.200, +0.400], p = 0.01")
     assert "within" not in figure.data[0].text[0][0]
-    assert "random subspaces: 0.05" in figure.layout.title.subtitle.text
+    assert "mean over 1 parameter; random subspaces: 0.05" in figure.layout.title.subtitle.text
 
 
 # ------------------------------------------------------------------------------------------------- conflict
@@ -269,7 +270,7 @@ def conflict() -> Conflict:
 
 
 def test_conflict_map_is_centred_and_marks_what_covers_zero() -> None:
-    cells, marks = plots.plot_conflict(conflict()).data
+    cells, marks, key = plots.plot_conflict(conflict()).data
     assert (cells.zmin, cells.zmid, cells.zmax) == pytest.approx((-0.45, 0, 0.45))
     assert list(cells.y) == [*PLACES, "lm_head"]
     assert list(cells.x) == ["0", "1", "2", "–"]
@@ -277,6 +278,7 @@ def test_conflict_map_is_centred_and_marks_what_covers_zero() -> None:
     assert cells.z[2][3] == pytest.approx(0.3)
     assert np.isnan(cells.z[2][0])
     assert list(zip(marks.y, marks.x, strict=True)) == [("self_attn.q_proj", "0"), ("mlp.up_proj", "0")]
+    assert (key.name, key.marker.symbol) == ("95 % interval covers 0", marks.marker.symbol)
 
 
 def test_one_extreme_does_not_bleach_the_conflict_map() -> None:
@@ -291,9 +293,34 @@ def test_one_extreme_does_not_bleach_the_conflict_map() -> None:
 
 def test_conflict_map_bears_zero_gradients() -> None:
     nowhere = LayerConflict("", np.nan, np.nan, (-1.0, 1.0), (np.nan, np.nan), np.nan)
-    cells, marks = plots.plot_conflict(replace(conflict(), layers={"lm_head.weight": nowhere})).data
+    drawn = replace(conflict(), layers={"lm_head.weight": nowhere})
+    cells, marks, _, unknown, key = plots.plot_conflict(drawn).data
     assert (cells.zmin, cells.zmax) == (-1, 1)
-    assert list(marks.x) == ["–"]
+    assert not marks.x
+    assert (list(unknown.x), list(unknown.y), key.name) == (["–"], ["lm_head"], "unknown")
+    assert unknown.colorscale[0][1] == key.marker.color
+    assert unknown.text[0].startswith("lm_head.weight<br>cosine unknown")
+    assert "nan" not in unknown.text[0]
+
+
+def test_marks_stand_out_from_dark_cells_and_from_light_ones() -> None:
+    wide = LayerConflict("", 0.9, 0.9, (-0.1, 1.0), (-0.02, 0.02), 0.5)
+    layers = dict(zip(NAMES, [wide, replace(wide, cosine=0.01)], strict=False))
+    _, marks, key = plots.plot_conflict(replace(conflict(), layers=layers)).data
+    assert list(marks.marker.line.color) == ["white", "#222222"]
+    assert key.marker.line.color == "#222222"
+
+
+def test_an_unknown_contrast_is_grey_and_has_no_mark() -> None:
+    measured = conflict()
+    unknown = Contrast(np.nan, (-2.0, 2.0), 1.0, np.nan, (-1.0, 1.0))
+    layers = {name: replace(layer, contrast=unknown) for name, layer in measured.layers.items()}
+    layers[NAMES[0]] = replace(measured.layers[NAMES[0]], contrast=None)
+    drawn = replace(measured, layers=layers, contrast=unknown)
+    cells, marks, _, grey, _ = plots.plot_conflict(drawn, contrast=True).data
+    assert np.isnan(cells.z).all()
+    assert (len(grey.x), len(marks.x)) == (len(layers), 0)
+    assert "minus control unknown" in grey.text[-1]
 
 
 def test_conflict_map_of_the_contrast_marks_where_its_own_interval_covers_zero() -> None:
@@ -309,7 +336,7 @@ def test_conflict_map_of_the_contrast_marks_where_its_own_interval_covers_zero()
         for place, (name, layer) in enumerate(measured.layers.items())
     }
     figure = plots.plot_conflict(replace(measured, layers=layers, contrast=contrasts[0]), contrast=True)
-    cells, marks = figure.data
+    cells, marks, _ = figure.data
     assert sorted({value for value in cells.z.flatten() if not np.isnan(value)}) == [-0.2, 0.1]
     assert len(marks.x) == sum(layer.contrast is contrasts[1] for layer in layers.values())
     assert "control +0.100" in figure.layout.title.subtitle.text
@@ -323,12 +350,17 @@ def test_conflict_examples_show_the_control_in_the_same_bins() -> None:
     np.testing.assert_array_equal(other.x, control)
     assert (safety.xbins.start, safety.xbins.size) == (other.xbins.start, other.xbins.size)
     assert safety.xbins.start <= -0.3 < 0.4 < safety.xbins.end
+    assert (safety.marker.color, other.marker.color) == (plots.COLOURS["safety"], plots.COLOURS["control"])
+    assert figure.layout.title.text.endswith("mean safety and control gradients")
+    assert list(figure.layout.yaxis.tickvals) == [0, 1]
 
 
 def test_conflict_examples_pass_through() -> None:
     figure = plots.plot_conflict_examples(conflict())
     np.testing.assert_array_equal(figure.data[0].x, conflict().per_example)
     assert "75.0%" in figure.layout.title.subtitle.text
+    assert figure.data[0].marker.color == plots.COLOURS["safety"]
+    assert figure.layout.title.text.endswith("mean safety gradient")
     assert figure.layout.shapes[0].x0 == 0
 
 

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import plotly.graph_objects as go
 
-from geomkit.plots._style import COLOURS, TEMPLATE, looks, title, translucent
+from geomkit.plots._style import COLOURS, TEMPLATE, Look, counted, legend_room, looks, title, translucent
 
 if TYPE_CHECKING:
     from geomkit.anchor_counts import AnchorCurve
@@ -22,7 +22,7 @@ def plot_anchor_curve(curve: "AnchorCurve") -> go.Figure:
     """
     names = list(curve.draws)
     figure = go.Figure(layout={"template": TEMPLATE})
-    for name, look in zip(names, looks(names), strict=True):
+    for name, look in zip(names, _looks(names), strict=True):
         low, high = curve.band(name)
         figure.add_trace(
             go.Scatter(
@@ -68,10 +68,17 @@ def plot_anchor_curve(curve: "AnchorCurve") -> go.Figure:
         title=title(
             "Overlap of the mean of n anchors with that of a disjoint reference",
             f"reference: {curve.reference} other safety examples; rank at most {curve.rank}, mean over "
-            f"{len(curve.layers)} parameters; band: 90 % of {len(curve.draws['safety'])} random splits",
+            f"{counted(len(curve.layers), 'parameter')}; band: 90 % of {len(curve.draws['safety'])} random splits",
         ),
         xaxis={"type": "log", "tickvals": curve.counts, "ticktext": list(map(str, curve.counts)), "title": "anchors n"},
         yaxis={"title": "overlap, mean cos² of the principal angles", "rangemode": "tozero"},
-        height=460,
+        height=460 + legend_room(names),
     )
     return figure
+
+
+def _looks(names: list[str]) -> list[Look]:
+    """The first of the controls has their colour, whatever its name; others must be told apart from it."""
+    unnamed = [name for name in names if name.casefold() not in {known.casefold() for known in COLOURS}]
+    first = unnamed[:1] if "control" not in names else []
+    return looks(["control" if name in first else name for name in names])

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import plotly.graph_objects as go
 
 from geomkit.plots._panels import bars, lay_out, marker_size, panels, rows_of, words_for
-from geomkit.plots._style import COLOURS, looks
+from geomkit.plots._style import COLOURS, looks, per_cent, short
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,17 +35,16 @@ def plot_spectrum_contrast(contrast: "SpectrumContrast", statistic: str = "effec
     for number, place in enumerate(shown.places):
         for trace in _traces(contrast, frame[frame["place"] == place]):
             shown.add(number, trace)
-    first, second = contrast.names
-    word = words_for(statistic)
-    heading = f"{word} of {first} less that of {second}, by layer and kind of matrix"
-    lay_out(shown, frame, heading, _subtitle(contrast, statistic), f"{word},<br>{first} − {second}")
+    heading = f"{words_for(statistic)}: {' − '.join(map(short, contrast.names))}"
+    lay_out(shown, frame, heading, _subtitle(contrast, statistic), "difference")
     shown.figure.add_hline(y=0, line={"color": COLOURS["null"], "width": 1}, row="all", col="all")
     return shown.figure
 
 
 def _subtitle(contrast: "SpectrumContrast", statistic: str) -> str:
     difference, (low, high) = contrast.mean(statistic)
-    return f"mean {difference:+.3g} [{low:+.3g}, {high:+.3g}]; lines: {contrast.confidence:.0%} intervals over examples"
+    lines = f"lines: {per_cent(contrast.confidence)} intervals over examples"
+    return f"by layer and kind of matrix; mean {difference:+.3g} [{low:+.3g}, {high:+.3g}]; {lines}"
 
 
 def _traces(contrast: "SpectrumContrast", frame: "pd.DataFrame") -> Iterator[go.Scatter]:

@@ -6,7 +6,7 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from geomkit.plots._style import COLOURS, TEMPLATE, title, translucent
+from geomkit.plots._style import COLOURS, TEMPLATE, title, translucent, whole_ticks
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -44,7 +44,8 @@ def plot_conflict_directions(directions: "ConflictDirections") -> go.Figure:
     )
     figure.update_annotations(font_size=13)
     figure.update_xaxes(title="share of the safety energy", tickformat=".0%", range=[-0.02, 1.04], row=1, col=1)
-    figure.update_xaxes(title="direction, by singular value", row=1, col=2)
+    ticks = whole_ticks(frame["direction"][frame["direction"] > 0])
+    figure.update_xaxes(title="direction, by singular value", tickvals=ticks, row=1, col=2)
     figure.update_yaxes(title="part of the cosine, cumulative", row=1, col=1)
     figure.update_yaxes(title="part of the cosine", row=1, col=2)
     return figure

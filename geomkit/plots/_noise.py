@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 from geomkit.errors import GeometryError
 from geomkit.names import kind_of
 from geomkit.plots._profiles import names_like
-from geomkit.plots._style import COLOURS, TEMPLATE, looks, title, translucent
+from geomkit.plots._style import COLOURS, TEMPLATE, counted, looks, per_cent, title, translucent
 
 if TYPE_CHECKING:
     from geomkit.noise import LayerNoiseFloor, NoiseFloor
@@ -63,7 +63,7 @@ def _subtitle(noise: "NoiseFloor", shown: list["LayerNoiseFloor"]) -> str:
     above = sum(layer.parameter in noise.significant for layer in shown)
     return (
         f"{above} of {len(shown)} matrices above noise (family-wise p ≤ {1 - noise.confidence:.2g}); grey line: "
-        f"{noise.confidence:.0%} floor of {noise.draws} random signs, {noise.examples} examples"
+        f"{per_cent(noise.confidence)} floor of {noise.draws} random signs, {counted(noise.examples, 'example')}"
     )
 
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import plotly.graph_objects as go
 
-from geomkit.plots._style import TEMPLATE, title
+from geomkit.plots._style import TEMPLATE, counted, title
 
 if TYPE_CHECKING:
     from geomkit.similarity import Overlaps
@@ -43,8 +43,8 @@ def plot_overlaps(overlaps: "Overlaps") -> go.Figure:
     figure.update_layout(
         title=title(
             "Overlap of two examples' subspaces, within and between sets",
-            f"rank at most {overlaps.rank}, {overlaps.side} singular vectors, mean over {len(overlaps.parameters)} "
-            f"parameters; random subspaces: {overlaps.expected:.3g}",
+            f"rank at most {overlaps.rank}, {overlaps.side} singular vectors, mean over "
+            f"{counted(len(overlaps.parameters), 'parameter')}; random subspaces: {overlaps.expected:.3g}",
         ),
         xaxis={"showgrid": False, "showline": False, "ticks": "", "tickangle": -20},
         yaxis={"showgrid": False, "showline": False, "ticks": "", "autorange": "reversed"},

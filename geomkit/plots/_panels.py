@@ -7,7 +7,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from geomkit.errors import GeometryError
-from geomkit.plots._style import TEMPLATE, place_of, title
+from geomkit.plots._style import TEMPLATE, legend_room, place_of, title, whole_ticks
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,8 +33,8 @@ class Panels(NamedTuple):
     columns: int
 
     def add(self, number: int, trace: go.Scatter) -> None:
-        """Put a trace into a panel; it has a legend in the first only."""
-        trace.showlegend = number == 0
+        """Put a trace into a panel; it is in the legend at most once, for the first."""
+        trace.showlegend = number == 0 and trace.showlegend is not False
         self.figure.add_trace(trace, row=number // self.columns + 1, col=number % self.columns + 1)
 
 
@@ -100,11 +100,11 @@ def lay_out(shown: Panels, frame: "pd.DataFrame", heading: str, subtitle: str, a
     figure.update_layout(
         template=TEMPLATE,
         title=title(heading[0].upper() + heading[1:], subtitle),
-        height=150 + 210 * shown.rows,
+        height=150 + 210 * shown.rows + legend_room(each.name for each in figure.data if each.showlegend),
         margin_t=104,
     )
     figure.update_annotations(font_size=13)
-    figure.update_xaxes(tickformat="d", showgrid=False)
+    figure.update_xaxes(tickvals=whole_ticks(frame["layer"].dropna()), tickangle=0, showgrid=False)
     figure.update_xaxes(title="layer", row=shown.rows)
     figure.update_yaxes(rangemode="tozero")
     figure.update_yaxes(title=axis, col=1)

@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from numpy.typing import NDArray
 
 from geomkit.errors import GeometryError
-from geomkit.plots._style import TEMPLATE, Look, looks, title, translucent
+from geomkit.plots._style import TEMPLATE, Look, legend_room, looks, title, translucent, whole_ticks
 
 if TYPE_CHECKING:
     from geomkit.spectra import LayerSpectrum, Spectrum
@@ -167,7 +167,9 @@ def _profiles(spectra: Sequence["Spectrum"], names: Sequence[str], layers: str, 
         own.append(
             _line(indices, values, null, name, look, profile, "" if len(some) == 1 else f"{len(some)} parameters")
         )
-    return go.Figure([*bands, *nulls, *own], layout={"template": TEMPLATE})
+    layout = {"template": TEMPLATE, "height": 420 + legend_room(names), "showlegend": True}
+    few = {} if longest > _LONG else {"xaxis_tickvals": whole_ticks(indices, 10)}
+    return go.Figure([*bands, *nulls, *own], layout={**layout, **few})
 
 
 def _quantiles(profile: _Profile, layers: Iterable["LayerSpectrum"], indices: _Indices) -> _Values | None:
@@ -199,7 +201,8 @@ def _null_line(x: _Indices, middle: _Values, name: str, look: Look) -> go.Scatte
         x=x,
         y=_positive(middle),
         name=f"{name}: null",
-        legendgroup=f"{name}: null",
+        legendgroup=name,
+        showlegend=False,
         mode="lines",
         line={"color": look.colour, "dash": "dot", "width": 1.5},
         hoverinfo="skip",
@@ -220,7 +223,7 @@ def _band(x: _Indices, null: _Values, name: str, look: Look) -> go.Scatter:
         x=np.concatenate([x, x[::-1]]),
         y=np.concatenate([high, low[::-1]]),
         name=f"{name}: null",
-        legendgroup=f"{name}: null",
+        legendgroup=name,
         showlegend=False,
         mode="lines",
         line={"width": 0},

@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 
 from geomkit.plots._panels import bars, lay_out, marker_size, panels, rows_of, words_for
 from geomkit.plots._profiles import named
-from geomkit.plots._style import Look, looks, translucent
+from geomkit.plots._style import Look, looks, per_cent, translucent
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -45,12 +45,13 @@ def plot_effective_rank(
                 shown.add(number, trace)
     word = words_for(statistic)
     lay_out(shown, frames[0], f"{word} by layer and kind of matrix", _subtitle(spectra, frames), word)
+    shown.figure.update_yaxes(minallowed=0)
     return shown.figure
 
 
 def _subtitle(spectra: Sequence["Spectrum"], frames: Sequence["pd.DataFrame"]) -> str:
     intervals = any(frame["low"].notna().any() for frame in frames)
-    lines = f"lines: {spectra[0].confidence:.0%} intervals over examples; " if intervals else ""
+    lines = f"lines: {per_cent(spectra[0].confidence)} intervals over examples; " if intervals else ""
     return f"{lines}bars: range of the null draws"
 
 
@@ -60,7 +61,8 @@ def _traces(frame: "pd.DataFrame", name: str, look: Look, shift: float) -> Itera
         x=x,
         y=frame["null"],
         name=f"{name}: null",
-        legendgroup=f"{name}: null",
+        legendgroup=name,
+        showlegend=False,
         mode="markers",
         marker={"symbol": "line-ew-open", "size": 7, "color": look.colour},
         error_y=bars(frame, "null", "null_low", "null_high", color=translucent(look.colour, 0.3), thickness=6),

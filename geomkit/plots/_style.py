@@ -1,6 +1,9 @@
 """What all figures share: colours, the template, and how a series gets its look."""
 
 from collections.abc import Iterable, Sequence
+from html import escape
+from itertools import count
+from textwrap import shorten, wrap
 from typing import NamedTuple
 
 import plotly.graph_objects as go
@@ -21,7 +24,8 @@ COLOURS = {
 OUTSIDE = "–"
 """The label of the column of parameters that belong to no decoder layer."""
 
-_MOST_LABELS = 16
+_LINE = 560
+"""Width of a legend's line in a narrow figure, in pixels."""
 
 _OTHERS = ("#444444", "#56B4E9", "#E69F00", "#0072B2", "#D55E00", "#7A5C00")
 _DASHES = ("solid", "dash", "dashdot", "longdash", "dot")
@@ -134,12 +138,93 @@ def columns_of(parameters: Iterable[str]) -> list[str]:
     return [*map(str, indices), *outside]
 
 
-def layer_axis(columns: list[str]) -> dict[str, object]:
-    """Return an axis with one category per decoder layer."""
+def layer_axis(columns: list[str], most: int = 16) -> dict[str, object]:
+    """Return an axis with one category per decoder layer, and at most so many of them written out."""
     text = f"layer ({OUTSIDE}: outside the layers)" if OUTSIDE in columns else "layer"
-    labelled = [label for label in columns if label == OUTSIDE or int(label) % (len(columns) // _MOST_LABELS + 1) == 0]
+    labelled = [label for label in columns if label == OUTSIDE or int(label) % (len(columns) // most + 1) == 0]
     order = {"categoryorder": "array", "categoryarray": columns, "tickvals": labelled, "tickangle": 0}
     return {"type": "category", "title": text, **order}
+
+
+def whole_ticks(values: Iterable[float], most: int = 6) -> list[int]:
+    """Return whole numbers among some to write along an axis: all, or as many as stand apart.
+
+    Example:
+        >>> whole_ticks([0, 1]), whole_ticks(range(24)), whole_ticks([0, 1, 2, 3, 31])
+        ([0, 1], [0, 5, 10, 15, 20], [0, 31])
+    """
+    places = sorted(set(map(int, values)))
+    span = places[-1] - places[0] if places else 0
+    step = next(step for power in count() for step in (10**power, 2 * 10**power, 5 * 10**power) if most * step >= span)
+    chosen: list[int] = []
+    for place in places:
+        if not chosen or place - chosen[-1] >= step:
+            chosen.append(place)
+    return chosen
+
+
+def per_cent(share: float) -> str:
+    """Write a confidence.
+
+    Example:
+        >>> per_cent(0.95), per_cent(0.999)
+        ('95 %', '99.9 %')
+    """
+    return f"{100 * share:.4g} %"
+
+
+def counted(number: int, noun: str) -> str:
+    """Write a number of things.
+
+    Example:
+        >>> counted(1, "parameter"), counted(2, "parameter")
+        ('1 parameter', '2 parameters')
+    """
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def short(name: str, width: int = 26) -> str:
+    """Return a name that fits a title, cut after a word where it is long.
+
+    Example:
+        >>> short("benign requests, refused in the model's own words")
+        'benign requests, refused…'
+    """
+    return shorten(name, width, placeholder="…") if " " in name else name if len(name) <= width else f"{name[:width]}…"
+
+
+def wrapped(name: str, width: int = 20) -> str:
+    """Return a name in lines that leave room beside an axis.
+
+    Example:
+        >>> wrapped("benign requests, refused in the model's own words")
+        "benign requests,<br>refused in the<br>model's own words"
+    """
+    return "<br>".join(wrap(name, width)) or name
+
+
+def told(text: str) -> str:
+    """Return a text that plotly shows as it is: a token such as ``<|end|>`` is no mark-up.
+
+    Example:
+        >>> told("<|end|>")
+        '&lt;|end|&gt;'
+    """
+    return escape(text, quote=False)
+
+
+def legend_room(names: Iterable[str]) -> int:
+    """Return the height that a legend takes beyond its first line, in a narrow figure.
+
+    Example:
+        >>> legend_room(["safety", "utility"]), legend_room(["a very long name of a set"] * 4)
+        (0, 22)
+    """
+    lines, used = 1, 0
+    for width in (50 + 7 * len(name) for name in names):
+        full = used > 0 and used + width > _LINE
+        lines, used = lines + full, width if full else used + width
+    return 22 * (lines - 1)
 
 
 def title(text: str, subtitle: str = "") -> dict[str, object]:

@@ -10,7 +10,19 @@ from plotly.subplots import make_subplots
 
 from geomkit.errors import GeometryError
 from geomkit.names import kind_of
-from geomkit.plots._style import COLOURS, TEMPLATE, column_of, columns_of, layer_axis, looks, title, translucent
+from geomkit.plots._style import (
+    COLOURS,
+    TEMPLATE,
+    column_of,
+    columns_of,
+    layer_axis,
+    looks,
+    per_cent,
+    title,
+    translucent,
+    whole_ticks,
+    wrapped,
+)
 
 if TYPE_CHECKING:
     from geomkit._singles import Estimate
@@ -54,8 +66,8 @@ def plot_angles(angles: "Angles") -> go.Figure:
             f"mean overlap {angles.mean_overlap:.3g}; {control}random subspaces: {angles.mean_expected_overlap:.3g}",
         ),
         yaxis={"range": [-2, 92], "dtick": 15, "ticksuffix": "°", "title": "principal angle, degrees"},
-        xaxis={"title": "index of the angle, ascending"},
-        xaxis2={**layer_axis(columns_of(layers)), "showgrid": False},
+        xaxis={"title": "index of the angle, ascending", "tickvals": _indices(layers)},
+        xaxis2={**layer_axis(columns_of(layers), most=8), "showgrid": False},
         yaxis2={"title": "overlap, mean cos²", "rangemode": "tozero"},
     )
     return figure
@@ -74,7 +86,7 @@ def plot_one_sample(study: "OneSample") -> go.Figure:
     names = [*reversed(study.controls), "safety"]
     figure = go.Figure(layout={"template": TEMPLATE})
     for name in names:
-        figure.add_trace(_strip(study.groups[name].overlaps, name, COLOURS["safety" if name == "safety" else "null"]))
+        figure.add_trace(_strip(study.groups[name].overlaps, name, _colour(name)))
         figure.add_trace(_mean(study.groups[name].overlap, name))
     figure.add_vline(
         x=study.expected,
@@ -86,12 +98,12 @@ def plot_one_sample(study: "OneSample") -> go.Figure:
         title=title(
             "Overlap of one example's subspace with that of the mean safety gradient",
             f"rank at most {study.rank}, mean over parameters; right of each control: safety − control with its "
-            f"{study.confidence:.0%} interval",
+            f"{per_cent(study.confidence)} interval",
         ),
         xaxis={"title": "overlap, mean cos² of the principal angles", "rangemode": "tozero"},
-        yaxis={"showgrid": False, "ticks": "", "title": ""},
+        yaxis={"tickvals": names, "ticktext": [wrapped(name) for name in names], "showgrid": False, "ticks": ""},
         height=220 + 62 * len(names),
-        margin={"b": 56, "r": 190},
+        margin={"b": 56, "r": 172},
         showlegend=False,
         annotations=[
             *figure.layout.annotations,
@@ -99,6 +111,11 @@ def plot_one_sample(study: "OneSample") -> go.Figure:
         ],
     )
     return figure
+
+
+def _colour(group: str) -> str:
+    """Return a set's own colour; all others are controls."""
+    return COLOURS[group if group in {"safety", "utility"} else "control"]
 
 
 def _contrast(found: "Estimate", name: str) -> dict[str, object]:
@@ -161,6 +178,10 @@ def _angle_lines(layers: "Mapping[str, LayerAngles]", kind: str, colour: str) ->
     )
 
 
+def _indices(layers: "Mapping[str, LayerAngles]") -> list[int]:
+    return whole_ticks(range(1, max(len(layer.angles) for layer in layers.values()) + 1), 10)
+
+
 def _angle_summary(layers: "Mapping[str, LayerAngles]") -> list[go.Scatter]:
     longest = max(len(layer.angles) for layer in layers.values())
     padded = np.full((len(layers), longest), np.nan)
@@ -194,7 +215,7 @@ def _controls(layers: "Mapping[str, LayerAngles]") -> go.Scatter:
         y=[layer.control for layer in layers.values()],
         name="control",
         mode="markers",
-        marker={"symbol": "circle-open", "size": 8, "color": "#222222", "line": {"width": 1.5}},
+        marker={"symbol": "circle-open", "size": 8, "color": COLOURS["control"], "line": {"width": 1.5}},
         text=list(layers),
         hovertemplate="%{text}<br>overlap of the control <b>%{y:.3g}</b><extra></extra>",
     )

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import plotly.graph_objects as go
 
-from geomkit.plots._style import TEMPLATE, title
+from geomkit.plots._style import TEMPLATE, counted, per_cent, title, told
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -38,7 +38,7 @@ def plot_token_conflict(tokens: "TokenConflict", *, count: int = 12) -> go.Figur
         title=title(
             "Tokens of the utility examples against and with safety",
             f"all tokens together {tokens.totals.mean():+.3g} [{low:+.3g}, {high:+.3g}], mean over "
-            f"{len(tokens.examples)} examples",
+            f"{counted(len(tokens.examples), 'example')}; lines: {per_cent(tokens.confidence)} intervals",
         ),
         xaxis_title="derivative of the loss along the safety gradient (nats per unit length)",
         yaxis={
@@ -57,7 +57,7 @@ def plot_token_conflict(tokens: "TokenConflict", *, count: int = 12) -> go.Figur
 
 def _label(token: str, count: int) -> str:
     visible = token.replace("\n", "⏎").strip(" ") or "␣"
-    return f"{visible.replace('<', '&lt;')} ×{count}"
+    return f"{told(visible)} ×{count}"
 
 
 def _points(frame: "pd.DataFrame", name: str, colour: str) -> go.Scatter:
@@ -73,7 +73,9 @@ def _points(frame: "pd.DataFrame", name: str, colour: str) -> go.Scatter:
             "thickness": 1.4,
             "width": 0,
         },
-        customdata=frame[["token", "count", "examples", "contribution", "loss", "low", "high"]].to_numpy(),
+        customdata=frame.assign(token=frame["token"].map(told))[
+            ["token", "count", "examples", "contribution", "loss", "low", "high"]
+        ].to_numpy(),
         hovertemplate=(
             "%{customdata[0]}<br><b>%{x:+.3g}</b> [%{customdata[5]:+.3g}, %{customdata[6]:+.3g}]<br>%{customdata[1]} "
             "times in %{customdata[2]} examples, each %{customdata[3]:+.3g}<br>loss %{customdata[4]:.3g} nats"
