@@ -244,6 +244,7 @@ def test_overlaps_show_every_mean_and_tell_intervals_and_contrasts() -> None:
         1
     ] == "a – b<br>overlap <b>0.200</b> [0.100, 0.600]<br>within a less this: +0.300 " + ("[+0.200, +0.400], p = 0.01")
     assert "within" not in figure.data[0].text[0][0]
+    assert list(figure.layout.xaxis.ticktext) == ["a", "b"]
     assert "mean over 1 parameter; random subspaces: 0.05" in figure.layout.title.subtitle.text
 
 
@@ -414,6 +415,7 @@ def test_certificate_draws_both_changes_and_the_fired_share() -> None:
     assert list(trace(figure, "parameters projected").y) == [0.5, 0.5]
     assert "nats per token" in figure.layout.yaxis.title.text
     assert figure.layout.xaxis2.title.text == "optimizer step"
+    assert list(figure.layout.xaxis2.tickvals) == [1, 2]
 
 
 def test_certificate_marks_violations() -> None:
@@ -437,6 +439,7 @@ def test_history_leaves_out_rows_without_a_loss() -> None:
     history = pd.DataFrame({"step": [1, 2, 3], "loss": [2.0, 1.0, np.nan]})
     figure = plots.plot_history({"SPF": SimpleNamespace(history=history), "other": SimpleNamespace(history=history)})
     assert list(trace(figure, "SPF").x) == [1, 2]
+    assert list(figure.layout.xaxis.tickvals) == [1, 2, 3]
     assert figure.layout.yaxis.title.text == "loss, nats per token"
     assert len({each.line.color for each in figure.data}) == 2
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import plotly.graph_objects as go
 
-from geomkit.plots._style import TEMPLATE, counted, title
+from geomkit.plots._style import TEMPLATE, counted, title, wrapped
 
 if TYPE_CHECKING:
     from geomkit.similarity import Overlaps
@@ -46,12 +46,17 @@ def plot_overlaps(overlaps: "Overlaps") -> go.Figure:
             f"rank at most {overlaps.rank}, {overlaps.side} singular vectors, mean over "
             f"{counted(len(overlaps.parameters), 'parameter')}; random subspaces: {overlaps.expected:.3g}",
         ),
-        xaxis={"showgrid": False, "showline": False, "ticks": "", "tickangle": -20},
-        yaxis={"showgrid": False, "showline": False, "ticks": "", "autorange": "reversed"},
+        xaxis={**_axis(names, 12), "tickangle": 0},
+        yaxis={**_axis(names, 20), "autorange": "reversed"},
         height=190 + 62 * len(names),
         margin_b=56,
     )
     return figure
+
+
+def _axis(names: list[str], width: int) -> dict[str, object]:
+    labels = {"tickvals": names, "ticktext": [wrapped(name, width) for name in names], "ticks": ""}
+    return {**labels, "showgrid": False, "showline": False}
 
 
 def _text(overlaps: "Overlaps", first: str, second: str) -> str:

@@ -1,6 +1,6 @@
 """Figures of what models do and of runs: evaluations, the certificate, the training loss."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from geomkit.errors import SPFError
-from geomkit.plots._style import COLOURS, TEMPLATE, looks, title
+from geomkit.plots._style import COLOURS, TEMPLATE, looks, title, whole_ticks
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -114,7 +114,7 @@ def plot_certificate(certificate: "Certificate", name: str = "") -> go.Figure:
         ),
         yaxis={"title": "⟨Δθ, g<sub>s</sub>⟩, nats per token", "exponentformat": "power"},
         yaxis2={"title": "projected", "tickformat": ".0%", "range": [0, 1.05]},
-        xaxis2={"title": "optimizer step", "tickformat": "d"},
+        xaxis2={"title": "optimizer step", **_steps(frame["step"])},
         height=520,
         bargap=0.1,
     )
@@ -173,6 +173,12 @@ def _fired(frame: "pd.DataFrame") -> go.Bar:
     )
 
 
+def _steps(steps: Iterable[int]) -> dict[str, object]:
+    """Write whole steps: a short run has its own ticks, a long one those that follow the zoom."""
+    known = set(steps)
+    return {"tickvals": whole_ticks(known, 10)} if len(known) <= _FEW_STEPS else {"tickformat": "d"}
+
+
 def _mode(points: int) -> str:
     return "lines+markers" if points <= _FEW_STEPS else "lines"
 
@@ -202,7 +208,7 @@ def plot_history(results: "FineTuneResult | Mapping[str, FineTuneResult]") -> go
         )
     figure.update_layout(
         title=title("Training loss"),
-        xaxis={"title": "optimizer step", "tickformat": "d"},
+        xaxis={"title": "optimizer step", **_steps([step for run in runs.values() for step in run.history["step"]])},
         yaxis={"title": "loss, nats per token", "rangemode": "tozero"},
         showlegend=len(runs) > 1,
     )

@@ -109,7 +109,7 @@ def _name_moments(figure: go.Figure, moments: list[int | str], steps: bool, pane
         names = list(map(str, moments))
         axis = {"title": "checkpoint", "tickvals": names, "ticktext": [wrapped(name, 14) for name in names]}
         figure.update_xaxes(type="category")
-    figure.update_xaxes(showgrid=False, showticklabels=False)
+    figure.update_xaxes(showgrid=False, showticklabels=False, tickvals=axis["tickvals"])
     for number in range(max(0, panels - _COLUMNS), panels):
         place = {"row": number // _COLUMNS + 1, "col": number % _COLUMNS + 1}
         figure.update_xaxes(showticklabels=True, **axis, **place)
