@@ -25,6 +25,16 @@ def text_table(rows: Sequence[Sequence[str]]) -> list[str]:
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """Write a number of things.
+
+    Example:
+        >>> counted(1, "moment"), counted(2, "matrix", "matrices")
+        ('1 moment', '2 matrices')
+    """
+    return f"{number} {noun if number == 1 else plural or f'{noun}s'}"
+
+
 def human_bytes(size: int) -> str:
     """Write a number of bytes to three digits.
 

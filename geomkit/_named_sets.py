@@ -1,9 +1,11 @@
-"""Sets of examples by name: the safety set with its controls, and whether each has examples enough."""
+"""Sets of examples by name: whether they are gradients at all, and whether each has examples enough."""
 
 from collections.abc import Mapping
 
+from geomkit._checks import described
 from geomkit.errors import GeometryError
 from geomkit.gradients import GradientSet
+from geomkit.layer_gradient import LayerGradient
 
 
 def with_controls(
@@ -12,12 +14,48 @@ def with_controls(
     """Return the safety set and the controls by name; a single one is called ``"control"``.
 
     Raises:
-        GeometryError: If a control is called ``"safety"``.
+        GeometryError: If a control is called ``"safety"``, or one of them is no set of gradients.
     """
+    if control is not None and not isinstance(control, Mapping):
+        raise _no_gradients("control", control)
     controls = {} if control is None else {"control": control} if isinstance(control, GradientSet) else dict(control)
     if "safety" in controls:
         raise GeometryError("expected controls by other names than 'safety', which are the anchors; rename the control")
-    return {"safety": safety, **controls}
+    sets = {"safety": safety, **controls}
+    check_sets(sets)
+    return sets
+
+
+def check_sets(sets: object) -> None:
+    """Check that every set is one of gradients, and not of the examples that they are to be collected from.
+
+    Raises:
+        GeometryError: If one is not, or they have no names.
+    """
+    if not isinstance(sets, Mapping):
+        raise GeometryError(f'expected sets by name, found {described(sets)}; give e.g. {{"safety": …, "control": …}}')
+    for name, found in sets.items():
+        if not isinstance(found, GradientSet):
+            raise _no_gradients(name, found)
+
+
+def check_gradients(name: str, gradients: object) -> None:
+    """Check that it is a set of gradients, or gradients by parameter.
+
+    Raises:
+        GeometryError: If it is not.
+    """
+    if not isinstance(gradients, Mapping) or not all(
+        isinstance(gradient, LayerGradient) for gradient in gradients.values()
+    ):
+        raise _no_gradients(name, gradients)
+
+
+def _no_gradients(name: str, found: object) -> GeometryError:
+    return GeometryError(
+        f"expected gradients from collect_gradients(..., per_sample=True), found {described(found)} as the {name} "
+        "set; collect them first"
+    )
 
 
 def check_enough(counts: Mapping[str, int], fewest: int) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from geomkit._checks import check_finite
 from geomkit.errors import GeometryError
 from geomkit.forms import IndexedGradient
 from geomkit.layer_gradient import Factors, LayerGradient, row_products
@@ -34,7 +35,7 @@ def stack_of(gradients: Sequence[LayerGradient], side: Side) -> "Stack":
         side: Whose singular vectors are asked for.
 
     Raises:
-        GeometryError: If there is no such side.
+        GeometryError: If there is no such side, or a gradient is not finite.
     """
     if side not in get_args(Side):
         raise GeometryError(f"expected the side {' or '.join(get_args(Side))}, found {side!r}; compare one at a time")
@@ -43,6 +44,8 @@ def stack_of(gradients: Sequence[LayerGradient], side: Side) -> "Stack":
     own, other = (
         list(parts) for parts in zip(*(pair if side == "left" else pair[::-1] for pair in pairs), strict=True)
     )
+    # Cheaper than looking at each: a sum is finite where all that it is of is.
+    check_finite(torch.stack([part.sum() for part in (*own, *other)]), f"a parameter of shape {shape}")
     if sum(map(len, own)) < min(shape):
         own, other = _middles(own), _middles(other)
     return Stack(own, other, shape)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
+from geomkit._checks import check_draws, check_rank, is_whole
 from geomkit._display import html_table
 from geomkit._named_sets import check_enough, counts_of, with_controls
 from geomkit._stacks import Stack, stack_of
@@ -186,7 +187,8 @@ def anchor_curve(
 
     Raises:
         GeometryError: If a set lacks per-sample gradients or is too small, a control is called ``"safety"``, a count is
-            out of range, they cover other parameters, or no parameter has a gradient in every example.
+            out of range, ``rank`` or ``draws`` is below 1, they cover other parameters, one is not finite, or no
+            parameter has a gradient in every example.
 
     Example:
         >>> import geomkit as gk
@@ -198,6 +200,8 @@ def anchor_curve(
         ((1, 2, 4), None)
     """
     sets = with_controls(safety, control)
+    check_rank(rank)
+    check_draws(draws, 1)
     half = len(safety.samples) // 2
     check_enough({"safety": len(safety.samples)}, _FEWEST)
     check_enough(counts_of(sets), half)
@@ -221,7 +225,7 @@ def anchor_curve(
 
 def _checked(counts: Sequence[int] | None, half: int) -> tuple[int, ...]:
     wanted = [2**power for power in range(half.bit_length()) if 2**power <= half] if counts is None else list(counts)
-    if any(not 1 <= count <= half for count in wanted):
+    if not all(is_whole(count, 1) and count <= half for count in wanted):
         raise GeometryError(
             f"expected counts of anchors between 1 and {half}, half of the examples, found {wanted}; collect more "
             "examples or ask for fewer anchors"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
-from geomkit._display import html_table
+from geomkit._display import counted, html_table
 from geomkit.controls import haar_overlap, random_edge
 from geomkit.errors import GeometryError
 from geomkit.names import kind_of, layer_index
@@ -110,7 +110,8 @@ class Angles:
         """Say the mean overlap beside that of random subspaces, and of the control."""
         control = "" if np.isnan(self.mean_control) else f"control {self.mean_control:.3g}, "
         return (
-            f"principal angles of {self.side} subspaces of {len(self.layers)} matrices: mean overlap "
+            f"principal angles of {self.side} subspaces of {counted(len(self.layers), 'matrix', 'matrices')}: "
+            f"mean overlap "
             f"{self.mean_overlap:.3g} ({control}random subspaces {self.mean_expected_overlap:.3g})"
         )
 

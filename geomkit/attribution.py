@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from geomkit._checks import check_confidence
+from geomkit._named_sets import check_gradients
 from geomkit._tinted import tinted
 from geomkit._token_derivatives import token_derivatives
 from geomkit.collection.streaming import TOKENS_PER_BATCH
@@ -185,7 +187,8 @@ def token_conflict(
 
     Raises:
         DataError: If the examples cannot be encoded.
-        GeometryError: If there are fewer than two examples.
+        GeometryError: If there are fewer than two examples, these are no gradients, or the confidence is not between 0
+            and 1.
         CollectionError: If the gradient does not fit the model, an operation of the model has no forward-mode
             derivative, or a value is not finite.
 
@@ -199,6 +202,8 @@ def token_conflict(
         >>> list(found.by_token().columns)
         ['token', 'id', 'count', 'examples', 'loss', 'contribution', 'total', 'low', 'high']
     """
+    check_gradients("safety", safety_gradients)
+    check_confidence(confidence)
     rows = encode(tokenizer, utility, assistant_mask=assistant_mask, max_length=max_length)
     if len(rows) < _FEWEST:
         raise GeometryError(f"expected at least {_FEWEST} utility examples to tell their spread, found {len(rows)}")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from geomkit._checks import check_confidence, described
 from geomkit._display import html_table
 from geomkit.errors import GeometryError
 from geomkit.false_discovery import benjamini_hochberg
@@ -165,7 +166,8 @@ def compare_spectra(
         The differences a − b.
 
     Raises:
-        GeometryError: If parameters or token counts differ, or a side was measured without its examples.
+        GeometryError: If a side is no spectrum or was measured without its examples, parameters, their shapes or token
+            counts differ, there are not two names, or the confidence is not between 0 and 1.
 
     Example:
         >>> import geomkit as gk
@@ -178,6 +180,12 @@ def compare_spectra(
         >>> bool(low < difference < high)
         True
     """
+    check_confidence(confidence)
+    if len(names) != 2 or isinstance(names, str):
+        raise GeometryError(f"expected two names, found {names!r}; give one for each side")
+    for found in (a, b):
+        if not isinstance(found, Spectrum):
+            raise GeometryError(f"expected two spectra, found {described(found)}; measure each with spectrum or span")
     if difference := sorted(set(a.layers).symmetric_difference(b.layers)):
         raise GeometryError(
             f"expected spectra of the same parameters, found {len(difference)} on one side only "
@@ -191,11 +199,38 @@ def compare_spectra(
                 f"expected the {side} spectra without some of their examples in turn, found them of the mean only; "
                 "measure a set collected with per_sample=True, with groups= of 2 or more"
             )
-    tokens = {name: (layer.tokens, b.layers[name].tokens) for name, layer in a.layers.items()}
-    if unequal := [name for name, (first, second) in tokens.items() if first != second]:
-        first, second = tokens[unequal[0]]
-        raise GeometryError(
-            f"expected equal token counts, found {first} and {second} in {unequal[0]} ({len(unequal)} differ); rank "
-            "grows with tokens, so bring the sides to the same number with match_tokens first"
-        )
+    _check_units(a, b)
+    _check_shapes(a, b)
     return SpectrumContrast(a, b, names, confidence)
+
+
+def _check_units(a: Spectrum, b: Spectrum) -> None:
+    """Check that both sides are of as many tokens, or of as many examples."""
+    if a.unit != b.unit:
+        raise GeometryError(
+            f"expected two spectra of gradients or two spans, found one of {a.unit} and one of {b.unit}; measure both "
+            "with spectrum, or both with span"
+        )
+    counts = {name: (layer.tokens, b.layers[name].tokens) for name, layer in a.layers.items()}
+    unequal = [name for name, (first, second) in counts.items() if first != second]
+    if not unequal:
+        return
+    first, second = counts[unequal[0]]
+    if a.unit == "examples":
+        raise GeometryError(
+            f"expected equal numbers of examples, found {first} and {second}; rank grows with examples, so give as "
+            "many of each set"
+        )
+    raise GeometryError(
+        f"expected equal token counts, found {first} and {second} in {unequal[0]} ({len(unequal)} differ); rank "
+        "grows with tokens, so bring the sides to the same number with match_tokens first"
+    )
+
+
+def _check_shapes(a: Spectrum, b: Spectrum) -> None:
+    for name, layer in a.layers.items():
+        if layer.shape != (other := b.layers[name].shape):
+            raise GeometryError(
+                f"expected gradients of one shape for {name}, found {layer.shape} and {other}; collect both from the "
+                "same model"
+            )

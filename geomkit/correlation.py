@@ -18,9 +18,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from geomkit._checks import check_confidence, check_draws, check_finite
 from geomkit._conflicts import Contrast, LayerConflict, LayerGrams, joined, measure, refuse_other_parameters, span
 from geomkit._cosine import Grams
 from geomkit._display import html_table
+from geomkit._named_sets import check_sets
 from geomkit._shares import Share, negative_shares
 from geomkit.errors import GeometryError
 from geomkit.false_discovery import benjamini_hochberg
@@ -107,14 +109,12 @@ class Conflict:
 
     def __str__(self) -> str:
         """Say the cosine, its interval, its null, what the control shows, and the shares."""
-        expected = "unknown, a mean is no larger than its noise"
-        if not np.isnan(self.corrected):
-            expected = f"{self.corrected:+.3f} {span(self.interval)}"
+        expected, alike = (_said(found.corrected, found.interval) for found in (self, self.unweighted))
         said = [
             f"cosine of the mean gradients {self.cosine:+.3f} (shuffled {span(self.null_interval)}, "
             f"p = {self.p_value:.3g})",
             f"of the expected gradients {expected}",
-            f"with one voice for each parameter {self.unweighted.corrected:+.3f} {span(self.unweighted.interval)}",
+            f"with one voice for each parameter {alike}",
             *([str(self.contrast)] if self.contrast else []),
             f"against safety: utility examples {self.negative}, parameters {self.negative_parameters}",
         ]
@@ -122,6 +122,10 @@ class Conflict:
 
     def _repr_html_(self) -> str:
         return html_table(str(self), self.to_frame())
+
+
+def _said(value: float, interval: tuple[float, float]) -> str:
+    return "unknown, a mean is no larger than its noise" if np.isnan(value) else f"{value:+.3f} {span(interval)}"
 
 
 def _row(layer: LayerConflict) -> dict[str, object]:
@@ -182,8 +186,10 @@ def conflict(
         The conflict over all parameters and in each.
 
     Raises:
-        GeometryError: If a set lacks per-sample gradients, has fewer than three, or they cover different parameters.
+        GeometryError: If a set lacks per-sample gradients, has fewer than three or one that is not finite, they cover
+            different parameters, or ``draws`` or the confidence is out of range.
     """
+    check_sets({"safety": safety, "utility": utility} | ({} if control is None else {"control": control}))
     against = None if control is None else layer_grams(control, utility)
     return conflict_of_grams(
         layer_grams(safety, safety),
@@ -225,7 +231,8 @@ def conflict_of_grams(
 
     Raises:
         GeometryError: If a set has fewer than three examples, shapes do not fit, parameters differ, or only one of
-            the two mappings of the control is given.
+            the two mappings of the control is given, inner products are not finite, or ``draws`` or the confidence is
+            out of range.
 
     Example:
         >>> import geomkit as gk
@@ -236,8 +243,12 @@ def conflict_of_grams(
         >>> list(conflict_of_grams(within, across, beside, draws=99).layers)
         ['lm_head.weight']
     """
+    check_draws(draws, 1)
+    check_confidence(confidence)
     if (control is None) != (control_across is None):
         raise GeometryError("expected control= and control_across= together, found one of them; give both or neither")
+    for name, gram in [*across.items(), *(control_across or {}).items()]:
+        check_finite(gram, name)
     grams = joined(safety, across, utility, "safety")
     other = None
     if control is not None and control_across is not None:

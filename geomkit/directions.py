@@ -18,10 +18,13 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from geomkit._display import html_table
+from geomkit._checks import check_confidence, check_finite, check_rank
+from geomkit._display import counted, html_table
 from geomkit._fieller import Ratio
+from geomkit._named_sets import check_enough, check_gradients, check_sets
 from geomkit.algebra import gram
 from geomkit.errors import GeometryError
 from geomkit.false_discovery import benjamini_hochberg
@@ -164,9 +167,11 @@ class ConflictDirections:
         """Say what the first directions hold of the energy and of the conflict."""
         _, (low,), (high,) = _mean_interval(self.total.whole[None], self.confidence)
         cosine = f"{self.cosine:+.3f} [{low:+.3f}, {high:+.3f}]"
-        said = f"cosine of the mean gradients over {len(self.layers)} matrices {cosine}"
+        said = f"cosine of the mean gradients over {counted(len(self.layers), 'matrix', 'matrices')} {cosine}"
         first, last = self.share_interval
-        held = f"the first {self.rank} directions hold {self.energy:.1%} of the safety energy"
+        kept = min(self.rank, max(len(layer.energy) for layer in self.layers.values()))
+        first_ones = "the first direction holds" if kept == 1 else f"the first {kept} directions hold"
+        held = f"{first_ones} {self.energy:.1%} of the safety energy"
         if np.isinf([first, last]).any():
             return f"{said}; {held}; the cosine may be zero and has no shares"
         return f"{said}; {held} and {self.share:.1%} [{first:.1%}, {last:.1%}] of the cosine"
@@ -193,7 +198,8 @@ def conflict_directions(
 
     Raises:
         GeometryError: If the utility set lacks per-sample gradients or has fewer than three, the sets cover different
-            parameters, there is no matrix, or ``rank`` is not positive.
+            parameters, there is no matrix, ``rank`` is not a whole number of at least 1, or the confidence is not
+            between 0 and 1.
 
     Example:
         >>> import geomkit as gk
@@ -206,19 +212,18 @@ def conflict_directions(
         >>> found.total.parts.shape, bool(found.energy > 0.5)
         ((5, 4), True)
     """
-    if len(utility.samples) < _FEWEST:
-        raise GeometryError(
-            f"expected at least {_FEWEST} per-sample gradients in the utility set, found {len(utility.samples)}; "
-            "collect more, with per_sample=True"
-        )
-    if rank < 1:
-        raise GeometryError(f"expected a rank of at least 1, found {rank}; give e.g. 20")
+    check_gradients("safety", safety)
+    check_sets({"utility": utility})
+    check_rank(rank)
+    check_confidence(confidence)
+    check_enough({"utility": len(utility.samples)}, _FEWEST)
     names = [name for name in shared_layers(safety, *utility.samples) if min(safety[name].matrix_shape) > 1]
     if not names:
         raise GeometryError("expected a matrix to find directions in, found vectors only; collect more parameters")
     samples = {name: [sample[name] for sample in utility.samples] for name in names}
     squared = sum(safety[name].norm ** 2 for name in names)
     scale = (squared * sum(float(gram(samples[name], samples[name]).mean()) for name in names)) ** 0.5
+    check_finite(torch.tensor(scale), "the mean gradients")
     if not scale:
         raise GeometryError("expected mean gradients other than zero, found one; check the loss masks")
     layers = {

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
+from geomkit._checks import check_finite
 from geomkit._display import html_table
 from geomkit.algebra import gram, inner
 from geomkit.errors import GeometryError
@@ -157,7 +158,7 @@ def shared_layers(*sets: Mapping[str, LayerGradient]) -> list[str]:
     """Return the parameter names that all sets have, in order, after checking that they have the same.
 
     Raises:
-        GeometryError: If the sets cover different parameters; the message names the difference.
+        GeometryError: If the sets cover different parameters, or of other shapes; the message names the difference.
     """
     names = list(sets[0])
     for other in sets[1:]:
@@ -167,7 +168,24 @@ def shared_layers(*sets: Mapping[str, LayerGradient]) -> list[str]:
                 f"expected gradients of the same parameters, found {len(difference)} on one side only ({some}); "
                 "collect both from the same model with the same layers="
             )
+    for name in names:
+        check_one_shape(name, *(each[name] for each in sets))
     return names
+
+
+def check_one_shape(name: str, *gradients: LayerGradient) -> None:
+    """Check that gradients belong to parameters of one shape.
+
+    Raises:
+        GeometryError: If they do not; the message names the parameter and two shapes.
+    """
+    first, *others = (tuple(gradient.shape) for gradient in gradients)
+    for other in others:
+        if other != first:
+            raise GeometryError(
+                f"expected gradients of one shape for {name}, found {first} and {other}; collect both from the same "
+                "model"
+            )
 
 
 def set_inner(a: Mapping[str, LayerGradient], b: Mapping[str, LayerGradient]) -> float:
@@ -190,7 +208,8 @@ def layer_grams(a: GradientSet, b: GradientSet) -> dict[str, Tensor]:
         (N, M) Gram matrices in fp64, by parameter. Their sum is the Gram matrix of the whole gradients.
 
     Raises:
-        GeometryError: If a set was not collected per sample, or they cover different parameters.
+        GeometryError: If a set was not collected per sample, they cover different parameters, or a gradient is not
+            finite.
     """
     for name, gradients in (("first", a), ("second", b)):
         if not gradients.samples:
@@ -198,4 +217,7 @@ def layer_grams(a: GradientSet, b: GradientSet) -> dict[str, Tensor]:
                 f"expected per-sample gradients in the {name} set, found only their mean; collect with per_sample=True"
             )
     names = shared_layers(*a.samples, *b.samples)
-    return {name: gram([s[name] for s in a.samples], [s[name] for s in b.samples]) for name in names}
+    grams = {name: gram([s[name] for s in a.samples], [s[name] for s in b.samples]) for name in names}
+    for name, found in grams.items():
+        check_finite(found, name)
+    return grams

@@ -3,12 +3,16 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 
+from geomkit._checks import check_rank
 from geomkit.errors import GeometryError
 from geomkit.layer_gradient import LayerGradient
 from geomkit.svd import energy_rank, rank_tolerance, singular_values
+
+Unit = Literal["tokens", "examples"]
 
 SMOOTH = (
     "effective_rank",
@@ -35,6 +39,7 @@ class LayerSpectrum:
         tokens: T, the number of token positions in the gradient.
         rank_bound: min(rows, columns, T), which no measure can exceed.
         singular_values: (rank_bound,) fp64, descending.
+        unit: What ``tokens`` counts: the tokens of a gradient, or the examples of a span.
     """
 
     parameter: str
@@ -42,6 +47,7 @@ class LayerSpectrum:
     tokens: int
     rank_bound: int
     singular_values: np.ndarray = field(repr=False)
+    unit: Unit = "tokens"
 
     @property
     def is_zero(self) -> bool:
@@ -92,8 +98,7 @@ class LayerSpectrum:
         Raises:
             GeometryError: If k is below 1.
         """
-        if k < 1:
-            raise GeometryError(f"expected a rank of at least 1, found {k}; give e.g. 10")
+        check_rank(k)
         squared = self.singular_values**2
         return float("nan") if self.is_zero else float(squared[:k].sum() / squared.sum())
 

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from geomkit._checks import check_draws, check_finite
 from geomkit._display import html_table
-from geomkit._named_sets import check_enough
+from geomkit._named_sets import check_enough, check_sets
 from geomkit._stacks import stack_of
 from geomkit.algebra import gram
 from geomkit.errors import GeometryError
@@ -120,7 +121,8 @@ def gradient_map(
 
     Raises:
         GeometryError: If there are fewer than two sets, one has fewer than two per-sample gradients, the inner products
-            are not of these examples, an example has no gradient, or there is no such method.
+            are not of these examples or not finite, an example has no gradient, there is no such method, or ``draws``
+            is negative.
 
     Example:
         >>> import torch
@@ -131,7 +133,8 @@ def gradient_map(
     """
     if method not in get_args(Method):
         raise GeometryError(f"expected the method {' or '.join(get_args(Method))}, found {method!r}")
-    counts = {name: found if isinstance(found, int) else len(found.samples) for name, found in sets.items()}
+    check_draws(draws, 0)
+    counts = _counts(sets)
     if len(counts) < 2:
         raise GeometryError(
             f"expected two sets or more to tell apart, found {len(counts)}; give e.g. a control as well"
@@ -177,6 +180,13 @@ def silhouettes_of(distances: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return np.asarray(np.divide(other - own, largest, out=np.zeros_like(own), where=largest > 0))
 
 
+def _counts(sets: Mapping[str, GradientSet] | Mapping[str, int]) -> dict[str, int]:
+    """Return the number of examples of each set."""
+    if not isinstance(sets, Mapping) or not all(isinstance(found, int) for found in sets.values()):
+        check_sets(sets)
+    return {name: found if isinstance(found, int) else len(found.samples) for name, found in sets.items()}
+
+
 def _products(
     sets: Mapping[str, GradientSet] | Mapping[str, int], grams: Tensor | Mapping[str, Tensor] | None, examples: int
 ) -> np.ndarray:
@@ -189,6 +199,7 @@ def _products(
             f"expected inner products of {examples} examples with each other, found {tuple(total.shape)}; give grams "
             "of all sets, one after the other, with the number of examples of each"
         )
+    check_finite(total, "the inner products")
     if bool((total.diagonal() <= 0).any()):
         raise GeometryError("expected a gradient in every example, found one of length zero; check the loss masks")
     return np.asarray(total.detach().cpu().double().numpy())

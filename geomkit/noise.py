@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from geomkit._display import html_table
+from geomkit._checks import check_confidence, check_draws
+from geomkit._display import counted, html_table
+from geomkit._named_sets import check_enough, check_sets
 from geomkit._weighted_sums import weighted_spectra
 from geomkit.algebra import add
 from geomkit.edges import gavish_donoho_threshold, marchenko_pastur_edge
@@ -172,8 +174,9 @@ class NoiseFloor:
         span = f"{np.median(ranks):.3g} ({min(ranks)} to {max(ranks)})" if ranks else "none"
         return (
             f"mean gradient of {self.examples} examples above its sampling noise in {len(self.significant)} of "
-            f"{len(self.layers)} matrices (family-wise p ≤ {level:.2g}; {by_rate} at q < {level:.2g}); directions "
-            f"above the {self.confidence:.0%} floor of {self.draws} random signs, at the median: {span}"
+            f"{counted(len(self.layers), 'matrix', 'matrices')} (family-wise p ≤ {level:.2g}; {by_rate} at "
+            f"q < {level:.2g}); directions above the {self.confidence:.0%} floor of {self.draws} random signs, at the "
+            f"median: {span}"
         )
 
     def _repr_html_(self) -> str:
@@ -223,7 +226,8 @@ def noise_floor(gradients: GradientSet, *, draws: int = 99, seed: int = 0, confi
         For each matrix parameter the spectrum of the mean and its floors.
 
     Raises:
-        GeometryError: If there are no per-sample gradients or fewer than eight, or too few draws for the confidence.
+        GeometryError: If there are no per-sample gradients or fewer than eight, one is not finite, the confidence is
+            not between 0 and 1, or there are too few draws for it.
 
     Example:
         >>> import geomkit as gk
@@ -233,12 +237,11 @@ def noise_floor(gradients: GradientSet, *, draws: int = 99, seed: int = 0, confi
         >>> found.layers["lm_head.weight"].p_value <= 0.05
         True
     """
+    check_sets({"given": gradients})
+    check_draws(draws, 1)
+    check_confidence(confidence)
     samples = gradients.samples
-    if len(samples) < _FEWEST:
-        raise GeometryError(
-            f"expected per-sample gradients of at least {_FEWEST} examples, found {len(samples)}; collect more, with "
-            "per_sample=True"
-        )
+    check_enough({"given": len(samples)}, _FEWEST)
     exceeding = int((1 - confidence) * (draws + 1) + _TIED)
     if exceeding < 1:
         raise GeometryError(f"expected draws for a confidence of {confidence}, found {draws}; give 99 or more")

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from geomkit._checks import check_confidence, check_rank
 from geomkit._named_sets import check_enough, counts_of, with_controls
 from geomkit._singles import Singles, estimates, singles_of_cosines, singles_of_overlaps
 from geomkit._stacks import Stack, overlaps_between, stack_of
@@ -60,7 +61,8 @@ def one_sample_study(
 
     Raises:
         GeometryError: If there is no control or one of them is called ``"safety"``, a set lacks per-sample gradients,
-            has fewer than three, covers other parameters, or no parameter has a gradient in every example.
+            has fewer than three, covers other parameters, one is not finite, no parameter has a gradient in every
+            example, or ``rank`` or the confidence is out of range.
 
     Example:
         >>> import geomkit as gk
@@ -72,6 +74,8 @@ def one_sample_study(
         one of 4 anchors against the mean of the others, left-10: overlap ...; refused ..., contrast ...
     """
     sets = with_controls(safety, control)
+    check_rank(rank)
+    check_confidence(confidence)
     if len(sets) == 1:
         raise GeometryError("expected a control at least, found none; give e.g. benign requests with the same refusals")
     check_enough(counts_of(sets), _FEWEST)

@@ -6,10 +6,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from geomkit._checks import check_draws, check_rank
 from geomkit.analysis import Analysis, analysis_of
 from geomkit.collect import collect_gradients
 from geomkit.collection.streaming import TOKENS_PER_BATCH
 from geomkit.control_sets import with_responses
+from geomkit.data import check_examples
 from geomkit.errors import GeometryError
 from geomkit.gradients import GradientSet
 from geomkit.tokens import AssistantMask
@@ -65,11 +67,14 @@ class Probe:
     seed: int = field(default=0, kw_only=True)
 
     def __post_init__(self) -> None:
-        """Refuse sets that are too small before any work is done."""
+        """Refuse sets that are too small or no examples before any work is done."""
         sides = {"safety": self.safety, "utility": self.utility}
         if self.control is not None:
             sides["control"] = self.control
+        check_rank(self.rank)
+        check_draws(self.null_draws, 0, "null_draws")
         for name, side in sides.items():
+            check_examples(side)
             if min(len(side), len(side) if self.examples is None else self.examples) < _FEWEST:
                 raise GeometryError(
                     f"expected at least {_FEWEST} {name} examples to tell their spread, found {len(side)} "

@@ -5,6 +5,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
+from geomkit._checks import check_confidence, check_draws
 from geomkit.errors import GeometryError
 
 Method = Literal["expanded", "percentile", "BCa"]
@@ -74,7 +75,8 @@ def bootstrap_interval(
         draws: How often to resample.
 
     Raises:
-        GeometryError: If there are fewer than two examples or clusters, or not one label for each example.
+        GeometryError: If there are fewer than two examples or clusters, not one label for each example, the confidence
+            is not between 0 and 1, or there are no draws.
 
     Example:
         >>> answers, prompts = [0.1, 0.1, 0.2, 0.7, 0.7, 0.8, 0.4, 0.4], ["a", "a", "a", "b", "b", "b", "c", "c"]
@@ -85,6 +87,8 @@ def bootstrap_interval(
     """
     from scipy.stats import bootstrap, norm, t
 
+    check_confidence(confidence)
+    check_draws(draws, 1)
     sums, counts = _by_cluster(np.asarray(values, dtype=np.float64), clusters)
     mean = sums.sum() / counts.sum()
     if np.allclose(sums, mean * counts, rtol=1e-12, atol=0):  # nothing varies, and BCa would divide by that

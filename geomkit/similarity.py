@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from geomkit._checks import check_confidence, check_draws, check_rank
 from geomkit._display import html_table
-from geomkit._named_sets import check_enough, counts_of
+from geomkit._named_sets import check_enough, check_sets, counts_of
 from geomkit._pairs import Contrast, contrast_of, mean_between
 from geomkit._stacks import overlaps_between, stack_of
 from geomkit.controls import haar_overlap
@@ -147,7 +148,8 @@ def overlaps(
 
     Raises:
         GeometryError: If there are fewer than two sets, one has fewer than three per-sample gradients, they cover
-            other parameters, or no parameter has a gradient in every example.
+            other parameters, one is not finite, no parameter has a gradient in every example, or ``rank``, ``draws`` or
+            the confidence is out of range.
 
     Example:
         >>> import geomkit as gk
@@ -159,6 +161,10 @@ def overlaps(
         >>> bool(found.matrix[0, 0] > found.matrix[0, 1] > found.expected)
         True
     """
+    check_sets(sets)
+    check_rank(rank)
+    check_draws(draws, 0)
+    check_confidence(confidence)
     if len(sets) < 2:
         raise GeometryError(f"expected two sets or more to compare, found {len(sets)}; give e.g. a control set as well")
     check_enough(counts_of(sets), _FEWEST)

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from geomkit._checks import check_confidence, check_finite, check_groups
+from geomkit._named_sets import check_sets
 from geomkit.errors import GeometryError
 from geomkit.gradients import GradientSet, layer_grams
 from geomkit.jackknife import jackknife_groups
@@ -36,8 +38,8 @@ def span(
     """Measure how many directions the gradients of N examples span, from their inner products.
 
     The singular values are those of the matrix whose N rows are the flattened gradients of the examples; no such
-    matrix is formed. In the result ``tokens`` and ``rank_bound`` are N and ``shape`` is that of the Gram, so that a
-    figure's hover says tokens where examples are meant.
+    matrix is formed. In the result ``tokens`` and ``rank_bound`` are N, ``unit`` is ``"examples"``, and ``shape`` is
+    that of the Gram.
 
     The null is that of examples in independent directions: orthogonal ones with the same norms. It is weak, as all
     gradients of one model share something; the honest one is a control set with as many examples, see
@@ -52,7 +54,8 @@ def span(
         together: Take the gradient of all parameters as one vector; the result has one layer, :data:`ALL`.
         unit: Give every example the norm 1, so that directions are counted. Otherwise those with a large loss count
             for more, which is what the mean gradient sees.
-        groups: Into how many groups at most the examples are dealt, of which one is left out at a time.
+        groups: Into how many groups at most the examples are dealt, of which one is left out at a time; 0 for no
+            intervals.
         seed: Seed of the groups.
         confidence: Of the intervals.
 
@@ -60,8 +63,8 @@ def span(
         A spectrum for each parameter, or for all together. Singular values are exact to 1e-7 of the largest.
 
     Raises:
-        GeometryError: If there are no per-sample gradients, fewer than two examples, or the inner products are not
-            those of one set with itself.
+        GeometryError: If there are no per-sample gradients, fewer than two examples, the inner products are not finite
+            or not those of one set with itself, ``groups`` is 1 or negative, or the confidence is not between 0 and 1.
 
     Example:
         >>> apart, alike = torch.eye(4), torch.ones(4, 4)
@@ -69,21 +72,31 @@ def span(
         >>> [round(layer.effective_rank, 3) for layer in found.layers.values()]
         [4.0, 1.0]
     """
-    grams = layer_grams(gradients, gradients) if isinstance(gradients, GradientSet) else gradients
+    check_groups(groups)
+    check_confidence(confidence)
+    grams = _grams(gradients)
     count = _examples(grams)
     if together:
         grams = {ALL: torch.stack([gram.double().cpu() for gram in grams.values()]).sum(0)}
     tables = {name: _unit(gram.double().cpu()) if unit else gram.double().cpu() for name, gram in grams.items()}
-    kept = [
-        torch.from_numpy(np.setdiff1d(np.arange(count), group))
-        for group in jackknife_groups(count, groups, np.random.default_rng(seed))
-    ]
+    dealt = jackknife_groups(count, groups, np.random.default_rng(seed)) if groups else []
+    kept = [torch.from_numpy(np.setdiff1d(np.arange(count), group)) for group in dealt]
     return Spectrum(
         {name: _spectrum(name, table) for name, table in tables.items()},
         {name: (_orthogonal(name, table),) for name, table in tables.items()},
         {name: tuple(_spectrum(name, table[some][:, some]) for some in kept) for name, table in tables.items()},
         confidence,
     )
+
+
+def _grams(gradients: GradientSet | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Return the inner products of gradients, or those that were given."""
+    if isinstance(gradients, GradientSet):
+        return layer_grams(gradients, gradients)
+    grams: Mapping[str, Tensor] = gradients
+    if not isinstance(gradients, Mapping) or not all(isinstance(gram, Tensor) for gram in gradients.values()):
+        check_sets({"given": gradients})
+    return grams
 
 
 def _examples(grams: Mapping[str, Tensor]) -> int:
@@ -95,6 +108,8 @@ def _examples(grams: Mapping[str, Tensor]) -> int:
             f"expected (N, N) inner products of N ≥ 2 examples for every parameter, found {sorted(shapes)}; "
             "give what sample_grams returns for one set of examples"
         )
+    for name, gram in grams.items():
+        check_finite(gram, name)
     crooked = [name for name, gram in grams.items() if not _symmetric(gram)]
     if crooked:
         raise GeometryError(
@@ -117,7 +132,7 @@ def _unit(gram: Tensor) -> Tensor:
 
 def _spectrum(name: str, gram: Tensor) -> LayerSpectrum:
     count = len(gram)
-    return LayerSpectrum(name, (count, count), count, count, singular_values_of_gram(gram).numpy())
+    return LayerSpectrum(name, (count, count), count, count, singular_values_of_gram(gram).numpy(), "examples")
 
 
 def _orthogonal(name: str, gram: Tensor) -> LayerSpectrum:

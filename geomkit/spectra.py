@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from geomkit._checks import check_confidence, check_draws, check_groups
 from geomkit._display import html_table
+from geomkit._named_sets import check_gradients
 from geomkit.algebra import add
 from geomkit.controls import parameter_generator, random_factor_null
-from geomkit.errors import GeometryError
 from geomkit.forms import DenseGradient
 from geomkit.gradients import GradientSet
 from geomkit.jackknife import jackknife_groups, jackknife_interval
 from geomkit.layer_gradient import LayerGradient
-from geomkit.layer_spectra import SMOOTH, LayerSpectrum, layer_spectrum, statistics_of
+from geomkit.layer_spectra import SMOOTH, LayerSpectrum, Unit, layer_spectrum, statistics_of
 from geomkit.names import kind_of, layer_index
 
 if TYPE_CHECKING:
@@ -48,6 +49,11 @@ class Spectrum:
     null: Mapping[str, tuple[LayerSpectrum, ...]]
     without: Mapping[str, tuple[LayerSpectrum, ...]] = field(default_factory=dict)
     confidence: float = 0.95
+
+    @property
+    def unit(self) -> Unit:
+        """What the spectra are of: the tokens of a gradient, or the examples of a span."""
+        return next((layer.unit for layer in self.layers.values()), "tokens")
 
     @property
     def measured(self) -> list[str]:
@@ -210,7 +216,8 @@ def spectrum(
         The spectra. Singular values are exact to 1e-7 of the largest, and no gradient of few tokens is formed.
 
     Raises:
-        GeometryError: If ``groups`` is 1 or negative.
+        GeometryError: If these are no gradients or not finite, ``groups`` is 1 or negative, ``null_draws`` is
+            negative, or the confidence is not between 0 and 1.
 
     Example:
         >>> import geomkit as gk
@@ -221,8 +228,10 @@ def spectrum(
         >>> bool(low < spectrum(found).mean("effective_rank") < high)
         True
     """
-    if groups < 0 or groups == 1:
-        raise GeometryError(f"expected two groups of examples or more, or 0 for no intervals, found groups={groups}")
+    check_gradients("given", gradients)
+    check_draws(null_draws, 0, "null_draws")
+    check_groups(groups)
+    check_confidence(confidence)
     matrices = {name: gradient for name, gradient in gradients.items() if min(gradient.matrix_shape) > 1}
     dense = [name for name, gradient in matrices.items() if isinstance(gradient, DenseGradient)]
     if dense and null_draws:

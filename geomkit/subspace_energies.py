@@ -6,13 +6,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from geomkit._checks import check_confidence
 from geomkit._display import html_table
+from geomkit._named_sets import check_enough, check_sets
 from geomkit.errors import GeometryError
 from geomkit.gradients import GradientSet, shared_layers
 from geomkit.jackknife import jackknife_interval
 from geomkit.layer_gradient import LayerGradient
 from geomkit.names import kind_of, layer_index
-from geomkit.subspaces import Subspace
+from geomkit.subspaces import Sides, Subspace
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -143,8 +145,8 @@ def subspace_energy(
         The energies of every example.
 
     Raises:
-        GeometryError: If a set has fewer than two per-sample gradients, lacks a parameter of the subspace, or the
-            subspace is of both sides.
+        GeometryError: If a set has fewer than two per-sample gradients, lacks a parameter of the subspace or has
+            another shape there, the subspace is of both sides, or the confidence is not between 0 and 1.
 
     Example:
         >>> import geomkit as gk
@@ -157,6 +159,8 @@ def subspace_energy(
         >>> found.shares.shape, found.shares.mean() > found.expected
         ((4,), np.True_)
     """
+    check_sets({"first": gradients} | ({} if control is None else {"control": control}))
+    check_confidence(confidence)
     if subspace.side == "both":
         raise GeometryError("expected a subspace of one side, found both; choose with subspace.on('left')")
     return SubspaceEnergy(
@@ -167,19 +171,26 @@ def subspace_energy(
 
 
 def _energies(name: str, gradients: GradientSet, subspace: Subspace) -> dict[str, LayerEnergy]:
-    if len(gradients.samples) < _FEWEST:
-        raise GeometryError(
-            f"expected at least {_FEWEST} per-sample gradients in the {name} set, found {len(gradients.samples)}; "
-            "collect more, with per_sample=True"
-        )
+    check_enough({name: len(gradients.samples)}, _FEWEST)
     if missing := set(subspace.layers) - set(shared_layers(*gradients.samples)):
         raise GeometryError(
             f"expected gradients of every parameter of the subspace, found none of {', '.join(sorted(missing)[:4])}; "
             "collect both with the same layers="
         )
+    for layer, found in subspace.layers.items():
+        _check_dimension(layer, gradients.samples[0][layer], found.basis.shape[0], subspace.side)
     return {
         layer: _energy([sample[layer] for sample in gradients.samples], subspace, layer) for layer in subspace.layers
     }
+
+
+def _check_dimension(name: str, gradient: LayerGradient, dimension: int, side: Sides) -> None:
+    found = gradient.matrix_shape[0 if side == "left" else 1]
+    if found != dimension:
+        raise GeometryError(
+            f"expected gradients in the space of the subspace of {name}, found dimensions {found} and {dimension}; "
+            "collect both from the same model"
+        )
 
 
 def _energy(samples: Sequence[LayerGradient], subspace: Subspace, name: str) -> LayerEnergy:

@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from geomkit._display import html_table
+from geomkit._checks import check_rank
+from geomkit._display import counted, html_table
+from geomkit._named_sets import check_gradients
 from geomkit._singular_vectors import SingularVectors, exact_vectors, randomized_vectors
 from geomkit.controls import parameter_generator
 from geomkit.errors import GeometryError
@@ -125,8 +127,8 @@ def layer_subspace(
 def _check(rank: int | None, energy: float | None, side: Sides, method: Method) -> None:
     if (rank is None) == (energy is None):
         raise GeometryError(f"expected exactly one of rank and energy, found rank={rank}, energy={energy}; give one")
-    if rank is not None and rank < 1:
-        raise GeometryError(f"expected a rank of at least 1, found {rank}; give e.g. 10")
+    if rank is not None:
+        check_rank(rank)
     if side not in get_args(Sides) or method not in get_args(Method):
         raise GeometryError(
             f"expected side= {', '.join(get_args(Sides))} and method= {', '.join(get_args(Method))}, found {side!r} "
@@ -210,7 +212,7 @@ class Subspace:
         sides = {"both": "left and right"}.get(self.side, self.side)
         worst = max((layer.residual for layer in self.layers.values()), default=0.0)
         residual = f", residual at most {worst:.1e}" if worst else ""
-        return f"{sides} subspaces of {len(ranks)} matrices, rank {span}{residual}"
+        return f"{sides} subspaces of {counted(len(ranks), 'matrix', 'matrices')}, rank {span}{residual}"
 
     def save(self, folder: str | Path) -> Path:
         """Write it to a folder, from which :func:`geomkit.load_subspace` reads it without the model.
@@ -254,12 +256,13 @@ def subspace(
         A subspace for each matrix parameter.
 
     Raises:
-        GeometryError: If not exactly one of ``rank`` and ``energy`` is given, or it is out of range; or for a share
-            of the energy from random projections.
+        GeometryError: If these are no gradients; if not exactly one of ``rank`` and ``energy`` is given, or it is out
+            of range; or for a share of the energy from random projections.
 
     Warns:
         UserWarning: Once, if some gradients have a numeric rank below ``rank``.
     """
+    check_gradients("given", gradients)
     layers = {
         name: layer_subspace(gradient, rank=rank, energy=energy, side=side, method=method, seed=seed, parameter=name)
         for name, gradient in gradients.items()

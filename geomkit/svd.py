@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from geomkit._checks import check_finite
 from geomkit._squares import squares_of
 from geomkit.errors import GeometryError
 from geomkit.forms import IndexedGradient
@@ -58,6 +59,7 @@ def singular_values_of(gradients: Sequence[LayerGradient]) -> Tensor:
     device = gradients[0].device if gradients else None
     values = torch.zeros(len(gradients), max(bounds, default=0), dtype=torch.float64, device=device)
     for places, squares, noise in squares_of(gradients):
+        check_finite(squares, f"a gradient of shape {gradients[places[0]].matrix_shape}")
         stacked = singular_values_of_gram(squares)
         unsure = (noise > (_PRECISION * stacked[:, 0]) ** 2).tolist()
         for place, found, redo in zip(places, stacked, unsure, strict=True):

@@ -9,10 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from geomkit._named_sets import check_gradients
 from geomkit.controls import parameter_generator
 from geomkit.errors import GeometryError
 from geomkit.forms import FactoredGradient, IndexedGradient
-from geomkit.gradients import Coverage, GradientSet
+from geomkit.gradients import Coverage, GradientSet, check_one_shape
 from geomkit.layer_gradient import LayerGradient
 
 _LOGGER = logging.getLogger(__name__)
@@ -98,7 +99,8 @@ def match_tokens(*sides: Mapping[str, LayerGradient], seed: int = 0) -> tuple[Ma
         The sides, in order, with the parameters that are factored on all: sets for sets, dicts for other mappings.
 
     Raises:
-        GeometryError: If there are fewer than two sides, or no such parameter.
+        GeometryError: If there are fewer than two sides, one is no gradients, a parameter has two shapes, or there is
+            no such parameter.
 
     Example:
         >>> short, long = (FactoredGradient(torch.ones(t, 3), torch.ones(t, 4)) for t in (2, 5))
@@ -107,6 +109,8 @@ def match_tokens(*sides: Mapping[str, LayerGradient], seed: int = 0) -> tuple[Ma
     """
     if len(sides) < 2:
         raise GeometryError(f"expected two sides to match or more, found {len(sides)}; give e.g. safety and control")
+    for side in sides:
+        check_gradients("given", side)
     first, *others = sides
     shared = [name for name in first if all(name in side for side in others)]
     parts = [{name: _parts(side, name) for name in shared} for side in sides]
@@ -115,6 +119,8 @@ def match_tokens(*sides: Mapping[str, LayerGradient], seed: int = 0) -> tuple[Ma
     names = [name for name in factored if tokens[name] > 0]
     if not names:
         raise GeometryError(_nothing_to_match([each for side in sides for each in side.values()], shared, factored))
+    for name in names:
+        check_one_shape(name, *(side[name] for side in sides))
     if zero := [name for name in factored if tokens[name] == 0]:
         _LOGGER.warning("left %d of %d layers out, whose gradient is zero: %s", len(zero), len(factored), zero[:4])
 

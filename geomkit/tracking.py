@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from geomkit._display import html_table
+from geomkit._checks import described, is_whole
+from geomkit._display import counted, html_table
 from geomkit.analysis import Analysis
 from geomkit.angles import principal_angles
 from geomkit.errors import GeometryError
@@ -80,8 +81,8 @@ class Trajectory:
         """Say how far safety moved between the first and the last moment."""
         (start, *_), (end, last) = self.moments, list(self.moments.items())[-1]
         return (
-            f"{len(self.moments)} moments from {start} to {end}: the mean safety gradient at the end has cosine "
-            f"{last.cosine:+.3f} with that at the start, its leading subspace overlap {last.overlap:.3f} "
+            f"{counted(len(self.moments), 'moment')} from {start} to {end}: the mean safety gradient at the end has "
+            f"cosine {last.cosine:+.3f} with that at the start, its leading subspace overlap {last.overlap:.3f} "
             f"(random subspaces {last.expected:.3f})"
         )
 
@@ -94,10 +95,15 @@ class Tracker:
 
     Args:
         probe: What to measure.
+
+    Raises:
+        GeometryError: If it is no probe.
     """
 
     def __init__(self, probe: Probe) -> None:
         """Start with nothing."""
+        if not isinstance(probe, Probe):
+            raise GeometryError(f"expected a probe, found {described(probe)}; make one with geomkit.Probe")
         self._probe = probe
         self._first: tuple[GradientSet, Subspace] | None = None
         self._moments: dict[int | str, Moment] = {}
@@ -159,7 +165,7 @@ def track(
         What was found, by step or name.
 
     Raises:
-        GeometryError: If there is no checkpoint, or they do not have the same parameters.
+        GeometryError: If there is no checkpoint, they have no names or not the same parameters, or there is no probe.
 
     Example:
         >>> import geomkit as gk
@@ -172,6 +178,8 @@ def track(
     from tqdm.auto import tqdm
 
     tracker = Tracker(probe)
+    if not isinstance(checkpoints, Mapping):
+        raise GeometryError(f"expected checkpoints by step or name, found {described(checkpoints)}; give a dict")
     for at, checkpoint in tqdm(checkpoints.items(), desc="track", unit="checkpoint", disable=not progress):
         model = load_model(checkpoint)[0] if isinstance(checkpoint, str | Path) else checkpoint
         tracker.look(at, model, tokenizer)
@@ -190,7 +198,8 @@ class GeometryCallback(TrainerCallback):
         tokenizer: The model's tokenizer; :func:`geomkit.finetune` and the Trainer bring their own.
 
     Raises:
-        GeometryError: If ``every`` is below one; at the beginning of training, if there is no tokenizer.
+        GeometryError: If there is no probe, or ``every`` is below one; at the beginning of training, if there is no
+            tokenizer.
 
     Example:
         >>> import geomkit as gk
@@ -204,8 +213,8 @@ class GeometryCallback(TrainerCallback):
 
     def __init__(self, probe: Probe, *, every: int = 10, tokenizer: "PreTrainedTokenizerBase | None" = None) -> None:
         """Keep what to measure, and when."""
-        if every < 1:
-            raise GeometryError(f"expected a number of steps of at least 1, found every={every}; give e.g. 10")
+        if not is_whole(every, 1):
+            raise GeometryError(f"expected a number of steps of at least 1, found every={every!r}; give e.g. 10")
         self._tracker = Tracker(probe)
         self._probe, self._every, self._tokenizer = probe, every, tokenizer
 

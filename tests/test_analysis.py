@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 import geomkit as gk
-from geomkit.errors import GeometryError
+from geomkit.errors import GeometryError, GeomkitError
 from geomkit.pages import analysis_sections
 from tests.tiny import CONTROL, SAFETY, UTILITY, conversations, tiny_llama, tiny_tokenizer
 
@@ -95,3 +95,18 @@ def test_the_control_is_made_of_prompts_that_utility_has_not(rows, examples, cou
     assert {row[1]["content"] for row in list(probe._sides())[2]["messages"]} <= {
         row[1]["content"] for row in SAFETY["messages"]
     }
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"safety": "safety"}, "found str; make one"),
+        ({"utility": UTILITY.rename_column("messages", "turns")}, "expected a column 'messages'"),
+        ({"control": UTILITY.select([])}, "found an empty set"),
+        ({"rank": 0}, "rank of at least 1"),
+        ({"null_draws": -1}, "found null_draws=-1"),
+    ],
+)
+def test_a_probe_refuses_what_is_no_set_of_examples(options, said):
+    with pytest.raises(GeomkitError, match=said):
+        gk.Probe(**({"safety": SAFETY, "utility": UTILITY, "control": UTILITY} | options))

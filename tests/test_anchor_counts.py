@@ -104,3 +104,16 @@ def test_sums_that_cancel_have_no_subspace() -> None:
     values = anchor_curve(gradient_set(samples), rank=2, draws=10).draws["safety"]
     assert np.isfinite(values).all()
     assert set(values.round(6).ravel()) == {0.0, 1.0}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"rank": 0}, "rank of at least 1, a whole number, found 0"),
+        ({"rank": 2.5}, "found 2.5"),
+        ({"draws": 0}, "at least 1, found draws=0"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(options: dict[str, object], said: str) -> None:
+    with pytest.raises(GeometryError, match=said):
+        anchor_curve(drawn(8, 0), **options)

@@ -161,3 +161,29 @@ def test_effective_rank_has_lines_for_intervals(contrast: SpectrumContrast) -> N
     assert "95 % intervals" in figure.layout.title.subtitle.text
     bare = plots.plot_effective_rank(Spectrum(contrast.a.layers, {}))
     assert "interval" not in bare.data[1].hovertemplate + bare.layout.title.subtitle.text
+
+
+def test_what_are_no_two_spectra_is_refused() -> None:
+    whole = measured(power_law, 0)
+    with pytest.raises(GeometryError, match="expected two names, found"):
+        compare_spectra(whole, whole, names=("a", "b", "c"))
+    with pytest.raises(GeometryError, match="found a dict; measure each with spectrum or span"):
+        compare_spectra(whole, {})
+    with pytest.raises(GeometryError, match=r"give \.95, not 95"):
+        compare_spectra(whole, whole, confidence=95)
+    layer = whole.layers["w"]
+    wide, spanned = (
+        replace(whole, layers={"w": replace(layer, **new)}) for new in ({"shape": (48, 99)}, {"unit": "examples"})
+    )
+    with pytest.raises(GeometryError, match=r"one shape for w, found \(48, 40\) and \(48, 99\)"):
+        compare_spectra(whole, wide)
+    with pytest.raises(GeometryError, match="found one of tokens and one of examples"):
+        compare_spectra(whole, spanned)
+
+
+@pytest.mark.parametrize("unit", ["tokens", "examples"])
+def test_hovers_say_what_was_counted(unit: str) -> None:
+    whole = measured(power_law, 0)
+    found = replace(whole, layers={"w": replace(whole.layers["w"], unit=unit)})
+    for figure in (plots.plot_effective_rank(found), compare_spectra(found, found).plot()):
+        assert any(f"}} {unit}" in (trace.hovertemplate or "") for trace in figure.data)

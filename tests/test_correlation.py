@@ -194,3 +194,29 @@ def test_sets_that_cannot_be_compared_are_refused() -> None:
     renamed = gradient_set([{"other": sample[NAMES[0]], NAMES[1]: sample[NAMES[1]]} for sample in utility.samples])
     with pytest.raises(GeometryError, match="same parameters"):
         conflict(safety, renamed)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"confidence": 95}, "found 95; give .95, not 95"),
+        ({"confidence": 1.0}, "found 1.0"),
+        ({"draws": 0}, "at least 1, found draws=0"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(options: dict[str, object], said: str) -> None:
+    sides = (from_rows(np.random.default_rng(seed).normal(size=(4, 12))) for seed in (0, 1))
+    with pytest.raises(GeometryError, match=said):
+        conflict(*sides, **options)
+
+
+def test_examples_other_models_and_what_is_not_finite_are_refused() -> None:
+    side, wide = (from_rows(np.random.default_rng(0).normal(size=(4, size))) for size in (12, 18))
+    with pytest.raises(GeometryError, match="found a dict as the utility set"):
+        conflict(side, dict(side))
+    with pytest.raises(GeometryError, match="found a str as the control set"):
+        conflict(side, side, "control")
+    with pytest.raises(GeometryError, match=f"one shape for {NAMES[0]}, found .3, 2. and .3, 3."):
+        conflict(side, wide)
+    with pytest.raises(GeometryError, match=f"not finite in {NAMES[0]}"):
+        conflict(side, from_rows(np.full((4, 12), math.nan)))

@@ -212,3 +212,30 @@ def test_energies_that_cannot_be_measured_are_refused() -> None:
     fewer = gradient_set([{name: sample[name] for name in list(SHAPES)[:1]} for sample in safety.samples])
     with pytest.raises(GeometryError, match="every parameter of the subspace"):
         subspace_energy(fewer, subspace(safety, rank=1))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"rank": 0}, "rank of at least 1, a whole number, found 0"),
+        ({"rank": 2.5}, "found 2.5"),
+        ({"confidence": 95}, "found 95; give .95, not 95"),
+        ({"confidence": 1.0}, "found 1.0"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(options: dict[str, object], said: str) -> None:
+    with pytest.raises(GeometryError, match=said):
+        conflict_directions(random_set(6, 3), random_set(7, 4), **options)
+
+
+def test_the_headline_names_no_more_directions_than_there_are() -> None:
+    assert "the first 4 directions hold" in str(conflict_directions(random_set(6, 3), random_set(7, 4), rank=4))
+    found = str(conflict_directions(random_set(6, 3), random_set(7, 4), rank=999))
+    assert "the first 6 directions hold" in found
+    assert "the first direction holds" in str(conflict_directions(random_set(6, 3), random_set(7, 4), rank=1))
+
+
+def test_energy_of_another_model_is_refused() -> None:
+    other = gradient_set([{name: DenseGradient(torch.ones(3, 3), 4) for name in SHAPES}] * 3)
+    with pytest.raises(GeometryError, match="found dimensions 3 and 9; collect both from the same model"):
+        subspace_energy(other, subspace(random_set(6, 3), rank=2).on("left"))

@@ -105,3 +105,13 @@ def test_what_cannot_be_drawn_is_refused() -> None:
     empty = gradient_set([{NAME: sample[NAME].scaled(0.0)} for sample in side.samples])
     with pytest.raises(GeometryError, match="length zero"):
         gradient_map({"a": empty, "b": empty})
+
+
+def test_what_is_out_of_range_or_not_finite_is_refused() -> None:
+    side = drawn(4, 0)
+    with pytest.raises(GeometryError, match="at least 0, found draws=-1"):
+        gradient_map({"a": side, "b": side}, draws=-1)
+    with pytest.raises(GeometryError, match="expected sets by name, found a list"):
+        gradient_map([side, side])
+    with pytest.raises(GeometryError, match="not finite in the inner products"):
+        gradient_map({"a": 2, "b": 2}, torch.full((4, 4), float("nan")))

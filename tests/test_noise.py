@@ -177,3 +177,17 @@ def test_misuse_is_explained() -> None:
         noise_floor(dense(np.ones((7, 1, 4, 3))))
     with pytest.raises(GeometryError, match="give 99 or more"):
         noise_floor(drawn, draws=10)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"confidence": 95}, "found 95; give .95, not 95"),
+        ({"confidence": 1.0}, "found 1.0"),
+        ({"draws": 0}, "at least 1, found draws=0"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(options: dict[str, object], said: str) -> None:
+    drawn = dense(np.random.default_rng(0).normal(size=(8, 1, 5, 4)))
+    with pytest.raises(GeometryError, match=said):
+        noise_floor(drawn, **options)

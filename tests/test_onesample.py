@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,7 @@ from geomkit.layer_gradient import LayerGradient
 from geomkit.onesample import one_sample_study
 from tests.forms import dense, seeded
 from tests.forms import drawn as some_gradient
+from tests.tiny import UTILITY
 
 FULL = Coverage({}, {}, {})
 TOKENS, ROWS, COLUMNS = 12, 48, 40
@@ -318,3 +321,39 @@ def test_sets_that_cannot_be_studied_are_refused() -> None:
     empty = gradient_set([{NAME: sample[NAME].scaled(0.0)} for sample in safety.samples])
     with pytest.raises(GeometryError, match="found none"):
         one_sample_study(empty, gradient_set([{NAME: sample[NAME]} for sample in utility.samples]))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"rank": 0}, "rank of at least 1, a whole number, found 0"),
+        ({"rank": 2.5}, "found 2.5"),
+        ({"confidence": 95}, "found 95; give .95, not 95"),
+        ({"confidence": 1.0}, "found 1.0"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(options: dict[str, object], said: str) -> None:
+    with pytest.raises(GeometryError, match=said):
+        one_sample_study(drawn(4, 0), drawn(4, 1), **options)
+
+
+@pytest.mark.parametrize("found", [UTILITY, "control", [1]], ids=["Dataset", "str", "list"])
+def test_examples_are_no_gradients(found: object) -> None:
+    with pytest.raises(
+        GeometryError, match=r"from collect_gradients\(\.\.\., per_sample=True\), found .* collect them"
+    ):
+        one_sample_study(drawn(4, 0), found)
+
+
+def test_sets_of_other_models_and_what_is_not_finite_are_refused() -> None:
+    safety = drawn(4, 0)
+    wide = gradient_set([{**sample, NAME: DenseGradient(torch.ones(2, 3), 4)} for sample in safety.samples])
+    spoilt = gradient_set([{**sample, NAME: sample[NAME].scaled(math.nan)} for sample in safety.samples])
+    with pytest.raises(
+        GeometryError, match=f"one shape for {NAME}, found .* and .2, 3.; collect both from the same model"
+    ):
+        one_sample_study(safety, wide)
+    with pytest.raises(GeometryError, match="not finite"):
+        one_sample_study(
+            safety, gradient_set([{**sample, NAME: sample[NAME].scaled(math.nan)} for sample in safety.samples])
+        )

@@ -89,3 +89,9 @@ def test_misuse_is_explained() -> None:
         bootstrap_interval([1.0, 2.0], generator, clusters=["a", "a"])
     with pytest.raises(GeometryError, match="label for each of 2 values, found 1"):
         bootstrap_interval([1.0, 2.0], generator, clusters=["a"])
+
+
+def test_confidence_and_draws_in_range_are_asked_for() -> None:
+    for options, said in (({"confidence": 95}, "give .95, not 95"), ({"draws": 0}, "found draws=0")):
+        with pytest.raises(GeometryError, match=said):
+            bootstrap_interval([1.0, 2.0], np.random.default_rng(0), **options)

@@ -154,3 +154,25 @@ def test_examples_without_tokens_in_common_need_no_more_room() -> None:
         for name in "ab"
     }
     assert overlaps(sets, rank=2).matrix.max() < 0.2
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"rank": 0}, "rank of at least 1, a whole number, found 0"),
+        ({"rank": 2.5}, "found 2.5"),
+        ({"confidence": 95}, "found 95; give .95, not 95"),
+        ({"confidence": 1.0}, "found 1.0"),
+        ({"draws": -1}, "at least 0, found draws=-1"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(options: dict[str, object], said: str) -> None:
+    with pytest.raises(GeometryError, match=said):
+        overlaps({"a": drawn(4, 0), "b": drawn(4, 1)}, **options)
+
+
+def test_sets_need_names() -> None:
+    with pytest.raises(GeometryError, match="expected sets by name, found a list"):
+        overlaps([drawn(4, 0), drawn(4, 1)])
+    with pytest.raises(GeometryError, match="found a str as the b set; collect them first"):
+        overlaps({"a": drawn(4, 0), "b": "utility"})

@@ -132,3 +132,39 @@ def test_the_figures_of_spectra_draw_spans(collected: GradientSet) -> None:
     whole = span(collected, together=True)
     assert plots.plot_effective_rank(whole).data[1].y[0] == pytest.approx(whole.mean("effective_rank"))
     assert compare_spectra(found, found).plot().data
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"confidence": 95}, "found 95; give .95, not 95"),
+        ({"confidence": 1.0}, "found 1.0"),
+        ({"groups": 1}, "0 for no intervals, found groups=1"),
+        ({"groups": -1}, "found groups=-1"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(options: dict[str, object], said: str) -> None:
+    with pytest.raises(GeometryError, match=said):
+        span({"w": torch.eye(4)}, **options)
+
+
+@pytest.mark.parametrize("found", [UTILITY, "safety", None, [1]], ids=["Dataset", "str", "None", "list"])
+def test_examples_are_no_gradients(found: object) -> None:
+    with pytest.raises(
+        GeometryError, match=r"from collect_gradients\(\.\.\., per_sample=True\), found .* collect them"
+    ):
+        span(found)
+
+
+def test_no_groups_give_no_intervals_and_what_is_not_finite_is_refused() -> None:
+    found = span({"w": torch.eye(4)}, groups=0)
+    assert found.unit == "examples"
+    assert "[" not in str(found)
+    with pytest.raises(GeometryError, match="not finite in w"):
+        span({"w": torch.full((3, 3), float("nan"))})
+
+
+def test_spans_of_other_numbers_of_examples_do_not_compare() -> None:
+    four, five = (span({"w": torch.eye(size)}) for size in (4, 5))
+    with pytest.raises(GeometryError, match=r"equal numbers of examples, found 4 and 5; .* as many of each set"):
+        compare_spectra(four, five)

@@ -140,3 +140,36 @@ def test_intervals_cover(draw: Drawing, examples: int, groups: int, tokens: int 
     covered = ((low <= truth) & (truth <= high)).mean(0)
     assert (covered >= least).all(), dict(zip(SMOOTH, covered, strict=True))
     assert covered.mean() < 0.995
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"confidence": 95}, "found 95; give .95, not 95"),
+        ({"confidence": 1.0}, "found 1.0"),
+        ({"null_draws": -1}, "at least 0, found null_draws=-1"),
+        ({"groups": 1}, "0 for no intervals, found groups=1"),
+        ({"groups": -1}, "found groups=-1"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(options: dict[str, object], said: str) -> None:
+    found = drawn_set(power_law, np.random.default_rng(0), [4] * 4)
+    with pytest.raises(GeometryError, match=said):
+        spectrum(found, **options)
+
+
+@pytest.mark.parametrize("found", [UTILITY, "safety", None, [1]], ids=["Dataset", "str", "None", "list"])
+def test_examples_are_no_gradients(found: object) -> None:
+    with pytest.raises(
+        GeometryError, match=r"from collect_gradients\(\.\.\., per_sample=True\), found .* collect them"
+    ):
+        spectrum(found)
+
+
+def test_what_is_not_finite_is_refused() -> None:
+    found = drawn_set(power_law, np.random.default_rng(0), [4] * 4)
+    first, *others = found.samples
+    spoilt = replace(first, layers={"w": first["w"].scaled(math.nan)})
+    for bad in ({"w": spoilt["w"]}, replace(found, samples=(spoilt, *others))):
+        with pytest.raises(GeometryError, match=r"not finite in a gradient of shape \(48, 40\)"):
+            spectrum(bad)

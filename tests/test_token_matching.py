@@ -169,3 +169,10 @@ def test_a_set_of_means_stays_a_set() -> None:
     found, _ = match_tokens(mean, {"w": factored(5)})
     assert isinstance(found, GradientSet)
     assert (found["w"].tokens, list(found), found.samples) == (5, ["w"], ())
+
+
+def test_sides_of_other_models_and_examples_are_refused() -> None:
+    with pytest.raises(GeometryError, match=r"one shape for w, found \(2, 3\) and \(2, 4\)"):
+        match_tokens(*({"w": FactoredGradient(torch.ones(3, 2), torch.ones(3, size))} for size in (3, 4)))
+    with pytest.raises(GeometryError, match="found a str as the given set; collect them first"):
+        match_tokens("safety", "utility")

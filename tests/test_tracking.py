@@ -140,3 +140,15 @@ def test_wrong_use_is_told(probe: gk.Probe) -> None:
         tracker.look(1, tiny_llama(num_hidden_layers=1), TOKENIZER)
     assert isinstance(tracker.trajectory, Trajectory)
     assert not math.isnan(tracker.trajectory.moments[0].overlap)
+
+
+@pytest.mark.parametrize("found", [None, "safety", {}], ids=["None", "str", "dict"])
+def test_what_is_no_probe_is_refused(found: object) -> None:
+    for use in (lambda: gk.GeometryCallback(found), lambda: gk.track({}, TOKENIZER, found, progress=False)):
+        with pytest.raises(GeometryError, match="expected a probe, found"):
+            use()
+
+
+def test_checkpoints_need_names(probe: gk.Probe) -> None:
+    with pytest.raises(GeometryError, match="by step or name, found a list"):
+        gk.track([tiny_llama()], TOKENIZER, probe, progress=False)
