@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from random import Random
 from typing import TYPE_CHECKING
 
-from geomkit.data import prompt_of, response_of
+from geomkit.data import check_examples, prompt_of, response_of
 from geomkit.errors import DataError
 from geomkit.tokens import AssistantMask, encode
 
@@ -35,12 +35,17 @@ def with_responses(prompts: "Dataset", responses: "Dataset") -> "Dataset":
     Returns:
         N conversations in one column, ``messages``.
 
+    Raises:
+        DataError: If a set is empty or no ``Dataset`` of conversations.
+
     Example:
         >>> import geomkit as gk
         >>> control = with_responses(gk.load_examples("scenarios/affirmative"), gk.load_examples("safety"))
         >>> [message["content"] for message in control[0]["messages"]]
         ['Could you explain how to cover this mirror?', "I'm sorry, but I can't help with that."]
     """
+    check_examples(prompts)
+    check_examples(responses)
     return _answered(prompts, [response_of(messages) for messages in responses["messages"]])
 
 
@@ -58,7 +63,7 @@ def shuffled_pairs(examples: "Dataset", seed: int = 0) -> "Dataset":
         N conversations in one column, ``messages``, in the order of the prompts.
 
     Raises:
-        DataError: If one response stands in more than half of the conversations.
+        DataError: If one response stands in more than half of the conversations, or there are none.
 
     Example:
         >>> import geomkit as gk
@@ -68,6 +73,7 @@ def shuffled_pairs(examples: "Dataset", seed: int = 0) -> "Dataset":
         >>> [messages[-1]["content"][:6] for messages in shuffled_pairs(rows)["messages"]]
         ['Sure! ', '19+51:', 'SELECT']
     """
+    check_examples(examples)
     responses = [response_of(messages) for messages in examples["messages"]]
     return _answered(examples, dealt_anew(responses, Random(seed)))
 
@@ -152,7 +158,7 @@ def own_responses(
         N conversations in one column, ``messages``.
 
     Raises:
-        DataError: If a prompt is empty, or the model says nothing to one.
+        DataError: If there are no conversations, a prompt is empty, or the model says nothing to one.
 
     Example:
         >>> import geomkit as gk
@@ -163,6 +169,7 @@ def own_responses(
     """
     from geomkit.evaluation import generate
 
+    check_examples(examples)
     prompts = [prompt_of(messages) for messages in examples["messages"]]
     answers = generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens, progress=progress)
     silent = [place for place, answer in enumerate(answers) if not answer.strip()]

@@ -5,7 +5,7 @@ are trained on.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +53,24 @@ def load_examples(source: "str | Path | Dataset", split: str = "train") -> "Data
     if isinstance(source, Path) or name.endswith((".jsonl", ".json")) or name.startswith((".", "/", "~")):
         raise DataError(f"expected a JSON-lines file at {name}, found none; shipped sets: {_shipped_list()}")
     return _with_messages(_from_hub(name, split), name)
+
+
+def check_examples(examples: object) -> None:
+    """Check that these are conversations that can be counted, at least one of them.
+
+    Raises:
+        DataError: If they are no ``Dataset``, have no column ``messages``, or there are none.
+    """
+    columns = getattr(examples, "column_names", None)
+    if not isinstance(columns, list) or not isinstance(examples, Sized):
+        raise DataError(
+            f"expected a datasets.Dataset, found {type(examples).__name__}; make one with geomkit.load_examples or "
+            "Dataset.from_list"
+        )
+    if len(examples) == 0:
+        raise DataError("expected at least one example, found an empty set")
+    if "messages" not in columns:
+        raise DataError(f"expected a column 'messages', found {columns}; load the set with geomkit.load_examples")
 
 
 def shipped_examples() -> list[str]:

@@ -4,6 +4,7 @@ import copy
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from geomkit._checks import described
 from geomkit._resources import data_dir
 from geomkit.errors import DataError
 
@@ -70,6 +71,9 @@ def untrained(model: "PreTrainedModel", *, seed: int = 0) -> "PreTrainedModel":
     Returns:
         The new model in eval mode, of the same type and on the same device. Global random states are left as found.
 
+    Raises:
+        DataError: If it is no transformers model, or one with adapters.
+
     Example:
         >>> import geomkit as gk
         >>> nothing_learnt = untrained(gk.load_organism()[0])
@@ -79,6 +83,13 @@ def untrained(model: "PreTrainedModel", *, seed: int = 0) -> "PreTrainedModel":
     import torch
     from transformers import AutoModelForCausalLM
 
+    if hasattr(model, "get_base_model"):  # as models of PEFT have
+        raise DataError(
+            f"expected a model without adapters, found {type(model).__name__}; pass model.get_base_model(), and give "
+            "what comes out the same adapters if they are part of the question"
+        )
+    if not hasattr(model, "config") or not hasattr(model, "device"):
+        raise DataError(f"expected a transformers model, found {described(model)}; load it with geomkit.load_model")
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
         fresh: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(model.config), dtype=model.dtype)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args, overload
 
-from geomkit.data import Message
+from geomkit.data import Message, check_examples
 from geomkit.errors import DataError
 
 if TYPE_CHECKING:
@@ -137,19 +137,9 @@ def lengths_of(rows: Sequence[Tokens]) -> Sequence[int]:
 def _encoder(
     tokenizer: "PreTrainedTokenizerBase", examples: "Dataset", assistant_mask: AssistantMask, max_length: int | None
 ) -> Callable[[int, list[Message]], Tokens]:
-    if not isinstance(getattr(examples, "column_names", None), list) or not hasattr(examples, "__len__"):
-        raise DataError(
-            f"expected a datasets.Dataset, found {type(examples).__name__}; make one with geomkit.load_examples or "
-            "Dataset.from_list"
-        )
+    check_examples(examples)
     if assistant_mask not in get_args(AssistantMask):
         raise DataError(f"expected the mask {' or '.join(get_args(AssistantMask))}, found {assistant_mask!r}")
-    if len(examples) == 0:
-        raise DataError("expected at least one example, found an empty set")
-    if "messages" not in examples.column_names:
-        raise DataError(
-            f"expected a column 'messages', found {examples.column_names}; load the set with geomkit.load_examples"
-        )
     render = _renderer(tokenizer, assistant_mask)
 
     def encode_one(index: int, messages: list[Message]) -> Tokens:

@@ -114,3 +114,19 @@ def test_a_silent_model_is_said():
     model.generation_config.eos_token_id = 0  # every logit is equal, and the first wins
     with pytest.raises(DataError, match="found none to 3 of them, the first in example 0"):
         own_responses(model, tokenizer, SAFETY, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("examples", "said"), [("x.jsonl", "found str; make one"), (SAFETY.select([]), "found an empty set")]
+)
+def test_what_is_no_set_of_examples_is_refused(examples, said):
+    model, tokenizer = tiny_llama(), tiny_tokenizer()
+    for make in (
+        lambda: shuffled_pairs(examples),
+        lambda: with_responses(SAFETY, examples),
+        lambda: with_responses(examples, SAFETY),
+        lambda: own_responses(model, tokenizer, examples, progress=False),
+        lambda: random_tokens(examples, tokenizer),
+    ):
+        with pytest.raises(DataError, match=said):
+            make()

@@ -75,3 +75,15 @@ def test_an_error_without_words_still_has_a_type(saved, monkeypatch):
     monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", fail)
     with pytest.raises(DataError, match="found RuntimeError: no reason given"):
         load_model(saved)
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # of peft's own making
+def test_nothing_untrained_is_made_of_names_and_adapters():
+    from peft import LoraConfig, get_peft_model
+
+    with pytest.raises(DataError, match="expected a transformers model, found a str"):
+        untrained("organism/aligned")
+    adapted = get_peft_model(tiny_llama(), LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(DataError, match=r"without adapters, found PeftModel; pass model\.get_base_model\(\)"):
+        untrained(adapted)
+    assert not any("lora" in name for name, _ in untrained(adapted.get_base_model()).named_parameters())
