@@ -354,6 +354,4 @@ def test_sets_of_other_models_and_what_is_not_finite_are_refused() -> None:
     ):
         one_sample_study(safety, wide)
     with pytest.raises(GeometryError, match="not finite"):
-        one_sample_study(
-            safety, gradient_set([{**sample, NAME: sample[NAME].scaled(math.nan)} for sample in safety.samples])
-        )
+        one_sample_study(safety, spoilt)
