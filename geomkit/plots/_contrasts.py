@@ -73,6 +73,7 @@ def _traces(contrast: "SpectrumContrast", frame: "pd.DataFrame") -> Iterator[go.
             hovertemplate=(
                 "%{customdata[0]}<br><b>%{y:+.4g}</b> [%{customdata[1]:+.4g}, %{customdata[2]:+.4g}]<br>"
                 f"{contrast.names[0]} %{{customdata[3]:.4g}}, {contrast.names[1]} %{{customdata[4]:.4g}}<br>"
-                "p = %{customdata[5]:.2g}, q = %{customdata[6]:.2g}<br>%{customdata[7]} tokens<extra></extra>"
+                "p = %{customdata[5]:.2g}, q = %{customdata[6]:.2g}<br>"
+                f"%{{customdata[7]}} {contrast.a.unit}<extra></extra>"
             ),
         )

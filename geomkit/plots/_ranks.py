@@ -39,9 +39,10 @@ def plot_effective_rank(
     frames = [rows_of(spectrum.to_frame(), statistic) for spectrum in spectra]
     shown = panels(frames)
     shifts = np.linspace(-0.15, 0.15, len(spectra)) if len(spectra) > 1 else np.zeros(1)
-    for frame, name, look, shift in zip(frames, names, looks(names), shifts, strict=True):
+    units = [spectrum.unit for spectrum in spectra]
+    for frame, name, unit, look, shift in zip(frames, names, units, looks(names), shifts, strict=True):
         for number, place in enumerate(shown.places):
-            for trace in _traces(frame[frame["place"] == place], name, look, float(shift)):
+            for trace in _traces(frame[frame["place"] == place], name, unit, look, float(shift)):
                 shown.add(number, trace)
     word = words_for(statistic)
     lay_out(shown, frames[0], f"{word} by layer and kind of matrix", _subtitle(spectra, frames), word)
@@ -55,7 +56,7 @@ def _subtitle(spectra: Sequence["Spectrum"], frames: Sequence["pd.DataFrame"]) -
     return f"{lines}bars: range of the null draws"
 
 
-def _traces(frame: "pd.DataFrame", name: str, look: Look, shift: float) -> Iterator[go.Scatter]:
+def _traces(frame: "pd.DataFrame", name: str, unit: str, look: Look, shift: float) -> Iterator[go.Scatter]:
     x = frame["x"] + shift
     yield go.Scatter(
         x=x,
@@ -85,7 +86,7 @@ def _traces(frame: "pd.DataFrame", name: str, look: Look, shift: float) -> Itera
         customdata=frame[_SHOWN].to_numpy(),
         hovertemplate=(
             f"{name}, %{{customdata[0]}}<br><b>%{{y:.4g}}</b><br>{interval}null %{{customdata[3]:.4g}} "
-            "[%{customdata[4]:.4g}, %{customdata[5]:.4g}]<br>%{customdata[6]} tokens, "
+            f"[%{{customdata[4]:.4g}}, %{{customdata[5]:.4g}}]<br>%{{customdata[6]}} {unit}, "
             "rank at most %{customdata[7]}<extra></extra>"
         ),
     )
