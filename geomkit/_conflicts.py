@@ -43,6 +43,8 @@ class Contrast:
 
     def __str__(self) -> str:
         """Say the difference and the control's own cosine."""
+        if np.isnan(self.value):
+            return "safety minus control unknown, a mean is no larger than its noise"
         return (
             f"safety minus control {self.value:+.3f} {span(self.interval)}, p = {self.p_value:.3g} "
             f"(control {self.control:+.3f} {span(self.control_interval)})"

@@ -169,6 +169,10 @@ def conflict(
     one (see :func:`geomkit._cosine.expected_cosine`) and not a bootstrap: a resampled mean carries its sampling noise
     twice, so percentiles of the bootstrapped cosine miss the truth.
 
+    Where few of many examples have most of the squared norm, a sample that misses them is sure of the wrong cosine (of
+    the organism's held-out requests, with half of it in 2 of 240, 82 to 89 % of the intervals held the truth);
+    :attr:`Conflict.unweighted`, in which every example has one voice, is not moved (94 to 97 %).
+
     Power, in simulations with ‖E g‖² at .3 of tr Cov(g): with 32 examples a side, an interval below zero was found in
     52 % of experiments at a cosine of −.2 and in 97 % at −.4 (27 and 74 % with 16), a contrast with p ≤ .05 to a
     control at zero in 38 and 89 % (17 and 59 %).

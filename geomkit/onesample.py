@@ -46,7 +46,8 @@ def one_sample_study(
     leaving an anchor out changes the means as well. Example i of a control with as many examples as there are anchors
     is left out together with anchor i, which is right whether the two share a prompt or not. In simulations with 12 to
     32 anchors, nominal 95 % intervals of overlaps, cosines and contrasts covered 93 to 99 %,
-    more than nominal where the means are mostly noise.
+    more than nominal where the means are mostly noise; with real requests of which 2 in 240 have half of the squared
+    norm, 79 to 89 %.
 
     Args:
         safety: N ≥ 3 anchors, collected with ``per_sample=True``.

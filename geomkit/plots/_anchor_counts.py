@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING
 
 import plotly.graph_objects as go
 
-from geomkit.plots._style import COLOURS, TEMPLATE, Look, counted, legend_room, looks, title, translucent
+from geomkit._display import counted
+from geomkit.plots._style import COLOURS, TEMPLATE, Look, legend_room, looks, title, translucent
 
 if TYPE_CHECKING:
     from geomkit.anchor_counts import AnchorCurve

@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import plotly.graph_objects as go
 
+from geomkit._display import counted
 from geomkit.errors import GeometryError
 from geomkit.plots._style import (
     COLOURS,
     TEMPLATE,
     column_of,
     columns_of,
-    counted,
     layer_axis,
     per_cent,
     place_of,

@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 import plotly.graph_objects as go
 
+from geomkit._display import counted
 from geomkit.errors import GeometryError
 from geomkit.names import kind_of
 from geomkit.plots._profiles import names_like
-from geomkit.plots._style import COLOURS, TEMPLATE, counted, looks, per_cent, title, translucent
+from geomkit.plots._style import COLOURS, TEMPLATE, looks, per_cent, title, translucent
 
 if TYPE_CHECKING:
     from geomkit.noise import LayerNoiseFloor, NoiseFloor

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import plotly.graph_objects as go
 
-from geomkit.plots._style import TEMPLATE, counted, title, wrapped
+from geomkit._display import counted
+from geomkit.plots._style import TEMPLATE, title, wrapped
 
 if TYPE_CHECKING:
     from geomkit.similarity import Overlaps

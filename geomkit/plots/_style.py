@@ -173,16 +173,6 @@ def per_cent(share: float) -> str:
     return f"{100 * share:.4g} %"
 
 
-def counted(number: int, noun: str) -> str:
-    """Write a number of things.
-
-    Example:
-        >>> counted(1, "parameter"), counted(2, "parameter")
-        ('1 parameter', '2 parameters')
-    """
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
-
-
 def short(name: str, width: int = 26) -> str:
     """Return a name that fits a title, cut after a word where it is long.
 

@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING
 
 import plotly.graph_objects as go
 
-from geomkit.plots._style import TEMPLATE, counted, per_cent, title, told
+from geomkit._display import counted
+from geomkit.plots._style import TEMPLATE, per_cent, title, told
 
 if TYPE_CHECKING:
     import pandas as pd
