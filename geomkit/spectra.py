@@ -207,8 +207,9 @@ def spectrum(
     population, with 16 or 32 examples in 8 or 16 groups, 95 % intervals held the truth in .93 to .99 where tokens had
     low-rank or power-law covariances, and in .89 to .98 where a few examples had most of the weight;
     of the organism's held-out requests, of which 2 in 240 have half of the squared norm, in .88 (16) and .69 (32).
-    The ranks at a share of the energy jump (.60 to .99), and the numeric rank mostly equals its bound: these have no interval. Nor
-    has CER(k) where leaving a group out leaves k tokens or fewer; up to 1.6 k tokens it is short (.81 to .94).
+    The ranks at a share of the energy jump (.60 to .99), and the numeric rank mostly equals its bound: these have no
+    interval. Nor has CER(k) where leaving a group out leaves k tokens or fewer; up to 1.6 k tokens it is short (.81 to
+    .94).
 
     Args:
         gradients: Gradients by parameter, such as a :class:`~geomkit.gradients.GradientSet`; vectors are left out.
