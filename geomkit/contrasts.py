@@ -72,6 +72,8 @@ class SpectrumContrast:
 
     def _mean(self, statistic: str) -> tuple[float, tuple[np.ndarray, np.ndarray]]:
         names = self.measured
+        if not names:
+            return float("nan"), (np.empty(0), np.empty(0))
         difference = float((_values(self.a, names, statistic) - _values(self.b, names, statistic)).mean())
         left_out = (side.left_out(statistic, names).mean(axis=1) for side in (self.a, self.b))
         first, second = left_out
@@ -129,6 +131,9 @@ def _columns(contrast: SpectrumContrast, names: Sequence[str], statistic: str) -
     if all(map(len, without)):
         low, high = jackknife_interval(difference, *without, confidence=contrast.confidence)
         p_value = jackknife_p_value(difference, *without)
+        # A gradient of zero has no examples that could vary: nothing is known of its rank.
+        zero = ~np.isin(names, contrast.measured)
+        low, high, p_value = (np.where(zero, np.nan, found) for found in (low, high, p_value))
     return {
         "parameter": names,
         "kind": [kind_of(name) for name in names],

@@ -187,3 +187,11 @@ def test_hovers_say_what_was_counted(unit: str) -> None:
     found = replace(whole, layers={"w": replace(whole.layers["w"], unit=unit)})
     for figure in (plots.plot_effective_rank(found), compare_spectra(found, found).plot()):
         assert any(f"}} {unit}" in (trace.hovertemplate or "") for trace in figure.data)
+
+
+def test_a_zero_gradient_is_not_told_apart(contrast: SpectrumContrast) -> None:
+    zero = measured(lambda generator, tokens: tuple(0 * part for part in power_law(generator, tokens)), 0, NAMES[:1])
+    other = measured(power_law, 1, NAMES[:1])
+    rows = compare_spectra(zero, other).to_frame()
+    assert rows[["low", "high", "p_value", "q_value"]].isna().all(axis=None)
+    assert math.isnan(compare_spectra(zero, other).mean("effective_rank")[0])
