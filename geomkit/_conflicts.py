@@ -13,6 +13,7 @@ from geomkit._cosine import (
     permutation_test,
     permuted_cosines,
 )
+from geomkit._display import signed
 from geomkit.errors import GeometryError
 
 LayerGrams = Mapping[str, Tensor]
@@ -46,8 +47,8 @@ class Contrast:
         if np.isnan(self.value):
             return "safety minus control unknown, a mean is no larger than its noise"
         return (
-            f"safety minus control {self.value:+.3f} {span(self.interval)}, p = {self.p_value:.3g} "
-            f"(control {self.control:+.3f} {span(self.control_interval)})"
+            f"safety minus control {self.value:+.3f} {signed(self.interval)}, p = {self.p_value:.3g} "
+            f"(control {self.control:+.3f} {signed(self.control_interval)})"
         )
 
 
@@ -75,16 +76,6 @@ class LayerConflict:
     p_value: float
     weight: float = float("nan")
     contrast: Contrast | None = None
-
-
-def span(interval: tuple[float, float]) -> str:
-    """Write an interval of cosines.
-
-    Example:
-        >>> span((-0.25, 0.5))
-        '[-0.250, +0.500]'
-    """
-    return f"[{interval[0]:+.3f}, {interval[1]:+.3f}]"
 
 
 def measure(

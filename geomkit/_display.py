@@ -35,6 +35,16 @@ def counted(number: int, noun: str, plural: str = "") -> str:
     return f"{number} {noun if number == 1 else plural or f'{noun}s'}"
 
 
+def signed(interval: tuple[float, float]) -> str:
+    """Write the ends of an interval with their signs.
+
+    Example:
+        >>> signed((-0.25, 0.5))
+        '[-0.250, +0.500]'
+    """
+    return f"[{interval[0]:+.3f}, {interval[1]:+.3f}]"
+
+
 def human_bytes(size: int) -> str:
     """Write a number of bytes to three digits.
 

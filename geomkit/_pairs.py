@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from geomkit._display import signed
 from geomkit._interactions import interactions, narrowed_interval
 
 Interval = tuple[float, float]
@@ -31,7 +32,7 @@ class Contrast:
 
     def __str__(self) -> str:
         """Say the difference with its interval and p-value."""
-        return f"{self.value:+.3f} [{self.interval[0]:+.3f}, {self.interval[1]:+.3f}], p = {self.p_value:.2g}"
+        return f"{self.value:+.3f} {signed(self.interval)}, p = {self.p_value:.2g}"
 
 
 def mean_between(block: np.ndarray, same: bool, confidence: float) -> tuple[float, Interval]:

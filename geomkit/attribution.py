@@ -17,7 +17,7 @@ from geomkit._tinted import tinted
 from geomkit._token_derivatives import token_derivatives
 from geomkit.collection.streaming import TOKENS_PER_BATCH
 from geomkit.errors import GeometryError
-from geomkit.jackknife import jackknife_interval
+from geomkit.jackknife import jackknife_interval, means_without_each
 from geomkit.layer_gradient import LayerGradient
 from geomkit.tokens import AssistantMask, encode, pad_id
 
@@ -235,5 +235,4 @@ def _text(tokenizer: "PreTrainedTokenizerBase", token: int) -> str:
 
 def _interval(values: np.ndarray, confidence: float) -> tuple[np.ndarray, np.ndarray]:
     """Return Student's interval of the mean over the first axis."""
-    without = (values.sum(0) - values) / (len(values) - 1)
-    return jackknife_interval(values.mean(0), without, confidence=confidence)
+    return jackknife_interval(values.mean(0), means_without_each(values), confidence=confidence)

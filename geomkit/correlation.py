@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from geomkit._checks import check_confidence, check_draws, check_finite
-from geomkit._conflicts import Contrast, LayerConflict, LayerGrams, joined, measure, refuse_other_parameters, span
+from geomkit._conflicts import Contrast, LayerConflict, LayerGrams, joined, measure, refuse_other_parameters
 from geomkit._cosine import Grams
-from geomkit._display import html_table
+from geomkit._display import html_table, signed
 from geomkit._named_sets import check_sets
 from geomkit._shares import Share, negative_shares
 from geomkit.errors import GeometryError
@@ -111,7 +111,7 @@ class Conflict:
         """Say the cosine, its interval, its null, what the control shows, and the shares."""
         expected, alike = (_said(found.corrected, found.interval) for found in (self, self.unweighted))
         said = [
-            f"cosine of the mean gradients {self.cosine:+.3f} (shuffled {span(self.null_interval)}, "
+            f"cosine of the mean gradients {self.cosine:+.3f} (shuffled {signed(self.null_interval)}, "
             f"p = {self.p_value:.3g})",
             f"of the expected gradients {expected}",
             f"with one voice for each parameter {alike}",
@@ -125,7 +125,7 @@ class Conflict:
 
 
 def _said(value: float, interval: tuple[float, float]) -> str:
-    return "unknown, a mean is no larger than its noise" if np.isnan(value) else f"{value:+.3f} {span(interval)}"
+    return "unknown, a mean is no larger than its noise" if np.isnan(value) else f"{value:+.3f} {signed(interval)}"
 
 
 def _row(layer: LayerConflict) -> dict[str, object]:

@@ -22,14 +22,14 @@ import torch
 from torch import Tensor
 
 from geomkit._checks import check_confidence, check_finite, check_rank
-from geomkit._display import counted, html_table
+from geomkit._display import counted, html_table, signed
 from geomkit._fieller import Ratio
 from geomkit._named_sets import check_enough, check_gradients, check_sets
 from geomkit.algebra import gram
 from geomkit.errors import GeometryError
 from geomkit.false_discovery import benjamini_hochberg
 from geomkit.gradients import GradientSet, shared_layers
-from geomkit.jackknife import jackknife_interval
+from geomkit.jackknife import jackknife_interval, means_without_each
 from geomkit.layer_gradient import LayerGradient
 from geomkit.names import kind_of, layer_index
 from geomkit.subspaces import Side, layer_subspace
@@ -135,7 +135,7 @@ class ConflictDirections:
     @property
     def _share(self) -> Ratio:
         head, whole = self.total.parts.sum(0), self.total.whole
-        return Ratio(float(head.mean()), float(whole.mean()), (_without_each(head),), (_without_each(whole),))
+        return Ratio(float(head.mean()), float(whole.mean()), (means_without_each(head),), (means_without_each(whole),))
 
     def by_index(self) -> "pd.DataFrame":
         """Return a row per place of a direction, over all matrices; see :meth:`DirectionParts.table`."""
@@ -166,7 +166,7 @@ class ConflictDirections:
     def __str__(self) -> str:
         """Say what the first directions hold of the energy and of the conflict."""
         _, (low,), (high,) = _mean_interval(self.total.whole[None], self.confidence)
-        cosine = f"{self.cosine:+.3f} [{low:+.3f}, {high:+.3f}]"
+        cosine = f"{self.cosine:+.3f} {signed((low, high))}"
         said = f"cosine of the mean gradients over {counted(len(self.layers), 'matrix', 'matrices')} {cosine}"
         first, last = self.share_interval
         kept = min(self.rank, max(len(layer.energy) for layer in self.layers.values()))
@@ -256,15 +256,10 @@ def _padded(values: np.ndarray, rank: int) -> np.ndarray:
     return np.concatenate([values, np.zeros((rank - len(values), *values.shape[1:]))])
 
 
-def _without_each(values: np.ndarray) -> np.ndarray:
-    """Return the mean over the last axis without each of its entries in turn, that axis first."""
-    return np.moveaxis((values.sum(-1, keepdims=True) - values) / (values.shape[-1] - 1), -1, 0)
-
-
 def _mean_interval(values: np.ndarray, confidence: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return the mean over the last axis and Student's interval."""
     mean = values.mean(-1)
-    return mean, *jackknife_interval(mean, _without_each(values), confidence=confidence)
+    return mean, *jackknife_interval(mean, means_without_each(np.moveaxis(values, -1, 0)), confidence=confidence)
 
 
 def _p_values(values: np.ndarray) -> np.ndarray:

@@ -29,6 +29,16 @@ def jackknife_groups(examples: int, most: int, generator: np.random.Generator) -
     return [np.sort(group) for group in np.array_split(generator.permutation(examples), most)]
 
 
+def means_without_each(values: np.ndarray) -> np.ndarray:
+    """Return the mean over the first axis without each of its entries in turn, that axis first.
+
+    Example:
+        >>> means_without_each(np.array([1.0, 2.0, 6.0]))
+        array([4. , 3.5, 1.5])
+    """
+    return np.asarray((values.sum(0) - values) / (len(values) - 1))
+
+
 def jackknife_interval(
     value: np.ndarray | float, *without: np.ndarray, confidence: float = 0.95
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from geomkit._display import html_table
+from geomkit._display import html_table, signed
 from geomkit._singles import Estimate, Interval
 from geomkit.controls import haar_overlap
 from geomkit.names import kind_of, layer_index
@@ -165,17 +165,13 @@ class OneSample:
     def _said(self, statistic: str, controls: list[str]) -> str:
         found: dict[str, Estimate] = {name: getattr(group, statistic) for name, group in self.groups.items()}
         beside = [
-            f"{name} {found[name]}, contrast {found[name].contrast:+.3f} {_span(found[name].contrast_interval)}"
+            f"{name} {found[name]}, contrast {found[name].contrast:+.3f} {signed(found[name].contrast_interval)}"
             for name in controls
         ]
         return "; ".join([str(found["safety"]), *beside])
 
     def _repr_html_(self) -> str:
         return html_table(str(self), self.to_frame())
-
-
-def _span(interval: Interval) -> str:
-    return f"[{interval[0]:+.3f}, {interval[1]:+.3f}]"
 
 
 def _rows(parameter: str, groups: Mapping[str, Group], expected: float) -> list[dict[str, object]]:

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from geomkit._display import signed
 from geomkit.claims import claims_table
 from geomkit.plots import (
     plot_angles,
@@ -69,9 +70,9 @@ def _conflict(analysis: "Analysis") -> Section:
     found = analysis.conflict
     null_low, null_high = found.null_interval
     text = (
-        f"The cosine of the expected gradients is {found.corrected:+.3f} {_interval(found.interval)}; with every "
+        f"The cosine of the expected gradients is {found.corrected:+.3f} {signed(found.interval)}; with every "
         f"parameter scaled to the same size it is {found.unweighted.corrected:+.3f} "
-        f"{_interval(found.unweighted.interval)}. Untrained models conflict too: what counts is the difference to the "
+        f"{signed(found.unweighted.interval)}. Untrained models conflict too: what counts is the difference to the "
         f"control. {found.contrast}.\n\n"
         f"The cosine of the two mean gradients is {found.cosine:+.3f}; with the labels safety and utility shuffled it "
         f"lies between {null_low:+.3f} and {null_high:+.3f} (p = {found.p_value:.3g}). That tells whether the two sets "
@@ -82,10 +83,6 @@ def _conflict(analysis: "Analysis") -> Section:
     )
     figures = (plot_conflict(found), plot_conflict_examples(found), plot_angles(analysis.angles))
     return Section("Do safety and utility conflict?", text, figures)
-
-
-def _interval(interval: tuple[float, float]) -> str:
-    return f"[{interval[0]:+.3f}, {interval[1]:+.3f}]"
 
 
 def _one_sample(analysis: "Analysis") -> Section:

@@ -11,7 +11,7 @@ from geomkit._display import html_table
 from geomkit._named_sets import check_enough, check_sets
 from geomkit.errors import GeometryError
 from geomkit.gradients import GradientSet, shared_layers
-from geomkit.jackknife import jackknife_interval
+from geomkit.jackknife import jackknife_interval, means_without_each
 from geomkit.layer_gradient import LayerGradient
 from geomkit.names import kind_of, layer_index
 from geomkit.subspaces import Sides, Subspace
@@ -77,7 +77,7 @@ class SubspaceEnergy:
     @property
     def interval(self) -> tuple[float, float]:
         """Interval of the mean share, over examples; the subspace is taken as given."""
-        low, high = jackknife_interval(self.shares.mean(), _without_each(self.shares), confidence=self.confidence)
+        low, high = jackknife_interval(self.shares.mean(), means_without_each(self.shares), confidence=self.confidence)
         return float(low), float(high)
 
     @property
@@ -87,7 +87,7 @@ class SubspaceEnergy:
             return None
         own, other = self.shares, self.control_shares
         value = own.mean() - other.mean()
-        without = _without_each(own) - other.mean(), own.mean() - _without_each(other)
+        without = means_without_each(own) - other.mean(), own.mean() - means_without_each(other)
         low, high = jackknife_interval(value, *without, confidence=self.confidence)
         return float(value), (float(low), float(high))
 
@@ -213,7 +213,3 @@ def _shares(layers: Mapping[str, LayerEnergy]) -> np.ndarray:
 def _mean_share(layer: LayerEnergy) -> float:
     some = layer.whole > 0
     return float(np.mean(layer.inside[some] / layer.whole[some])) if some.any() else float("nan")
-
-
-def _without_each(values: np.ndarray) -> np.ndarray:
-    return np.asarray((values.sum() - values) / (len(values) - 1))

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import plotly.graph_objects as go
 
-from geomkit._display import counted
+from geomkit._display import counted, signed
 from geomkit.errors import GeometryError
 from geomkit.plots._style import (
     COLOURS,
@@ -136,15 +136,15 @@ def _contrast_title(contrast: "Contrast | None") -> dict[str, object]:
 
 def _summary(conflict: "Conflict | LayerConflict", new_line: str = "; ") -> str:
     return (
-        f"{conflict.cosine:+.3f} (shuffled {_span(conflict.null_interval)}, p = {conflict.p_value:.2g}){new_line}"
-        f"expected gradients {_number(conflict.corrected)} {_span(conflict.interval)}"
+        f"{conflict.cosine:+.3f} (shuffled {signed(conflict.null_interval)}, p = {conflict.p_value:.2g}){new_line}"
+        f"expected gradients {_number(conflict.corrected)} {signed(conflict.interval)}"
     )
 
 
 def _contrast_summary(contrast: "Contrast", new_line: str = "; ") -> str:
     return (
-        f"{_number(contrast.value)} {_span(contrast.interval)}, p = {contrast.p_value:.2g}{new_line}"
-        f"control {_number(contrast.control)} {_span(contrast.control_interval)}"
+        f"{_number(contrast.value)} {signed(contrast.interval)}, p = {contrast.p_value:.2g}{new_line}"
+        f"control {_number(contrast.control)} {signed(contrast.control_interval)}"
     )
 
 
@@ -159,10 +159,6 @@ def _told(name: str, layer: "LayerConflict") -> str:
 
 def _number(value: float) -> str:
     return f"{value:+.3f}" if np.isfinite(value) else "unknown"
-
-
-def _span(interval: tuple[float, float]) -> str:
-    return f"[{interval[0]:+.3f}, {interval[1]:+.3f}]"
 
 
 def _heatmap(cells: "Cells", rows: list[str], columns: list[str], contrast: bool) -> go.Heatmap:

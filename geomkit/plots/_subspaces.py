@@ -8,6 +8,7 @@ import plotly.graph_objects as go
 from numpy.typing import NDArray
 from plotly.subplots import make_subplots
 
+from geomkit._display import signed
 from geomkit.errors import GeometryError
 from geomkit.names import kind_of
 from geomkit.plots._style import (
@@ -119,7 +120,7 @@ def _colour(group: str) -> str:
 
 
 def _contrast(found: "Estimate", name: str) -> dict[str, object]:
-    text = f"{found.contrast:+.3f} [{found.contrast_interval[0]:+.3f}, {found.contrast_interval[1]:+.3f}]"
+    text = f"{found.contrast:+.3f} {signed(found.contrast_interval)}"
     place = {"x": 1.01, "xref": "paper", "xanchor": "left", "y": name, "yref": "y"}
     return {"text": text, "showarrow": False, "font": {"size": 12}, **place}
 
