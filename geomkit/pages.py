@@ -70,8 +70,8 @@ def _conflict(analysis: "Analysis") -> Section:
     found = analysis.conflict
     null_low, null_high = found.null_interval
     text = (
-        f"The cosine of the expected gradients is {found.corrected:+.3f} {signed(found.interval)}; with every "
-        f"parameter scaled to the same size it is {found.unweighted.corrected:+.3f} "
+        f"The cosine of the expected gradients is {found.corrected:+.3f} {signed(found.interval)}; with one "
+        f"voice for every example and parameter it is {found.unweighted.corrected:+.3f} "
         f"{signed(found.unweighted.interval)}. Untrained models conflict too: what counts is the difference to the "
         f"control. {found.contrast}.\n\n"
         f"The cosine of the two mean gradients is {found.cosine:+.3f}; with the labels safety and utility shuffled it "
