@@ -1,17 +1,19 @@
 """The three insights in one result: low rank, conflict, one sample — each beside what could have refuted it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from geomkit._display import html_table, text_table
 from geomkit.angles import Angles, principal_angles
 from geomkit.claims import Claim, claims_frame, claims_table
 from geomkit.contrasts import SpectrumContrast, compare_spectra
-from geomkit.correlation import Conflict, conflict
-from geomkit.gradients import Coverage, GradientSet
+from geomkit.correlation import Conflict, conflict_of_grams
+from geomkit.gradients import Coverage, GradientSet, layer_grams
 from geomkit.headlines import COLUMNS, headlines
 from geomkit.one_sample_results import OneSample
 from geomkit.onesample import one_sample_study
@@ -242,28 +244,37 @@ def analysis_of(
         name: spectrum(side, null_draws=null_draws, seed=seed) for name, side in zip(sides, matched, strict=True)
     }
     count = min(len(side.samples) for side in sides.values())  # more examples span more dimensions
+    within = {name: layer_grams(side, side) for name, side in sides.items()}
     return Analysis(
         spectra=spectra,
-        spans={name: span(_some(side, count, seed), together=True, seed=seed) for name, side in sides.items()},
+        spans={name: span(_some(grams, count, seed), together=True, seed=seed) for name, grams in within.items()},
         angles=principal_angles(*(subspace(side, rank=rank) for side in (matched[0], matched[2]))),
-        conflict=conflict(safety, utility, control, seed=seed),
+        conflict=conflict_of_grams(
+            within["safety"],
+            layer_grams(safety, utility),
+            within["utility"],
+            control=within["control"],
+            control_across=layer_grams(control, utility),
+            seed=seed,
+        ),
         one_sample=one_sample_study(safety, control, rank=rank),
         coverage=safety.coverage,
         tokens=int(np.median([layer.tokens for layer in spectra["safety"].layers.values()])),
         losses={name: side.loss for name, side in sides.items()},
-        largest={name: _largest(side) for name, side in sides.items()},
+        largest={name: _largest(grams) for name, grams in within.items()},
     )
 
 
-def _largest(gradients: GradientSet) -> float:
-    squared = np.array([sample.norm**2 for sample in gradients.samples])
-    return float(squared.max() / squared.sum()) if squared.any() else 0.0
+def _largest(grams: Mapping[str, Tensor]) -> float:
+    squared = torch.stack([gram.diagonal() for gram in grams.values()]).sum(0)
+    return float(squared.max() / squared.sum()) if bool(squared.any()) else 0.0
 
 
-def _some(gradients: GradientSet, count: int, seed: int) -> GradientSet:
+def _some(grams: Mapping[str, Tensor], count: int, seed: int) -> dict[str, Tensor]:
     """Keep so many examples, drawn at random."""
-    kept = np.random.default_rng(seed).choice(len(gradients.samples), count, replace=False)
-    return replace(gradients, samples=tuple(gradients.samples[place] for place in sorted(kept.tolist())))
+    examples = len(next(iter(grams.values())))
+    kept = np.sort(np.random.default_rng(seed).choice(examples, count, replace=False))
+    return {name: gram[kept][:, kept] for name, gram in grams.items()}
 
 
 def _headline(side: Spectrum, tokens: int) -> dict[str, object]:
