@@ -41,6 +41,7 @@ _ROOMS = {
     "noise_floor": "noise",
     "one_sample_study": "onesample",
     "overlaps": "similarity",
+    "own_refusals": "spf",
     "own_responses": "control_sets",
     "principal_angles": "angles",
     "random_tokens": "control_sets",
@@ -86,6 +87,7 @@ __all__ = [
     "noise_floor",
     "one_sample_study",
     "overlaps",
+    "own_refusals",
     "own_responses",
     "principal_angles",
     "random_tokens",
@@ -128,7 +130,7 @@ if TYPE_CHECKING:
     from geomkit.similarity import overlaps
     from geomkit.spans import span
     from geomkit.spectra import spectrum
-    from geomkit.spf import SPF
+    from geomkit.spf import SPF, own_refusals
     from geomkit.spf.callback import SPFCallback
     from geomkit.storage import load_gradients, load_subspace
     from geomkit.subspace_energies import subspace_energy

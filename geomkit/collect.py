@@ -16,7 +16,7 @@ from geomkit.errors import CollectionError
 from geomkit.forms import DenseGradient
 from geomkit.gradients import Coverage, GradientSet
 from geomkit.layer_gradient import LayerGradient
-from geomkit.loss import Reduction
+from geomkit.loss import Reduction, TokenLoss, token_losses
 from geomkit.names import Kind
 from geomkit.provenance import encode_and_note
 from geomkit.tokens import AssistantMask, Tokens, pad_id
@@ -121,8 +121,12 @@ def gradients_of(
     form: Form = "auto",
     tokens_per_batch: int = TOKENS_PER_BATCH,
     progress: bool = False,
+    token_loss: TokenLoss = token_losses,
 ) -> GradientSet:
-    """Collect gradients of examples that are already tokens; see :func:`collect_gradients`."""
+    """Collect gradients of examples that are already tokens; see :func:`collect_gradients`.
+
+    With a ``token_loss`` of its own only the sum can be had, not each example's gradient.
+    """
     if form not in get_args(Form):
         raise CollectionError(f"expected the form {' or '.join(get_args(Form))}, found {form!r}")
     sums: dict[str, Accumulator] = defaultdict(lambda: Accumulator(keep_factors=form == "factored"))
@@ -142,6 +146,7 @@ def gradients_of(
         progress=progress,
         whole=lambda name, gradient: sums[name].add(gradient),
         samples=keep_samples if per_sample else None,
+        token_loss=token_loss,
     )
     weights = streamed.loss_tokens if reduction == "token" else [1] * len(rows)
     parameters = streamed.target.parameters

@@ -1,6 +1,6 @@
 """The one loss that geomkit differentiates: cross-entropy on assistant tokens, averaged within each example."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -13,6 +13,9 @@ from geomkit.state import as_found, at_least_fp32
 from geomkit.tokens import Tokens
 
 Reduction = Literal["example", "token"]
+
+TokenLoss = Callable[[nn.Module, Batch], Tensor]
+"""Runs a model once over a batch of B examples of length L and returns (B, L − 1) losses, 0 where none counts."""
 
 
 def token_losses(model: nn.Module, batch: Batch) -> Tensor:
@@ -28,17 +31,26 @@ def token_losses(model: nn.Module, batch: Batch) -> Tensor:
     Raises:
         CollectionError: If the model returns logits for another number of tokens.
     """
+    targets = batch.labels[:, 1:]
+    losses = cross_entropy(
+        next_token_logits(model, batch).flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
+    )
+    return losses.view(targets.shape)
+
+
+def next_token_logits(model: nn.Module, batch: Batch) -> Tensor:
+    """Run the model once and return (B, L − 1, vocabulary) logits of every next token, in fp32 or better.
+
+    Raises:
+        CollectionError: If the model returns logits for another number of tokens.
+    """
     logits = model(**batch.inputs(), use_cache=False).logits
     if logits.shape[1] != batch.labels.shape[1]:
         raise CollectionError(
             f"expected logits for {batch.labels.shape[1]} tokens, found {logits.shape[1]}; a model that adds tokens of "
             "its own (prompt tuning) cannot be scored"
         )
-    targets = batch.labels[:, 1:]
-    losses = cross_entropy(
-        at_least_fp32(logits[:, :-1]).flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
-    )
-    return losses.view(targets.shape)
+    return at_least_fp32(logits[:, :-1])
 
 
 def scored(batch: Batch) -> Tensor:
@@ -59,7 +71,9 @@ def example_losses(losses: Tensor, batch: Batch) -> Tensor:
     return losses.sum(1) / scored(batch).sum(1)
 
 
-def losses_of(model: nn.Module, rows: Sequence[Tokens], pad: int, *, batch_size: int = 16) -> list[float]:
+def losses_of(
+    model: nn.Module, rows: Sequence[Tokens], pad: int, *, batch_size: int = 16, token_loss: TokenLoss = token_losses
+) -> list[float]:
     """Return each example's own loss, without a gradient; the model runs in eval mode and is left as found.
 
     Args:
@@ -67,6 +81,7 @@ def losses_of(model: nn.Module, rows: Sequence[Tokens], pad: int, *, batch_size:
         rows: The examples.
         pad: The id that fills short rows.
         batch_size: Examples run at a time.
+        token_loss: The loss of each token.
     """
     device = next(model.parameters()).device
     losses: list[float] = []
@@ -74,5 +89,5 @@ def losses_of(model: nn.Module, rows: Sequence[Tokens], pad: int, *, batch_size:
         model.eval()
         for batch in batches(rows, pad, batch_size):
             on_device = batch.to(device)
-            losses.extend(example_losses(token_losses(model, on_device), on_device).tolist())
+            losses.extend(example_losses(token_loss(model, on_device), on_device).tolist())
     return losses

@@ -16,7 +16,7 @@ from geomkit.collection.uses import Uses, uses_of
 from geomkit.errors import CollectionError
 from geomkit.forms import DenseGradient
 from geomkit.layer_gradient import LayerGradient
-from geomkit.loss import Reduction, example_losses, scored, token_losses
+from geomkit.loss import Reduction, TokenLoss, example_losses, scored, token_losses
 from geomkit.state import at_least_fp32, casts_uncached, no_autocast
 
 WholeSink = Callable[[str, LayerGradient], None]
@@ -29,6 +29,7 @@ def run_pass(
     reduction: Reduction = "example",
     whole: WholeSink | None = None,
     samples: SampleSink | None = None,
+    token_loss: TokenLoss = token_losses,
 ) -> list[float]:
     """Run a batch forward and backward once.
 
@@ -38,6 +39,7 @@ def run_pass(
         reduction: How examples weigh in the sum: alike (1 each), or by their scored tokens.
         whole: Receives, part by part, the gradient of the weighted sum of the examples' losses.
         samples: Receives, once for each parameter, the gradients of the B examples' own losses.
+        token_loss: The loss of each token; of another one than the cross-entropy only the sum can be had.
 
     Returns:
         The loss of each example.
@@ -45,7 +47,7 @@ def run_pass(
     Raises:
         CollectionError: If a loss or a gradient is not finite, or the graph cannot be seen whole.
     """
-    one = _Pass(target, batch, reduction, whole, samples)
+    one = _Pass(target, batch, reduction, whole, samples, token_loss)
     try:
         return one.run()
     finally:
@@ -55,9 +57,15 @@ def run_pass(
 
 class _Pass:
     def __init__(
-        self, target: Target, batch: Batch, reduction: Reduction, whole: WholeSink | None, samples: SampleSink | None
+        self,
+        target: Target,
+        batch: Batch,
+        reduction: Reduction,
+        whole: WholeSink | None,
+        samples: SampleSink | None,
+        token_loss: TokenLoss,
     ) -> None:
-        self.target, self.batch, self.whole = target, batch, whole
+        self.target, self.batch, self.whole, self.token_loss = target, batch, whole, token_loss
         self.parameters = target.parameters
         self.examples, self.length = batch.input_ids.shape
         weights = scored(batch).sum(1).double() if reduction == "token" else torch.ones(self.examples).double()
@@ -74,7 +82,7 @@ class _Pass:
             casts_uncached(),
             recording(self.target.model, self.target.names, self._receive, spread=spread) as self.tape,
         ):
-            own = example_losses(token_losses(self.target.model, self.batch), self.batch)
+            own = example_losses(self.token_loss(self.target.model, self.batch), self.batch)
             self.tape.open = False
             _refuse_broken_losses(own, self.batch)
             loss = (own * self.weights.to(own)).sum()

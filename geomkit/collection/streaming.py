@@ -14,7 +14,7 @@ from geomkit.collection.selection import Selection, chosen_parameters, refuse_un
 from geomkit.collection.target import Target
 from geomkit.errors import CollectionError, DataError
 from geomkit.layer_gradient import LayerGradient
-from geomkit.loss import Reduction
+from geomkit.loss import Reduction, TokenLoss, token_losses
 from geomkit.state import as_found, differentiated_as_written, full_precision, gradients_set_aside, one_at_a_time
 from geomkit.tokens import EncodedExamples, Tokens, lengths_of
 
@@ -50,6 +50,7 @@ def stream(
     progress: bool = False,
     whole: WholeSink | None = None,
     samples: ExampleSink | None = None,
+    token_loss: TokenLoss = token_losses,
 ) -> Streamed:
     """Run every example forward and backward once and hand out the gradients; the model is left as found.
 
@@ -63,6 +64,7 @@ def stream(
         progress: Show a bar, in tokens.
         whole: Receives parts of the gradient of the weighted sum of all losses.
         samples: Receives, batch by batch, the gradients of examples' own losses and the examples' indices.
+        token_loss: The loss of each token; of another one than the cross-entropy only the sum can be had.
 
     Raises:
         CollectionError: If no trainable parameter is chosen, weights cannot be seen, or a loss or gradient is not
@@ -83,7 +85,14 @@ def stream(
         for plan in plan_batches(lengths, tokens_per_batch):
             examples = [rows[index] for index in plan]
             batch = collate(examples, pad, examples=plan, least=padded_length(list(map(len, examples)))).to(device)
-            own = run_pass(target, batch, reduction=reduction, whole=whole, samples=_numbered(samples, plan))
+            own = run_pass(
+                target,
+                batch,
+                reduction=reduction,
+                whole=whole,
+                samples=_numbered(samples, plan),
+                token_loss=token_loss,
+            )
             for index, example, loss in zip(plan, examples, own, strict=True):
                 losses[index], scored[index] = loss, example.loss_tokens
             bar.update(sum(map(len, examples)))

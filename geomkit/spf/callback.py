@@ -1,13 +1,19 @@
 """SPF in ``transformers.Trainer`` and everything built on it."""
 
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from geomkit.errors import SPFError
 from geomkit.spf.certificate import Certificate
 from geomkit.spf.guard import Guard
 from geomkit.spf.method import SPF
+from geomkit.spf.saving import save_state
+
+LOGGED = ("anchor_loss", "first_order_raw", "first_order", "fired", "removed", "corrected", "leak", "update_norm")
+"""The fields of a step's record that the Trainer logs, as ``spf/…``."""
 
 
 class SPFCallback(TrainerCallback):
@@ -19,10 +25,17 @@ class SPFCallback(TrainerCallback):
                           callbacks=[gk.SPFCallback(gk.SPF(anchors))])
     """
 
-    def __init__(self, spf: SPF) -> None:
-        """Keep what to attach."""
+    def __init__(self, spf: SPF, *, resume: str | Path | None = None) -> None:
+        """Keep what to attach.
+
+        Args:
+            spf: What to protect and how.
+            resume: The checkpoint that a resumed training goes on from, where it is not in the output folder.
+        """
         self.spf = spf
+        self._resume = resume
         self._guard: Guard | None = None
+        self._steps = 0
 
     @property
     def certificate(self) -> Certificate | None:
@@ -32,20 +45,16 @@ class SPFCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Attach to the optimizer that the Trainer has made by now.
+        """Attach to the optimizer that the Trainer has made by now, in the saved state where training is resumed.
 
         Raises:
-            SPFError: If training resumes: the loss that drift is measured from, and the draws of the anchors, belong
-                to the run's beginning.
+            SPFError: If SPF cannot be attached, or the checkpoint has no state of it.
         """
         self.detach()
-        if state.global_step > 0:
-            raise SPFError(
-                f"expected training from the beginning, found a resume at step {state.global_step}, where the safety "
-                "loss before training is not known any more; train in one go"
-            )
-        model, optimizer = kwargs["model"], kwargs["optimizer"]
-        self._guard = self.spf.attach(model, optimizer, self.spf.tokenizer or kwargs.get("processing_class"))
+        folder = self._resume or (_checkpoint(args, state) if state.global_step > 0 else None)
+        tokenizer = self.spf.tokenizer or kwargs.get("processing_class")
+        self._guard = self.spf.attach(kwargs["model"], kwargs["optimizer"], tokenizer, resume=folder)
+        self._steps = self._guard.steps
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -54,16 +63,37 @@ class SPFCallback(TrainerCallback):
         if self._guard:
             self._guard.mix()
 
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Check that the step which was just taken went through SPF.
+
+        Raises:
+            SPFError: If it did not.
+        """
+        if self._guard is None:
+            return
+        skipped = getattr(kwargs.get("optimizer"), "step_was_skipped", False)
+        if self._guard.steps == self._steps and not skipped:
+            raise SPFError(
+                "expected optimizer.step() to run SPF's hooks, found a step without them; the training engine steps in "
+                "another way: attach SPF to the optimizer that steps"
+            )
+        self._steps = self._guard.steps
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Write the state that a resumed training needs into the checkpoint, last of all."""
+        if self._guard:
+            saved = self._guard.state()
+            if state.is_world_process_zero:
+                save_state(saved, self._guard.rule.name, _checkpoint(args, state))
+
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Add the last step's measures to what is logged, and to the history, which has its own copy by now."""
         logs, certificate = kwargs.get("logs"), self.certificate
         if certificate and certificate.steps and logs is not None and "loss" in logs:
             last = certificate.records[-1]
-            measures = {
-                "spf/anchor_loss": last.anchor_loss,
-                "spf/first_order": last.first_order,
-                "spf/fired": last.fired,
-            }
+            measures = {f"spf/{name}": float(getattr(last, name)) for name in LOGGED}
             logs.update(measures)
             state.log_history[-1].update(measures)
 
@@ -77,3 +107,7 @@ class SPFCallback(TrainerCallback):
         """End the projection, also after training broke off; the certificate stays."""
         if self._guard:
             self._guard.detach()
+
+
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"

@@ -1,49 +1,19 @@
 """The run-time proof of an SPF run: what each applied update did to the safety loss, to first order."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
 
 from geomkit._display import html_table
 from geomkit.errors import SPFError
+from geomkit.spf.records import BLOCK_COLUMNS, StepRecord
+from geomkit.spf.rules import Promise
 
 if TYPE_CHECKING:
     import pandas as pd
     from plotly.graph_objects import Figure
-
-
-@dataclass(frozen=True)
-class StepRecord:
-    """One optimizer step.
-
-    Attributes:
-        step: Number of the step, from 1.
-        anchor_loss: Safety loss on the step's anchors before the step, nats per token.
-        first_order_raw: Σ ⟨Δθ, g_s⟩ of the optimizer's own update, nats per token.
-        first_order: Σ ⟨Δθ, g_s⟩ of the update that was applied.
-        bound: What Σ ⟨Δθ, g_s⟩ may be: 0, or L_ref − L_s where drift is corrected.
-        worst: The largest ⟨Δθ, g_s⟩ of a single parameter in the applied update.
-        tolerance: What rounding the weights alone can add to Σ ⟨Δθ, g_s⟩.
-        fired: Share of the parameters whose step was projected.
-        removed: Norm of what was removed from the step.
-        corrected: Norm of the drift correction that was added.
-        leak: Norm of what is left of the removed coordinates, relative to what they were.
-        violated: Whether Σ ⟨Δθ, g_s⟩ exceeds its bound by more than the tolerance; or, under a rule that promises it
-            for each, one parameter's exceeds 0.
-    """
-
-    step: int
-    anchor_loss: float
-    first_order_raw: float
-    first_order: float
-    bound: float
-    worst: float
-    tolerance: float
-    fired: float
-    removed: float
-    corrected: float
-    leak: float
-    violated: bool
 
 
 @dataclass(frozen=True)
@@ -52,13 +22,18 @@ class Certificate:
 
     Attributes:
         rule: Name of the rule.
-        guaranteed: Whether the rule promises ⟨Δθ, g_s⟩ ≤ 0 for every parameter and step.
+        promise: What the rule promises, see :attr:`geomkit.spf.Rule.promise`.
         records: One record per step.
     """
 
     rule: str
-    guaranteed: bool
+    promise: Promise
     records: Sequence[StepRecord]
+
+    @property
+    def guaranteed(self) -> bool:
+        """Whether the rule promises anything of the updates that are applied."""
+        return self.promise != "nothing"
 
     @property
     def steps(self) -> int:
@@ -86,21 +61,52 @@ class Certificate:
         Raises:
             SPFError: If the rule promises a constraint and a step violates it.
         """
-        if not self.guaranteed:
-            return
         broken = next((record for record in self.records if record.violated), None)
-        if broken is not None:
-            raise SPFError(
-                f"step {broken.step}: expected Σ⟨Δθ, g_s⟩ ≤ {broken.bound:.2g} and ≤ 0 for every parameter, found "
-                f"{broken.first_order:.2g} and {broken.worst:.2g} (rounding allows {broken.tolerance:.2g}); another "
-                "hook may change the weights after the guard's: attach SPF last"
-            )
+        if not self.guaranteed or broken is None:
+            return
+        if self.promise == "subspace":
+            expected, found = "no movement inside the protected subspace", f"{broken.leak:.2g} of it"
+        else:
+            each = self.promise.removeprefix("every ")
+            expected = f"Σ⟨Δθ, g_s⟩ ≤ {broken.bound:.2g}, and no {each}'s beyond its bound"
+            found = f"{broken.first_order:.2g} and {broken.worst:.2g} (rounding allows {broken.tolerance:.2g})"
+        raise SPFError(
+            f"step {broken.step}: expected {expected}, found {found}; another hook may change the weights after the "
+            "guard's: attach SPF last"
+        )
 
-    def to_frame(self) -> "pd.DataFrame":
-        """Return one row per step with the fields of :class:`StepRecord`."""
+    def drift_bound(self, smoothness: float) -> np.ndarray:
+        """Bound the drift of the safety loss after each step: Σ ⟨Δθ, g_s⟩ + β/2 Σ ‖Δθ‖².
+
+        With a β-smooth loss, L(θ + Δ) ≤ L(θ) + ⟨Δ, g⟩ + β‖Δ‖²/2, whatever the optimizer; a rule that keeps its
+        promise makes the first sum negative. The norms are estimates, see :attr:`StepRecord.update_norm`.
+
+        Args:
+            smoothness: β, the largest eigenvalue of the safety loss's Hessian on the way.
+
+        Returns:
+            (steps,) bounds on L_s after each step less L_s before training, nats per token; for anchors that are the
+            same at every step.
+        """
+        first = np.array([record.first_order for record in self.records])
+        squared = np.array([record.update_norm for record in self.records]) ** 2
+        return np.asarray(np.cumsum(first + smoothness / 2 * squared))
+
+    def to_frame(self, by: Literal["step", "block"] = "step") -> "pd.DataFrame":
+        """Return one row per step, or one per step and block.
+
+        Args:
+            by: ``"step"`` for the fields of :class:`StepRecord` and its ``curvature``; ``"block"`` for ``step``,
+                ``block`` and :data:`~geomkit.spf.records.BLOCK_COLUMNS`.
+        """
         import pandas as pd
 
-        return pd.DataFrame([asdict(record) for record in self.records])
+        if by == "step":
+            return pd.DataFrame([record.numbers() for record in self.records])
+        rows = [
+            (record.step, name, *values.tolist()) for record in self.records for name, values in record.blocks.items()
+        ]
+        return pd.DataFrame(rows, columns=["step", "block", *BLOCK_COLUMNS])
 
     def to_dict(self) -> dict[str, float | int]:
         """Return the summary: ``steps``, ``violations``, ``max_first_order_change``."""
@@ -118,7 +124,7 @@ class Certificate:
 
     def __str__(self) -> str:
         """Say in one line whether the constraint held, and whether rounding lets that be known."""
-        promise = "promised" if self.guaranteed else "not promised by this rule"
+        promise = f"promised of {self.promise}" if self.guaranteed else "not promised by this rule"
         unknown = f"; {self.undecided} steps cannot be told from rounding" if self.undecided else ""
         return (
             f"rule '{self.rule}': {self.violations} of {self.steps} steps raised the safety loss to first order "

@@ -1,39 +1,59 @@
 """SPF at work: the hooks that sit around ``optimizer.step`` and project what it does."""
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 from weakref import WeakSet
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from geomkit.collect import gradients_of
 from geomkit.errors import SPFError
-from geomkit.gradients import GradientSet
-from geomkit.layer_gradient import LayerGradient
-from geomkit.loss import losses_of
-from geomkit.spf.anchors import AnchorPool
-from geomkit.spf.certificate import Certificate, StepRecord
-from geomkit.spf.parameters import guarded_parameters, unwrapped, warn_of_rounding
-from geomkit.spf.rules import Protection, Reading, Rule, protect, read, remove
+from geomkit.spf.assess import Step, assess
+from geomkit.spf.blocks import Block
+from geomkit.spf.certificate import Certificate
+from geomkit.spf.log import Log
+from geomkit.spf.meter import Measured, Meter
+from geomkit.spf.parameters import Guarded, refuse_broken_gradients, unwrapped
+from geomkit.spf.plans import Plan, plan
+from geomkit.spf.processes import Processes
+from geomkit.spf.protection import Protection, protect, renewed
+from geomkit.spf.reading import Reading, read_all
+from geomkit.spf.records import StepRecord
+from geomkit.spf.rules import RULES, Rule
 from geomkit.state import full_precision
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a guard works, beside its rule.
+
+    Attributes:
+        refresh_every: Measure the safety gradient every so many steps.
+        refresh_energy: Compute subspaces anew only when they hold less than this share of what they held at first.
+        measure_curvature: Run the anchors once more after each step.
+        log: Where to write a line per step.
+        seed: Seed of random directions.
+    """
+
+    refresh_every: int = 1
+    refresh_energy: float | None = None
+    measure_curvature: bool = False
+    log: Path | None = None
+    seed: int = 0
 
 
 @dataclass
 class _Pending:
     """What is known between the two hooks of one step."""
 
-    gradients: GradientSet
-    protections: dict[str, Protection]
-    before: dict[str, Reading]
-    excess: float
-    fired: set[str] = field(default_factory=set)
-    removed: float = 0.0
-    corrected: float = 0.0
-    leak: float = 0.0
+    measured: Measured
+    fresh: bool
+    before: Mapping[str, Reading]
+    plan: Plan | None = None
 
 
 _GUARDED: WeakSet[torch.optim.Optimizer] = WeakSet()
@@ -49,22 +69,29 @@ class Guard:
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, rule: Rule, pool: AnchorPool, pad: int
+        self,
+        guarded: Guarded,
+        optimizer: torch.optim.Optimizer,
+        rule: Rule,
+        meter: Meter,
+        options: Options,
+        state: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Attach to an optimizer; :meth:`SPF.attach` is the door."""
+        """Attach to an optimizer, from the beginning or in a saved state; :meth:`SPF.attach` is the door."""
         self.rule = rule
-        self._model = model
-        self._pool = pool
-        self._pad = pad
-        self._parameters = guarded_parameters(model, optimizer)
-        warn_of_rounding(self._parameters)
-        self._reference = losses_of(model, pool.rows, pad) if rule.drift_correction else None
-        self._records: list[StepRecord] = []
-        self._mixed: tuple[Sequence[int], GradientSet] | None = None
-        self._pending: _Pending | None = None
+        self._guarded, self._meter, self._options = guarded, meter, options
         self._optimizer = unwrapped(optimizer)
+        self._records: list[StepRecord] = []
+        self._before = 0  # steps of the run that this one resumes, of which there are no records
+        self._kept: dict[str, Tensor] = {}  # subspaces of that run
+        self._measured: Measured | None = None  # of the last step that measured; forgotten when a run is saved
+        self._mixed = False
+        self._protections: dict[str, Protection] = {}
+        self._origin: dict[str, Tensor] = {}
+        self._pending: _Pending | None = None
         if self._optimizer in _GUARDED:
             raise SPFError("expected an optimizer without a guard, found one that has one; detach() the other first")
+        self._log = self._begun() if state is None else self._resumed(state)
         self._handles = [
             self._optimizer.register_step_pre_hook(_as_hook(self._before_step)),
             self._optimizer.register_step_post_hook(_as_hook(self._after_step)),
@@ -74,7 +101,12 @@ class Guard:
     @property
     def certificate(self) -> Certificate:
         """What the steps so far did to the safety loss."""
-        return Certificate(self.rule.name, self.rule.guarantees, tuple(self._records))
+        return Certificate(self.rule.name, self.rule.promise, tuple(self._records))
+
+    @property
+    def steps(self) -> int:
+        """Number of steps so far."""
+        return self._before + len(self._records)
 
     def detach(self) -> None:
         """End the projection; the certificate stays."""
@@ -84,17 +116,17 @@ class Guard:
             _GUARDED.discard(self._optimizer)
         self._handles = []
 
+    @torch.no_grad()
     def mix(self) -> None:
         """Add the safety gradient now, before the task's is added and both are clipped, if the rule adds one.
 
         Without this call it is added just before the optimizer's step, to a task gradient that is already clipped.
         """
-        if self.rule.adds and self._handles:
-            self._mixed = self._collect()
-            with torch.no_grad(), full_precision():
-                for name, gradient in self._mixed[1].items():
-                    if name in self._parameters:
-                        _add_gradient(self._parameters[name], gradient, self.rule.adds)
+        if self.rule.adds and self.rule.removal == "nothing" and self._handles:
+            with full_precision():
+                self._measure()
+                self._add()
+            self._mixed = True
 
     def __enter__(self) -> Self:
         """Return the guard."""
@@ -106,126 +138,170 @@ class Guard:
         """End the projection."""
         self.detach()
 
-    # ------------------------------------------------------------------------------------------ the two hooks
+    # ------------------------------------------------------------------------------------------------- measuring
 
-    def _collect(self) -> tuple[Sequence[int], GradientSet]:
-        chosen = self._pool.draw(len(self._records))
-        rows = [self._pool.rows[index] for index in chosen]
-        return chosen, gradients_of(self._model, rows, self._pad)
+    def _measure(self) -> bool:
+        """Measure the constraints, if they are due; return whether they were."""
+        due = self._measured is None or self.steps % self._options.refresh_every == 0
+        if not due:
+            return False
+        with self._guarded.collecting():
+            found = self._meter.measure(self.steps, self._guarded.blocks)
+        self._measured = self._guarded.processes.agreed(found)
+        self._protections = {name: self._protected(name, self._measured) for name in self._measured.gradients}
+        return True
+
+    def _protected(self, name: str, measured: Measured) -> Protection:
+        """Protect a block by its new gradients, with the subspaces it had where these are to be kept."""
+        gradients, kept = measured.gradients[name], self._protections.get(name)
+        left = self._kept.pop(name, None)
+        if left is None and (kept is None or kept.left is None):
+            return protect(self.rule, gradients, name, self._options.seed)
+        bare = protect(replace(self.rule, removal="rank1"), gradients, name, self._options.seed)
+        old = replace(bare, left=left) if kept is None or kept.left is None else renewed(bare, kept)
+        share = self._options.refresh_energy
+        if self.rule.always or (share is not None and old.captured >= share * old.energy):
+            return old
+        return protect(self.rule, gradients, name, self._options.seed)
+
+    def _read(self) -> dict[str, Reading]:
+        return read_all(self._guarded.blocks, self._protections, self._guarded.processes.group)
+
+    def _changes(self, before: Mapping[str, Reading]) -> dict[str, Reading]:
+        """Return what has changed since a reading; inside a subspace that is closed for good, since the first."""
+        now = self._read()
+        found = {name: one - before[name] for name, one in now.items()}
+        for name, origin in self._origin.items():
+            if name in found and (left := now[name].left) is not None:
+                found[name] = replace(found[name], left=left - origin)
+        return found
+
+    # --------------------------------------------------------------------------------------------- the two hooks
 
     def _before_step(self) -> None:
-        mixed, self._mixed = self._mixed, None
-        chosen, gradients = mixed or self._collect()
-        protections = {
-            name: protect(self.rule, gradient)
-            for name, gradient in gradients.items()
-            if name in self._parameters and gradient.norm > 0
-        }
-        before = {name: read(item, self._parameters[name].detach()) for name, item in protections.items()}
-        excess = 0.0
-        if self._reference is not None:
-            excess = max(0.0, gradients.loss - sum(self._reference[index] for index in chosen) / len(chosen))
-        self._pending = _Pending(gradients, protections, before, excess)
+        if self._guarded.refresh():
+            self._measured = None
+        refuse_broken_gradients(self._guarded.parameters)
+        fresh, self._mixed, mixed = self._measure() or self._mixed, False, self._mixed
+        assert self._measured is not None  # noqa: S101 - it was just measured
+        if self._records and fresh and self._meter.fixed:
+            self._records[-1] = replace(self._records[-1], loss_after=self._measured.loss)
+        before = self._read()
+        if self.rule.always:
+            self._origin = {name: one.left for name, one in before.items() if one.left is not None} | self._origin
+        self._pending = _Pending(self._measured, fresh, before)
         if self.rule.level == "gradient":
-            _project_gradients(self.rule, self._parameters, self._pending, add=mixed is None)
+            self._project_gradients(self._pending)
+            if self.rule.adds and not mixed:
+                self._add()
+
+    def _project_gradients(self, pending: _Pending) -> None:
+        """Project the utility gradients in place, the step being −g_u."""
+        steps: dict[str, Block] = {
+            name: block for name in self._protections if (block := self._guarded.gradient_block(name)) is not None
+        }
+        if self._protections and not steps:
+            raise SPFError(
+                f"expected gradients before optimizer.step() for the rule '{self.rule.name}', found none; call "
+                "backward() first, and give step() no closure"
+            )
+        if self.rule.removal == "nothing":
+            return
+        protections = {name: self._protections[name] for name in steps}
+        changes = read_all(steps, protections, self._guarded.processes.group)
+        demands = pending.measured.demands.only_firm()
+        pending.plan = plan(self.rule, steps, protections, changes, demands, self._seed())
+        for name, moves in pending.plan.moves.items():
+            steps[name].apply(moves)
+
+    def _add(self) -> None:
+        assert self._measured is not None  # noqa: S101 - mix() and the hook measure first
+        mean = self._measured.demands.mean
+        for name, gradients in self._measured.gradients.items():
+            block = self._guarded.gradient_block(name, make=True)
+            assert block is not None  # noqa: S101 - it was made
+            # The block holds a step, −g_u, to which −g_s is added.
+            pairs = zip(gradients, mean, strict=True)
+            block.apply([(one, -self.rule.adds * float(weight)) for one, weight in pairs if weight])
 
     def _after_step(self) -> None:
         pending, self._pending = self._pending, None
         if pending is None:
             return
-        raw = applied = self._changes(pending)
+        self._guarded.settle()
+        raw = self._changes(pending.before)
+        _refuse_broken_update(raw)
+        found = self._plan_corrections(pending, raw)
+        for name, moves in found.moves.items():
+            self._guarded.blocks[name].apply(moves)
+        applied = self._changes(pending.before) if found.moves else raw
+        self._guarded.release()
+        step = Step(
+            self.steps + 1, pending.fresh, pending.measured, pending.before, raw, applied, pending.plan,
+            found.corrected, found.bounds,
+        )  # fmt: skip
+        record = assess(step, self.rule, self._guarded.blocks, self._protections, self._loss_after(pending))
+        self._records.append(record)
+        if self._log:
+            self._log.write(record)
+        Certificate(self.rule.name, self.rule.promise, [record]).raise_on_violation()
+
+    def _plan_corrections(self, pending: _Pending, raw: dict[str, Reading]) -> Plan:
+        """Plan what the update needs: all that the rule says, or beside a rule on the gradient what drift asks."""
+        demands = pending.measured.demands
         if self.rule.level == "update":
-            applied = self._project(pending, raw)
-        self._records.append(self._record(pending, raw, applied))
-        Certificate(self.rule.name, self.rule.guarantees, self._records[-1:]).raise_on_violation()
+            pending.plan = plan(self.rule, self._guarded.blocks, self._protections, raw, demands, self._seed())
+            return pending.plan
+        only_measured = RULES["measure"]
+        return plan(only_measured, self._guarded.blocks, self._protections, raw, demands.only_drift(), self._seed())
 
-    def _project(self, pending: _Pending, raw: dict[str, Reading]) -> dict[str, Reading]:
-        """Correct the weights where the update conflicts, and return the changes that are left."""
-        pending.fired = {name for name, change in raw.items() if change.dot > 0}
-        for name in pending.fired:
-            weight = self._parameters[name].detach()
-            pending.removed += remove(pending.protections[name], raw[name], weight) ** 2
-        applied = self._changes(pending)
-        before, after = (sum(side[name].size ** 2 for name in pending.fired) for side in (raw, applied))
-        pending.leak = (after / before) ** 0.5 if before else 0.0
-        missing = pending.excess + sum(change.dot for change in applied.values())
-        if pending.excess == 0 or missing <= 0 or not applied:
-            return applied
-        self._step_back(pending, missing)
-        return self._changes(pending)
+    def _loss_after(self, pending: _Pending) -> float:
+        if not (self._options.measure_curvature and pending.fresh):
+            return math.nan
+        with self._guarded.collecting():
+            return float(self._meter.losses(pending.measured.chosen).mean())
 
-    def _step_back(self, pending: _Pending, change: float) -> None:
-        """Step along −g_s until Σ ⟨Δθ, g_s⟩ is lower by ``change``: a Polyak step on the safety loss."""
-        squared = sum(item.gradient.norm**2 for item in pending.protections.values())
-        pending.corrected = change / squared**0.5
-        for name, item in pending.protections.items():
-            item.gradient.add_to(self._parameters[name].detach(), -change / squared)
+    def _seed(self) -> int:
+        return self._options.seed + self.steps
 
-    def _changes(self, pending: _Pending) -> dict[str, Reading]:
+    # --------------------------------------------------------------------------------------------------- resuming
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what a resumed run needs to know; the next step measures anew, here as there."""
+        self._measured = None
+        bases = {name: one for name, one in self._protections.items() if one.left is not None and self.rule.always}
         return {
-            name: read(pending.protections[name], self._parameters[name].detach()) - before
-            for name, before in pending.before.items()
+            "steps": torch.tensor(self.steps),
+            **self._meter.state(),
+            **{f"origin.{name}": one for name, one in self._origin.items()},
+            **{f"left.{name}": one.left for name, one in bases.items() if one.left is not None},
+            **{f"master.{name}": one for name, one in self._guarded.masters().items()},
         }
 
-    def _record(self, pending: _Pending, raw: dict[str, Reading], applied: dict[str, Reading]) -> StepRecord:
-        first_order = sum(change.dot for change in applied.values())
-        if not math.isfinite(first_order):
-            raise SPFError("expected finite weights after the step, found NaN or inf; lower the learning rate")
-        rounding = {
-            name: _rounding(self._parameters[name].detach(), item) for name, item in pending.protections.items()
-        }
-        # Nothing to protect from where the anchors' gradient is exactly zero.
-        worst = max(applied, key=lambda name: applied[name].dot - rounding[name], default=None)
-        bound, tolerance = (-pending.excess, sum(rounding.values())) if applied else (0.0, 0.0)
-        one_broken = worst is not None and applied[worst].dot > rounding[worst]
-        return StepRecord(
-            step=len(self._records) + 1,
-            anchor_loss=pending.gradients.loss,
-            first_order_raw=sum(change.dot for change in raw.values()),
-            first_order=first_order,
-            bound=bound,
-            worst=applied[worst].dot if worst is not None else 0.0,
-            tolerance=tolerance,
-            fired=len(pending.fired) / max(len(applied), 1),
-            removed=pending.removed**0.5,
-            corrected=pending.corrected,
-            leak=pending.leak,
-            violated=first_order > bound + tolerance or (self.rule.guarantees and one_broken),
-        )
+    def _begun(self) -> Log | None:
+        return Log.begun(self._options.log) if self._options.log and Processes.first() else None
+
+    def _resumed(self, state: Mapping[str, Tensor]) -> Log | None:
+        self._meter.load(state)
+        self._guarded.load_masters(_of("master", state))
+        self._kept = _of("left", state)
+        self._origin = _of("origin", state)
+        self._before = int(state["steps"])
+        if not (self._options.log and Processes.first()):
+            return None
+        log, self._records = Log.resumed(self._options.log, self._before)
+        self._before = 0
+        return log
 
 
-def _project_gradients(rule: Rule, parameters: dict[str, nn.Parameter], pending: _Pending, *, add: bool) -> None:
-    """Project the utility gradients in place, the step being −g_u, and add the safety gradient if the rule does."""
-    held = {name: parameters[name].grad for name in pending.protections}
-    gradients = {name: gradient for name, gradient in held.items() if gradient is not None}
-    if held and not gradients:
-        raise SPFError(
-            f"expected gradients before optimizer.step() for the rule '{rule.name}', found none; call backward() "
-            "first, and give step() no closure"
-        )
-    steps = {name: read(pending.protections[name], gradient).scaled(-1.0) for name, gradient in gradients.items()}
-    conflicts = {name: step.dot > 0 for name, step in steps.items()}
-    if rule.scope == "global":
-        conflicts = dict.fromkeys(steps, sum(step.dot for step in steps.values()) > 0)
-    for name, gradient in gradients.items():
-        protection = pending.protections[name]
-        if conflicts[name] and rule.removal != "nothing":
-            pending.removed += remove(protection, steps[name], gradient, scale=-1.0) ** 2
-            pending.fired.add(name)
-        if rule.adds and add:
-            protection.gradient.add_to(gradient, rule.adds)
+def _of(kind: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(f"{kind}."): one for name, one in state.items() if name.startswith(f"{kind}.")}
 
 
-def _add_gradient(parameter: nn.Parameter, gradient: LayerGradient, scale: float) -> None:
-    if parameter.grad is None:
-        parameter.grad = torch.zeros_like(parameter)
-    gradient.add_to(parameter.grad, scale)
-
-
-def _rounding(weight: Tensor, protection: Protection) -> float:
-    """Bound what rounding the weights can add to ⟨Δθ, g_s⟩: each entry moves by at most eps/2 of itself."""
-    eps = torch.finfo(weight.dtype).eps
-    return float(eps * torch.linalg.vector_norm(weight, dtype=torch.float64)) * protection.gradient.norm
+def _refuse_broken_update(raw: Mapping[str, Reading]) -> None:
+    broken = [name for name, change in raw.items() if not math.isfinite(change.norm)]
+    if broken:
+        raise SPFError(f"{broken[0]}: expected a finite update, found NaN or inf; lower the learning rate")
 
 
 def _as_hook(action: Callable[[], None]) -> Callable[..., None]:
@@ -233,4 +309,5 @@ def _as_hook(action: Callable[[], None]) -> Callable[..., None]:
         with torch.no_grad(), full_precision():
             action()
 
-    return hook
+    uncompiled: Callable[..., None] = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
+    return uncompiled

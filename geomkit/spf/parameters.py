@@ -1,13 +1,23 @@
-"""Which parameters a guard watches, and which it cannot."""
+"""Which weights a guard watches, in which blocks, and which it cannot."""
 
 import logging
-from typing import Any
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from geomkit.collection.selection import refuse_unseen_values
+from geomkit.collection.selection import refuse_unseen_values, unwrapped_model
 from geomkit.errors import SPFError
+from geomkit.spf.adapters import adapters
+from geomkit.spf.blocks import Block, ProductBlock, TensorBlock
+from geomkit.spf.processes import Processes
+from geomkit.spf.rules import Level
+from geomkit.spf.sharding import gathered, is_sharded, local_rows, process_group, reshard
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -16,23 +26,34 @@ def unwrapped(optimizer: Any) -> torch.optim.Optimizer:
     """Return the torch optimizer inside a wrapper such as accelerate's, whose own hooks do not fire.
 
     Raises:
-        SPFError: If there is none.
+        SPFError: If there is none, or DeepSpeed's is among the wrappers.
     """
     while not isinstance(optimizer, torch.optim.Optimizer) or hasattr(optimizer, "optimizer"):
+        _refuse_deepspeed(optimizer)
         if not hasattr(optimizer, "optimizer"):
             raise SPFError(f"expected a torch optimizer, or a wrapper of one, found {type(optimizer).__name__}")
         optimizer = optimizer.optimizer
+    _refuse_deepspeed(optimizer)
     return optimizer
 
 
-def guarded_parameters(model: nn.Module, optimizer: Any) -> dict[str, nn.Parameter]:
+def _refuse_deepspeed(part: Any) -> None:
+    if any(each.__module__.startswith(("deepspeed", "accelerate.utils.deepspeed")) for each in type(part).__mro__):
+        raise SPFError(
+            f"expected an optimizer that steps when it is told to, found DeepSpeed's {type(part).__name__}, which "
+            "steps inside backward() on flat parts of the weights; train with DDP, FSDP2 or on one device"
+        )
+
+
+def trained_parameters(model: nn.Module, optimizer: Any) -> dict[str, nn.Parameter]:
     """Return the trainable parameters that an optimizer holds, by their name in the model.
 
     Raises:
-        SPFError: If there are none, one is not the model's, or one has no whole values here: sharded, or on meta.
+        SPFError: If there are none, one is not the model's, or one has no values here.
     """
+    _refuse_deepspeed(model)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    guarded = {}
+    trained = {}
     for group in unwrapped(optimizer).param_groups:
         for parameter in group["params"]:
             if not parameter.requires_grad:
@@ -42,20 +63,166 @@ def guarded_parameters(model: nn.Module, optimizer: Any) -> dict[str, nn.Paramet
                     f"expected the optimizer to hold the model's parameters, found one of shape "
                     f"{tuple(parameter.shape)} that is not; build the optimizer from this very model"
                 )
-            guarded[names[id(parameter)]] = parameter
-    if not guarded:
-        raise SPFError("expected an optimizer with trainable parameters, found none; unfreeze the model first")
-    refuse_unseen_values(guarded, SPFError)
-    return guarded
+            trained[names[id(parameter)]] = parameter
+    if not trained:
+        raise SPFError(
+            "expected an optimizer with trainable parameters, found none; unfreeze the model, or after changing "
+            "adapters build a new optimizer and attach again"
+        )
+    refuse_unseen_values({name: one for name, one in trained.items() if not is_sharded(one)}, SPFError)
+    return trained
 
 
-def warn_of_rounding(parameters: dict[str, nn.Parameter]) -> None:
+class Guarded:
+    """The weights that a guard watches.
+
+    Args:
+        model: The model that is trained.
+        optimizer: Its optimizer.
+        level: Where the rule projects: an adapter's product is one block of the update; gradients are of its factors.
+        master: Whether weights below fp32 are kept in fp32 beside.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Any, level: Level, *, master: bool = False) -> None:
+        """Find them."""
+        self.model = unwrapped_model(model)
+        self._optimizer, self._level, self._master = optimizer, level, master
+        self._signature: object = None
+        self.parameters: dict[str, nn.Parameter] = {}
+        self.blocks: dict[str, Block] = {}
+        self._moved: dict[str, nn.Parameter] = {}  # what is collected for each block
+        self.refresh()
+        sharded = [parameter for parameter in self.parameters.values() if is_sharded(parameter)]
+        self.processes = Processes.of_this_run(process_group(sharded[0]) if sharded else None)
+
+    def refresh(self) -> bool:
+        """Find the weights again if others are trained than before; return whether that is so."""
+        reshard(self.model)
+        groups = unwrapped(self._optimizer).param_groups
+        trained = [parameter for group in groups for parameter in group["params"] if parameter.requires_grad]
+        signature = [(id(one), 0 if is_sharded(one) else one.data_ptr()) for one in trained]
+        if signature == self._signature:
+            return False
+        changed, self._signature = self._signature is not None, signature
+        self.parameters = trained_parameters(self.model, self._optimizer)
+        self.blocks, self._moved = self._divided()
+        if changed:
+            _LOGGER.warning("other weights are trained from this step on: %d blocks", len(self.blocks))
+        return changed
+
+    def _divided(self) -> tuple[dict[str, Block], dict[str, nn.Parameter]]:
+        """Divide the weights into blocks."""
+        blocks: dict[str, Block] = {}
+        moved: dict[str, nn.Parameter] = {}
+        factors: set[int] = set()
+        if self._level == "update":
+            for name, adapter in adapters(self.model, self.parameters):
+                if any(map(is_sharded, (adapter.first, adapter.second, adapter.base))):
+                    raise SPFError(
+                        f"expected whole adapters, found '{name}' with sharded ones; train adapters with DDP or on one "
+                        "device"
+                    )
+                blocks[name] = ProductBlock(adapter.first.detach(), adapter.second.detach(), adapter.scaling)
+                moved[name] = adapter.base
+                factors |= {id(adapter.first), id(adapter.second)}
+        for name, parameter in self.parameters.items():
+            if id(parameter) not in factors:
+                blocks[name] = tensor_block(parameter, parameter, master=self._master)
+                moved[name] = parameter
+        return blocks, moved
+
+    @contextmanager
+    def collecting(self) -> Iterator[None]:
+        """Have the blocks' weights whole, and them alone trainable, inside the block."""
+        with ExitStack() as stack:
+            stack.enter_context(gathered(self.model))
+            wanted = set(self._moved)
+            found = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
+            try:
+                for name, parameter in self.model.named_parameters():
+                    parameter.requires_grad_(name in wanted)
+                yield
+            finally:
+                for parameter, needs in found:
+                    parameter.requires_grad_(needs)
+
+    def gradient_block(self, name: str, *, make: bool = False) -> Block | None:
+        """Return the block that holds a step −g_u, g_u being a parameter's gradient.
+
+        Args:
+            name: The parameter.
+            make: Make a gradient of zeros where there is none.
+        """
+        parameter = self.parameters[name]
+        if parameter.grad is None:
+            if not make:
+                return None
+            parameter.grad = torch.zeros_like(parameter)
+        return tensor_block(parameter.grad, parameter, scale=-1.0)
+
+    def settle(self) -> None:
+        """Take in what the optimizer did to weights that are kept in fp32 beside."""
+        for block in self._tensors().values():
+            block.settle()
+
+    def release(self) -> None:
+        """Round weights that are kept in fp32 beside into the model's."""
+        for block in self._tensors().values():
+            block.release()
+
+    def _tensors(self) -> dict[str, TensorBlock]:
+        return {name: block for name, block in self.blocks.items() if isinstance(block, TensorBlock)}
+
+    def masters(self) -> dict[str, Tensor]:
+        """Return the fp32 weights that are kept beside those of fewer bits."""
+        return {name: block.master for name, block in self._tensors().items() if block.master is not None}
+
+    def load_masters(self, masters: Mapping[str, Tensor]) -> None:
+        """Take over fp32 weights that were saved."""
+        for name, own in self.masters().items():
+            own.copy_(masters[name])
+
+
+def tensor_block(tensor: Tensor, parameter: nn.Parameter, *, scale: float = 1.0, master: bool = False) -> TensorBlock:
+    """Return the block of a tensor that is laid out as a parameter is, sharded or whole.
+
+    Args:
+        tensor: The parameter itself, or its gradient.
+        parameter: The parameter.
+        scale: See :class:`TensorBlock`.
+        master: See :class:`TensorBlock`.
+    """
+    if not is_sharded(parameter):
+        return TensorBlock(tensor.detach(), scale=scale, master=master)
+    local = cast("DTensor", tensor.detach()).to_local()
+    first = local_rows(parameter)
+    each = parameter.shape[1:-1].numel()
+    rows = slice(first.start * each, first.stop * each)
+    return TensorBlock(local, scale=scale, rows=rows, master=master)
+
+
+def refuse_broken_gradients(parameters: Mapping[str, nn.Parameter]) -> None:
+    """Refuse a step with a gradient that is not finite, while the weights are still as they were.
+
+    Raises:
+        SPFError: If there is one.
+    """
+    for name, parameter in parameters.items():
+        # A sum that is finite has finite parts only, and takes one look at them.
+        if parameter.grad is not None and not bool(torch.isfinite(parameter.grad.sum())):
+            raise SPFError(
+                f"{name}: expected a finite gradient before optimizer.step(), found NaN or inf; the weights are as "
+                "they were: lower the learning rate, or leave the batch out"
+            )
+
+
+def warn_of_rounding(parameters: Mapping[str, nn.Parameter]) -> None:
     """Log a warning where weights are kept in fewer bits than a projection needs."""
     types = {parameter.dtype for parameter in parameters.values()} - {torch.float32, torch.float64}
     if types:
         names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in types))
         _LOGGER.warning(
             "the weights are %s: rounding them can undo part of a projection, and the certificate tolerates that much; "
-            "train in float32 for a constraint that binds",
+            "train in float32, or give SPF(master_weights=True), for a constraint that binds",
             names,
         )

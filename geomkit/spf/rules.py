@@ -1,4 +1,4 @@
-"""What is removed from a step that conflicts with safety, as pure functions on one parameter's gradient.
+"""The rules: what is asked of a step, and what is removed from it where it conflicts with safety.
 
 Everything is said of a *step* d: the optimizer's update Δθ, or −g_u where the utility gradient itself is projected.
 To first order a step changes the safety loss by ⟨d, g_s⟩, so it *conflicts* when ⟨d, g_s⟩ > 0.
@@ -7,20 +7,21 @@ To first order a step changes the safety loss by ⟨d, g_s⟩, so it *conflicts*
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-from torch import Tensor
-
-from geomkit.algebra import add, as_matrix
 from geomkit.errors import SPFError
-from geomkit.forms import DenseGradient, FactoredGradient
-from geomkit.layer_gradient import LayerGradient
-from geomkit.subspaces import layer_subspace
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Level = Literal["gradient", "update"]
 Scope = Literal["global", "block"]
-Removal = Literal["rank1", "left", "nothing"]
+Removal = Literal["rank1", "left", "two-sided", "random", "norm-matched", "nothing"]
+Promise = Literal["every block", "every anchor", "subspace", "nothing"]
+Badge = Literal["own", "replicated", "published code", "from its formula", "baseline", "control"]
+SafetyLoss = Literal["refusal", "kl"]
+
+_SUBSPACES = ("left", "two-sided", "random")
 
 
 @dataclass(frozen=True)
@@ -32,30 +33,74 @@ class Rule:
         level: ``"gradient"``: the utility gradient is projected and then handed to the optimizer, whose momentum,
             preconditioner and weight decay may put the conflict back. ``"update"``: the optimizer's own update is
             projected, so the constraint holds for what is applied.
-        scope: ``"global"`` tests the conflict once over all parameters, ``"block"`` once per parameter.
-        removal: ``"rank1"`` removes the component along g_s; ``"left"`` removes everything in the span of the top
-            ``rank`` left singular vectors of g_s; ``"nothing"`` removes nothing.
-        rank: k of ``"left"``.
+        scope: ``"global"`` tests the conflict once over all blocks, ``"block"`` once per block.
+        removal: What goes: ``"rank1"`` the component along g_s; ``"left"`` everything in the span of the top ``rank``
+            left singular vectors of g_s; ``"two-sided"`` in that of the left and in that of the right ones;
+            ``"random"`` in a random span; ``"norm-matched"`` as much as ``"rank1"`` removes, in a random direction.
+        badge: Where it comes from: geomkit's ``"own"``, ``"replicated"`` (an independent reading of the paper),
+            ``"published code"``, ``"from its formula"`` (no code was to be had), ``"baseline"`` or ``"control"``.
+        source: The paper or code, and how the rule differs.
+        formula: What happens to a step that conflicts.
+        guarantee: What is promised of the applied update.
+        test: The test that pins it.
+        rank: k of the subspaces.
+        each_anchor: Whether every anchor's own gradient is a constraint, rather than their mean's.
+        always: Whether the subspace is closed to all steps, in conflict or not, and never computed anew.
         adds: Multiple of g_s that is added to the utility gradient.
+        loss: ``"refusal"``: cross-entropy on the anchors' refusals; ``"kl"``: the KL divergence from the model before
+            training on the same tokens.
         drift_correction: Also undo what earlier steps did beyond first order: where the anchors' loss L_s exceeds its
-            value L_ref before training, demand Σ ⟨Δθ, g_s⟩ ≤ L_ref − L_s, by a step of the needed length along −g_s.
-        source: Where the rule comes from, and how it differs.
+            value L_ref before training, demand Σ ⟨Δθ, g_s⟩ ≤ L_ref − L_s of the applied update.
     """
 
     name: str
     level: Level
     scope: Scope
     removal: Removal
-    source: str
+    badge: Badge = "own"
+    source: str = ""
+    formula: str = ""
+    guarantee: str = "nothing"
+    test: str = ""
     rank: int = 0
+    each_anchor: bool = False
+    always: bool = False
     adds: float = 0.0
+    loss: SafetyLoss = "refusal"
     drift_correction: bool = False
 
     @property
-    def guarantees(self) -> bool:
-        """Whether ⟨Δθ, g_s⟩ ≤ 0 is promised, parameter by parameter, for the update that is applied."""
-        return self.level == "update"
+    def has_subspace(self) -> bool:
+        """Whether it removes a subspace."""
+        return self.removal in _SUBSPACES
 
+    @property
+    def constrains(self) -> bool:
+        """Whether it demands ⟨d, g_s⟩ ≤ 0 of a step."""
+        published_subspace = self.level == "gradient" and self.has_subspace  # which stops at the subspace
+        return self.removal in {"rank1", "left", "two-sided"} and not self.always and not published_subspace
+
+    @property
+    def promise(self) -> Promise:
+        """What holds of every update that is applied, and is checked on the weights.
+
+        ``"every block"``: ⟨Δθ, g_s⟩ ≤ 0 for each block; ``"every anchor"``: for each constraint, summed over the
+        blocks; ``"subspace"``: the weights do not move inside the subspace at all.
+        """
+        if self.level == "gradient" or not (self.constrains or self.always):
+            return "nothing"
+        if self.always:
+            return "subspace"
+        return "every block" if self.scope == "block" else "every anchor"
+
+    @property
+    def guarantees(self) -> bool:
+        """Whether anything is promised of the update that is applied."""
+        return self.promise != "nothing"
+
+
+_BLOCK_PROMISE = "⟨Δθ, g_s⟩ ≤ 0 for every block and step"
+_TESTS = "tests/spf/test_rules.py::"
 
 RULES: Mapping[str, Rule] = MappingProxyType(
     {
@@ -66,7 +111,11 @@ RULES: Mapping[str, Rule] = MappingProxyType(
                 "update",
                 "block",
                 "rank1",
-                "geomkit: the demonstration code's projection, on the update, with drift correction",
+                "own",
+                "the demonstration code's projection, on the update",
+                formula="Δ − g_s ⟨Δ, g_s⟩₊ / ‖g_s‖²",
+                guarantee=_BLOCK_PROMISE,
+                test=_TESTS + "test_rank1_values",
                 drift_correction=True,
             ),
             Rule(
@@ -74,32 +123,153 @@ RULES: Mapping[str, Rule] = MappingProxyType(
                 "update",
                 "block",
                 "left",
-                "geomkit: the paper's subspace, on the update, with a harmless tail and drift correction",
+                "own",
+                "the paper's subspace, on the update; where the rest of g_s conflicts, that too",
+                formula="(I − UUᵀ) Δ, then rank1 with (I − UUᵀ) g_s",
+                guarantee=_BLOCK_PROMISE + "; UᵀΔθ = 0 where it conflicted",
+                test=_TESTS + "test_left_values",
                 rank=10,
                 drift_correction=True,
+            ),
+            Rule(
+                "two-sided",
+                "update",
+                "block",
+                "two-sided",
+                "own",
+                "the subspaces of both sides, on the update",
+                formula="(I − UUᵀ) Δ (I − VVᵀ), then rank1 with (I − UUᵀ) g_s (I − VVᵀ)",
+                guarantee=_BLOCK_PROMISE + "; UᵀΔθ = 0 and ΔθV = 0 where it conflicted",
+                test=_TESTS + "test_two_sided_values",
+                rank=10,
+                drift_correction=True,
+            ),
+            Rule(
+                "cone",
+                "update",
+                "global",
+                "rank1",
+                "own",
+                "GEM's quadratic programme (arXiv 1706.08840), on the update, with the anchors as tasks",
+                formula="Δ − Jᵀλ, λ = argmin over λ ≥ 0 of ‖Δ − Jᵀλ‖",
+                guarantee="⟨Δθ, g_i⟩ ≤ 0 for every anchor i of the step",
+                test=_TESTS + "test_cone_values",
+                each_anchor=True,
+                drift_correction=True,
+            ),
+            Rule(
+                "null-space",
+                "update",
+                "block",
+                "left",
+                "own",
+                "Adam-NSCL's projection of updates (arXiv 2103.07113), with g_s before training for its features",
+                formula="W ← W − U (UᵀW − UᵀW₀), U before training",
+                guarantee="UᵀW = UᵀW₀ after every step",
+                test=_TESTS + "test_null_space_values",
+                rank=10,
+                always=True,
             ),
             Rule(
                 "paper",
                 "gradient",
                 "global",
                 "left",
+                "replicated",
                 "arXiv 2601.10141, Algorithm 1, as replicated (there with one fixed anchor)",
+                formula="(I − UUᵀ) g_u",
+                test=_TESTS + "test_paper_values",
                 rank=20,
             ),
-            Rule("demo", "gradient", "block", "rank1", "the paper's public demonstration code"),
-            Rule("mixing", "gradient", "block", "nothing", "baseline: the safety loss added to the task's", adds=1.0),
-            Rule("measure", "gradient", "block", "nothing", "control: a plain fine-tune, only measured"),
+            Rule(
+                "demo",
+                "gradient",
+                "block",
+                "rank1",
+                "published code",
+                "the paper's public demonstration code",
+                formula="g_u − g_s ⟨g_u, g_s⟩₋ / ‖g_s‖²",
+                test=_TESTS + "test_demo_values",
+            ),
+            Rule(
+                "safegrad",
+                "gradient",
+                "global",
+                "rank1",
+                "from its formula",
+                "SafeGrad (arXiv 2508.07172), with ρ = 1 and KL(before ‖ now) on the anchors",
+                formula="g_u − g_a ⟨g_u, g_a⟩₋ / ‖g_a‖² + ρ g_a",
+                test=_TESTS + "test_safegrad_values",
+                adds=1.0,
+                loss="kl",
+            ),
+            Rule(
+                "mixing",
+                "gradient",
+                "block",
+                "nothing",
+                "baseline",
+                "the safety loss added to the task's",
+                formula="g_u + g_s",
+                test=_TESTS + "test_mixing_values",
+                adds=1.0,
+            ),
+            Rule(
+                "random",
+                "update",
+                "block",
+                "random",
+                "control",
+                "a random subspace, where left would remove its own",
+                formula="(I − RRᵀ) Δ, R random",
+                test=_TESTS + "test_random_values",
+                rank=10,
+            ),
+            Rule(
+                "norm-matched",
+                "update",
+                "block",
+                "norm-matched",
+                "control",
+                "a random direction, as much as rank1 would remove",
+                formula="Δ − E ⟨Δ, g_s⟩₊ / ‖g_s‖, ‖E‖ = 1 random",
+                test=_TESTS + "test_norm_matched_values",
+            ),
+            Rule(
+                "measure",
+                "gradient",
+                "block",
+                "nothing",
+                "control",
+                "a plain fine-tune, only measured",
+                formula="g_u",
+                test=_TESTS + "test_measure_values",
+            ),
         )
     }
 )
 """Every rule by name; :func:`get_rule` looks one up."""
 
 
+def rules() -> "pd.DataFrame":
+    """Return a row per rule: ``rule``, ``badge``, ``source``, ``formula``, ``guarantee`` and the ``test`` that pins it.
+
+    Example:
+        >>> rules().set_index("rule").loc["demo", "formula"]
+        'g_u − g_s ⟨g_u, g_s⟩₋ / ‖g_s‖²'
+    """
+    import pandas as pd
+
+    columns = ("name", "level", "badge", "formula", "guarantee", "source", "test")
+    rows = [{column: getattr(rule, column) for column in columns} for rule in RULES.values()]
+    return pd.DataFrame(rows).rename(columns={"name": "rule"})
+
+
 def get_rule(rule: str | Rule, rank: int | None = None, *, drift_correction: bool | None = None) -> Rule:
     """Look a rule up by name, and change its rank or its drift correction where one is given.
 
     Raises:
-        SPFError: If no rule has that name, it has no rank to change, or it cannot correct drift.
+        SPFError: If no rule has that name, or it has no rank to change.
 
     Example:
         >>> get_rule("left", rank=5).rank
@@ -110,142 +280,11 @@ def get_rule(rule: str | Rule, rank: int | None = None, *, drift_correction: boo
             raise SPFError(f"expected one of the rules {', '.join(RULES)}, found '{rule}'")
         rule = RULES[rule]
     if drift_correction is not None:
-        if drift_correction and not rule.guarantees:
-            raise SPFError(
-                f"expected a rule on the update for drift correction, found '{rule.name}'; use rank1 or left"
-            )
         rule = replace(rule, drift_correction=drift_correction)
     if rank is None:
         return rule
-    if rule.removal != "left" or rank < 1:
+    if not rule.has_subspace or rank < 1:
         raise SPFError(
             f"expected a positive rank for a rule that removes a subspace, found rank={rank} for '{rule.name}'"
         )
     return replace(rule, rank=rank)
-
-
-# ------------------------------------------------------------------------------------------------- protection
-
-
-@dataclass(frozen=True, eq=False)
-class Protection:
-    """What one parameter is protected by: its safety gradient and, for ``"left"``, a basis.
-
-    Attributes:
-        gradient: g_s of the parameter.
-        basis: U, (rows, k), orthonormal, fp32; ``None`` for rank-1 rules and vectors.
-        tail: (I − UUᵀ) g_s, what the basis leaves of g_s; ``None`` without a basis or where it leaves nothing.
-    """
-
-    gradient: LayerGradient
-    basis: Tensor | None = None
-    tail: LayerGradient | None = None
-
-
-def protect(rule: Rule, gradient: LayerGradient) -> Protection:
-    """Prepare a rule for one parameter.
-
-    A vector has a single left singular vector, itself, so ``"left"`` is ``"rank1"`` there.
-
-    Args:
-        rule: The rule.
-        gradient: The parameter's safety gradient.
-    """
-    if rule.removal != "left" or min(gradient.matrix_shape) == 1:
-        return Protection(gradient)
-    found = layer_subspace(gradient, rank=rule.rank)
-    basis = found.basis.to(gradient.device)
-    # The published form stops at the subspace; a promise about g_s as a whole needs the rest of it too.
-    needs_tail = rule.guarantees and basis.shape[1] < found.numeric_rank
-    return Protection(gradient, basis, _outside(gradient, basis) if needs_tail else None)
-
-
-def _outside(gradient: LayerGradient, basis: Tensor) -> LayerGradient:
-    if isinstance(gradient, FactoredGradient):
-        return FactoredGradient(gradient.left - (gradient.left @ basis) @ basis.T, gradient.right)
-    if isinstance(gradient, DenseGradient):
-        matrix = as_matrix(gradient)
-        return DenseGradient((matrix - basis @ (basis.T @ matrix)).reshape(gradient.shape), gradient.tokens)
-    inside = FactoredGradient(-basis.T, gradient.rmatmul(basis.T))
-    return add([gradient, inside], keep_factors=True)
-
-
-# --------------------------------------------------------------------------------------------------- removing
-
-
-@dataclass(frozen=True, eq=False)
-class Reading:
-    """The coordinates of a tensor that a rule cares about; linear in the tensor.
-
-    Attributes:
-        dot: ⟨W, g_s⟩.
-        inside: UᵀW, (k, columns), fp64; ``None`` without a basis.
-        tail: ⟨W, (I − UUᵀ) g_s⟩; 0 without a tail.
-    """
-
-    dot: float
-    inside: Tensor | None
-    tail: float
-
-    def __sub__(self, other: "Reading") -> "Reading":
-        """Return the reading of the difference."""
-        inside = None if self.inside is None or other.inside is None else self.inside - other.inside
-        return Reading(self.dot - other.dot, inside, self.tail - other.tail)
-
-    def scaled(self, scale: float) -> "Reading":
-        """Return the reading of the scaled tensor."""
-        return Reading(self.dot * scale, None if self.inside is None else self.inside * scale, self.tail * scale)
-
-    @property
-    def size(self) -> float:
-        """The norm of the coordinates that a removal brings to zero."""
-        return abs(self.dot) if self.inside is None else float(self.inside.norm())
-
-
-def read(protection: Protection, weight: Tensor) -> Reading:
-    """Read a tensor's protected coordinates, in fp64.
-
-    The difference of two readings is the reading of an update, so an update can be judged without a copy of the
-    weights.
-
-    Args:
-        protection: What the parameter is protected by.
-        weight: A tensor of the parameter's shape.
-    """
-    inside = None
-    if protection.basis is not None:
-        basis = protection.basis.double()
-        matrix = weight.reshape(protection.gradient.matrix_shape)
-        inside = torch.cat([basis.T @ strip.double() for strip in torch.split(matrix, 4096, dim=1)], dim=1)
-    return Reading(
-        protection.gradient.dot(weight), inside, protection.tail.dot(weight) if protection.tail is not None else 0.0
-    )
-
-
-def remove(protection: Protection, step: Reading, weight: Tensor, scale: float = 1.0) -> float:
-    """Take the conflicting part of a step out of a tensor, in place.
-
-    With a basis the step is left orthogonal to U and not in conflict with the tail; without one, orthogonal to g_s.
-
-    Args:
-        protection: What the parameter is protected by.
-        step: The reading of the step.
-        weight: The tensor that holds the step, or the weights it was added to.
-        scale: The step is in ``weight`` times this (−1 for a gradient).
-
-    Returns:
-        The norm of what was removed.
-    """
-    if protection.basis is None or step.inside is None:
-        norm = protection.gradient.norm
-        if not norm:
-            return 0.0
-        protection.gradient.add_to(weight, -scale * step.dot / norm**2)
-        return abs(step.dot) / norm
-    matrix = weight.view(protection.gradient.matrix_shape)
-    matrix.sub_((protection.basis.double() @ step.inside).to(weight.dtype), alpha=scale)
-    removed = float(step.inside.square().sum())
-    if protection.tail is not None and step.tail > 0:
-        protection.tail.add_to(weight, -scale * step.tail / protection.tail.norm**2)
-        removed += (step.tail / protection.tail.norm) ** 2
-    return float(removed**0.5)

@@ -1,0 +1,56 @@
+"""The state of a guard beside a checkpoint, so that a resumed run goes on as the uninterrupted one would."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from geomkit._files import Draft
+from geomkit.errors import SPFError
+
+STATE_FILE = "spf.safetensors"
+"""Written last into a checkpoint, and in one step: where it is, the checkpoint is complete."""
+
+
+def save_state(state: Mapping[str, Tensor], rule: str, folder: Path) -> None:
+    """Write a guard's state.
+
+    Args:
+        state: What :meth:`Guard.state` returned.
+        rule: Name of the rule.
+        folder: The checkpoint, which exists.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    with Draft(folder, STATE_FILE) as draft:
+        draft.write(save(tensors, {"spf": json.dumps({"rule": rule})}))
+        draft.move_to(folder / STATE_FILE)
+
+
+def load_state(folder: Path, rule: str) -> dict[str, Tensor]:
+    """Read a guard's state.
+
+    Args:
+        folder: The checkpoint.
+        rule: Name of the rule that goes on.
+
+    Raises:
+        SPFError: If there is none, it cannot be read, or it belongs to another rule.
+    """
+    path = folder / STATE_FILE
+    if not path.is_file():
+        raise SPFError(
+            f"expected the state of SPF at {path}, found none: the safety loss before training is not known any more; "
+            "resume from a checkpoint that was saved completely and under SPF"
+        )
+    try:
+        with safe_open(path, "pt") as file:
+            saved = json.loads((file.metadata() or {}).get("spf", "{}")).get("rule")
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise SPFError(f"expected the state of SPF at {path}, found a corrupt file: {error}") from None
+    if saved != rule:
+        raise SPFError(f"expected a run under the rule '{saved}' to go on, found '{rule}'; resume with the same SPF")
+    return state

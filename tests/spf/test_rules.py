@@ -1,0 +1,321 @@
+"""Every rule on small matrices, against numpy; the table of the rules; and properties of all."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from geomkit.errors import SPFError
+from geomkit.forms import DenseGradient, FactoredGradient
+from geomkit.spf import RULES, Rule, rules
+from geomkit.spf.blocks import TensorBlock
+from geomkit.spf.nearest import Demands
+from geomkit.spf.plans import plan
+from geomkit.spf.protection import protect
+from geomkit.spf.reading import read_all
+from geomkit.spf.rules import get_rule
+from tests.forms import FORMS, drawn, seeded
+
+INFINITE = np.inf
+
+
+def projected(rule, gradients, steps, *, scale=1.0, firm=None, drift=INFINITE, budget=np.inf, mean=None):
+    """Apply a rule to the steps of some blocks; each block's gradient may be one per constraint."""
+    gradients = {name: own if isinstance(own, list) else [own] for name, own in gradients.items()}
+    tensors = {name: torch.as_tensor(step, dtype=torch.float32).clone() * scale for name, step in steps.items()}
+    blocks = {name: TensorBlock(tensor, scale=scale) for name, tensor in tensors.items()}
+    protections = {name: protect(rule, own, name) for name, own in gradients.items()}
+    count = len(next(iter(gradients.values())))
+    firm = (0.0 if rule.constrains else INFINITE) if firm is None else firm
+    mean = 1 / count if mean is None else mean
+    demands = Demands(*(np.array(np.broadcast_to(each, count)) for each in (mean, firm, drift)), budget)
+    found = plan(rule, blocks, protections, read_all(blocks, protections), demands)
+    for name, moves in found.moves.items():
+        blocks[name].apply(moves)
+    return {name: (tensor * scale).numpy() for name, tensor in tensors.items()}, found
+
+
+def dense(matrix):
+    return DenseGradient(torch.as_tensor(matrix, dtype=torch.float32), tokens=99)
+
+
+def pair(seed=0, shape=(6, 4)):
+    """A safety gradient and a step that conflicts with it."""
+    generator = np.random.default_rng(seed)
+    safety = generator.normal(size=shape).astype(np.float32)
+    step = (0.4 * safety + generator.normal(size=shape)).astype(np.float32)
+    assert (safety * step).sum() > 0
+    return safety, step
+
+
+# -------------------------------------------------------------------------------------- published code, by hand
+
+
+def test_demo_values():
+    """Per tensor: g_u ← g_u − ⟨g_u, g_s⟩/‖g_s‖² g_s where ⟨g_u, g_s⟩ < 0; steps are −g_u."""
+    safety = {"a": [[2.0, 0.0]], "b": [[0.0, 1.0]]}
+    utility = {"a": np.array([[-3.0, 1.0]]), "b": np.array([[5.0, 2.0]])}
+    found, _ = projected(
+        RULES["demo"], {n: dense(g) for n, g in safety.items()}, {n: -g for n, g in utility.items()}, scale=-1.0
+    )
+    np.testing.assert_allclose(-found["a"], [[0.0, 1.0]])  # −6 < 0: the part (−3, 0) goes
+    np.testing.assert_allclose(-found["b"], [[5.0, 2.0]])  # +2: unchanged, to the bit
+
+
+def test_paper_values():
+    """One test over all blocks, then g_u ← g_u − U_k U_kᵀ g_u in every block, computed by numpy."""
+    (a, step_a), (b, step_b) = pair(0), pair(1)
+    step_b = -0.3 * step_b  # agrees with safety by itself, but less than the other block conflicts
+    rule = get_rule("paper", rank=2)
+    assert (a * step_a).sum() + (b * step_b).sum() > 0 > (b * step_b).sum()
+    found, done = projected(rule, {"a": dense(a), "b": dense(b)}, {"a": step_a, "b": step_b}, scale=-1.0)
+    for name, safety, step in (("a", a, step_a), ("b", b, step_b)):
+        left = np.linalg.svd(safety)[0][:, :2]
+        np.testing.assert_allclose(found[name], step - left @ (left.T @ step), atol=1e-6)
+    assert done.fired == {"a", "b"}
+    unchanged, done = projected(rule, {"a": dense(a), "b": dense(b)}, {"a": -step_a, "b": step_b}, scale=-1.0)
+    assert (unchanged["a"] == -step_a).all()
+    assert not done.fired
+
+
+def test_safegrad_values():
+    """One coefficient for the flattened model: g_u − ⟨g_u, g_a⟩/‖g_a‖² g_a; ρ g_a is added by the guard."""
+    (a, step_a), (b, step_b) = pair(0), pair(1, (3, 5))
+    found, _ = projected(RULES["safegrad"], {"a": dense(a), "b": dense(b)}, {"a": step_a, "b": step_b}, scale=-1.0)
+    flat_g, flat_d = (np.concatenate([x.ravel(), y.ravel()]) for x, y in ((a, b), (step_a, step_b)))
+    expected = flat_d - (flat_d @ flat_g) / (flat_g @ flat_g) * flat_g
+    np.testing.assert_allclose(np.concatenate([found["a"].ravel(), found["b"].ravel()]), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["mixing", "measure"])
+def test_mixing_values(name):
+    """Nothing is removed; what mixing adds is in tests of the guard."""
+    safety, step = pair()
+    found, done = projected(RULES[name], {"a": dense(safety)}, {"a": step}, scale=-1.0)
+    assert (found["a"] == step).all()
+    assert not done.moves
+    assert RULES[name].adds == (name == "mixing")
+
+
+test_measure_values = test_mixing_values
+
+
+# ----------------------------------------------------------------------------------------------- on the update
+
+
+def test_rank1_values():
+    """d = (3, 1), g = (2, 0): the part along g is (3, 0)."""
+    found, done = projected(RULES["rank1"], {"a": dense([[2.0, 0.0]])}, {"a": [[3.0, 1.0]]})
+    np.testing.assert_allclose(found["a"], [[0.0, 1.0]])
+    assert done.removed == {"a": pytest.approx(3.0)}
+    assert done.dots["a"] == pytest.approx([0.0], abs=1e-12)
+
+
+def test_rank1_with_drift_is_the_nearest_step_of_all():
+    """Blocks (x), (y) with gradient 1 each: x, y ≤ 0 and x + y ≤ −1, from (1, −.2): nearest is (0, −1)."""
+    one = {"a": dense([[1.0]]), "b": dense([[1.0]])}
+    found, done = projected(RULES["rank1"], one, {"a": [[1.0]], "b": [[-0.2]]}, drift=-1.0)
+    assert [float(found[name].item()) for name in "ab"] == pytest.approx([0.0, -1.0], abs=1e-6)
+    # Of the way from (0, −.2), the firm solution, a budget of a quarter of the step's norm allows that much.
+    norm = float(np.hypot(1, 0.2))
+    found, done = projected(RULES["rank1"], one, {"a": [[1.0]], "b": [[-0.2]]}, drift=-1.0, budget=0.25)
+    assert found["b"].item() == pytest.approx(-0.2 - 0.25 * norm, abs=1e-6)
+    assert done.corrected == pytest.approx(0.25 * norm)
+    assert -0.2 - 0.25 * norm <= done.bounds[0] <= 0
+
+
+def test_left_values():
+    """(I − UUᵀ) d, and where the rest of g_s conflicts, its part along that too; numpy."""
+    safety, step = pair()
+    found, done = projected(get_rule("left", rank=2), {"a": dense(safety)}, {"a": step})
+    left = np.linalg.svd(safety)[0][:, :2]
+    rest, tail = step - left @ (left.T @ step), safety - left @ (left.T @ safety)
+    expected = rest - max((rest * tail).sum(), 0) / (tail**2).sum() * tail
+    np.testing.assert_allclose(found["a"], expected, atol=1e-6)
+    assert (found["a"] * safety).sum() <= 1e-6
+    assert np.abs(left.T @ found["a"]).max() < 1e-6
+    assert done.removed["a"] == pytest.approx(np.linalg.norm(step - expected), rel=1e-5)
+
+
+def test_two_sided_values():
+    """(I − UUᵀ) d (I − VVᵀ), and what conflicts with the rest of g_s; numpy."""
+    safety, step = pair(3)
+    found, _ = projected(get_rule("two-sided", rank=2), {"a": dense(safety)}, {"a": step})
+    u, s, vt = np.linalg.svd(safety)
+    inner = (np.eye(6) - u[:, :2] @ u[:, :2].T) @ step @ (np.eye(4) - vt[:2].T @ vt[:2])
+    tail = sum(s[i] * np.outer(u[:, i], vt[i]) for i in (2, 3))
+    expected = inner - max((inner * tail).sum(), 0) / (tail**2).sum() * tail
+    np.testing.assert_allclose(found["a"], expected, atol=1e-6)
+    assert np.abs(found["a"] @ vt[:2].T).max() < 1e-6
+
+
+def test_cone_values():
+    """Two anchors, (1, 0) and (0, 1) over two blocks: d = (2, −1) keeps −1 and loses 2."""
+    zero, one = dense([[0.0]]), dense([[1.0]])
+    found, done = projected(RULES["cone"], {"a": [one, zero], "b": [zero, one]}, {"a": [[2.0]], "b": [[-1.0]]})
+    assert [found[name].item() for name in "ab"] == pytest.approx([0.0, -1.0], abs=1e-6)
+    assert sum(done.dots.values()) == pytest.approx([0.0, -1.0], abs=1e-9)
+    safety = [dense(pair(seed)[0]) for seed in range(3)]
+    step = pair(5)[1] + sum(g.dense().numpy() for g in safety)
+    found, _ = projected(RULES["cone"], {"a": safety}, {"a": step})
+    assert all((g.dense().numpy() * found["a"]).sum() <= 1e-4 for g in safety)
+
+
+def test_null_space_values():
+    """What lies in the subspace goes, conflict or not."""
+    safety, step = pair()
+    left = np.linalg.svd(safety)[0][:, :2]
+    rule = get_rule("null-space", rank=2)
+    for sign in (1, -1):
+        found, _ = projected(rule, {"a": dense(safety)}, {"a": sign * step})
+        np.testing.assert_allclose(found["a"], sign * (step - left @ (left.T @ step)), atol=1e-6)
+
+
+def test_random_values():
+    """An orthonormal basis that depends on the block's name only, removed where the step conflicts."""
+    safety, step = pair()
+    rule = get_rule("random", rank=2)
+    basis = protect(rule, [dense(safety)], "a").left.numpy()
+    np.testing.assert_allclose(basis.T @ basis, np.eye(2), atol=1e-6)
+    found, _ = projected(rule, {"a": dense(safety)}, {"a": step})
+    np.testing.assert_allclose(found["a"], step - basis @ (basis.T @ step), atol=1e-6)
+    unchanged, _ = projected(rule, {"a": dense(safety)}, {"a": -step})
+    assert (unchanged["a"] == -step).all()
+
+
+def test_norm_matched_values():
+    """As much goes as rank1 would remove, in a direction of rank one that has nothing to do with safety."""
+    safety, step = pair(shape=(40, 30))
+    found, done = projected(RULES["norm-matched"], {"a": dense(safety)}, {"a": step})
+    removed = step - found["a"]
+    expected = (step * safety).sum() / np.linalg.norm(safety)
+    assert np.linalg.norm(removed) == pytest.approx(expected, rel=1e-5)
+    assert done.removed["a"] == pytest.approx(expected, rel=1e-5)
+    assert np.linalg.matrix_rank(removed, tol=1e-3) == 1
+    assert abs((removed * safety).sum()) < 0.2 * np.linalg.norm(removed) * np.linalg.norm(safety)
+
+
+def test_the_fence_steps_back_without_a_new_conflict():
+    """A benign gradient that points against safety's: what is asked of it is met beside the safety constraint."""
+    generator = np.random.default_rng(0)
+    safety = generator.normal(size=(5, 4))
+    benign = -0.8 * safety + generator.normal(size=(5, 4))
+    step = generator.normal(size=(5, 4))
+    gradients = {"a": [dense(safety), dense(benign)]}
+    bound = float((step * benign).sum()) - 1
+    asked = {"firm": [0.0, INFINITE], "drift": [INFINITE, bound], "mean": [1.0, 0.0]}
+    found, done = projected(RULES["rank1"], gradients, {"a": step}, **asked)
+    assert (found["a"] * safety).sum() <= 1e-5
+    assert (found["a"] * benign).sum() == pytest.approx(bound, abs=1e-4)
+    assert done.corrected > 0
+    assert done.bounds == pytest.approx([0.0, bound])
+
+
+def test_where_benign_and_safety_contradict_safety_is_kept():
+    safety = np.eye(3)
+    gradients = {"a": [dense(safety), dense(-safety)]}
+    asked = {"firm": [0.0, INFINITE], "drift": [-1.0, -1.0], "mean": [1.0, 0.0]}
+    found, done = projected(RULES["rank1"], gradients, {"a": safety + 0.1}, **asked)
+    assert (found["a"] * safety).sum() == pytest.approx(0.0, abs=1e-6)
+    assert done.bounds.tolist() == [0.0, INFINITE]
+
+
+# ------------------------------------------------------------------------------------------------- properties
+
+BLOCK_RULES = [name for name, rule in RULES.items() if rule.promise == "every block"]
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10**6), rule=st.sampled_from(BLOCK_RULES), tokens=st.integers(1, 5))
+def test_no_block_conflicts_afterwards_and_the_rest_is_not_touched(seed, rule, tokens):
+    generator = seeded(seed)
+    gradients = {
+        name: FactoredGradient(torch.randn(tokens, 7, generator=generator), torch.randn(tokens, 5, generator=generator))
+        for name in "abc"
+    }
+    steps = {name: torch.randn(7, 5, generator=generator) for name in gradients}
+    found, _ = projected(get_rule(rule, rank=2 if RULES[rule].has_subspace else None), gradients, steps)
+    for name, gradient in gradients.items():
+        before, after = gradient.dot(steps[name]), gradient.dot(torch.from_numpy(found[name]))
+        assert after <= 1e-5 * gradient.norm
+        if before <= 0:
+            assert (found[name] == steps[name].numpy()).all()
+        # An orthogonal projection: what is left agrees with the step and is no longer than it.
+        assert (found[name] * steps[name].numpy()).sum() >= -1e-5
+        assert np.linalg.norm(found[name]) <= np.linalg.norm(steps[name]) * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if form != "zero"])
+@pytest.mark.parametrize("rule", ["rank1", "left", "two-sided", "norm-matched", "paper"])
+def test_every_form_is_protected_as_its_dense_matrix_is(rule, form):
+    generator = seeded(3)
+    gradient = drawn(form, (9, 7), generator)
+    step = gradient.dense() + 0.5 * torch.randn(9, 7, generator=generator)
+    chosen = get_rule(rule, rank=1 if RULES[rule].has_subspace else None)
+    ours, done = projected(chosen, {"a": gradient}, {"a": step})
+    theirs, expected = projected(chosen, {"a": DenseGradient(gradient.dense(), gradient.rank_bound)}, {"a": step})
+    np.testing.assert_allclose(ours["a"], theirs["a"], atol=1e-5, rtol=1e-5)
+    assert done.dots["a"] == pytest.approx(expected.dots["a"], abs=1e-3)
+    assert done.removed["a"] == pytest.approx(expected.removed["a"], rel=1e-4)
+
+
+@pytest.mark.parametrize("rule", ["rank1", "left", "two-sided", "null-space", "norm-matched", "paper"])
+@pytest.mark.parametrize("shape", [(6,), (2, 5, 4)], ids=["vector", "experts"])
+def test_vectors_and_experts(rule, shape):
+    generator = seeded(1)
+    safety, step = torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
+    step = step + safety
+    chosen = get_rule(rule, rank=2 if RULES[rule].has_subspace else None)
+    found, _ = projected(chosen, {"a": DenseGradient(safety, 9)}, {"a": step})
+    assert found["a"].shape == shape
+    if chosen.constrains:
+        assert (found["a"] * safety.numpy()).sum() <= 1e-5
+
+
+@pytest.mark.parametrize("rule", ["rank1", "left", "two-sided", "paper", "null-space", "random"])
+def test_a_rank_above_the_gradients_own_protects_what_there_is(rule):
+    generator = seeded(2)
+    gradient = FactoredGradient(torch.randn(3, 8, generator=generator), torch.randn(3, 7, generator=generator))
+    step = gradient.dense() + 0.1 * torch.randn(8, 7, generator=generator)
+    chosen = get_rule(rule, rank=20 if RULES[rule].has_subspace else None)
+    found, _ = projected(chosen, {"a": gradient}, {"a": step})
+    if rule != "random":
+        assert gradient.dot(torch.from_numpy(found["a"])) <= 1e-4
+    left = protect(chosen, [gradient], "a").left
+    assert left is None or left.shape == (8, 3)
+
+
+# -------------------------------------------------------------------------------------------------- the table
+
+
+def test_every_rule_names_the_test_that_pins_it():
+    root = Path(__file__).parents[2]
+    for rule in RULES.values():
+        file, name = rule.test.split("::")
+        assert re.search(rf"^(def )?{name}\b", (root / file).read_text(), re.MULTILINE), rule.name
+        assert rule.formula
+        assert rule.source
+        assert (rule.guarantee != "nothing") == rule.guarantees
+    assert rules()["rule"].tolist() == list(RULES)
+
+
+def test_the_readme_has_the_table_of_the_rules():
+    text = (Path(__file__).parents[2] / "README.md").read_text()
+    for rule in RULES.values():
+        assert f"| `{rule.name}` | {rule.badge} | {rule.formula} | {rule.guarantee} | {rule.source} |" in text, (
+            rule.name
+        )
+
+
+def test_an_unknown_rule_lists_the_known_ones_and_a_rank_needs_a_subspace():
+    with pytest.raises(SPFError, match=r"expected one of the rules rank1, left, .* found 'none'"):
+        get_rule("none")
+    for rule, rank in (("rank1", 3), ("left", 0)):
+        with pytest.raises(SPFError, match="positive rank"):
+            get_rule(rule, rank=rank)
+    assert get_rule("demo", drift_correction=True).drift_correction
+    assert Rule("mine", "update", "block", "rank1").promise == "every block"
