@@ -1,11 +1,12 @@
 """The included fine-tuning loop: ``transformers.Trainer`` with the parts that a safe run needs."""
 
 import copy
+import hashlib
 import math
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from transformers import (
 from geomkit._callbacks import LossCheck, ProgressBar
 from geomkit._display import html_table
 from geomkit.batching import collate
+from geomkit.checkpoints import LOG, MarkComplete, last_complete
 from geomkit.errors import DataError, GeomkitError
 from geomkit.loss import losses_of
 from geomkit.spf.callback import SPFCallback
@@ -143,6 +145,8 @@ def finetune(
     inplace: bool = False,
     progress: bool = True,
     callbacks: Sequence[TrainerCallback] = (),
+    checkpoints: str | Path | None = None,
+    save_steps: int = 100,
 ) -> FineTuneResult:
     """Fine-tune on conversations, with the loss on assistant tokens, plainly or under SPF.
 
@@ -166,12 +170,16 @@ def finetune(
         inplace: Train the model itself instead of a copy; saves the copy's memory.
         progress: Show a bar.
         callbacks: More callbacks for the Trainer; they run before SPF's.
+        checkpoints: A folder that a checkpoint is written to every ``save_steps``. A run that finds one of its own
+            there goes on from the last that is complete, to the weights that it would have had uninterrupted.
+        save_steps: Steps between checkpoints; each has SPF measure anew, so it is a part of what a run depends on.
 
     Returns:
         A :class:`FineTuneResult`. Python's, numpy's and torch's global random states are left as found.
 
     Raises:
-        DataError: If the examples cannot be encoded, or there is not a single step to take.
+        DataError: If the examples cannot be encoded, there is not a single step to take, or the checkpoints are of a
+            run with other settings.
         GeomkitError: If the loss is not finite, or after the last step a weight or the loss on the first example is
             not; with ``inplace`` the model's weights are then spoilt.
         SPFError: If SPF cannot be attached, or its constraint does not hold after a step.
@@ -190,14 +198,24 @@ def finetune(
         raise DataError(f"expected something to train, found steps={steps} and epochs={epochs}; give a positive number")
     rows = encode(tokenizer, train, assistant_mask=assistant_mask, max_length=max_length)
     pad = pad_id(tokenizer)
+    settings = {
+        "learning_rate": learning_rate, "steps": steps, "epochs": epochs, "batch_size": batch_size,
+        "weight_decay": weight_decay, "warmup_steps": warmup_steps, "scheduler": scheduler, "optimizer": optimizer,
+        "gradient_accumulation_steps": gradient_accumulation_steps, "seed": seed, "save_steps": save_steps,
+        "train": hashlib.sha256(repr(rows).encode()).hexdigest(), "spf": None if spf is None else spf.describe(),
+    }  # fmt: skip
+    resume = last_complete(Path(checkpoints), settings) if checkpoints else None
+    if spf is not None and checkpoints and spf.log is None:
+        spf = replace(spf, log=Path(checkpoints) / LOG)
     trained = model if inplace else copy.deepcopy(model)
-    guard = SPFCallback(spf) if spf is not None else None
+    guard = SPFCallback(spf, resume=resume) if spf is not None else None
     bar = ProgressBar() if progress else None
-    own = [callback for callback in (LossCheck(), *callbacks, guard, bar) if callback is not None]
+    mark = MarkComplete(settings) if checkpoints else None
+    own = [callback for callback in (LossCheck(), *callbacks, guard, bar, mark) if callback is not None]
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch, random_state_kept(), as_found(trained):
         arguments = TrainingArguments(
-            output_dir=scratch,
+            output_dir=str(checkpoints or scratch),
             max_steps=steps if steps is not None else -1,
             num_train_epochs=epochs,
             per_device_train_batch_size=batch_size,
@@ -210,7 +228,9 @@ def finetune(
             seed=seed,
             logging_steps=1,
             logging_nan_inf_filter=False,
-            save_strategy="no",
+            save_strategy="steps" if checkpoints else "no",
+            save_steps=save_steps,
+            save_total_limit=2,
             report_to="none",
             disable_tqdm=True,
             remove_unused_columns=False,
@@ -227,7 +247,7 @@ def finetune(
         trainer.remove_callback(PrinterCallback)
         trainer.remove_callback(ProgressCallback)
         try:
-            trainer.train()
+            trainer.train(resume_from_checkpoint=str(resume) if resume else None)
         finally:
             if guard:
                 guard.detach()

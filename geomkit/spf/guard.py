@@ -20,7 +20,7 @@ from geomkit.spf.meter import Measured, Meter
 from geomkit.spf.parameters import Guarded, refuse_broken_gradients, unwrapped
 from geomkit.spf.plans import Plan, plan
 from geomkit.spf.processes import Processes
-from geomkit.spf.protection import Protection, protect, renewed
+from geomkit.spf.protection import Protection, protect, renewed, without_subspaces
 from geomkit.spf.reading import Reading, read_all
 from geomkit.spf.records import StepRecord
 from geomkit.spf.rules import RULES, Rule
@@ -157,7 +157,7 @@ class Guard:
         left = self._kept.pop(name, None)
         if left is None and (kept is None or kept.left is None):
             return protect(self.rule, gradients, name, self._options.seed)
-        bare = protect(replace(self.rule, removal="rank1"), gradients, name, self._options.seed)
+        bare = without_subspaces(gradients, name, self._options.seed)
         old = replace(bare, left=left) if kept is None or kept.left is None else renewed(bare, kept)
         share = self._options.refresh_energy
         if self.rule.always or (share is not None and old.captured >= share * old.energy):
@@ -267,9 +267,11 @@ class Guard:
     # --------------------------------------------------------------------------------------------------- resuming
 
     def state(self) -> dict[str, Tensor]:
-        """Return what a resumed run needs to know; the next step measures anew, here as there."""
+        """Return what a resumed run needs to know; the next step measures all else anew, here as there."""
         self._measured = None
-        bases = {name: one for name, one in self._protections.items() if one.left is not None and self.rule.always}
+        if not self.rule.always:
+            self._protections = {}
+        bases = {name: one for name, one in self._protections.items() if one.left is not None}
         return {
             "steps": torch.tensor(self.steps),
             **self._meter.state(),

@@ -1,6 +1,7 @@
 """What to protect and how: the settings of an SPF run."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -130,6 +131,13 @@ class SPF:
         )
         state = load_state(Path(resume), rule.name) if resume else None
         return Guard(guarded, optimizer, rule, meter, options, state)
+
+    def describe(self) -> dict[str, object]:
+        """Return what a run under this depends on, the anchors by their text's hash."""
+        own = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in {"tokenizer", "log"}}
+        sets = {name: load_examples(own[name]) for name in ("anchors", "benign") if own[name] is not None}
+        hashes = {name: sha256(repr(found["messages"][:]).encode()).hexdigest() for name, found in sets.items()}
+        return own | hashes | {"rule": asdict(self._checked_rule())}
 
     def _checked_rule(self) -> Rule:
         rule = get_rule(self.rule, self.rank, drift_correction=self.drift_correction)

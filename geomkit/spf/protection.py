@@ -105,10 +105,15 @@ def protect(rule: Rule, gradients: Sequence[LayerGradient], name: str = "", seed
         name: The block's name, which random numbers depend on.
         seed: Their seed.
     """
-    bare = Protection(tuple(gradients), probe=_probe(gradients[0], name, seed))
+    bare = without_subspaces(gradients, name, seed)
     if not rule.has_subspace or min(bare.gradient.matrix_shape) == 1 or not bare.gradient.norm:
         return bare
     return with_subspaces(bare, rule, name, seed)
+
+
+def without_subspaces(gradients: Sequence[LayerGradient], name: str = "", seed: int = 0) -> Protection:
+    """Prepare a block of which no subspace is protected, or one that is known already."""
+    return Protection(tuple(gradients), probe=_probe(gradients[0], name, seed))
 
 
 def with_subspaces(protection: Protection, rule: Rule, name: str, seed: int) -> Protection:

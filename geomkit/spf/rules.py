@@ -69,6 +69,24 @@ class Rule:
     loss: SafetyLoss = "refusal"
     drift_correction: bool = False
 
+    def __post_init__(self) -> None:
+        """Check that the parts go together.
+
+        Raises:
+            SPFError: If they do not.
+        """
+        wrong = [
+            (self.has_subspace != (self.rank > 0), "a rank for those that remove a subspace, and for these alone"),
+            (self.always and self.removal != "left", "the left subspace for one that is closed to all steps"),
+            (
+                self.each_anchor and (self.scope, self.removal, self.loss) != ("global", "rank1", "refusal"),
+                "scope 'global', removal 'rank1' and the loss 'refusal' where each anchor is a constraint",
+            ),
+        ]
+        for is_wrong, expected in wrong:
+            if is_wrong:
+                raise SPFError(f"rule '{self.name}': expected {expected}, found {self}")
+
     @property
     def has_subspace(self) -> bool:
         """Whether it removes a subspace."""

@@ -318,4 +318,7 @@ def test_an_unknown_rule_lists_the_known_ones_and_a_rank_needs_a_subspace():
         with pytest.raises(SPFError, match="positive rank"):
             get_rule(rule, rank=rank)
     assert get_rule("demo", drift_correction=True).drift_correction
+    for wrong in ({"rank": 3}, {"always": True}, {"each_anchor": True}):
+        with pytest.raises(SPFError, match="rule 'mine': expected"):
+            Rule("mine", "update", "block", "rank1", **wrong)
     assert Rule("mine", "update", "block", "rank1").promise == "every block"

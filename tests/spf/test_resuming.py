@@ -1,0 +1,149 @@
+"""A run that was interrupted goes on to the weights it would have had, to the bit."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from geomkit.errors import DataError, SPFError
+from geomkit.finetuning import finetune
+from geomkit.spf import SPF
+from geomkit.spf.callback import SPFCallback
+from geomkit.spf.saving import STATE_FILE, load_state
+from geomkit.tokens import encode
+from tests.spf.training import TOKENIZER
+from tests.tiny import CONTROL, SAFETY, UTILITY, tiny_llama
+
+SETTINGS = {"learning_rate": 1e-2, "steps": 6, "batch_size": 2, "save_steps": 2, "progress": False}
+
+
+def protection(**settings):
+    return SPF(SAFETY, anchors_per_step=2, **settings)
+
+
+class Stop(TrainerCallback):
+    """Break off after a step, as a pulled plug would."""
+
+    def __init__(self, after):
+        self.after = after
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.after:
+            raise KeyboardInterrupt
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"rule": "left", "rank": 2, "refresh_energy": 0.5},
+        {"rule": "null-space", "rank": 2},
+        {"rule": "safegrad"},
+        {"rule": "cone", "benign": CONTROL, "refresh_every": 3},
+    ],
+    ids=["rank1", "kept subspace", "null-space", "safegrad", "cone with fence"],
+)
+def test_an_interrupted_run_ends_where_an_uninterrupted_one_does(tmp_path, settings):
+    model = tiny_llama(attention_dropout=0.1)
+    whole = finetune(model, TOKENIZER, UTILITY, protection(**settings), checkpoints=tmp_path / "a", **SETTINGS)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(
+            model, TOKENIZER, UTILITY, protection(**settings), checkpoints=tmp_path / "b", callbacks=[Stop(5)],
+            **SETTINGS,
+        )  # fmt: skip
+    resumed = finetune(model, TOKENIZER, UTILITY, protection(**settings), checkpoints=tmp_path / "b", **SETTINGS)
+    assert same(whole.model, resumed.model)
+    assert resumed.history["step"].tolist() == [1, 2, 3, 4, 5, 6]
+    assert resumed.certificate.steps == 6
+    assert (tmp_path / "a" / "spf.jsonl").read_text() == (tmp_path / "b" / "spf.jsonl").read_text()
+    assert resumed.certificate.records[5].first_order == whole.certificate.records[5].first_order
+
+
+KILLED = """
+import os, signal, sys
+import torch
+torch.set_num_threads(1)
+from transformers import Trainer
+from tests.spf.test_resuming import *
+save = Trainer._save_optimizer_and_scheduler
+def die(self, folder):
+    if self.state.global_step == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(self, folder)
+Trainer._save_optimizer_and_scheduler = die
+finetune(tiny_llama(), TOKENIZER, UTILITY, protection(), checkpoints=sys.argv[1], **SETTINGS)
+"""
+
+
+def test_a_run_that_was_killed_in_the_middle_of_a_save_goes_on_from_the_one_before(tmp_path):
+    folder = tmp_path / "run"
+    done = subprocess.run(  # noqa: S603 - our own code
+        [sys.executable, "-c", KILLED, str(folder)], cwd=Path(__file__).parents[2], env={**os.environ}, check=False,
+        capture_output=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint-2", "checkpoint-4", "spf.jsonl"]
+    assert not (folder / "checkpoint-4" / STATE_FILE).exists()
+    resumed = finetune(tiny_llama(), TOKENIZER, UTILITY, protection(), checkpoints=folder, **SETTINGS)
+    whole = finetune(tiny_llama(), TOKENIZER, UTILITY, protection(), checkpoints=tmp_path / "whole", **SETTINGS)
+    assert same(whole.model, resumed.model)
+    assert [json.loads(line)["step"] for line in (folder / "spf.jsonl").read_text().splitlines()] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_with_other_settings_is_refused_and_nothing_is_lost(tmp_path):
+    finetune(tiny_llama(), TOKENIZER, UTILITY, protection(), checkpoints=tmp_path, **SETTINGS)
+    before = sorted(path.name for path in tmp_path.rglob("*"))
+    for changed in ({"learning_rate": 1e-3}, {"steps": 8}):
+        with pytest.raises(DataError, match=f"to go on with {next(iter(changed))}="):
+            finetune(tiny_llama(), TOKENIZER, UTILITY, protection(), checkpoints=tmp_path, **SETTINGS | changed)
+    with pytest.raises(DataError, match="to go on with spf="):
+        finetune(tiny_llama(), TOKENIZER, UTILITY, protection(rule="left"), checkpoints=tmp_path, **SETTINGS)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == before
+
+
+def trainer(folder, callback, steps, **settings):
+    rows = [
+        {"input_ids": list(row.input_ids), "attention_mask": [1] * len(row), "labels": list(row.input_ids)}
+        for row in encode(TOKENIZER, UTILITY)
+    ]
+    arguments = TrainingArguments(
+        output_dir=folder, max_steps=4, per_device_train_batch_size=1, learning_rate=1e-2, save_steps=2,
+        report_to="none", disable_tqdm=True, dataloader_pin_memory=False, lr_scheduler_type="constant", **settings,
+    )  # fmt: skip
+    return Trainer(tiny_llama(), arguments, train_dataset=rows, processing_class=TOKENIZER, callbacks=[callback])
+
+
+def test_a_plain_trainer_resumes_from_its_checkpoint(tmp_path):
+    whole = trainer(tmp_path, SPFCallback(protection()), 4)
+    whole.train()
+    resumed = trainer(tmp_path, SPFCallback(protection()), 4)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert same(whole.model, resumed.model)
+
+
+def test_a_checkpoint_without_the_state_of_spf_is_refused(tmp_path):
+    trainer(tmp_path, SPFCallback(protection()), 4).train()
+    state = tmp_path / "checkpoint-2" / STATE_FILE
+    content = state.read_bytes()
+    with pytest.raises(SPFError, match="expected a run under the rule 'rank1' to go on, found 'left'"):
+        trainer(tmp_path, SPFCallback(protection(rule="left")), 4).train(str(state.parent))
+    state.write_bytes(content[: len(content) // 2])
+    with pytest.raises(SPFError, match="found a corrupt file"):
+        load_state(state.parent, "rank1")
+    state.unlink()
+    with pytest.raises(SPFError, match="the safety loss before training is not known any more"):
+        trainer(tmp_path, SPFCallback(protection()), 4).train(str(state.parent))
+    few = SAFETY.select(range(2))
+    state.write_bytes(content)
+    with pytest.raises(SPFError, match="expected a run with as many anchors as before"):
+        trainer(tmp_path, SPFCallback(SPF(few)), 4).train(str(state.parent))
