@@ -59,7 +59,7 @@ def last_complete(folder: Path, settings: dict[str, Any]) -> Path | None:
     if different := sorted(name for name in {*saved, *settings} if saved.get(name) != settings.get(name)):
         name = different[0]
         raise DataError(
-            f"expected the run of {folder} to go on with {name}={saved.get(name)!r}, found {settings.get(name)!r}; give "
-            "the same settings, or another folder"
+            f"expected the run of {folder} to go on with {name}={saved.get(name)!r}, found {settings.get(name)!r}; "
+            "give the same settings, or another folder"
         )
     return complete[-1]
