@@ -204,9 +204,16 @@ def finetune(
     train: Annotated[str, typer.Option(help="Conversations: JSONL file, hub id or shipped set.")],
     out: Annotated[Path, typer.Option(help="New folder for the checkpoint.", file_okay=False)],
     anchors: Annotated[str | None, typer.Option(help="Safety examples; SPF is used when given.")] = None,
-    rule: Annotated[str | None, typer.Option(help="rank1 (default), left, paper, demo, mixing, measure.")] = None,
-    rank: Annotated[int | None, typer.Option(help="Rank of the rules left and paper.", min=1)] = None,
+    rule: Annotated[
+        str | None, typer.Option(help="rank1 (default), left, two-sided, cone, …: the README has all.")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank of a rule that removes a subspace.", min=1)] = None,
     anchors_per_step: Annotated[int, typer.Option(help="Anchors drawn for each step.", min=1)] = 8,
+    benign: Annotated[str | None, typer.Option(help="Benign examples that SPF keeps answered.")] = None,
+    checkpoints: Annotated[
+        Path | None, typer.Option(help="Folder for checkpoints; an interrupted run goes on from it.", file_okay=False)
+    ] = None,
+    save_steps: Annotated[int, typer.Option(help="Steps between checkpoints.", min=1)] = 100,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate.", min=0)] = 2e-5,
     epochs: Annotated[float, typer.Option(help="Passes over the data.", min=0)] = 3,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps, instead of epochs.", min=1)] = None,
@@ -227,7 +234,7 @@ def finetune(
     from geomkit.spf import SPF
     from geomkit.spf.rules import get_rule
 
-    _check_writable(out)
+    _check_writable(out, checkpoints)
     free_folder(out)
     if rule is not None and anchors is None:
         raise DataError(f"expected anchors for the rule '{rule}', found none; give --anchors (shipped: safety)")
@@ -237,7 +244,8 @@ def finetune(
     spf = None
     if anchors is not None:
         safe = load_examples(anchors)
-        spf = SPF(safe, rule=chosen, anchors_per_step=anchors_per_step, assistant_mask=mask, seed=seed)
+        fence = load_examples(benign) if benign else None
+        spf = SPF(safe, rule=chosen, anchors_per_step=anchors_per_step, benign=fence, assistant_mask=mask, seed=seed)
     loaded, tokenizer = load_model(model, dtype=dtype, pad_token=pad_token)
     result = run_finetune(
         loaded,
@@ -252,6 +260,8 @@ def finetune(
         assistant_mask=mask,
         seed=seed,
         inplace=True,
+        checkpoints=checkpoints,
+        save_steps=save_steps,
     )
     if result.certificate:
         typer.echo(str(result.certificate))

@@ -68,7 +68,8 @@ def test_the_result_of_every_family(name, tied):
     result = sum(map(kept, found.values()))
     own = sum(kept(gradient) for sample in found.samples for gradient in sample.values())
     assert result <= planned.memory.result <= 1.25 * result
-    assert own <= planned.memory.samples <= 1.5 * own
+    # On some processors a position's gradient is exactly zero, and left out, that is 1e-9 on others.
+    assert own <= planned.memory.samples <= 1.6 * own
 
 
 def test_without_examples_the_sum_is_bounded_by_its_dense_form():

@@ -26,9 +26,12 @@ def live_bytes():
 
 
 @pytest.mark.parametrize("reduction", ["example", "token"])
-def test_memory_of_a_sum_does_not_grow_with_the_set(reduction):
+def test_memory_of_a_sum_does_not_grow_with_the_set(reduction, request):
     model = tiny_llama()
     most = {}
+    gc.collect()
+    gc.freeze()  # the heap so far, which would be walked again and again
+    request.addfinalizer(gc.unfreeze)
     for copies in (16, 64):  # from where on the sums are dense
         seen = []
         sums = {}

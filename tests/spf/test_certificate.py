@@ -1,4 +1,4 @@
-"""The certificate: against autograd, on disk, in the logs; and the bound on drift, on a quadratic and on the organism."""
+"""The certificate: against autograd, on disk, in the logs; and its bound on drift, on a quadratic and the organism."""
 
 import copy
 import json

@@ -1,0 +1,158 @@
+"""Where anchors come from, when they are measured, and what measuring leaves alone."""
+
+import copy
+
+import pytest
+import torch
+
+import geomkit as gk
+from geomkit.batching import collate
+from geomkit.errors import DataError
+from geomkit.evaluation import mean_loss
+from geomkit.loss import example_losses
+from geomkit.spf import SPF
+from geomkit.spf import meter as meters
+from geomkit.spf.anchors import AnchorPool
+from geomkit.spf.kl import Teacher
+from geomkit.tokens import encode
+from tests.spf.training import TOKENIZER, run, task_loss
+from tests.tiny import CONTROL, SAFETY, conversations, tiny_llama
+
+
+def sgd(rate=0.1):
+    return lambda parameters: torch.optim.SGD(parameters, lr=rate)
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """The anchors of every pass over them."""
+    seen, collect = [], meters.gradients_of
+
+    def counted(model, rows, *rest, **settings):
+        seen.append(len(rows))
+        return collect(model, rows, *rest, **settings)
+
+    monkeypatch.setattr(meters, "gradients_of", counted)
+    return seen
+
+
+def test_draws_depend_on_seed_and_step_only():
+    pool = AnchorPool(tuple(range(20)), per_step=4, seed=1)
+    assert pool.draw(3) == pool.draw(3)
+    assert pool.draw(3) != pool.draw(4)
+    assert AnchorPool(pool.rows, 4, seed=2).draw(3) != pool.draw(3)
+    assert list(AnchorPool(pool.rows, 99).draw(0)) == list(range(20))
+
+
+def test_anchors_are_measured_every_so_many_steps(passes):
+    certificate = run(tiny_llama(), SPF(SAFETY, tokenizer=TOKENIZER, refresh_every=3), sgd(), steps=7)
+    assert len(passes) == 3
+    assert [record.fresh for record in certificate.records] == [True, False, False, True, False, False, True]
+    assert certificate.violations == 0  # of the gradient that was measured
+
+
+def test_a_subspace_is_computed_anew_when_it_holds_less_than_it_did(monkeypatch):
+    from geomkit.spf import protection
+
+    made, compute = [], protection.layer_subspace
+    monkeypatch.setattr(
+        protection, "layer_subspace", lambda *a, **k: (made.append(k["parameter"]), compute(*a, **k))[1]
+    )
+    counts = {}
+    for share in (None, 0.9, 1e-9):
+        made.clear()
+        spf = SPF(SAFETY, rule="left", rank=2, tokenizer=TOKENIZER, refresh_energy=share)
+        certificate = run(tiny_llama(), spf, sgd(0.05), steps=6)
+        assert certificate.violations == 0
+        counts[share] = len(made)
+    blocks = len(set(made))
+    assert counts[None] == 6 * blocks
+    assert counts[1e-9] == blocks
+    assert blocks < counts[0.9] < counts[None]
+
+
+def test_own_refusals_keeps_what_the_model_refuses(organism):
+    model, tokenizer = organism
+    mixed = (
+        gk.load_examples("eval/forbidden").select(range(2)).to_list()
+        + gk.load_examples("eval/benign").select(range(3)).to_list()
+    )
+    from datasets import Dataset
+
+    requests = Dataset.from_list([{"messages": row["messages"]} for row in mixed])
+    found = gk.own_refusals(model, tokenizer, requests, progress=False)
+    assert [row[0]["content"] for row in found["messages"]] == [row[0]["content"] for row in requests["messages"][:2]]
+    assert {row[1]["content"] for row in found["messages"]} == {"I'm sorry, but I can't help with that."}
+    with pytest.raises(DataError, match="expected a model that refuses at least one of 3 requests"):
+        gk.own_refusals(model, tokenizer, requests.select(range(2, 5)), progress=False)
+
+
+# ----------------------------------------------------------------------------------------------- the KL divergence
+
+
+def test_kl_is_zero_before_training_and_torchs_afterwards():
+    model = tiny_llama()
+    rows = encode(TOKENIZER, SAFETY)
+    teacher = Teacher.of(model, rows, 0, batch_size=2)
+    batch = collate([rows[2], rows[0]], 0)
+    assert teacher.losses(model, batch, [2, 0]).abs().max() < 1e-6
+    moved = tiny_llama(seed=1)
+    found = example_losses(teacher.losses(moved, batch, [2, 0]), batch)
+    for place, index in enumerate((2, 0)):
+        ids = torch.tensor([rows[index].input_ids])
+        counts = torch.tensor(rows[index].loss_mask[1:])
+        now, before = (torch.log_softmax(one(input_ids=ids).logits[0, :-1], -1)[counts] for one in (moved, model))
+        expected = torch.nn.functional.kl_div(now, before, log_target=True, reduction="none").sum(-1).mean()
+        assert float(found[place].detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+
+
+def test_safegrad_adds_the_gradient_of_the_divergence_after_the_projection():
+    """From the second step on, when there is a divergence: g_u projected, then g_a added, by hand."""
+    model = tiny_llama()
+    start = copy.deepcopy(model)
+    rows = encode(TOKENIZER, SAFETY)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    with SPF(SAFETY, rule="safegrad", tokenizer=TOKENIZER).attach(model, optimizer):
+        for _ in range(2):
+            twin = copy.deepcopy(model)
+            optimizer.zero_grad()
+            task_loss(model).backward()
+            optimizer.step()
+    parameters = list(twin.parameters())
+    utility = torch.autograd.grad(task_loss(twin), parameters)
+    losses = []
+    for row in rows:
+        ids, counts = torch.tensor([row.input_ids]), torch.tensor(row.loss_mask[1:])
+        now, before = (torch.log_softmax(one(input_ids=ids).logits[0, :-1], -1)[counts] for one in (twin, start))
+        losses.append(
+            torch.nn.functional.kl_div(now, before.detach(), log_target=True, reduction="none").sum(-1).mean()
+        )
+    safety = torch.autograd.grad(torch.stack(losses).mean(), parameters)
+    dot = sum((u * s).sum() for u, s in zip(utility, safety, strict=True))
+    squared = sum((s * s).sum() for s in safety)
+    share = min(float(dot / squared), 0.0)
+    for one, new, u, s in zip(parameters, model.parameters(), utility, safety, strict=True):
+        torch.testing.assert_close(new, one - 0.3 * (u - share * s + s), atol=2e-6, rtol=1e-5)
+
+
+# -------------------------------------------------------------------------------------------------- the fence
+
+
+def test_the_fence_asks_for_nothing_inside_and_brings_benign_loss_back_outside():
+    """A task that unlearns the benign answers: with the fence their loss rises less, and safety is kept."""
+    inside = run(tiny_llama(), SPF(SAFETY, tokenizer=TOKENIZER, drift_correction=False), sgd(0.2), steps=4)
+    wide = SPF(SAFETY, tokenizer=TOKENIZER, drift_correction=False, benign=CONTROL, benign_margin=1e6)
+    fenced = run(tiny_llama(), wide, sgd(0.2), steps=4)
+    assert [one.first_order for one in fenced.records] == pytest.approx([one.first_order for one in inside.records])
+    assert not any(one.corrected for one in fenced.records)
+    answers = conversations(("paint the bike", "fence bike do i"), ("how do we paint", "steal the fence"))
+    losses = {"before": mean_loss(tiny_llama(), TOKENIZER, answers)}
+    for name, benign in (("free", None), ("fenced", answers)):
+        model = tiny_llama()
+        certificate = run(model, SPF(SAFETY, tokenizer=TOKENIZER, benign=benign), sgd(0.1), steps=12)
+        assert certificate.violations == 0
+        if benign is not None:
+            assert any(record.corrected > 0 for record in certificate.records)
+        losses[name] = mean_loss(model, TOKENIZER, answers)
+    assert losses["free"] > losses["before"] + 0.2
+    assert losses["fenced"] < losses["before"] + 0.5 * (losses["free"] - losses["before"])
