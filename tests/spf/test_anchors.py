@@ -9,6 +9,7 @@ import geomkit as gk
 from geomkit.batching import collate
 from geomkit.errors import DataError
 from geomkit.evaluation import mean_loss
+from geomkit.finetuning import finetune
 from geomkit.loss import example_losses
 from geomkit.spf import SPF
 from geomkit.spf import meter as meters
@@ -145,14 +146,15 @@ def test_the_fence_asks_for_nothing_inside_and_brings_benign_loss_back_outside()
     fenced = run(tiny_llama(), wide, sgd(0.2), steps=4)
     assert [one.first_order for one in fenced.records] == pytest.approx([one.first_order for one in inside.records])
     assert not any(one.corrected for one in fenced.records)
+    learnt = tiny_llama()
     answers = conversations(("paint the bike", "fence bike do i"), ("how do we paint", "steal the fence"))
-    losses = {"before": mean_loss(tiny_llama(), TOKENIZER, answers)}
+    finetune(learnt, TOKENIZER, answers, learning_rate=1e-2, steps=40, inplace=True, progress=False)
+    losses = {"before": mean_loss(learnt, TOKENIZER, answers)}
     for name, benign in (("free", None), ("fenced", answers)):
-        model = tiny_llama()
+        model = copy.deepcopy(learnt)
         certificate = run(model, SPF(SAFETY, tokenizer=TOKENIZER, benign=benign), sgd(0.1), steps=12)
         assert certificate.violations == 0
-        if benign is not None:
-            assert any(record.corrected > 0 for record in certificate.records)
         losses[name] = mean_loss(model, TOKENIZER, answers)
+    assert any(record.corrected > 0 for record in certificate.records)
     assert losses["free"] > losses["before"] + 0.2
     assert losses["fenced"] < losses["before"] + 0.5 * (losses["free"] - losses["before"])
