@@ -84,7 +84,8 @@ class Guard:
         self._records: list[StepRecord] = []
         self._before = 0  # steps of the run that this one resumes, of which there are no records
         self._kept: dict[str, Tensor] = {}  # subspaces of that run
-        self._measured: Measured | None = None  # of the last step that measured; forgotten when a run is saved
+        self._measured: Measured | None = None  # forgotten when a run is saved
+        self._measured_at = -1  # the step, from 0
         self._mixed = False
         self._protections: dict[str, Protection] = {}
         self._origin: dict[str, Tensor] = {}
@@ -124,8 +125,7 @@ class Guard:
         """
         if self.rule.adds and self.rule.removal == "nothing" and self._handles:
             with full_precision():
-                self._measure()
-                self._add()
+                self._add(self._measure())
             self._mixed = True
 
     def __enter__(self) -> Self:
@@ -140,16 +140,16 @@ class Guard:
 
     # ------------------------------------------------------------------------------------------------- measuring
 
-    def _measure(self) -> bool:
-        """Measure the constraints, if they are due; return whether they were."""
-        due = self._measured is None or self.steps % self._options.refresh_every == 0
-        if not due:
-            return False
+    def _measure(self) -> Measured:
+        """Return the constraints of the step, measured now if they are due."""
+        known, due = self._measured, self.steps % self._options.refresh_every == 0
+        if known is not None and (not due or self._measured_at == self.steps):
+            return known
         with self._guarded.collecting():
-            found = self._meter.measure(self.steps, self._guarded.blocks)
-        self._measured = self._guarded.processes.agreed(found)
-        self._protections = {name: self._protected(name, self._measured) for name in self._measured.gradients}
-        return True
+            found = self._guarded.processes.agreed(self._meter.measure(self.steps, self._guarded.blocks))
+        self._measured, self._measured_at = found, self.steps
+        self._protections = {name: self._protected(name, found) for name in found.gradients}
+        return found
 
     def _protected(self, name: str, measured: Measured) -> Protection:
         """Protect a block by its new gradients, with the subspaces it had where these are to be kept."""
@@ -182,18 +182,18 @@ class Guard:
         if self._guarded.refresh():
             self._measured = None
         refuse_broken_gradients(self._guarded.parameters)
-        fresh, self._mixed, mixed = self._measure() or self._mixed, False, self._mixed
-        assert self._measured is not None  # noqa: S101 - it was just measured
+        measured, fresh = self._measure(), self._measured_at == self.steps
         if self._records and fresh and self._meter.fixed:
-            self._records[-1] = replace(self._records[-1], loss_after=self._measured.loss)
+            self._records[-1] = replace(self._records[-1], loss_after=measured.loss)
         before = self._read()
         if self.rule.always:
             self._origin = {name: one.left for name, one in before.items() if one.left is not None} | self._origin
-        self._pending = _Pending(self._measured, fresh, before)
+        self._pending = _Pending(measured, fresh, before)
         if self.rule.level == "gradient":
             self._project_gradients(self._pending)
-            if self.rule.adds and not mixed:
-                self._add()
+            if self.rule.adds and not self._mixed:
+                self._add(measured)
+        self._mixed = False
 
     def _project_gradients(self, pending: _Pending) -> None:
         """Project the utility gradients in place, the step being −g_u."""
@@ -214,10 +214,10 @@ class Guard:
         for name, moves in pending.plan.moves.items():
             steps[name].apply(moves)
 
-    def _add(self) -> None:
-        assert self._measured is not None  # noqa: S101 - mix() and the hook measure first
-        mean = self._measured.demands.mean
-        for name, gradients in self._measured.gradients.items():
+    def _add(self, measured: Measured) -> None:
+        """Add the mean safety gradient to the utility gradients."""
+        mean = measured.demands.mean
+        for name, gradients in measured.gradients.items():
             block = self._guarded.gradient_block(name, make=True)
             assert block is not None  # noqa: S101 - it was made
             # The block holds a step, −g_u, to which −g_s is added.
@@ -248,7 +248,9 @@ class Guard:
 
     def _plan_corrections(self, pending: _Pending, raw: dict[str, Reading]) -> Plan:
         """Plan what the update needs: all that the rule says, or beside a rule on the gradient what drift asks."""
-        demands = pending.measured.demands
+        # What has drifted is known when the anchors are measured; asked for again and again it would overshoot.
+        known = pending.measured.demands
+        demands = known if pending.fresh else known.only_firm()
         if self.rule.level == "update":
             pending.plan = plan(self.rule, self._guarded.blocks, self._protections, raw, demands, self._seed())
             return pending.plan

@@ -93,6 +93,11 @@ class Guarded:
         self._moved: dict[str, nn.Parameter] = {}  # what is collected for each block
         self.refresh()
         sharded = [parameter for parameter in self.parameters.values() if is_sharded(parameter)]
+        if sharded and master and self.masters():
+            raise SPFError(
+                "expected whole weights for master_weights, found sharded ones; have FSDP2 itself keep fp32 weights, "
+                "with a mixed precision policy"
+            )
         self.processes = Processes.of_this_run(process_group(sharded[0]) if sharded else None)
 
     def refresh(self) -> bool:
