@@ -82,13 +82,16 @@ class TensorBlock(Block):
     def times(self, right: Tensor) -> Tensor:
         """Return W @ B in fp32, or in fp64 if W or B is."""
         dtype = torch.promote_types(self._matrix.dtype, right.dtype)
-        return self._scale * (self._matrix.to(dtype) @ right.to(dtype))
+        # The product's columns are what is looked at one by one: each is kept in one piece.
+        product = (right.to(dtype).T @ self._matrix.to(dtype).T).T
+        return product if self._scale == 1.0 else self._scale * product
 
     def left_times(self, left: Tensor) -> Tensor:
         """Return A @ W."""
         dtype = torch.promote_types(self._matrix.dtype, left.dtype)
         held = left if self.rows is None else left[:, self.rows]
-        return self._scale * (held.to(dtype) @ self._matrix.to(dtype))
+        product = held.to(dtype) @ self._matrix.to(dtype)
+        return product if self._scale == 1.0 else self._scale * product
 
     def dot(self, gradient: LayerGradient) -> float:
         """Return ⟨W, G⟩."""

@@ -1,7 +1,7 @@
 """SPF at work: the hooks that sit around ``optimizer.step`` and project what it does."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -164,12 +164,13 @@ class Guard:
             return old
         return protect(self.rule, gradients, name, self._options.seed)
 
-    def _read(self) -> dict[str, Reading]:
-        return read_all(self._guarded.blocks, self._protections, self._guarded.processes.group)
+    def _read(self, names: Iterable[str]) -> dict[str, Reading]:
+        protections = {name: self._protections[name] for name in names}
+        return read_all(self._guarded.blocks, protections, self._guarded.processes.group)
 
-    def _changes(self, before: Mapping[str, Reading]) -> dict[str, Reading]:
+    def _changes(self, before: Mapping[str, Reading], names: Iterable[str]) -> dict[str, Reading]:
         """Return what has changed since a reading; inside a subspace that is closed for good, since the first."""
-        now = self._read()
+        now = self._read(names)
         found = {name: one - before[name] for name, one in now.items()}
         for name, origin in self._origin.items():
             if name in found and (left := now[name].left) is not None:
@@ -185,7 +186,7 @@ class Guard:
         measured, fresh = self._measure(), self._measured_at == self.steps
         if self._records and fresh and self._meter.fixed:
             self._records[-1] = replace(self._records[-1], loss_after=measured.loss)
-        before = self._read()
+        before = self._read(self._protections)
         if self.rule.always:
             self._origin = {name: one.left for name, one in before.items() if one.left is not None} | self._origin
         self._pending = _Pending(measured, fresh, before)
@@ -229,12 +230,12 @@ class Guard:
         if pending is None:
             return
         self._guarded.settle()
-        raw = self._changes(pending.before)
+        raw = self._changes(pending.before, pending.before)
         _refuse_broken_update(raw)
         found = self._plan_corrections(pending, raw)
         for name, moves in found.moves.items():
             self._guarded.blocks[name].apply(moves)
-        applied = self._changes(pending.before) if found.moves else raw
+        applied = raw | self._changes(pending.before, found.moves)
         self._guarded.release()
         step = Step(
             self.steps + 1, pending.fresh, pending.measured, pending.before, raw, applied, pending.plan,

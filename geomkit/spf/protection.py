@@ -123,12 +123,12 @@ def with_subspaces(protection: Protection, rule: Rule, name: str, seed: int) -> 
         rows, k = gradient.matrix_shape[0], min(rule.rank, gradient.rank_bound)
         drawn = torch.randn(rows, k, generator=parameter_generator(seed, name), dtype=torch.float64)
         made = replace(protection, left=torch.linalg.qr(drawn)[0].float().to(gradient.device))
-    elif rule.removal == "two-sided":
+        return replace(made, energy=made.captured)
+    if rule.removal == "two-sided":
         found = layer_subspace(gradient, rank=rule.rank, side="both", parameter=name)
-        made = replace(protection, left=found.basis, right=found.partner)
-    else:
-        made = replace(protection, left=layer_subspace(gradient, rank=rule.rank, parameter=name).basis)
-    return replace(made, energy=made.captured)
+        return replace(protection, left=found.basis, right=found.partner, energy=found.energy)
+    found = layer_subspace(gradient, rank=rule.rank, parameter=name)
+    return replace(protection, left=found.basis, energy=found.energy)
 
 
 def renewed(protection: Protection, kept: Protection) -> Protection:
@@ -163,8 +163,6 @@ def _without(rows: Tensor, basis: Tensor | None) -> Tensor:
     """Return rows without their part in the span of a basis: twice, as its columns are orthonormal to fp32 only."""
     if basis is None:
         return rows
-    exact = basis.double()
-    rest = rows.double()
     for _ in range(2):
-        rest = rest - (rest @ exact) @ exact.T
-    return rest.to(rows.dtype)
+        rows = rows - (rows @ basis.to(rows.dtype)) @ basis.to(rows.dtype).T
+    return rows

@@ -53,7 +53,7 @@ def read(block: Block, protection: Protection) -> Reading:
     dots = torch.zeros(len(protection.gradients), dtype=torch.float64, device=product.device)
     for part in protection.thin:
         held = part.left if block.rows is None else part.left[:, block.rows]
-        dots[part.constraint] += (product[:, part.columns].T.double() * held.double()).sum()
+        dots[part.constraint] += (product[:, part.columns].T * held).sum(dtype=torch.float64)
     for place, gradient in protection.whole:
         dots[place] += block.dot(gradient)
     end = product.shape[1]
