@@ -60,7 +60,7 @@ class SPFCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Add the safety gradient of a rule that mixes, before the task's, so that both are clipped together."""
-        if self._guard:
+        if self._guard and not args.fp16:  # there gradients are scaled until the optimizer steps
             self._guard.mix()
 
     def on_optimizer_step(

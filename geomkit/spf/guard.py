@@ -121,7 +121,8 @@ class Guard:
     def mix(self) -> None:
         """Add the safety gradient now, before the task's is added and both are clipped, if the rule adds one.
 
-        Without this call it is added just before the optimizer's step, to a task gradient that is already clipped.
+        Without this call it is added just before the optimizer's step, to a task gradient that is already clipped. Not
+        for gradients that a ``GradScaler`` is still to divide.
         """
         if self.rule.adds and self.rule.removal == "nothing" and self._handles:
             with full_precision():
@@ -180,6 +181,8 @@ class Guard:
     # --------------------------------------------------------------------------------------------- the two hooks
 
     def _before_step(self) -> None:
+        if bool(getattr(self._optimizer, "found_inf", None) or False):  # a fused optimizer itself skips an overflow
+            return
         if self._guarded.refresh():
             self._measured = None
         refuse_broken_gradients(self._guarded.parameters)
@@ -217,13 +220,16 @@ class Guard:
 
     def _add(self, measured: Measured) -> None:
         """Add the mean safety gradient to the utility gradients."""
-        mean = measured.demands.mean
+        mean, scale = measured.demands.mean, getattr(self._optimizer, "grad_scale", None)
+        adds = self.rule.adds * (
+            1.0 if scale is None else float(scale)
+        )  # gradients a fused optimizer will divide by it
         for name, gradients in measured.gradients.items():
             block = self._guarded.gradient_block(name, make=True)
             assert block is not None  # noqa: S101 - it was made
             # The block holds a step, −g_u, to which −g_s is added.
             pairs = zip(gradients, mean, strict=True)
-            block.apply([(one, -self.rule.adds * float(weight)) for one, weight in pairs if weight])
+            block.apply([(one, -adds * float(weight)) for one, weight in pairs if weight])
 
     def _after_step(self) -> None:
         pending, self._pending = self._pending, None

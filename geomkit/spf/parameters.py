@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -39,10 +39,14 @@ def unwrapped(optimizer: Any) -> torch.optim.Optimizer:
 
 def _refuse_deepspeed(part: Any) -> None:
     if any(each.__module__.startswith(("deepspeed", "accelerate.utils.deepspeed")) for each in type(part).__mro__):
-        raise SPFError(
-            f"expected an optimizer that steps when it is told to, found DeepSpeed's {type(part).__name__}, which "
-            "steps inside backward() on flat parts of the weights; train with DDP, FSDP2 or on one device"
-        )
+        _refuse_deepspeed_of(type(part).__name__)
+
+
+def _refuse_deepspeed_of(found: str) -> NoReturn:
+    raise SPFError(
+        f"expected an optimizer that steps when it is told to, found DeepSpeed's ({found}), which steps inside "
+        "backward() on flat parts of the weights; train with DDP, FSDP2 or on one device"
+    )
 
 
 def trained_parameters(model: nn.Module, optimizer: Any) -> dict[str, nn.Parameter]:
@@ -56,6 +60,8 @@ def trained_parameters(model: nn.Module, optimizer: Any) -> dict[str, nn.Paramet
     trained = {}
     for group in unwrapped(optimizer).param_groups:
         for parameter in group["params"]:
+            if hasattr(parameter, "ds_id"):
+                _refuse_deepspeed_of("a parameter in pieces")
             if not parameter.requires_grad:
                 continue
             if id(parameter) not in names:
@@ -98,7 +104,12 @@ class Guarded:
                 "expected whole weights for master_weights, found sharded ones; have FSDP2 itself keep fp32 weights, "
                 "with a mixed precision policy"
             )
-        self.processes = Processes.of_this_run(process_group(sharded[0]) if sharded else None)
+        groups = {process_group(parameter) for parameter in sharded}
+        if len(groups) > 1:
+            raise SPFError(
+                f"expected weights that are sharded over one group of processes, found {len(groups)}; use one mesh"
+            )
+        self.processes = Processes.of_this_run(next(iter(groups), None))
 
     def refresh(self) -> bool:
         """Find the weights again if others are trained than before; return whether that is so."""

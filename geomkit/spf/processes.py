@@ -1,5 +1,6 @@
 """Several processes that train one model: what they must agree on."""
 
+from copy import copy
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -8,6 +9,8 @@ from torch import Tensor
 from torch import distributed as dist
 
 from geomkit.errors import SPFError
+from geomkit.forms import SumGradient
+from geomkit.layer_gradient import LayerGradient
 from geomkit.spf.meter import Measured
 
 
@@ -52,11 +55,21 @@ class Processes:
         loss, *rest = bounds.tolist()
         firm, drift = rest[: len(demands.firm)], rest[len(demands.firm) :]
         same = replace(demands, firm=np.array(firm), drift=np.array(drift))
-        return replace(measured, demands=same, loss=loss)
+        gradients = {name: tuple(map(_again, own)) for name, own in measured.gradients.items()}
+        return replace(measured, gradients=gradients, demands=same, loss=loss)
 
 
 def _running() -> bool:
     return dist.is_available() and dist.is_initialized()
+
+
+def _again(gradient: LayerGradient) -> LayerGradient:
+    """Return a gradient that has forgotten what it knew of its numbers, such as their norm."""
+    if isinstance(gradient, SumGradient):
+        return SumGradient(tuple(map(_again, gradient.parts)))
+    again = copy(gradient)
+    vars(again).pop("norm", None)
+    return again
 
 
 def _take_over(tensor: Tensor) -> None:
