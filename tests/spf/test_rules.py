@@ -303,14 +303,6 @@ def test_every_rule_names_the_test_that_pins_it():
     assert rules()["rule"].tolist() == list(RULES)
 
 
-def test_the_readme_has_the_table_of_the_rules():
-    text = (Path(__file__).parents[2] / "README.md").read_text()
-    for rule in RULES.values():
-        assert f"| `{rule.name}` | {rule.badge} | {rule.formula} | {rule.guarantee} | {rule.source} |" in text, (
-            rule.name
-        )
-
-
 def test_an_unknown_rule_lists_the_known_ones_and_a_rank_needs_a_subspace():
     with pytest.raises(SPFError, match=r"expected one of the rules rank1, left, .* found 'none'"):
         get_rule("none")

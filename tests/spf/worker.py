@@ -1,4 +1,4 @@
-"""What each process of ``tests/test_spf_distributed.py`` runs: ``python -m tests.spf.worker MODE FOLDER``.
+"""What each process of ``tests/spf/test_distributed.py`` runs: ``python -m tests.spf.worker MODE FOLDER``.
 
 It writes what it found to ``FOLDER/RANK.pt``; nothing is judged here.
 """
