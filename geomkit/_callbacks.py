@@ -21,7 +21,7 @@ class LossCheck(TrainerCallback):
 
 
 class ProgressBar(TrainerCallback):
-    """One bar over the steps, with the loss beside it."""
+    """One bar over the steps, with the loss beside it, and under SPF that on the anchors and the share that fired."""
 
     def __init__(self) -> None:
         self._bar: Any = None
@@ -31,13 +31,16 @@ class ProgressBar(TrainerCallback):
     ) -> None:
         from tqdm.auto import tqdm
 
-        self._bar = tqdm(total=state.max_steps, desc="fine-tune", unit="step")
+        self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc="fine-tune", unit="step")
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         logs = kwargs.get("logs") or {}
         if "loss" in logs:
             self._bar.update()
-            self._bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
+            shown = {"loss": f"{logs['loss']:.3f}"}
+            if "spf/fired" in logs:
+                shown |= {"safety": f"{logs['spf/anchor_loss']:.4f}", "fired": f"{logs['spf/fired']:.0%}"}
+            self._bar.set_postfix(shown, refresh=False)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

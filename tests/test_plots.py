@@ -393,29 +393,77 @@ def test_one_evaluation_needs_no_legend() -> None:
 def certificate(violated: bool = False, bound: float = 0.0) -> Certificate:
     record = StepRecord(
         step=1,
+        fresh=True,
         anchor_loss=0.1,
+        loss_after=np.nan,
         first_order_raw=2e-3,
         first_order=-1e-4,
         bound=bound,
         worst=0.0,
         tolerance=1e-8,
+        update_norm=0.3,
         fired=0.5,
         removed=0.02,
         corrected=0.0,
         leak=1e-7,
         violated=violated,
+        blocks={"a": np.array([3e-3, -2e-4, 1, 0.02, 0]), "b": np.array([-1e-3, 1e-4, 0, 0, 0])},
     )
-    return Certificate("test", guaranteed=True, records=[record, replace(record, step=2)])
+    return Certificate("test", "every block", [record, replace(record, step=2, anchor_loss=0.15)])
+
+
+def measured(*changes: tuple[float, float, float]) -> Certificate:
+    """The certificate of steps with given losses before and after, and first-order changes."""
+    record = certificate().records[0]
+    steps = [
+        replace(record, step=step, anchor_loss=before, loss_after=after, first_order=first)
+        for step, (before, after, first) in enumerate(changes, start=1)
+    ]
+    return Certificate("test", "every block", steps)
 
 
 def test_certificate_draws_both_changes_and_the_fired_share() -> None:
     figure = certificate().plot()
     assert list(trace(figure, "optimizer's own update").y) == [2e-3, 2e-3]
     assert list(trace(figure, "applied update").y) == [-1e-4, -1e-4]
-    assert list(trace(figure, "parameters projected").y) == [0.5, 0.5]
+    assert list(trace(figure, "blocks projected").y) == [0.5, 0.5]
     assert "nats per token" in figure.layout.yaxis.title.text
-    assert figure.layout.xaxis2.title.text == "optimizer step"
-    assert list(figure.layout.xaxis2.tickvals) == [1, 2]
+    assert figure.layout.xaxis3.title.text == "optimizer step"
+    assert list(figure.layout.xaxis3.tickvals) == [0, 1, 2]
+
+
+def test_certificate_draws_the_drift_beside_its_first_order_part() -> None:
+    figure = certificate().plot()
+    loss, first = trace(figure, "safety loss on each step's own anchors"), trace(figure, "sum of first-order parts")
+    assert (list(loss.x), list(loss.y)) == ([0, 1], pytest.approx([0.0, 0.05]))
+    assert (list(first.x), list(first.y)) == ([0, 1, 2], pytest.approx([0.0, -1e-4, -2e-4]))
+    assert "sum of its changes by each step" not in {each.name for each in figure.data}
+
+
+def test_the_drift_of_anchors_that_stay_the_same_is_their_loss() -> None:
+    figure = measured((0.1, 0.2, 0.03), (0.2, 0.25, 0.03)).plot()
+    loss = trace(figure, "safety loss on the anchors")
+    assert (list(loss.x), list(loss.y)) == ([0, 1, 2], pytest.approx([0.0, 0.1, 0.15]))
+    assert "sum of its changes by each step" not in {each.name for each in figure.data}
+
+
+def test_the_drift_of_drawn_anchors_is_summed_where_each_step_was_measured() -> None:
+    figure = measured((0.1, 0.2, 0.03), (0.5, 0.55, 0.03)).plot()
+    assert list(trace(figure, "safety loss on each step's own anchors").y) == pytest.approx([0.0, 0.4, 0.45])
+    assert list(trace(figure, "sum of its changes by each step").y) == pytest.approx([0.0, 0.1, 0.15])
+
+
+def test_the_loss_is_drawn_only_where_it_was_measured() -> None:
+    first, second = certificate().records
+    stale = replace(second, fresh=False)
+    figure = Certificate("test", "every block", [first, stale, replace(second, step=3)]).plot()
+    assert list(trace(figure, "safety loss on each step's own anchors").x) == [0, 2]
+
+
+def test_certificate_of_a_resumed_run_keeps_its_steps() -> None:
+    records = [replace(record, step=record.step + 50) for record in certificate().records]
+    figure = Certificate("test", "every block", records).plot()
+    assert list(trace(figure, "sum of first-order parts").x) == [50, 51, 52]
 
 
 def test_certificate_marks_violations() -> None:
@@ -424,15 +472,77 @@ def test_certificate_marks_violations() -> None:
     assert "2 of 2 steps break the constraint" in figure.layout.title.subtitle.text
 
 
-def test_certificate_draws_a_bound_only_where_drift_is_corrected() -> None:
-    assert "bound with drift correction" not in {each.name for each in certificate().plot().data}
+@pytest.mark.parametrize("bound", [0.0, np.inf])
+def test_certificate_draws_no_bound_where_drift_is_not_corrected(bound: float) -> None:
+    assert "bound with drift correction" not in {each.name for each in certificate(bound=bound).plot().data}
+
+
+def test_certificate_draws_a_bound_where_drift_is_corrected() -> None:
     bound = trace(certificate(bound=-2e-4).plot(), "bound with drift correction")
     assert list(bound.y) == [-2e-4, -2e-4]
 
 
+def test_a_long_certificate_is_thinned_and_keeps_its_extremes_and_violations() -> None:
+    first = certificate().records[0]
+    records = [replace(first, step=step, first_order=-1e-6 * (step % 7)) for step in range(1, 4001)]
+    records[1234] = replace(records[1234], violated=True)
+    records[2345] = replace(records[2345], first_order=0.5)
+    long = Certificate("test", "every block", records)
+    figure = plots.plot_certificate(long)
+    assert len(trace(figure, "applied update").x) < 3000
+    assert max(trace(figure, "applied update").y) == 0.5
+    assert list(trace(figure, "violation").x) == [1235]
+    assert trace(figure, "sum of first-order parts").y[-1] == pytest.approx(sum(each.first_order for each in records))
+
+
+def test_certificate_draws_blocks_by_steps() -> None:
+    figure = certificate().plot(by="block")
+    (heat,) = figure.data
+    assert list(heat.y) == ["a", "b"]
+    np.testing.assert_allclose(heat.z, [[-2e-4, -2e-4], [1e-4, 1e-4]])
+    assert (heat.zmin, heat.zmid, heat.zmax) == pytest.approx((-2e-4, 0, 2e-4))
+    assert figure.layout.title.subtitle.text.endswith("red raises it, by 0.0001 at most")
+
+
+def test_a_map_of_many_steps_shows_the_worst_of_each_stretch() -> None:
+    first = certificate().records[0]
+    records = [replace(first, step=step) for step in range(1, 1001)]
+    records[503] = replace(first, step=504, blocks={**first.blocks, "a": np.array([1e-3, 7e-4, 1, 0.02, 0])})
+    (heat,) = plots.plot_certificate_blocks(Certificate("test", "every block", records)).data
+    assert heat.z.shape == (2, 200)
+    assert (heat.z[0].max(), heat.x[heat.z[0].argmax()]) == (7e-4, 501)
+    assert tuple(heat.customdata[0, 100]) == (504, 1e-3)
+
+
+def test_a_map_of_many_blocks_names_some_of_them_by_their_ends() -> None:
+    record = certificate().records[0]
+    names = [f"base_model.model.model.layers.{layer}.a_module_with_quite_a_long_name.weight" for layer in range(100)]
+    blocks = dict.fromkeys(names, record.blocks["a"])
+    axis = plots.plot_certificate_blocks(Certificate("test", "every block", [replace(record, blocks=blocks)])).layout
+    assert list(axis.yaxis.tickvals) == names[::2]
+    assert axis.yaxis.ticktext[5] == "…ers.10.a_module_with_quite_a_long_name"
+
+
+def test_runs_stand_side_by_side_and_the_legend_counts_by_one_measure() -> None:
+    raised = replace(certificate().records[0], first_order=2e-4)
+    other = Certificate("demo", "nothing", [raised, replace(raised, step=2, first_order=-1e-4)])
+    figure = plots.plot_certificates({"SPF": certificate(), "demo": other})
+    shown = [each for each in figure.data if each.showlegend]
+    assert [each.name for each in shown] == ["SPF: 0 of 2 raise it", "demo: 1 of 2 raise it"]
+    np.testing.assert_allclose(shown[1].y, [0, 2e-4, 1e-4])
+    assert shown[0].line.color == plots.COLOURS["SPF"]
+    with pytest.raises(SPFError, match="at least one certificate"):
+        plots.plot_certificates({})
+
+
 def test_empty_certificate_is_refused() -> None:
-    with pytest.raises(SPFError, match="train first"):
-        plots.plot_certificate(Certificate("test", guaranteed=True, records=[]))
+    empty = Certificate("test", "nothing", [])
+    for draw in (plots.plot_certificate, plots.plot_certificate_blocks):
+        with pytest.raises(SPFError, match="train first"):
+            draw(empty)
+    bare = replace(certificate().records[0], blocks={})
+    with pytest.raises(SPFError, match="expected a block"):
+        plots.plot_certificate_blocks(Certificate("test", "nothing", [bare]))
 
 
 def test_history_leaves_out_rows_without_a_loss() -> None:

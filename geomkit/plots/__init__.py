@@ -5,6 +5,7 @@ utility side, the null, plain fine-tuning and SPF.
 """
 
 from geomkit.plots._anchor_counts import plot_anchor_curve
+from geomkit.plots._certificates import plot_certificate, plot_certificate_blocks, plot_certificates
 from geomkit.plots._conflicts import plot_conflict, plot_conflict_examples
 from geomkit.plots._contrasts import plot_spectrum_contrast
 from geomkit.plots._directions import plot_conflict_directions
@@ -13,7 +14,7 @@ from geomkit.plots._noise import plot_noise_floor
 from geomkit.plots._overlaps import plot_overlaps
 from geomkit.plots._profiles import plot_cer, plot_spectrum
 from geomkit.plots._ranks import plot_effective_rank
-from geomkit.plots._runs import plot_certificate, plot_evaluation, plot_history
+from geomkit.plots._runs import plot_evaluation, plot_history
 from geomkit.plots._style import COLOURS, TEMPLATE
 from geomkit.plots._subspaces import plot_angles, plot_one_sample
 from geomkit.plots._tokens import plot_token_conflict
@@ -26,6 +27,8 @@ __all__ = [
     "plot_angles",
     "plot_cer",
     "plot_certificate",
+    "plot_certificate_blocks",
+    "plot_certificates",
     "plot_conflict",
     "plot_conflict_directions",
     "plot_conflict_examples",

@@ -1,21 +1,16 @@
-"""Figures of what models do and of runs: evaluations, the certificate, the training loss."""
+"""Figures of what models do and of runs: evaluations and the training loss."""
 
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
-from geomkit.errors import SPFError
-from geomkit.plots._style import COLOURS, TEMPLATE, looks, title, whole_ticks
+from geomkit.plots._style import TEMPLATE, looks, title, whole_ticks
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from geomkit.evaluation import Evaluation
     from geomkit.finetuning import FineTuneResult
-    from geomkit.spf.certificate import Certificate
 
 _DODGE = 0.56
 """How much of the distance between two measures the arms of one take up."""
@@ -76,110 +71,14 @@ def plot_evaluation(evaluations: "Evaluation | Mapping[str, Evaluation]") -> go.
     return figure
 
 
-def plot_certificate(certificate: "Certificate", name: str = "") -> go.Figure:
-    """Draw, step by step, what each update does to the safety loss to first order, as proposed and as applied.
-
-    Args:
-        certificate: What an SPF guard recorded.
-        name: What to call the run in the title.
-
-    Returns:
-        The figure. Above: ⟨Δθ, g_s⟩ of the optimizer's own update and of the applied one, positive where it raises
-        the safety loss, with the bound where it is not zero and a mark at violations. Below: the share of parameters
-        whose update was projected.
-
-    Raises:
-        SPFError: If no step was recorded.
-    """
-    if not certificate.records:
-        raise SPFError("expected the records of at least one step, found none; train first")
-    frame = certificate.to_frame()
-    figure = make_subplots(2, 1, shared_xaxes=True, row_heights=[0.68, 0.32], vertical_spacing=0.09)
-    proposed, applied = {"color": COLOURS["SFT"], "dash": "dot"}, {"color": COLOURS["SPF"], "dash": "solid"}
-    figure.add_trace(_change(frame, "first_order_raw", "optimizer's own update", proposed), row=1, col=1)
-    figure.add_trace(_change(frame, "first_order", "applied update", applied), row=1, col=1)
-    if frame["bound"].any():
-        figure.add_trace(_bound(frame), row=1, col=1)
-    if certificate.violations:
-        figure.add_trace(_violations(frame[frame["violated"]]), row=1, col=1)
-    figure.add_trace(_fired(frame), row=2, col=1)
-    figure.add_hline(y=0, line={"color": "#222222", "width": 1}, row=1, col=1)
-    promise = "" if certificate.guaranteed else " (not promised by this rule)"
-    figure.update_layout(
-        template=TEMPLATE,
-        title=title(
-            f"{name}{': f' if name else 'F'}irst-order change of the safety loss by each update",
-            f"rule {certificate.rule}: {certificate.violations} of {certificate.steps} steps break the "
-            f"constraint{promise}; largest change {certificate.max_first_order_change:.2g}",
-        ),
-        yaxis={"title": "⟨Δθ, g<sub>s</sub>⟩, nats per token", "exponentformat": "power"},
-        yaxis2={"title": "projected", "tickformat": ".0%", "range": [0, 1.05]},
-        xaxis2={"title": "optimizer step", **_steps(frame["step"])},
-        height=520,
-        bargap=0.1,
-    )
-    return figure
-
-
-def _change(frame: "pd.DataFrame", column: str, name: str, line: dict[str, str]) -> go.Scatter:
-    return go.Scatter(
-        x=frame["step"],
-        y=frame[column],
-        name=name,
-        mode=_mode(len(frame)),
-        line={**line, "width": 2},
-        customdata=frame[["anchor_loss", "removed", "worst", "tolerance"]].to_numpy(),
-        hovertemplate=(
-            f"{name}, step %{{x}}<br><b>%{{y:.3e}}</b> nats per token<br>safety loss on the anchors "
-            "%{customdata[0]:.4g}<br>norm removed %{customdata[1]:.3g}<br>worst parameter as applied "
-            "%{customdata[2]:.2e}, tolerance %{customdata[3]:.2e}<extra></extra>"
-        ),
-    )
-
-
-def _bound(frame: "pd.DataFrame") -> go.Scatter:
-    return go.Scatter(
-        x=frame["step"],
-        y=frame["bound"],
-        name="bound with drift correction",
-        mode="lines",
-        line={"color": COLOURS["null"], "dash": "dash", "width": 1.5},
-        hovertemplate="bound, step %{x}<br><b>%{y:.3e}</b> nats per token<extra></extra>",
-    )
-
-
-def _violations(frame: "pd.DataFrame") -> go.Scatter:
-    return go.Scatter(
-        x=frame["step"],
-        y=frame["first_order"],
-        name="violation",
-        mode="markers",
-        marker={"symbol": "x", "size": 8, "color": "#222222"},
-        customdata=frame[["worst", "tolerance"]].to_numpy(),
-        hovertemplate=(
-            "violation, step %{x}<br>worst parameter <b>%{customdata[0]:.2e}</b>, tolerance "
-            "%{customdata[1]:.2e}<extra></extra>"
-        ),
-    )
-
-
-def _fired(frame: "pd.DataFrame") -> go.Bar:
-    return go.Bar(
-        x=frame["step"],
-        y=frame["fired"],
-        name="parameters projected",
-        marker={"color": COLOURS["null"], "line_width": 0},
-        hovertemplate="step %{x}<br><b>%{y:.1%}</b> of the parameters projected<extra></extra>",
-    )
-
-
-def _steps(steps: Iterable[int]) -> dict[str, object]:
-    """Write whole steps: a short run has its own ticks, a long one those that follow the zoom."""
+def step_ticks(steps: Iterable[int]) -> dict[str, object]:
+    """Return an axis of whole steps: a short run has its own ticks, a long one those that follow the zoom."""
     known = set(steps)
     return {"tickvals": whole_ticks(known, 10)} if len(known) <= _FEW_STEPS else {"tickformat": "d"}
 
 
-def _mode(points: int) -> str:
+def line_mode(points: int) -> str:
+    """Return the mode of a line of so many points: few have markers."""
     return "lines+markers" if points <= _FEW_STEPS else "lines"
 
 
@@ -201,14 +100,17 @@ def plot_history(results: "FineTuneResult | Mapping[str, FineTuneResult]") -> go
                 x=rows["step"],
                 y=rows["loss"],
                 name=name,
-                mode=_mode(len(rows)),
+                mode=line_mode(len(rows)),
                 line={"color": look.colour, "dash": look.dash, "width": 2},
                 hovertemplate=f"{name}, step %{{x}}<br>loss <b>%{{y:.4g}}</b><extra></extra>",
             )
         )
     figure.update_layout(
         title=title("Training loss"),
-        xaxis={"title": "optimizer step", **_steps([step for run in runs.values() for step in run.history["step"]])},
+        xaxis={
+            "title": "optimizer step",
+            **step_ticks([step for run in runs.values() for step in run.history["step"]]),
+        },
         yaxis={"title": "loss, nats per token", "rangemode": "tozero"},
         showlegend=len(runs) > 1,
     )

@@ -116,11 +116,14 @@ class Certificate:
             "max_first_order_change": self.max_first_order_change,
         }
 
-    def plot(self) -> "Figure":
-        """Draw the first-order change of the safety loss before and after the projection, step by step."""
-        from geomkit.plots import plot_certificate
+    def plot(self, by: Literal["step", "block"] = "step") -> "Figure":
+        """Draw what the updates did to the safety loss, step by step, or for every step and block.
 
-        return plot_certificate(self)
+        See :func:`geomkit.plots.plot_certificate` and :func:`geomkit.plots.plot_certificate_blocks`.
+        """
+        from geomkit.plots import plot_certificate, plot_certificate_blocks
+
+        return plot_certificate(self) if by == "step" else plot_certificate_blocks(self)
 
     def __str__(self) -> str:
         """Say in one line whether the constraint held, and whether rounding lets that be known."""
