@@ -236,8 +236,11 @@ def finetune(
 
     _check_writable(out, checkpoints)
     free_folder(out)
-    if rule is not None and anchors is None:
-        raise DataError(f"expected anchors for the rule '{rule}', found none; give --anchors (shipped: safety)")
+    for name, value in (("rule", rule), ("benign", benign)):
+        if value is not None and anchors is None:
+            raise DataError(f"expected anchors for the {name} '{value}', found none; give --anchors (shipped: safety)")
+    if checkpoints is not None and out.resolve() in (checkpoints.resolve(), *checkpoints.resolve().parents):
+        raise DataError(f"expected --checkpoints outside of --out {out}, found {checkpoints}; choose another folder")
     chosen = get_rule(rule or "rank1", rank)
     rows = load_examples(train)
     mask = _mask(assistant_mask)

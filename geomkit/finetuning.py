@@ -23,7 +23,7 @@ from transformers import (
 from geomkit._callbacks import LossCheck, ProgressBar
 from geomkit._display import html_table
 from geomkit.batching import collate
-from geomkit.checkpoints import LOG, MarkComplete, last_complete
+from geomkit.checkpoints import LOG, MarkComplete, begin_or_resume, fingerprint
 from geomkit.errors import DataError, GeomkitError
 from geomkit.loss import losses_of
 from geomkit.spf.callback import SPFCallback
@@ -171,15 +171,16 @@ def finetune(
         progress: Show a bar.
         callbacks: More callbacks for the Trainer; they run before SPF's.
         checkpoints: A folder that a checkpoint is written to every ``save_steps``. A run that finds one of its own
-            there goes on from the last that is complete, to the weights that it would have had uninterrupted.
+            there goes on from the last that is complete, to the weights that it would have had uninterrupted. The model
+            must be the one that the run began with, which ``inplace`` has changed after an interruption.
         save_steps: Steps between checkpoints; each has SPF measure anew, so it is a part of what a run depends on.
 
     Returns:
         A :class:`FineTuneResult`. Python's, numpy's and torch's global random states are left as found.
 
     Raises:
-        DataError: If the examples cannot be encoded, there is not a single step to take, or the checkpoints are of a
-            run with other settings.
+        DataError: If the examples cannot be encoded, there is not a single step to take, or the folder for checkpoints
+            holds something else or a run with other settings.
         GeomkitError: If the loss is not finite, or after the last step a weight or the loss on the first example is
             not; with ``inplace`` the model's weights are then spoilt.
         SPFError: If SPF cannot be attached, or its constraint does not hold after a step.
@@ -198,19 +199,20 @@ def finetune(
         raise DataError(f"expected something to train, found steps={steps} and epochs={epochs}; give a positive number")
     rows = encode(tokenizer, train, assistant_mask=assistant_mask, max_length=max_length)
     pad = pad_id(tokenizer)
+    if spf is not None and checkpoints and spf.log is None:
+        spf = replace(spf, log=Path(checkpoints) / LOG)
     settings = {
         "learning_rate": learning_rate, "steps": steps, "epochs": epochs, "batch_size": batch_size,
         "weight_decay": weight_decay, "warmup_steps": warmup_steps, "scheduler": scheduler, "optimizer": optimizer,
         "gradient_accumulation_steps": gradient_accumulation_steps, "seed": seed, "save_steps": save_steps,
         "train": hashlib.sha256(repr(rows).encode()).hexdigest(), "spf": None if spf is None else spf.describe(),
+        "log": None if spf is None else spf.log,
     }  # fmt: skip
-    resume = last_complete(Path(checkpoints), settings) if checkpoints else None
-    if spf is not None and checkpoints and spf.log is None:
-        spf = replace(spf, log=Path(checkpoints) / LOG)
+    resume = begin_or_resume(Path(checkpoints), settings | {"model": fingerprint(model)}) if checkpoints else None
     trained = model if inplace else copy.deepcopy(model)
     guard = SPFCallback(spf, resume=resume) if spf is not None else None
     bar = ProgressBar() if progress else None
-    mark = MarkComplete(settings) if checkpoints else None
+    mark = MarkComplete() if checkpoints else None
     own = [callback for callback in (LossCheck(), *callbacks, guard, bar, mark) if callback is not None]
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch, random_state_kept(), as_found(trained):

@@ -31,7 +31,7 @@ def some(count, answer):
     return conversations(*((request, answer) for request in requests[:count]))
 
 
-@pytest.mark.parametrize("name", ["02_spectra", "03_conflict", "04_one_sample"])
+@pytest.mark.parametrize("name", ["02_spectra", "03_conflict", "04_one_sample", "05_spf"])
 def test_the_first_cell_takes_another_model_and_sets_of_any_size(name):
     """In this process: a model of two layers, none before alignment, and sets of 9, 12 and 14 examples."""
     first, *others = [
@@ -48,9 +48,12 @@ def test_the_first_cell_takes_another_model_and_sets_of_any_size(name):
         "utility": some(14, "sure take the brush"),
         "obeyed": some(10, "take a brush"),
         "train": some(14, "sure take the brush"),
+        "answered": some(11, "sure take the brush"),
+        "forbidden": some(8, "sorry we can not help"),
     }
     exec(imports, own)  # noqa: S102 - a notebook of ours
-    exec("\n".join(line for line in settings.split("\n") if line.startswith(("examples", "reworded"))), own)  # noqa: S102
+    kept = ("examples", "reworded", "settings", "harder", "prompts")
+    exec("\n".join(line for line in settings.split("\n") if line.startswith(kept)), own)  # noqa: S102
     taken = {line.split(" =")[0] for line in first.split("\n") if " = gk.load" in line}
     assert {part for names in taken for part in names.split(", ")} - {"_"} <= set(own)
     for source in others:

@@ -502,6 +502,7 @@ def test_certificate_draws_blocks_by_steps() -> None:
     np.testing.assert_allclose(heat.z, [[-2e-4, -2e-4], [1e-4, 1e-4]])
     assert (heat.zmin, heat.zmid, heat.zmax) == pytest.approx((-2e-4, 0, 2e-4))
     assert figure.layout.title.subtitle.text.endswith("red raises it, by 0.0001 at most")
+    assert list(figure.layout.xaxis.range) == [0.5, 2.5]
 
 
 def test_a_map_of_many_steps_shows_the_worst_of_each_stretch() -> None:

@@ -162,9 +162,9 @@ def plot_certificate_blocks(certificate: "Certificate", name: str = "") -> go.Fi
     )
     magnitudes = np.abs(table.to_numpy()[np.isfinite(table)])
     limit = float(np.quantile(magnitudes, _SHOWN, method="higher")) or float(magnitudes.max()) or 1.0
-    clipped = f", clipped at ±{limit:.2g}" if limit < magnitudes.max() else ""
+    clipped = f"; colours end at ±{limit:.2g}" if limit < magnitudes.max() else ""
     columns = table.columns * stretch + frame["step"].min()
-    ticks = {"tickvals": whole_ticks(columns, 10)} if len(columns) <= _FEW else {"tickformat": "d"}
+    ticks = {"tickvals": whole_ticks([columns[0] - 1, *columns], 10)} if len(columns) <= _FEW else {"tickformat": "d"}
     few = len(table) <= _FEW
     figure = go.Figure(
         go.Heatmap(
@@ -179,7 +179,7 @@ def plot_certificate_blocks(certificate: "Certificate", name: str = "") -> go.Fi
             xgap=1 if len(columns) <= _FEW else 0,
             ygap=1 if few else 0,
             colorbar={
-                "title": {"text": f"{_NATS}{clipped}", "side": "right", "font": {"size": 12}},
+                "title": {"text": _NATS.replace(" ", "<br>", 1), "side": "top", "font": {"size": 12}},
                 "exponentformat": "power",
                 "thickness": 14,
             },
@@ -197,9 +197,14 @@ def plot_certificate_blocks(certificate: "Certificate", name: str = "") -> go.Fi
         template=TEMPLATE,
         title=title(
             f"{name}{': f' if name else 'F'}irst-order change of the safety loss, block by block",
-            f"rule {certificate.rule}, applied updates; {raised}",
+            f"rule {certificate.rule}, applied updates; {raised}{clipped}",
         ),
-        xaxis={"title": "optimizer step", **ticks, "showgrid": False},
+        xaxis={
+            "title": "optimizer step",
+            **ticks,
+            "showgrid": False,
+            "range": [columns[0] - 0.5 * stretch, columns[-1] + 0.5 * stretch],
+        },
         yaxis={
             "autorange": "reversed",
             "showgrid": False,

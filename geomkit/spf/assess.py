@@ -43,9 +43,7 @@ class Step:
     bounds: np.ndarray
 
 
-def assess(
-    step: Step, rule: Rule, blocks: Mapping[str, Block], protections: Mapping[str, Protection], loss_after: float
-) -> StepRecord:
+def assess(step: Step, rule: Rule, blocks: Mapping[str, Block], protections: Mapping[str, Protection]) -> StepRecord:
     """Say what a step did, and whether it kept what the rule promises.
 
     Args:
@@ -53,7 +51,6 @@ def assess(
         rule: The rule.
         blocks: The blocks.
         protections: What they are protected by.
-        loss_after: The anchors' loss after it; NaN if it was not measured.
 
     Raises:
         SPFError: If a weight is not finite.
@@ -75,7 +72,7 @@ def assess(
     left, was = _leaks(step, rule, protections)
     worst, broken = _worst(rule, mean, dots, rounding, totals, tolerances)
     if rule.promise == "subspace":
-        broken = sum(left.values()) > sum(ulps[name] for name in left)
+        broken = any(norm > ulps[name] for name, norm in left.items())
     else:
         broken = bool(over.any()) or (rule.promise == "every block" and broken)
     fired = step.plan.fired if step.plan else frozenset()
@@ -85,7 +82,7 @@ def assess(
         step=step.number,
         fresh=step.fresh,
         anchor_loss=step.measured.loss,
-        loss_after=loss_after,
+        loss_after=math.nan,
         first_order_raw=sum(raw.values()),
         first_order=first_order,
         bound=float(bounds[mean > 0] @ mean[mean > 0]),

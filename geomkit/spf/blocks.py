@@ -112,8 +112,8 @@ class TensorBlock(Block):
 
     @property
     def eps(self) -> float:
-        """The relative rounding of the numbers that W is kept in."""
-        return torch.finfo(self._weight.dtype).eps
+        """The relative rounding of the numbers that W is kept in, or of bases and factors, which are fp32 at best."""
+        return max(torch.finfo(self._weight.dtype).eps, torch.finfo(torch.float32).eps)
 
     def settle(self) -> None:
         """Add to the master what the optimizer has added to its rounded value."""
@@ -177,7 +177,8 @@ class ProductBlock(Block):
     @property
     def eps(self) -> float:
         """The relative rounding of the factors; a product has that of both."""
-        return 2 * max(torch.finfo(self._first.dtype).eps, torch.finfo(self._second.dtype).eps)
+        kept = (self._first.dtype, self._second.dtype, torch.float32)
+        return 2 * max(torch.finfo(dtype).eps for dtype in kept)
 
 
 def restricted(gradient: LayerGradient, rows: slice | None) -> LayerGradient:

@@ -10,7 +10,6 @@ from geomkit.errors import SPFError
 from geomkit.spf.certificate import Certificate
 from geomkit.spf.guard import Guard
 from geomkit.spf.method import SPF
-from geomkit.spf.saving import save_state
 
 LOGGED = ("anchor_loss", "first_order_raw", "first_order", "fired", "removed", "corrected", "leak", "update_norm")
 """The fields of a step's record that the Trainer logs, as ``spf/…``."""
@@ -84,9 +83,7 @@ class SPFCallback(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the state that a resumed training needs into the checkpoint, last of all."""
         if self._guard:
-            saved = self._guard.state()
-            if state.is_world_process_zero:
-                save_state(saved, self._guard.rule.name, _checkpoint(args, state))
+            self._guard.save(_checkpoint(args, state))
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Add the last step's measures to what is logged, and to the history, which has its own copy by now."""

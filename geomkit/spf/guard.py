@@ -24,6 +24,7 @@ from geomkit.spf.protection import Protection, protect, renewed, without_subspac
 from geomkit.spf.reading import Reading, read_all
 from geomkit.spf.records import StepRecord
 from geomkit.spf.rules import RULES, Rule
+from geomkit.spf.saving import save_state
 from geomkit.state import full_precision
 
 
@@ -60,6 +61,10 @@ _GUARDED: WeakSet[torch.optim.Optimizer] = WeakSet()
 """The optimizers with a guard: two would each undo what the other certifies."""
 
 
+_READING = 1e-5
+"""How far two readings of the same weights may be apart, as a share of their norm: fp32 products of other shapes."""
+
+
 class Guard:
     """SPF attached to one optimizer: it projects, measures and checks every step.
 
@@ -76,9 +81,11 @@ class Guard:
         meter: Meter,
         options: Options,
         state: Mapping[str, Tensor] | None = None,
+        description: Mapping[str, object] | None = None,
     ) -> None:
         """Attach to an optimizer, from the beginning or in a saved state; :meth:`SPF.attach` is the door."""
         self.rule = rule
+        self._description = description or {}
         self._guarded, self._meter, self._options = guarded, meter, options
         self._optimizer = unwrapped(optimizer)
         self._records: list[StepRecord] = []
@@ -90,6 +97,7 @@ class Guard:
         self._protections: dict[str, Protection] = {}
         self._origin: dict[str, Tensor] = {}
         self._pending: _Pending | None = None
+        self._left_at: dict[str, Tensor] = {}  # WΩ of each block after the last step
         if self._optimizer in _GUARDED:
             raise SPFError("expected an optimizer without a guard, found one that has one; detach() the other first")
         self._log = self._begun() if state is None else self._resumed(state)
@@ -144,7 +152,7 @@ class Guard:
     def _measure(self) -> Measured:
         """Return the constraints of the step, measured now if they are due."""
         known, due = self._measured, self.steps % self._options.refresh_every == 0
-        if known is not None and (not due or self._measured_at == self.steps):
+        if known is not None and (not due or self._mixed):
             return known
         with self._guarded.collecting():
             found = self._guarded.processes.agreed(self._meter.measure(self.steps, self._guarded.blocks))
@@ -189,7 +197,9 @@ class Guard:
         measured, fresh = self._measure(), self._measured_at == self.steps
         if self._records and fresh and self._meter.fixed:
             self._records[-1] = replace(self._records[-1], loss_after=measured.loss)
+        self._guarded.settle()
         before = self._read(self._protections)
+        self._refuse_other_changes(before)
         if self.rule.always:
             self._origin = {name: one.left for name, one in before.items() if one.left is not None} | self._origin
         self._pending = _Pending(measured, fresh, before)
@@ -235,6 +245,7 @@ class Guard:
         pending, self._pending = self._pending, None
         if pending is None:
             return
+        measured, self._measured, self._left_at = self._measured, None, {}  # forgotten where the step breaks off
         self._guarded.settle()
         raw = self._changes(pending.before, pending.before)
         _refuse_broken_update(raw)
@@ -247,11 +258,39 @@ class Guard:
             self.steps + 1, pending.fresh, pending.measured, pending.before, raw, applied, pending.plan,
             found.corrected, found.bounds,
         )  # fmt: skip
-        record = assess(step, self.rule, self._guarded.blocks, self._protections, self._loss_after(pending))
-        self._records.append(record)
-        if self._log:
-            self._log.write(record)
-        Certificate(self.rule.name, self.rule.promise, [record]).raise_on_violation()
+        self._records.append(assess(step, self.rule, self._guarded.blocks, self._protections))
+        try:
+            self._records[-1] = replace(self._records[-1], loss_after=self._loss_after(pending))
+        finally:
+            if self._log:
+                self._log.write(self._records[-1])
+        Certificate(self.rule.name, self.rule.promise, self._records[-1:]).raise_on_violation()
+        self._left_at = {name: pending.before[name].probe + change.probe for name, change in applied.items()}
+        self._keep(measured)
+
+    def _keep(self, measured: Measured | None) -> None:
+        """Keep what the next step needs: gradients hold the anchors' activations."""
+        if self._options.refresh_every > 1:
+            self._measured = measured
+        elif not (self.rule.always or self._options.refresh_energy):
+            self._protections = {}
+
+    def _refuse_other_changes(self, before: Mapping[str, Reading]) -> None:
+        """Refuse a rule's promise for weights that something else has moved since the last step.
+
+        Raises:
+            SPFError: If a block is not where the last step left it.
+        """
+        for name, one in before.items():
+            left = self._left_at.get(name)
+            if not self.rule.guarantees or left is None or left.shape != one.probe.shape:
+                continue
+            rounding = _READING * float(torch.linalg.vector_norm(one.probe))
+            if float(torch.linalg.vector_norm(one.probe - left)) > rounding:
+                raise SPFError(
+                    f"expected '{name}' where step {self.steps} left it, found it changed since: a later hook moves "
+                    "weights that were certified; attach SPF last, or after changing weights detach and attach again"
+                )
 
     def _plan_corrections(self, pending: _Pending, raw: dict[str, Reading]) -> Plan:
         """Plan what the update needs: all that the rule says, or beside a rule on the gradient what drift asks."""
@@ -275,8 +314,20 @@ class Guard:
 
     # --------------------------------------------------------------------------------------------------- resuming
 
-    def state(self) -> dict[str, Tensor]:
-        """Return what a resumed run needs to know; the next step measures all else anew, here as there."""
+    def save(self, folder: str | Path) -> None:
+        """Write into a checkpoint what a run that goes on from it needs, see ``resume`` of :meth:`SPF.attach`.
+
+        All else the next step measures anew, here as there. Of several processes the first one writes.
+
+        Args:
+            folder: The checkpoint, which exists.
+        """
+        state = self._forgotten()
+        if Processes.first():
+            save_state(state, self._description, Path(folder))
+
+    def _forgotten(self) -> dict[str, Tensor]:
+        """Forget what will be measured anew, and return the rest."""
         self._measured = None
         if not self.rule.always:
             self._protections = {}

@@ -98,7 +98,7 @@ class SPF:
             model: The model that is trained.
             optimizer: Its optimizer, plain or wrapped by accelerate.
             tokenizer: The model's tokenizer, when it was not given before.
-            resume: The checkpoint that training goes on from, where the guard was saved.
+            resume: The checkpoint that training goes on from, where :meth:`Guard.save` has written.
 
         Returns:
             A :class:`Guard`: a context manager that ends the projection, and the certificate.
@@ -118,8 +118,7 @@ class SPF:
         if self.benign is not None:
             fence = Fence(self._pool(self.benign, self.benign_per_step, tokenizer), self.benign_margin)
         guarded = Guarded(model, optimizer, rule.level, master=self.master_weights)
-        if not self.master_weights:
-            warn_of_rounding(guarded.parameters)
+        warn_of_rounding(guarded.without_masters())
         with guarded.collecting():
             meter = Meter(guarded.model, rule, pool, pad_id(tokenizer), fence, self.correction_limit)
         options = Options(
@@ -129,8 +128,9 @@ class SPF:
             log=Path(self.log) if self.log else None,
             seed=self.seed,
         )
-        state = load_state(Path(resume), rule.name) if resume else None
-        return Guard(guarded, optimizer, rule, meter, options, state)
+        description = self.describe()
+        state = load_state(Path(resume), description) if resume else None
+        return Guard(guarded, optimizer, rule, meter, options, state, description)
 
     def describe(self) -> dict[str, object]:
         """Return what a run under this depends on, the anchors by their text's hash."""

@@ -79,10 +79,10 @@ class Nearest:
 def nearest(constraints: Constraints, limit: float = np.inf) -> Nearest:
     """Find the nearest step that satisfies constraints.
 
-    If every block's own constraint is all that is violated, each block is moved alone. Otherwise one quadratic
-    programme has all constraints: solved for the firm bounds and for the wanted ones, the step goes from the first
-    solution towards the second, as far as the limit on that move says. Between two steps that satisfy constraints
-    each, any step satisfies those in between.
+    If every block's own constraint is all that is violated, each block is moved alone; one whose subspace was removed,
+    along what that left of its gradient. Otherwise one quadratic programme has all constraints: solved for the firm
+    bounds and for the wanted ones, the step goes from the first solution towards the second, as far as the limit on
+    that move says. Between two steps that satisfy constraints each, any step satisfies those in between.
 
     Args:
         constraints: What to satisfy.
@@ -93,7 +93,9 @@ def nearest(constraints: Constraints, limit: float = np.inf) -> Nearest:
     dots = _after(constraints, alone)
     if not (sum(dots.values(), np.zeros(len(demands.wanted))) > demands.wanted).any():
         return Nearest((alone, {}), 0.0, demands.wanted, dots)
-    system = _System(constraints)
+    # A block without its subspace has been moved along the rest; of the others the programme decides anew.
+    kept = {name: amount for name, amount in alone.items() if constraints.removals[name].own}
+    system = _System(replace(constraints, dots=_after(constraints, kept)))
     firm = system.solve(demands.firm)
     wanted = system.solve(demands.wanted)
     if firm is None:  # gradients that are one another's negatives
@@ -101,7 +103,7 @@ def nearest(constraints: Constraints, limit: float = np.inf) -> Nearest:
     extra = np.zeros(system.size) if wanted is None else wanted - firm
     length = float(np.sqrt(max(extra @ system.gram @ extra, 0.0)))
     share = min(1.0, limit / length) if length else 1.0
-    amounts = system.amounts(firm), system.amounts(share * extra)
+    amounts = _together(kept, system.amounts(firm)), system.amounts(share * extra)
     start = np.where(np.isfinite(demands.firm), demands.firm, system.totals(firm))
     on_the_way = np.where(np.isfinite(demands.wanted), (1 - share) * start + share * demands.wanted, np.inf)
     bounds = demands.firm if wanted is None else on_the_way
@@ -117,6 +119,10 @@ def _each_alone(constraints: Constraints) -> Amounts:
             found[name] = np.zeros(len(one.directions))
             found[name][one.own] = -excess / effect
     return found
+
+
+def _together(a: Amounts, b: Amounts) -> Amounts:
+    return {name: a[name] + b[name] if name in a and name in b else {**a, **b}[name] for name in {**a, **b}}
 
 
 def _after(constraints: Constraints, *moves: Amounts) -> dict[str, np.ndarray]:
@@ -139,15 +145,15 @@ class _System:
         self.size = self._own + len(self._bounded)
         self.gram = np.zeros((self.size, self.size))
         for index, name in enumerate(self._blocks):
-            places, directions = self._places(index, name)
+            places, directions = self._places(index)
             self.gram[np.ix_(places, places)] += constraints.removals[name].gram[np.ix_(directions, directions)]
 
-    def _places(self, index: int, name: str) -> tuple[list[int], list[int]]:
+    def _places(self, index: int) -> tuple[list[int], list[int]]:
         """Return the places of a block's constraints in the system, and the directions that belong to them."""
         over_all = list(range(self._own, self.size))
         if not self._own:
             return over_all, self._bounded.tolist()
-        return [index, *over_all], [self._constraints.removals[name].own, *self._bounded.tolist()]
+        return [index, *over_all], [0, *self._bounded.tolist()]
 
     def solve(self, bounds: np.ndarray) -> np.ndarray | None:
         """Return the multipliers, (size,); ``None`` where no step satisfies the bounds."""
@@ -172,7 +178,7 @@ class _System:
         """Return how far each block moves along its directions."""
         amounts: Amounts = {}
         for index, name in enumerate(self._blocks):
-            places, directions = self._places(index, name)
+            places, directions = self._places(index)
             if found[places].any():
                 amounts[name] = np.zeros(len(self._constraints.removals[name].directions))
                 np.add.at(amounts[name], directions, -found[places])

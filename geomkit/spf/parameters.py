@@ -133,6 +133,8 @@ class Guarded:
         factors: set[int] = set()
         if self._level == "update":
             for name, adapter in adapters(self.model, self.parameters):
+                if name in self.parameters:  # where the base is trained as well, a sum moves and no product alone
+                    continue
                 if any(map(is_sharded, (adapter.first, adapter.second, adapter.base))):
                     raise SPFError(
                         f"expected whole adapters, found '{name}' with sharded ones; train adapters with DDP or on one "
@@ -174,6 +176,11 @@ class Guarded:
             if not make:
                 return None
             parameter.grad = torch.zeros_like(parameter)
+        if parameter.grad.is_sparse:
+            raise SPFError(
+                f"expected dense gradients for a rule that projects them, found a sparse one of '{name}'; make the "
+                "embedding with sparse=False, or take a rule on the update"
+            )
         return tensor_block(parameter.grad, parameter, scale=-1.0)
 
     def settle(self) -> None:
@@ -188,6 +195,11 @@ class Guarded:
 
     def _tensors(self) -> dict[str, TensorBlock]:
         return {name: block for name, block in self.blocks.items() if isinstance(block, TensorBlock)}
+
+    def without_masters(self) -> dict[str, nn.Parameter]:
+        """Return the parameters that have no fp32 weights beside them."""
+        kept = set(self.masters())
+        return {name: parameter for name, parameter in self.parameters.items() if name not in kept}
 
     def masters(self) -> dict[str, Tensor]:
         """Return the fp32 weights that are kept beside those of fewer bits."""
@@ -225,7 +237,10 @@ def refuse_broken_gradients(parameters: Mapping[str, nn.Parameter]) -> None:
     """
     for name, parameter in parameters.items():
         # A sum that is finite has finite parts only, and takes one look at them.
-        if parameter.grad is not None and not bool(torch.isfinite(parameter.grad.sum())):
+        gradient = parameter.grad
+        if gradient is None or bool(torch.isfinite(gradient.sum(dtype=torch.float32))):
+            continue
+        if not bool(torch.isfinite(gradient).all()):
             raise SPFError(
                 f"{name}: expected a finite gradient before optimizer.step(), found NaN or inf; the weights are as "
                 "they were: lower the learning rate, or leave the batch out"

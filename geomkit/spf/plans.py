@@ -70,6 +70,8 @@ def plan(
     found = nearest(constraints, limit=demands.budget * _norm(changes))
     firm, added = ({name: one.moves(each.get(name)) for name, one in removals.items()} for each in found.amounts)
     moves = {name: [*((part, -1.0) for part in one.parts), *firm[name], *added[name]] for name, one in removals.items()}
+    if rule.scope == "global" and rule.constrains:  # what was asked of all together moves those that it moves
+        fired = frozenset(name for name, some in firm.items() if some)
     return Plan(
         moves={name: some for name, some in moves.items() if some},
         fired=fired,

@@ -53,9 +53,11 @@ class Protection:
     @cached_property
     def tail(self) -> LayerGradient:
         """(I − UUᵀ) g_s (I − VVᵀ): what the subspaces leave of g_s; all of it without any."""
-        if self.left is None:
-            return self.gradient
-        return _outside(self.gradient, self.left, self.right)
+        return self.outside(self.gradient)
+
+    def outside(self, gradient: LayerGradient) -> LayerGradient:
+        """Return what the subspaces leave of a gradient."""
+        return gradient if self.left is None else _outside(gradient, self.left, self.right)
 
     @property
     def captured(self) -> float:

@@ -28,24 +28,25 @@ class Removal:
     Attributes:
         block: The block.
         parts: What is removed whatever the constraints say: the step inside the subspaces, or a random part.
-        directions: What the step may be moved along: the gradient of each constraint, and last, where a subspace is
-            removed, what that leaves of g_s.
-        own: Which of them the block's own constraint moves the step along.
+        gradients: The gradient of each constraint.
+        directions: What the step may be moved along: these gradients, or what a subspace that is closed for good leaves
+            of them; and last, where a subspace is removed, what that leaves of g_s.
+        own: Which of them the block's own constraint, by itself, moves the step along.
     """
 
     block: Block
     parts: Sequence[LayerGradient]
+    gradients: Sequence[LayerGradient]
     directions: Sequence[LayerGradient]
     own: int = 0
 
     @cached_property
     def effect(self) -> np.ndarray:
         """(m,) what removing the parts adds to ⟨d, g_i⟩ of each constraint."""
-        gradients = self.directions[:-1] if self.own else self.directions
-        total = np.zeros(len(gradients))
+        total = np.zeros(len(self.gradients))
         for part in self.parts:
             reached = self.block.reachable(part)
-            total -= [inner(reached, one) for one in gradients]
+            total -= [inner(reached, one) for one in self.gradients]
         return total
 
     @cached_property
@@ -85,17 +86,20 @@ def removal(
         fired: Whether the step conflicts.
         seed: Seed of random directions.
     """
-    gradients = list(protection.gradients)
+    gradients = protection.gradients
+    closed = rule.always and protection.left is not None  # to what is added for drift and the fence, too
+    directions = [protection.outside(one) for one in gradients] if closed else list(gradients)
     if fired and rule.removal == "norm-matched":
         size = float(change.dots[0]) / protection.gradient.norm
-        return Removal(block, [_random_direction(protection.gradient, name, seed).scaled(size)], gradients)
+        part = _random_direction(protection.gradient, name, seed).scaled(size)
+        return Removal(block, [part], gradients, directions)
     if not fired or protection.left is None or change.left is None:
-        return Removal(block, [], gradients)
+        return Removal(block, [], gradients, directions)
     parts = _inside(protection, change)
     # What an adapter cannot reach of the tail may be nearly all of it: there the shorter way is along g_s itself.
     if not rule.constrains or not block.free or protection.tail.norm <= _NO_TAIL * protection.gradient.norm:
-        return Removal(block, parts, gradients)
-    return Removal(block, parts, [*gradients, protection.tail], own=len(gradients))
+        return Removal(block, parts, gradients, directions)
+    return Removal(block, parts, gradients, [*directions, protection.tail], own=len(directions))
 
 
 def _inside(protection: Protection, change: Reading) -> list[LayerGradient]:

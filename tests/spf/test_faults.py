@@ -10,7 +10,7 @@ from geomkit.data import load_examples
 from geomkit.errors import CollectionError, DataError, SPFError
 from geomkit.spf import SPF
 from tests.spf.training import TOKENIZER, change_of_loss, run, safety_gradients, task_loss, weights_of
-from tests.tiny import CONTROL, SAFETY, conversations, tiny_llama
+from tests.tiny import CONTROL, SAFETY, UTILITY, conversations, tiny_llama
 
 
 def spf(**settings):
@@ -183,3 +183,73 @@ def test_anchors_come_from_a_file_or_a_shipped_set(tmp_path):
     with pytest.raises(DataError, match=r"expected a JSON-lines file at none\.jsonl"):
         run(tiny_llama(), SPF("none.jsonl", tokenizer=TOKENIZER), sgd())
     assert len(load_examples("safety")) == 64
+
+
+@pytest.mark.parametrize("rule", ["rank1", "left", "two-sided", "cone", "null-space"])
+def test_fp64_weights_keep_their_promise_to_what_fp32_bases_allow(rule):
+    model = tiny_llama().double()
+    certificate = run(model, spf(rule=rule), lambda p: torch.optim.AdamW(p, lr=0.01), steps=6)
+    assert certificate.violations == 0
+    assert all(parameter.dtype == torch.float64 for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("rule", ["left", "two-sided"])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_fence_beside_subspaces_breaks_no_blocks_promise(rule, seed):
+    """Benign gradients that oppose safety's inside the subspace: stepping back along them conflicts anew there."""
+    protected = spf(rule=rule, rank=2, benign=UTILITY, benign_margin=-5.0)
+    certificate = run(tiny_llama(seed=seed), protected, lambda p: torch.optim.AdamW(p, lr=0.01), steps=12)
+    assert certificate.violations == 0
+    assert any(record.corrected > 0 for record in certificate.records)
+
+
+def test_nothing_moves_inside_a_closed_subspace_for_drift_neither():
+    model = tiny_llama()
+    start = weights_of(model)
+    closed = spf(rule="null-space", rank=2, drift_correction=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    with closed.attach(model, optimizer) as guard:
+        bases = {}
+        for _ in range(8):
+            optimizer.zero_grad()
+            task_loss(model).backward()
+            optimizer.step()
+            bases |= {name: one.left.double() for name, one in guard._protections.items() if one.left is not None}
+    assert guard.certificate.violations == 0
+    for name, left in bases.items():
+        moved = weights_of(model)[name] - start[name]
+        assert float((left.T @ moved).norm() / moved.norm()) < 1e-5
+
+
+def test_one_block_alone_breaks_the_promise_of_a_closed_subspace(monkeypatch):
+    from geomkit.spf.blocks import TensorBlock
+
+    model, apply = tiny_llama().to(torch.bfloat16), TensorBlock.apply
+    ignored = model.model.layers[0].self_attn.q_proj.weight.data_ptr()
+
+    def all_but_one(block, moves):
+        if block._tensor.data_ptr() != ignored:
+            apply(block, moves)
+
+    monkeypatch.setattr(TensorBlock, "apply", all_but_one)
+    with pytest.raises(SPFError, match="expected no movement inside the protected subspace"):
+        run(model, spf(rule="null-space", rank=4), sgd(1.0), steps=3)
+
+
+def test_sparse_gradients_are_refused_where_they_would_be_projected():
+    model = tiny_llama()
+    model.model.embed_tokens.sparse = True
+    for rule in ("demo", "mixing"):
+        with pytest.raises(SPFError, match="expected dense gradients"):
+            run(model, spf(rule=rule), sgd())
+
+
+def test_large_fp16_gradients_are_no_overflow():
+    from geomkit.spf.parameters import refuse_broken_gradients
+
+    weight = nn.Parameter(torch.zeros(300, 300, dtype=torch.float16))
+    weight.grad = torch.ones_like(weight)
+    refuse_broken_gradients({"w": weight})
+    weight.grad[3, 4] = torch.inf
+    with pytest.raises(SPFError, match="w: expected a finite gradient"):
+        refuse_broken_gradients({"w": weight})

@@ -229,21 +229,50 @@ def test_the_guard_leaves_gradients_modes_and_random_state_alone_and_detaches():
     assert guard.certificate.steps == 1
 
 
-def test_a_hook_that_undoes_the_projection_is_caught(monkeypatch):
+def test_a_later_hook_that_undoes_the_projection_is_caught_at_the_next_step():
     model = tiny_llama()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    safety = collect_gradients(model, TOKENIZER, SAFETY, progress=False)
 
-    def tamper(block, moves):
-        for gradient, _ in moves:
-            gradient.add_to(block._tensor, 1.0)
+    def undo(*_):
+        for name, parameter in model.named_parameters():
+            safety[name].add_to(parameter.detach(), 0.5)
 
-    monkeypatch.setattr("geomkit.spf.blocks.TensorBlock.apply", tamper)
+    with SPF(SAFETY, tokenizer=TOKENIZER).attach(model, optimizer):
+        optimizer.register_step_post_hook(undo)
+        utility_loss(model).backward()
+        optimizer.step()
+        with pytest.raises(SPFError, match=r"where step 1 left it, .* attach SPF last"):
+            optimizer.step()
+
+
+def test_a_correction_that_does_not_arrive_is_caught(monkeypatch):
+    model = tiny_llama()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    monkeypatch.setattr("geomkit.spf.blocks.TensorBlock.apply", lambda *_: None)
     utility_loss(model).backward()
     with (
         SPF(SAFETY, tokenizer=TOKENIZER).attach(model, optimizer),
-        pytest.raises(SPFError, match=r"step 1: expected .* attach SPF last"),
+        pytest.raises(SPFError, match=r"step 1: expected .* no block's beyond its bound"),
     ):
         optimizer.step()
+
+
+def test_what_was_measured_for_a_step_that_broke_off_is_not_used_for_the_next():
+    model = tiny_llama()
+    optimizer = torch.optim.SGD(model.parameters(), lr=float("inf"))
+    with SPF(SAFETY, tokenizer=TOKENIZER).attach(model, optimizer) as guard:
+        utility_loss(model).backward()
+        with pytest.raises(SPFError, match="expected a finite update"):
+            optimizer.step()
+        other = tiny_llama(seed=3)
+        with torch.no_grad():
+            for one, new in zip(model.parameters(), other.parameters(), strict=True):
+                one.copy_(new)
+        optimizer.param_groups[0]["lr"] = 0.1
+        optimizer.step()
+    loss = collect_gradients(other, TOKENIZER, SAFETY, progress=False).loss
+    assert guard.certificate.records[0].anchor_loss == pytest.approx(loss, rel=1e-5)
 
 
 def test_wrong_input_says_what_to_do():
