@@ -1,7 +1,7 @@
 """The run-time proof of an SPF run: what each applied update did to the safety loss, to first order."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -28,7 +28,7 @@ class Certificate:
 
     rule: str
     promise: Promise
-    records: Sequence[StepRecord]
+    records: Sequence[StepRecord] = field(repr=False)
 
     @property
     def guaranteed(self) -> bool:
@@ -42,7 +42,7 @@ class Certificate:
 
     @property
     def violations(self) -> int:
-        """Number of steps whose update broke the constraint beyond rounding."""
+        """Number of steps that broke what the rule promises; of a rule that promises nothing, that raised L_s in all."""
         return sum(record.violated for record in self.records)
 
     @property
