@@ -42,7 +42,7 @@ class Certificate:
 
     @property
     def violations(self) -> int:
-        """Number of steps that broke what the rule promises; of a rule that promises nothing, that raised L_s in all."""
+        """Number of steps that broke what the rule promises, or without a promise raised the safety loss."""
         return sum(record.violated for record in self.records)
 
     @property

@@ -9,7 +9,6 @@ from geomkit.collect import collect_gradients
 from geomkit.errors import DataError, SPFError
 from geomkit.finetuning import finetune
 from geomkit.spf import RULES, SPF
-from geomkit.spf.anchors import AnchorPool
 from geomkit.spf.rules import Rule, get_rule
 from tests.tiny import SAFETY, UTILITY, tiny_llama, tiny_tokenizer
 
@@ -292,11 +291,3 @@ def test_wrong_input_says_what_to_do():
         SPF(SAFETY, tokenizer=TOKENIZER).attach(meta, on_meta)
     with pytest.raises(DataError, match="at least one anchor"):
         SPF(SAFETY, anchors_per_step=0, tokenizer=TOKENIZER).attach(model, optimizer)
-
-
-def test_draws_depend_on_seed_and_step_only():
-    pool = AnchorPool(tuple(range(20)), per_step=4, seed=1)
-    assert pool.draw(3) == pool.draw(3)
-    assert pool.draw(3) != pool.draw(4)
-    assert AnchorPool(pool.rows, 4, seed=2).draw(3) != pool.draw(3)
-    assert list(AnchorPool(pool.rows, 99).draw(0)) == list(range(20))
