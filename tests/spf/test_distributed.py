@@ -24,14 +24,16 @@ SAME = 2e-6
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without processes")
 
 
-def launched(mode, folder, *, processes=PROCESSES):
-    """Run the worker in some processes; return what each of them wrote."""
+def launched(mode, folder):
+    """Run the worker with ``accelerate launch`` in some processes; return what each of them wrote."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [
-        sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--master-addr=127.0.0.1",
-        f"--master-port={port}", "-m", "tests.spf.worker", mode, str(folder),
+        # "multi_gpu" starts a process per device; without a GPU they are processes on the CPU, with gloo.
+        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", f"--num_processes={PROCESSES}",
+        "--num_machines=1", f"--main_process_port={port}", "--mixed_precision=no", "--dynamo_backend=no",
+        "--module", "tests.spf.worker", mode, str(folder),
     ]  # fmt: skip
     running = subprocess.Popen(  # noqa: S603
         command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True, stdout=subprocess.PIPE,
@@ -43,7 +45,7 @@ def launched(mode, folder, *, processes=PROCESSES):
         os.killpg(running.pid, signal.SIGKILL)
         said, _ = running.communicate()
     assert running.returncode == 0, said[-6000:]
-    return [torch.load(folder / f"{rank}.pt") for rank in range(processes)]
+    return [torch.load(folder / f"{rank}.pt") for rank in range(PROCESSES)]
 
 
 @pytest.fixture(scope="module")
@@ -183,9 +185,9 @@ def test_what_cannot_be_gathered_is_refused(sharding, case, message):
 def test_deepspeed_is_refused(tmp_path):
     """Attached to any of its parts, or to the optimizer before it takes over."""
     pytest.importorskip("deepspeed")
-    (found,) = launched("deepspeed", tmp_path, processes=1)
-    assert found["kind"] == "DistributedType.DEEPSPEED"
-    for part in ("prepared", "engine", "its own optimizer"):
-        assert "found DeepSpeed's" in found[part]
-    assert found["attached before"] is not None
-    assert found["steps"] == 0
+    for found in launched("deepspeed", tmp_path):
+        assert found["kind"] == "DistributedType.DEEPSPEED"
+        for part in ("prepared", "engine", "its own optimizer"):
+            assert "found DeepSpeed's" in found[part]
+        assert found["attached before"] is not None
+        assert found["steps"] == 0
