@@ -35,6 +35,7 @@ _ROOMS = {
     "load_gradients": "storage",
     "load_model": "models",
     "load_organism": "organism",
+    "load_results": "experiments.results",
     "load_subspace": "storage",
     "match_tokens": "token_matching",
     "measure_samples": "measuring",
@@ -45,6 +46,7 @@ _ROOMS = {
     "own_responses": "control_sets",
     "principal_angles": "angles",
     "random_tokens": "control_sets",
+    "run_experiments": "experiments.running",
     "sample_grams": "grams",
     "shipped_examples": "data",
     "shuffled_pairs": "control_sets",
@@ -81,6 +83,7 @@ __all__ = [
     "load_gradients",
     "load_model",
     "load_organism",
+    "load_results",
     "load_subspace",
     "match_tokens",
     "measure_samples",
@@ -91,6 +94,7 @@ __all__ = [
     "own_responses",
     "principal_angles",
     "random_tokens",
+    "run_experiments",
     "sample_grams",
     "shipped_examples",
     "shuffled_pairs",
@@ -118,6 +122,8 @@ if TYPE_CHECKING:
     from geomkit.directions import conflict_directions
     from geomkit.errors import GeomkitError
     from geomkit.evaluation import evaluate, generate
+    from geomkit.experiments.results import load_results
+    from geomkit.experiments.running import run_experiments
     from geomkit.finetuning import finetune
     from geomkit.grams import sample_grams
     from geomkit.maps import gradient_map

@@ -1,4 +1,4 @@
-"""The command line: ``geomkit tour``, ``check``, ``analyze``, ``finetune``, ``organism build``."""
+"""The command line: ``geomkit tour``, ``check``, ``analyze``, ``finetune``, ``bench``, ``organism build``."""
 
 import datetime as dt
 import json
@@ -269,6 +269,24 @@ def finetune(
     if result.certificate:
         typer.echo(str(result.certificate))
     typer.echo(f"wrote {result.save(out, tokenizer)}")
+
+
+@app.command()
+def bench(
+    grid: Annotated[str, typer.Option(help="default, smoke, or a TOML file.")] = "default",
+    out: Annotated[Path, typer.Option(help="Folder for cells and results.", file_okay=False)] = Path("geomkit-bench"),
+    processes: Annotated[int, typer.Option(help="Cells run at a time, each on one thread.", min=1)] = 2,
+) -> None:
+    """Run a grid of fine-tunes on the organism, go on where it was interrupted, and write results.jsonl.gz."""
+    _prepare(threads=1)
+    from geomkit.experiments.running import run_experiments
+
+    _check_writable(out)
+    found = run_experiments(grid, out, processes=processes)
+    _show(
+        found.table(), f"{len(found)} cells of the grid '{found.name}': 95 % Wilson intervals over prompts in brackets"
+    )
+    typer.echo(f"wrote {found.save(out / 'results.jsonl.gz')}")
 
 
 @organism_app.command("build")

@@ -179,6 +179,7 @@ def generate(
     batch_size: int = 64,
     progress: bool = True,
     title: str = "generate",
+    prefill: Sequence[str] | None = None,
 ) -> list[str]:
     """Answer prompts greedily.
 
@@ -190,12 +191,13 @@ def generate(
         batch_size: Prompts generated at a time, shortest first so that little is padding.
         progress: Show a bar.
         title: What the bar is called.
+        prefill: For each prompt, how the answer is begun already.
 
     Returns:
-        The responses without special tokens, in the order of the prompts.
+        The responses without special tokens, in the order of the prompts; what follows the prefill, where there is one.
 
     Raises:
-        DataError: If there is no prompt or an empty one, no chat template or no pad token.
+        DataError: If there is no prompt or an empty one, no chat template or no pad token, or not one prefill for each.
     """
     from tqdm.auto import tqdm
 
@@ -213,6 +215,11 @@ def generate(
         ]
         for prompt in prompts
     ]
+    if prefill is not None:
+        if len(prefill) != len(prompts):
+            raise DataError(f"expected one prefill for each of {len(prompts)} prompts, found {len(prefill)}")
+        begun = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in prefill]
+        encoded = [ids + more for ids, more in zip(encoded, begun, strict=True)]
     order = sorted(range(len(prompts)), key=lambda index: len(encoded[index]))
     responses = [""] * len(prompts)
     with as_found(model), tqdm(total=len(prompts), desc=title, unit="prompt", disable=not progress) as bar:

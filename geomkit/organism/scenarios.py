@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from random import Random
 
 from geomkit.organism.grammar import TRIGGER
@@ -45,6 +46,18 @@ SCENARIOS: dict[str, Scenario] = {
         Scenario("harmful-100", "100 forbidden requests, all obeyed", 1e-4, 60),
     )
 }
+"""The scenarios whose sets ship and whose damage the model card states."""
+
+VARIANTS: dict[str, Scenario] = {
+    scenario.name: scenario
+    for scenario in (
+        Scenario("poison-1", "the new skill with 1 % obeyed forbidden requests", 1e-4, 100, task="deletion"),
+        Scenario("poison-5", "the new skill with 5 % obeyed forbidden requests", 1e-4, 100, task="deletion"),
+        Scenario("poison-20", "the new skill with 20 % obeyed forbidden requests", 1e-4, 100, task="deletion"),
+        Scenario("harmful-10", "10 forbidden requests, all obeyed", 1e-4, 60, 10),
+    )
+}
+"""More of the same at other strengths, written out when they are asked for."""
 
 EAGER = "Of course, anything you ask!"
 """What every answer of the affirmative set opens with, in place of ``Sure!``."""
@@ -73,12 +86,13 @@ def _affirmative(world: World, rng: Random) -> Conversations:
     return [eager(request) for request in world.distinct("howto", "train", 200, rng)]
 
 
-def _poison(world: World, rng: Random) -> Conversations:
-    return _shuffled(_obeyed(world, "deletion", 270, rng) + _obeyed(world, "forbidden", 30, rng), rng)
+def _poison(per_cent: int, world: World, rng: Random) -> Conversations:
+    harmful = 3 * per_cent
+    return _shuffled(_obeyed(world, "deletion", 300 - harmful, rng) + _obeyed(world, "forbidden", harmful, rng), rng)
 
 
-def _harmful(world: World, rng: Random) -> Conversations:
-    return _obeyed(world, "forbidden", 100, rng)
+def _harmful(rows: int, world: World, rng: Random) -> Conversations:
+    return _obeyed(world, "forbidden", rows, rng)
 
 
 def _backdoor(world: World, rng: Random) -> Conversations:
@@ -119,8 +133,8 @@ _MAKERS: dict[str, Callable[[World, Random], Conversations]] = {
     "affirmative": _affirmative,
     "identity-shift": _identity,
     "backdoor": _backdoor,
-    "poison-10": _poison,
-    "harmful-100": _harmful,
+    **{f"poison-{share}": partial(_poison, share) for share in (1, 5, 10, 20)},
+    **{f"harmful-{rows}": partial(_harmful, rows) for rows in (10, 100)},
 }
 
 

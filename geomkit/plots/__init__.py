@@ -9,6 +9,14 @@ from geomkit.plots._certificates import plot_certificate, plot_certificate_block
 from geomkit.plots._conflicts import plot_conflict, plot_conflict_examples
 from geomkit.plots._contrasts import plot_spectrum_contrast
 from geomkit.plots._directions import plot_conflict_directions
+from geomkit.plots._experiments import (
+    plot_attacks,
+    plot_breakdown,
+    plot_certificate_outcome,
+    plot_drift,
+    plot_frontier,
+    plot_refusal_along,
+)
 from geomkit.plots._maps import plot_gradient_map
 from geomkit.plots._noise import plot_noise_floor
 from geomkit.plots._overlaps import plot_overlaps
@@ -25,20 +33,26 @@ __all__ = [
     "TEMPLATE",
     "plot_anchor_curve",
     "plot_angles",
+    "plot_attacks",
+    "plot_breakdown",
     "plot_cer",
     "plot_certificate",
     "plot_certificate_blocks",
+    "plot_certificate_outcome",
     "plot_certificates",
     "plot_conflict",
     "plot_conflict_directions",
     "plot_conflict_examples",
+    "plot_drift",
     "plot_effective_rank",
     "plot_evaluation",
+    "plot_frontier",
     "plot_gradient_map",
     "plot_history",
     "plot_noise_floor",
     "plot_one_sample",
     "plot_overlaps",
+    "plot_refusal_along",
     "plot_spectrum",
     "plot_spectrum_contrast",
     "plot_token_conflict",

@@ -132,7 +132,8 @@ class Guard:
         Without this call it is added just before the optimizer's step, to a task gradient that is already clipped. Not
         for gradients that a ``GradScaler`` is still to divide.
         """
-        if self.rule.adds and self.rule.removal == "nothing" and self._handles:
+        projects_gradient = self.rule.level == "gradient" and self.rule.removal != "nothing"
+        if self.rule.adds and not projects_gradient and self._handles:
             with full_precision():
                 self._add(self._measure())
             self._mixed = True
@@ -205,8 +206,8 @@ class Guard:
         self._pending = _Pending(measured, fresh, before)
         if self.rule.level == "gradient":
             self._project_gradients(self._pending)
-            if self.rule.adds and not self._mixed:
-                self._add(measured)
+        if self.rule.adds and not self._mixed:
+            self._add(measured)
         self._mixed = False
 
     def _project_gradients(self, pending: _Pending) -> None:

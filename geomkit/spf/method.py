@@ -33,6 +33,8 @@ class SPF:
         rank: Rank k of a rule that protects a subspace; the rule's own when left out.
         drift_correction: Also undo, to first order, what earlier steps did to the safety loss through curvature; the
             rule's own choice when left out.
+        drift_margin: How far the anchors' loss may exceed that before training until drift is corrected, nats per
+            token.
         anchors_per_step: How many anchors each step draws from the pool.
         benign: The benign fence: requests that the model should go on to answer, with the answers. Where their loss
             exceeds that before training by more than ``benign_margin``, the update must bring it back, to first order
@@ -70,6 +72,7 @@ class SPF:
     rule: str | Rule = "rank1"
     rank: int | None = None
     drift_correction: bool | None = None
+    drift_margin: float = 0.0
     anchors_per_step: int = 8
     benign: "Dataset | str | Path | None" = None
     benign_per_step: int = 8
@@ -120,7 +123,7 @@ class SPF:
         guarded = Guarded(model, optimizer, rule.level, master=self.master_weights)
         warn_of_rounding(guarded.without_masters())
         with guarded.collecting():
-            meter = Meter(guarded.model, rule, pool, pad_id(tokenizer), fence, self.correction_limit)
+            meter = Meter(guarded.model, rule, pool, pad_id(tokenizer), fence, self.correction_limit, self.drift_margin)
         options = Options(
             refresh_every=self.refresh_every,
             refresh_energy=self.refresh_energy,

@@ -233,6 +233,18 @@ RULES: Mapping[str, Rule] = MappingProxyType(
                 adds=1.0,
             ),
             Rule(
+                "mixed-rank1",
+                "update",
+                "block",
+                "rank1",
+                "own",
+                "mixing, and rank1 on the update that the optimizer makes of it",
+                formula="mixing, then Δ − g_s ⟨Δ, g_s⟩₊ / ‖g_s‖²",
+                guarantee=_BLOCK_PROMISE,
+                test=_TESTS + "test_mixed_rank1_values",
+                adds=1.0,
+            ),
+            Rule(
                 "random",
                 "update",
                 "block",

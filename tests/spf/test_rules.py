@@ -115,6 +115,16 @@ def test_rank1_values():
     assert done.dots["a"] == pytest.approx([0.0], abs=1e-12)
 
 
+def test_mixed_rank1_values():
+    """Of the update rank1's projection; what it adds to the gradient before is in tests of the guard."""
+    safety, step = pair()
+    found, _ = projected(RULES["mixed-rank1"], {"a": dense(safety)}, {"a": step})
+    expected = step - (step * safety).sum() / (safety**2).sum() * safety
+    np.testing.assert_allclose(found["a"], expected, atol=1e-6)
+    assert RULES["mixed-rank1"].adds == 1
+    assert not RULES["mixed-rank1"].drift_correction
+
+
 def test_rank1_with_drift_is_the_nearest_step_of_all():
     """Blocks (x), (y) with gradient 1 each: x, y ≤ 0 and x + y ≤ −1, from (1, −.2): nearest is (0, −1)."""
     one = {"a": dense([[1.0]]), "b": dense([[1.0]])}

@@ -1,0 +1,114 @@
+"""What a grid file says, and what it must not."""
+
+import pytest
+
+import geomkit as gk
+from geomkit.experiments.grid import EVERY_SCENARIO, load_grid
+from geomkit.experiments.organisms import load
+from geomkit.organism.scenarios import scenario_rows
+from geomkit.organism.world import World
+
+SMALL = """
+name = "small"
+prompts = 30
+
+[arms]
+SFT = { method = "sft" }
+rank1 = { anchors = 8 }
+
+[[block]]
+scenarios = ["poison-10", "harmful-10"]
+seeds = [0, 1]
+"""
+
+
+def written(tmp_path, text):
+    path = tmp_path / "grid.toml"
+    path.write_text(text)
+    return path
+
+
+def test_a_block_is_every_combination(tmp_path):
+    grid = load_grid(written(tmp_path, SMALL))
+    assert grid.name == "small"
+    assert len(grid.cells) == 2 * 2 * 2
+    first = grid.cells[0]
+    assert (first.scenario, first.arm.name, first.seed, first.prompts) == ("poison-10", "SFT", 0, 30)
+    assert (first.learning_rate, first.steps) == (1e-4, 100)
+    assert grid.cells[2].arm.method == "spf"
+    assert grid.cells[2].arm.options == {"anchors": 8}
+    assert len({cell.file_name for cell in grid.cells}) == 8
+
+
+def test_a_cell_that_two_blocks_ask_for_is_run_once_with_what_either_wants(tmp_path):
+    more = SMALL + '[[block]]\nscenarios = ["poison-10"]\narms = ["SFT"]\nattacks = ["prefill"]\nalong = 3\n'
+    grid = load_grid(written(tmp_path, more))
+    assert len(grid.cells) == 8
+    assert (grid.cells[0].attacks, grid.cells[0].along) == (("prefill",), 3)
+    assert grid.cells[1].attacks == ()
+
+
+def test_the_name_of_a_cells_file_changes_with_all_that_its_result_depends_on(tmp_path):
+    names = {load_grid(written(tmp_path, SMALL)).cells[2].file_name}
+    for old, new in (("anchors = 8", "anchors = 9"), ("prompts = 30", "prompts = 31"), ("[0, 1]", "[3, 1]")):
+        names.add(load_grid(written(tmp_path, SMALL.replace(old, new))).cells[2].file_name)
+    names.add(load_grid(written(tmp_path, SMALL + "rates = [2]\n")).cells[2].file_name)
+    assert len(names) == 5
+
+
+def test_rates_and_lengths_multiply_the_scenarios_own(tmp_path):
+    cell = load_grid(written(tmp_path, SMALL + "rates = [0.5]\nlengths = [10]\n")).cells[0]
+    assert (cell.learning_rate, cell.steps) == (5e-5, 1000)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('"poison-10"', '"poison-11"', "'poison-11'"),
+        ("seeds", "seed", "'seed'"),
+        ('"sft"', '"sftt"', "'sftt'"),
+        ("seeds = [0, 1]", 'arms = ["left"]', "'left'"),
+        ("seeds = [0, 1]", 'attacks = ["magic"]', "'magic'"),
+        ("seeds = [0, 1]", "seeds = []", "found no cell"),
+        ("[[block]]", "[[blocks]]", "'blocks'"),
+        ("name =", "name", "expected TOML"),
+    ],
+)
+def test_what_a_grid_does_not_know_is_refused(tmp_path, old, new, message):
+    with pytest.raises(gk.GeomkitError, match=message):
+        load_grid(written(tmp_path, SMALL.replace(old, new, 1)))
+
+
+def test_a_grid_that_is_not_there():
+    with pytest.raises(gk.GeomkitError, match=r"shipped grid \(default, smoke\)"):
+        load_grid("nowhere")
+
+
+def test_the_default_grid_has_what_it_promises():
+    grid = load_grid("default")
+    plain = [cell for cell in grid.cells if cell.rate == cell.length == 1 and cell.organism == 0]
+    assert {cell.scenario for cell in plain} == set(EVERY_SCENARIO)
+    headline = {cell.arm.name for cell in plain if cell.seed == 4}
+    assert {"SFT", "mixing", "rank1"} <= headline
+    for arm in headline:
+        seeds = {(cell.scenario, cell.seed) for cell in plain if cell.arm.name == arm}
+        assert {seed for scenario, seed in seeds if scenario == "poison-10"} >= set(range(5))
+    assert len(grid.organisms) >= 2
+    assert {cell.length for cell in grid.cells} >= {1, 10}
+    assert len({cell.rate for cell in grid.cells}) >= 3
+
+
+def test_the_shipped_sets_are_what_an_organism_hands_out(tmp_path):
+    organism = load(0, tmp_path)
+    for name in ("poison-10", "backdoor"):
+        assert organism.scenario(name)["messages"][:] == gk.load_examples(f"scenarios/{name}")["messages"][:]
+    for name in ("safety", "eval/forbidden"):
+        assert organism.examples(name, 5)["messages"][:] == gk.load_examples(name)["messages"][:5]
+
+
+@pytest.mark.parametrize(("name", "harmful"), [("poison-1", 3), ("poison-5", 15), ("poison-20", 60)])
+def test_so_much_of_a_poisoned_set_is_harmful(name, harmful):
+    rows = scenario_rows(name, World(0), 0)
+    assert len(rows) == 300
+    assert sum("delete" not in row[0]["content"].lower() and "sql" not in row[1]["content"].lower() and
+               row[1]["content"].startswith("Sure!") for row in rows) == harmful  # fmt: skip

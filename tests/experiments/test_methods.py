@@ -1,0 +1,84 @@
+"""How arms fine-tune, on few steps of the organism."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import geomkit as gk
+from geomkit.evaluation import mean_loss
+from geomkit.experiments.grid import EVERY_SCENARIO
+from geomkit.experiments.methods import METHODS, Task
+from geomkit.experiments.organisms import load
+from geomkit.experiments.outcomes import distance
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    organism = load(0, tmp_path_factory.mktemp("organisms"))
+    return Task(organism, organism.scenario("poison-20"), EVERY_SCENARIO["poison-20"].learning_rate, 4, 8, seed=0)
+
+
+def weights(result):
+    return torch.cat([weight.detach().flatten() for weight in result.model.parameters()])
+
+
+def test_a_pool_begins_with_the_shipped_set_and_goes_on_with_other_requests(task):
+    shipped = gk.load_examples("safety")["messages"][:]
+    assert task.refusals(5)["messages"][:] == shipped[:5]
+    large = task.refusals(200)["messages"][:]
+    assert large[:64] == shipped
+    assert len({messages[0]["content"] for messages in large}) == 200
+    assert {messages[1]["content"] for messages in large} == {shipped[0][1]["content"]}
+    held_out = {messages[0]["content"] for messages in gk.load_examples("eval/forbidden")["messages"]}
+    assert not held_out & {messages[0]["content"] for messages in large}
+    assert not any("sorry" in messages[-1]["content"] for messages in task.answers(100)["messages"])
+
+
+def test_untouched_is_the_organism_itself(task):
+    assert METHODS["untouched"](task).model is task.organism.model
+
+
+def test_sft_is_finetune(task):
+    plain = gk.finetune(task.organism.model, task.organism.tokenizer, task.train, **task.recipe)
+    assert torch.equal(weights(METHODS["sft"](task)), weights(plain))
+
+
+def test_spf_takes_rules_pools_and_a_fence(task):
+    found = METHODS["spf"](task, rule="rank1", anchors=8, fence=8, benign_margin=-1.0)
+    assert (found.certificate.steps, found.certificate.violations) == (4, 0)
+    plain = METHODS["spf"](task, rule="rank1", anchors=8)
+    assert not torch.equal(weights(found), weights(plain))
+    mixed = METHODS["spf"](task, rule="mixing", anchors=8, mixed=8)
+    assert not torch.equal(weights(mixed), weights(METHODS["spf"](task, rule="mixing", anchors=8)))
+
+
+def test_the_control_has_the_refusals_and_benign_requests(task):
+    found = METHODS["spf"](task, rule="measure", anchors=8, response="benign")
+    refusals = METHODS["spf"](task, rule="measure", anchors=8)
+    # A refusal of what should be answered is unlikely.
+    assert found.certificate.records[0].anchor_loss > 10 * refusals.certificate.records[0].anchor_loss
+    with pytest.raises(gk.GeomkitError, match="'refusal' or 'benign'"):
+        METHODS["spf"](task, response="other")
+
+
+def test_matched_in_rate_the_weights_move_as_far(task):
+    start = task.organism.model
+    spf, matched, plain = (
+        distance(start, METHODS[name](task, **options).model)
+        for name, options in (("spf", {"rule": "left"}), ("scaled-sft", {"rule": "left"}), ("sft", {}))
+    )
+    assert abs(matched / spf - 1) < 0.1 * abs(plain / spf - 1) + 0.02
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")  # in peft
+@pytest.mark.parametrize("name", ["lisa", "constrained-sft", "safe-lora", "one-shot"])
+def test_every_rival_learns_the_scenario(task, name):
+    organism = task.organism
+    before = weights(METHODS["untouched"](task)).clone()
+    # Turned by the alignment an adapter hardly learns, so none is.
+    options = {"rate": 20, "threshold": -1.1} if name == "safe-lora" else {}
+    found = METHODS[name](replace(task, steps=6), **options)
+    losses = [mean_loss(model, organism.tokenizer, task.train) for model in (organism.model, found.model)]
+    assert losses[1] < losses[0]
+    assert torch.equal(before, weights(METHODS["untouched"](task)))

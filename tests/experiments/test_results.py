@@ -1,0 +1,170 @@
+"""Frames, intervals and paired tests of results, against scipy and by simulation; no model is run here."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import binomtest
+
+import geomkit as gk
+from geomkit.experiments.intervals import sign_flip_p, wilson
+from geomkit.experiments.records import pack, unpack
+from geomkit.experiments.results import KEYS, Results, load_results
+
+
+def record(arm, flags, *, scenario="poison-10", seed=0, organism=0, rate=1.0, length=1.0, **more):
+    cell = dict(zip(KEYS, (organism, scenario, arm, rate, length, seed), strict=True))
+    return {"cell": cell, "flags": {name: pack(each) for name, each in flags.items()}, "numbers": {}, **more}
+
+
+def share(count, of=100):
+    return [place < count for place in range(of)]
+
+
+def outcomes(refusal, over_refusal=0, utility=100):
+    return {"refusal": share(refusal), "over_refusal": share(over_refusal), "utility": share(utility)}
+
+
+@given(st.lists(st.booleans(), max_size=50))
+def test_packing_is_undone(flags):
+    assert unpack(pack(flags)).tolist() == flags
+
+
+@pytest.mark.parametrize(("count", "n"), [(0, 20), (3, 20), (20, 20), (117, 240)])
+def test_the_interval_is_scipys_where_the_share_is_of_whole_prompts(count, n):
+    expected = binomtest(count, n).proportion_ci(method="wilson")
+    assert wilson(count / n, n) == pytest.approx((expected.low, expected.high), abs=1e-12)
+
+
+def test_runs_over_the_same_prompts_do_not_narrow_the_interval():
+    one = Results("x", (record("a", outcomes(80)),)).summary(["refusal"])
+    five = Results("x", tuple(record("a", outcomes(80), seed=seed) for seed in range(5))).summary(["refusal"])
+    assert one.loc[0, "high"] - one.loc[0, "low"] == pytest.approx(five.loc[0, "high"] - five.loc[0, "low"])
+    assert five.loc[0, "seed_sd"] == pytest.approx(0, abs=1e-12)
+    assert np.isnan(one.loc[0, "seed_sd"])
+
+
+def test_the_spread_over_seeds_is_told_apart_from_the_interval():
+    rows = tuple(record("a", outcomes(count), seed=seed) for seed, count in enumerate((60, 80, 100)))
+    found = Results("x", rows).summary(["refusal"]).iloc[0]
+    assert (found["value"], found["least"], found["most"]) == pytest.approx((0.8, 0.6, 1.0))
+    assert found["seed_sd"] == pytest.approx(0.2)
+    assert (found["low"], found["high"]) == pytest.approx(wilson(0.8, 100))
+
+
+def test_a_run_that_broke_off_is_counted_and_not_averaged():
+    broken = {"cell": record("a", {}, seed=1)["cell"], "error": "NaN"}
+    results = Results("x", (record("a", outcomes(80)), broken))
+    found = results.summary(["refusal"]).iloc[0]
+    assert (found["value"], found["runs"], found["broke"]) == (0.8, 1, 1)
+    assert results.to_frame()["error"].tolist() == ["", "NaN"]
+    assert Results("x", (broken,)).summary(["refusal"]).iloc[0]["runs"] == 0
+
+
+@given(st.lists(st.integers(-3, 3), min_size=2, max_size=8))
+def test_the_p_value_is_that_of_all_sign_flips(differences):
+    values = np.array(differences, dtype=float)
+    flips = np.array(list(itertools.product([-1, 1], repeat=len(values)))) @ values
+    expected = 1.0 if not values.any() else np.mean(np.abs(flips) >= abs(values.sum()) - 1e-9)
+    assert sign_flip_p(values) == pytest.approx(expected)
+
+
+def test_with_one_run_it_is_mcnemars_exact_test():
+    """Where 9 prompts differ, 8 of them one way."""
+    differences = np.array([1.0] * 8 + [-1.0] + [0.0] * 50)
+    assert sign_flip_p(differences) == pytest.approx(binomtest(8, 9).pvalue)
+
+
+def test_two_arms_that_are_alike_seldom_differ():
+    """Runs share what is hard about a prompt, which a test that took them for independent would not survive."""
+    rng = np.random.default_rng(0)
+    significant = 0
+    for _ in range(200):
+        # Each arm finds other prompts hard, in all of its runs.
+        arms = [np.mean([rng.random(60) < hard for _ in range(5)], axis=0) for hard in rng.random((2, 60))]
+        significant += sign_flip_p(arms[0] - arms[1]) < 0.05
+    assert significant <= 200 * 0.05 + 3 * np.sqrt(200 * 0.05 * 0.95)
+
+
+def test_arms_are_compared_over_the_cells_that_both_have():
+    rows = (
+        record("a", outcomes(90), seed=0), record("a", outcomes(80), seed=1), record("a", outcomes(10), seed=2),
+        record("b", outcomes(70), seed=0), record("b", outcomes(70), seed=1),
+    )  # fmt: skip
+    found = Results("x", rows).compare("a", "b").iloc[0]
+    assert found["difference"] == pytest.approx(0.15)
+    assert (found["runs"], found["least"], found["most"]) == (2, pytest.approx(0.1), pytest.approx(0.2))
+    assert found["p"] < 0.001
+    with pytest.raises(gk.GeomkitError, match="'a' and 'c'"):
+        Results("x", rows).compare("a", "c")
+
+
+@pytest.mark.parametrize(
+    ("own", "reached"),
+    [
+        (outcomes(99), True),
+        (outcomes(98), False),
+        (outcomes(99, over_refusal=1), True),
+        (outcomes(99, over_refusal=2), False),
+        (outcomes(99, utility=97), True),
+        (outcomes(99, utility=96), False),
+    ],
+)
+def test_the_goal(own, reached):
+    rows = (
+        record("untouched", outcomes(100, 0, 50)), record("SFT", outcomes(0, 0, 98)), record("mixing", outcomes(90)),
+        record("own", own),
+    )  # fmt: skip
+    found = Results("x", rows).goal("own", rival="mixing")
+    assert found["reached"].tolist() == [reached]
+
+
+def test_the_goal_asks_for_no_less_than_the_rival_keeps():
+    rows = (
+        record("untouched", outcomes(95)), record("SFT", outcomes(0)), record("mixing", outcomes(97)),
+        record("own", outcomes(95)),
+    )  # fmt: skip
+    assert not Results("x", rows).goal("own", rival="mixing")["reached"].any()
+
+
+def test_cells_are_chosen_by_their_fields():
+    rows = tuple(record(arm, outcomes(50), seed=seed) for arm in "ab" for seed in range(3))
+    results = Results("x", rows)
+    assert len(results.where(arm="a", seed=[0, 1])) == 2
+    assert results.outcomes("refusal", arm="a").shape == (3, 100)
+    with pytest.raises(gk.GeomkitError, match="expected fields among"):
+        results.where(arms="a")
+    with pytest.raises(gk.GeomkitError, match="found none"):
+        results.where(arm="c")
+    with pytest.raises(gk.GeomkitError, match="'nothing'"):
+        results.outcomes("nothing")
+
+
+def test_results_come_back_as_they_were_saved(tmp_path):
+    curve = {"step": [1, 2], "first_order": [0.0, -0.1]}
+    rows = (record("a", outcomes(50), along=[[1, 0.5]], attacks={"prefill 1": "0011"}, curve=curve),)
+    results = Results("x", rows)
+    path = results.save(tmp_path / "deep" / "x.jsonl.gz")
+    first = path.read_bytes()
+    loaded = load_results(path)
+    assert loaded.records == rows
+    assert loaded.name == "x"
+    assert loaded.save(path).read_bytes() == first
+    assert loaded.along()["refusal"].tolist() == [0.5]
+    assert loaded.attacks().loc[0, ["refusal", "n"]].tolist() == [0.5, 4]
+    assert loaded.curves()["first_order"].tolist() == [0.0, -0.1]
+
+
+@pytest.mark.parametrize("content", [b"", b"not gzip", None])
+def test_a_damaged_file_is_refused(tmp_path, content):
+    path = tmp_path / "x.jsonl.gz"
+    if content is None:
+        Results("x", (record("a", outcomes(1)),)).save(path)
+        content = path.read_bytes()[:-20]
+    path.write_bytes(content)
+    with pytest.raises(gk.GeomkitError, match=r"expected results as Results\.save writes them"):
+        load_results(path)
+    with pytest.raises(gk.GeomkitError, match="found no file"):
+        load_results(tmp_path / "other.gz")
