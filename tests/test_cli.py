@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from geomkit import __version__, cli
+from geomkit.experiments.results import load_results
 from geomkit.tokens import encode
 from tests.tiny import CONTROL, PLAIN_TEMPLATE, SAFETY, TEMPLATE, UTILITY, tiny_llama, tiny_tokenizer
 
@@ -126,6 +127,22 @@ def test_analyze_writes_a_report_and_the_promised_numbers(files, monkeypatch, ca
     assert -1 <= numbers["conflict"]["cosine"] <= 1
     assert set(numbers["one_sample"]) >= {"overlap", "interval", "null"}
     assert names("c") == ["numbers.json"]
+
+
+def test_bench_runs_a_grid_and_goes_on_with_it(monkeypatch, capfd):
+    Path("mine.toml").write_text(
+        'name = "mine"\nprompts = 6\n[arms]\nuntouched = { method = "untouched" }\n'
+        '[[block]]\nscenarios = ["new-skill"]\n'
+    )
+    for _ in range(2):
+        status, said, _ = run(monkeypatch, capfd, "bench", "--grid", "mine.toml", "--out", "out", "--processes", 1)
+        assert status == 0
+        assert "1 cells of the grid 'mine'" in said
+        assert "100.0 [61.0, 100.0]" in said
+    assert load_results("out/results.jsonl.gz").name == "mine"
+    status, said, problem = run(monkeypatch, capfd, "bench", "--grid", "other", "--out", "out")
+    assert (status, said) == (1, "")
+    assert problem.startswith("geomkit: expected a TOML file or a shipped grid (default, smoke), found 'other'")
 
 
 def test_numbers_that_are_not_finite_are_null(tmp_path):

@@ -66,7 +66,7 @@ def _run(cell: Cell, organism: Organism) -> Record:
     before = _reset_peak()
     started = time.perf_counter()
     result = METHODS[cell.arm.method](task, **cell.arm.options)
-    seconds = time.perf_counter() - started
+    seconds = time.perf_counter() - started - (along.seconds if along else 0.0)
     peak = _peak() - before
     outcomes = measure(result.model, organism, cell.recipe, cell.prompts)
     found = {
@@ -74,8 +74,9 @@ def _run(cell: Cell, organism: Organism) -> Record:
         for each in cell.attacks
         for kind, refused in attack(each, result.model, organism, cell.prompts, cell.seed).items()
     }
-    numbers = {**outcomes.numbers, "seconds": seconds, "steps_per_second": cell.steps / seconds, "peak_mb": peak}
+    numbers = dict(outcomes.numbers)
     if len(result.history):
+        numbers |= {"seconds": seconds, "steps_per_second": cell.steps / seconds, "peak_mb": peak}
         numbers["task_loss"] = float(result.history["loss"].tail(10).mean())
     return {
         "numbers": {name: _short(value) for name, value in numbers.items()},

@@ -9,16 +9,9 @@ from geomkit.plots._certificates import plot_certificate, plot_certificate_block
 from geomkit.plots._conflicts import plot_conflict, plot_conflict_examples
 from geomkit.plots._contrasts import plot_spectrum_contrast
 from geomkit.plots._directions import plot_conflict_directions
-from geomkit.plots._experiments import (
-    plot_attacks,
-    plot_breakdown,
-    plot_certificate_outcome,
-    plot_drift,
-    plot_frontier,
-    plot_refusal_along,
-)
 from geomkit.plots._maps import plot_gradient_map
 from geomkit.plots._noise import plot_noise_floor
+from geomkit.plots._outcomes import plot_attacks, plot_breakdown, plot_frontier
 from geomkit.plots._overlaps import plot_overlaps
 from geomkit.plots._profiles import plot_cer, plot_spectrum
 from geomkit.plots._ranks import plot_effective_rank
@@ -26,6 +19,7 @@ from geomkit.plots._runs import plot_evaluation, plot_history
 from geomkit.plots._style import COLOURS, TEMPLATE
 from geomkit.plots._subspaces import plot_angles, plot_one_sample
 from geomkit.plots._tokens import plot_token_conflict
+from geomkit.plots._training import plot_certificate_outcome, plot_drift, plot_refusal_along
 from geomkit.plots._trajectory import plot_trajectory
 
 __all__ = [

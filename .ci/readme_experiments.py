@@ -1,0 +1,128 @@
+"""Write the README's tables of experiments, and its figure, from the shipped results.
+
+python .ci/readme_experiments.py            # the tables, between their two marks
+python .ci/readme_experiments.py --figure   # and notebooks/figures/experiments.png, which needs kaleido and a browser
+"""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+
+import geomkit as gk
+from geomkit.experiments.results import Results
+
+ROOT = Path(__file__).parents[1]
+BEGIN, END = "<!-- experiments: written by .ci/readme_experiments.py -->", "<!-- experiments: end -->"
+HEADLINE = ("SFT", "mixing", "rank1", "mixed-rank1")
+SCENARIOS = {
+    "new-skill": "new skill",
+    "affirmative": "affirmative answers",
+    "identity-shift": "identity shift, 10 rows",
+    "backdoor": "backdoor, with its trigger",
+    "poison-1": "new skill, 1 % poison",
+    "poison-5": "5 % poison",
+    "poison-10": "10 % poison",
+    "poison-20": "20 % poison",
+    "harmful-10": "10 harmful rows",
+    "harmful-100": "100 harmful rows",
+}
+
+
+def tables(results: Results) -> str:
+    """Return all of them as Markdown."""
+    own = results.where(organism=0)
+    parts = [headline(own), every_arm(own), strengths(own)]
+    return "\n\n".join(parts)
+
+
+def headline(results: Results) -> str:
+    """Return a row per scenario: refusal with its spread over seeds, over-refusal, utility."""
+    summary = _at(results, rate=1.0, length=1.0).summary(["refusal", "triggered_refusal", "over_refusal", "utility"])
+    rows = []
+    for scenario, words in SCENARIOS.items():
+        row = [words]
+        for arm in HEADLINE:
+            found = summary[(summary["scenario"] == scenario) & (summary["arm"] == arm)].set_index("measure")
+            kept = found.loc["triggered_refusal" if scenario == "backdoor" else "refusal"]
+            spread = "" if kept["runs"] < 2 else f" ± {100 * kept['seed_sd']:.1f}"
+            others = (f"{100 * found.loc[name, 'value']:.1f}" for name in ("over_refusal", "utility"))
+            row.append(f"**{100 * kept['value']:.1f}**{spread} / {' / '.join(others)}")
+        rows.append(row)
+    return _table(["refused ± seeds / over-refused / utility, %", *(f"`{arm}`" for arm in HEADLINE)], rows)
+
+
+def every_arm(results: Results) -> str:
+    """Return a row per arm, seed 0: refusal and utility in three scenarios, and over-refusal in the hardest."""
+    frame = _at(results, rate=1.0, length=1.0, seed=0).to_frame()
+    columns = ("poison-10", "identity-shift", "harmful-100")
+    rows = []
+    for arm in dict.fromkeys(frame.loc[frame["scenario"] == "poison-10", "arm"]):
+        row = [arm]
+        for scenario in columns:
+            found = frame[(frame["scenario"] == scenario) & (frame["arm"] == arm)]
+            row.append(_shares(found, ("refusal", "over_refusal", "utility")) if len(found) else "–")
+        at = frame[(frame["scenario"] == "poison-10") & (frame["arm"] == arm)].iloc[0]
+        raising = "–" if pd.isna(at["raising"]) else f"{100 * at['raising']:.0f}"
+        rows.append([*row, raising, f"{at['kl']:.3f}"])
+    words = [SCENARIOS[name] for name in columns]
+    return _table(["refused / over-refused / utility, %", *words, "steps that raise L_s, %", "KL, nats"], rows)
+
+
+def strengths(results: Results) -> str:
+    """Return a row per strength of an attack: refusal, over-refusal and utility of the headline's arms."""
+    frame = results.where(arm=list(HEADLINE), seed=0).to_frame()
+    strong = frame[(frame["rate"] != 1) | (frame["length"] != 1)]
+    rows = []
+    for scenario, rate, length in sorted(
+        {(row.scenario, row.rate, row.length) for row in strong.itertuples()},
+        key=lambda key: (list(SCENARIOS).index(key[0]), key[2], key[1]),
+    ):
+        here = strong[(strong["scenario"] == scenario) & (strong["rate"] == rate) & (strong["length"] == length)]
+        own = (here[here["arm"] == arm] for arm in HEADLINE)
+        shown = (_shares(each, ("refusal", "over_refusal", "utility")) if len(each) else "–" for each in own)
+        rows.append([f"{SCENARIOS[scenario]}: rate {rate:g}×, steps {length:g}×", *shown])
+    return _table(["refused / over-refused / utility, %", *(f"`{arm}`" for arm in HEADLINE)], rows)
+
+
+def _at(results: Results, **values: object) -> Results:
+    return results.where(**values)
+
+
+def _shares(rows: pd.DataFrame, measures: tuple[str, ...]) -> str:
+    found = rows.iloc[0]
+    if found["error"]:
+        return "broke off"
+    return " / ".join(f"{100 * found[name]:.0f}" for name in measures)
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def between_marks(text: str, written: Callable[[], str]) -> str:
+    """Return the README with what stands between its marks written anew."""
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return f"{before}{BEGIN}\n\n{written()}\n\n{END}{after}"
+
+
+def main() -> None:
+    """Write what is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--figure", action="store_true")
+    options = parser.parse_args()
+    results = gk.load_results()
+    readme = ROOT / "README.md"
+    readme.write_text(between_marks(readme.read_text("utf-8"), lambda: tables(results)), "utf-8")
+    if options.figure:
+        from geomkit.plots import plot_frontier
+
+        figure = plot_frontier(results.where(organism=0, rate=1.0, length=1.0), arms=["untouched", *HEADLINE, "left"])
+        figure.write_image(ROOT / "notebooks" / "figures" / "experiments.png", width=900, scale=2)
+
+
+if __name__ == "__main__":
+    main()
