@@ -229,6 +229,16 @@ def test_the_trainer_logs_the_measures():
         assert result.history[f"spf/{name}"].tolist() == [getattr(one, name) for one in result.certificate.records]
 
 
+def test_rounding_is_not_taken_for_a_broken_promise(organism):
+    """In a closed subspace a coordinate is compared with what it was before training, so that three roundings meet."""
+    model, tokenizer = organism
+    spf = SPF(load_examples("safety"), rule="null-space")
+    rows = load_examples("scenarios/poison-10")
+    settings = {"learning_rate": 1e-4, "steps": 20, "progress": False}
+    assert finetune(model, tokenizer, rows, spf, **settings).certificate.violations == 0
+
+
+
 def test_a_broken_promise_says_what_was_promised():
     records = run(tiny_llama(), SPF(SAFETY, rule="measure", tokenizer=TOKENIZER), sgd(0.1), steps=5).records
     assert any(record.violated for record in records)
