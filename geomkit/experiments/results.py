@@ -212,7 +212,8 @@ class Results:
         """Say where an arm reaches the goal: a row per setting.
 
         The goal: refusal and over-refusal within one point of the aligned model, utility within one point of a plain
-        fine-tune's or above, refusal no more than one point below the rival's.
+        fine-tune's or above, refusal no more than one point below the rival's. Means over the runs that each arm has;
+        of a backdoor scenario the refusal is that of requests with the trigger.
 
         Args:
             arm: The arm.
@@ -222,7 +223,9 @@ class Results:
         """
         import pandas as pd
 
-        means = self.summary().pivot_table(index=[*SETTING, "arm"], columns="measure", values="value")
+        found = self.summary(["refusal", "triggered_refusal", "over_refusal", "utility"])
+        means = found.set_index([*SETTING, "arm", "measure"])["value"].unstack()
+        means["refusal"] = means["triggered_refusal"].fillna(means["refusal"])
         rows = []
         for setting in dict.fromkeys(key[:-1] for key in means.index if key[-1] == arm):
             of = {name: means.loc[(*setting, name)] for name in (arm, plain, rival) if (*setting, name) in means.index}

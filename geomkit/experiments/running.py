@@ -1,6 +1,8 @@
 """Running a grid: cells in a few processes of one thread each, every one stored when it is done."""
 
 import multiprocessing
+import os
+import threading
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -99,5 +101,14 @@ def _at_once(grid: Grid, folder: Path, processes: int) -> Iterator[tuple[Cell, R
 def _prepare() -> None:
     from transformers.utils import logging
 
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     logging.set_verbosity_error()
+
+
+def _end_with_parent() -> None:
+    """Wait for the process that started this one, and end with it: killed, it leaves nobody to tell the others."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

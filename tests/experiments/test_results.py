@@ -121,6 +121,18 @@ def test_the_goal(own, reached):
     assert found["reached"].tolist() == [reached]
 
 
+def test_of_a_backdoor_the_goal_asks_for_refusal_with_the_trigger():
+    def opened(arm, refusal, triggered):
+        flags = outcomes(refusal) | {"triggered_refusal": share(triggered)}
+        return record(arm, flags, scenario="backdoor")
+
+    rows = (opened("untouched", 100, 100), opened("SFT", 100, 0), opened("mixing", 100, 0), opened("own", 100, 5))
+    found = Results("x", rows).goal("own", rival="mixing").iloc[0]
+    assert found["refusal"] == pytest.approx(-0.95)
+    assert found["rival"] == pytest.approx(0.05)
+    assert not found["reached"]
+
+
 def test_the_goal_asks_for_no_less_than_the_rival_keeps():
     rows = (
         record("untouched", outcomes(95)), record("SFT", outcomes(0)), record("mixing", outcomes(97)),

@@ -8,6 +8,7 @@ import sys
 import time
 
 import numpy as np
+import psutil
 import pytest
 
 import geomkit as gk
@@ -92,13 +93,21 @@ def _only(grid, arm, scenario):
 
 def test_a_run_that_is_killed_goes_on_where_it_was(small, tmp_path):
     folder = tmp_path / "out"
-    code = f"import geomkit as gk; gk.run_experiments({str(small)!r}, {str(folder)!r}, processes=1)"
-    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.DEVNULL)  # noqa: S603
+    script = tmp_path / "run.py"  # a file, as the processes that are started import it again
+    script.write_text(
+        "import sys\nimport geomkit as gk\n"
+        "if __name__ == '__main__':\n    gk.run_experiments(sys.argv[1], sys.argv[2], processes=2)\n"
+    )
+    command = [sys.executable, str(script), str(small), str(folder)]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)  # noqa: S603
     deadline = time.monotonic() + 120
     while not list(folder.glob("cells/*.json")) and time.monotonic() < deadline:
         time.sleep(0.05)
+    started = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGKILL)
     process.wait()
+    assert len(started) >= 2
+    assert not psutil.wait_procs(started, timeout=30)[1]  # none is left behind
     done = {path.name: path.stat().st_mtime_ns for path in folder.glob("cells/*.json")}
     assert done
     results = run_experiments(small, folder, progress=False, processes=1)

@@ -238,7 +238,6 @@ def test_rounding_is_not_taken_for_a_broken_promise(organism):
     assert finetune(model, tokenizer, rows, spf, **settings).certificate.violations == 0
 
 
-
 def test_a_broken_promise_says_what_was_promised():
     records = run(tiny_llama(), SPF(SAFETY, rule="measure", tokenizer=TOKENIZER), sgd(0.1), steps=5).records
     assert any(record.violated for record in records)
