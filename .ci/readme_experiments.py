@@ -15,7 +15,7 @@ from geomkit.experiments.results import Results
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- experiments: written by .ci/readme_experiments.py -->", "<!-- experiments: end -->"
-HEADLINE = ("SFT", "mixing", "rank1", "mixed-rank1")
+HEADLINE = ("SFT", "mixing", "rank1", "mixed-rank1", "left, k = 3")
 SCENARIOS = {
     "new-skill": "new skill",
     "affirmative": "affirmative answers",
@@ -39,12 +39,15 @@ def tables(results: Results) -> str:
 
 def headline(results: Results) -> str:
     """Return a row per scenario: refusal with its spread over seeds, over-refusal, utility."""
-    summary = _at(results, rate=1.0, length=1.0).summary(["refusal", "triggered_refusal", "over_refusal", "utility"])
+    summary = results.where(rate=1.0, length=1.0).summary(["refusal", "triggered_refusal", "over_refusal", "utility"])
     rows = []
     for scenario, words in SCENARIOS.items():
         row = [words]
         for arm in HEADLINE:
             found = summary[(summary["scenario"] == scenario) & (summary["arm"] == arm)].set_index("measure")
+            if not len(found):
+                row.append("–")
+                continue
             kept = found.loc["triggered_refusal" if scenario == "backdoor" else "refusal"]
             spread = "" if kept["runs"] < 2 else f" ± {100 * kept['seed_sd']:.1f}"
             others = (f"{100 * found.loc[name, 'value']:.1f}" for name in ("over_refusal", "utility"))
@@ -54,8 +57,8 @@ def headline(results: Results) -> str:
 
 
 def every_arm(results: Results) -> str:
-    """Return a row per arm, seed 0: refusal and utility in three scenarios, and over-refusal in the hardest."""
-    frame = _at(results, rate=1.0, length=1.0, seed=0).to_frame()
+    """Return a row per arm, seed 0: its shares in three scenarios, and how often its steps raised the anchors' loss."""
+    frame = results.where(rate=1.0, length=1.0, seed=0).to_frame()
     columns = ("poison-10", "identity-shift", "harmful-100")
     rows = []
     for arm in dict.fromkeys(frame.loc[frame["scenario"] == "poison-10", "arm"]):
@@ -65,14 +68,14 @@ def every_arm(results: Results) -> str:
             row.append(_shares(found, ("refusal", "over_refusal", "utility")) if len(found) else "–")
         at = frame[(frame["scenario"] == "poison-10") & (frame["arm"] == arm)].iloc[0]
         raising = "–" if pd.isna(at["raising"]) else f"{100 * at['raising']:.0f}"
-        rows.append([*row, raising, f"{at['kl']:.3f}"])
+        rows.append([*row, raising])
     words = [SCENARIOS[name] for name in columns]
-    return _table(["refused / over-refused / utility, %", *words, "steps that raise L_s, %", "KL, nats"], rows)
+    return _table(["refused / over-refused / utility, %", *words, "steps that raise L_s, %"], rows)
 
 
 def strengths(results: Results) -> str:
     """Return a row per strength of an attack: refusal, over-refusal and utility of the headline's arms."""
-    frame = results.where(arm=list(HEADLINE), seed=0).to_frame()
+    frame = results.where(seed=0).to_frame()
     strong = frame[(frame["rate"] != 1) | (frame["length"] != 1)]
     rows = []
     for scenario, rate, length in sorted(
@@ -84,10 +87,6 @@ def strengths(results: Results) -> str:
         shown = (_shares(each, ("refusal", "over_refusal", "utility")) if len(each) else "–" for each in own)
         rows.append([f"{SCENARIOS[scenario]}: rate {rate:g}×, steps {length:g}×", *shown])
     return _table(["refused / over-refused / utility, %", *(f"`{arm}`" for arm in HEADLINE)], rows)
-
-
-def _at(results: Results, **values: object) -> Results:
-    return results.where(**values)
 
 
 def _shares(rows: pd.DataFrame, measures: tuple[str, ...]) -> str:
@@ -120,7 +119,7 @@ def main() -> None:
     if options.figure:
         from geomkit.plots import plot_frontier
 
-        figure = plot_frontier(results.where(organism=0, rate=1.0, length=1.0), arms=["untouched", *HEADLINE, "left"])
+        figure = plot_frontier(results.where(organism=0, rate=1.0, length=1.0), arms=["untouched", "paper", *HEADLINE])
         figure.write_image(ROOT / "notebooks" / "figures" / "experiments.png", width=900, scale=2)
 
 
