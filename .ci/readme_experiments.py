@@ -16,6 +16,7 @@ from geomkit.experiments.results import Results
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- experiments: written by .ci/readme_experiments.py -->", "<!-- experiments: end -->"
 HEADLINE = ("SFT", "mixing", "rank1", "mixed-rank1", "left, k = 3")
+PANELS = ("new-skill", "affirmative", "identity-shift", "backdoor", "poison-10", "harmful-100")
 SCENARIOS = {
     "new-skill": "new skill",
     "affirmative": "affirmative answers",
@@ -119,7 +120,8 @@ def main() -> None:
     if options.figure:
         from geomkit.plots import plot_frontier
 
-        figure = plot_frontier(results.where(organism=0, rate=1.0, length=1.0), arms=["untouched", "paper", *HEADLINE])
+        shown = results.where(organism=0, rate=1.0, length=1.0, scenario=list(PANELS))
+        figure = plot_frontier(shown, arms=["untouched", "paper", *HEADLINE])
         figure.write_image(ROOT / "notebooks" / "figures" / "experiments.png", width=900, scale=2)
 
 
