@@ -67,7 +67,7 @@ def _run(cell: Cell, organism: Organism) -> Record:
     started = time.perf_counter()
     result = METHODS[cell.arm.method](task, **cell.arm.options)
     seconds = time.perf_counter() - started - (along.seconds if along else 0.0)
-    peak = _peak() - before
+    peak = max(0.0, _peak() - before)  # pages may be given back meanwhile
     outcomes = measure(result.model, organism, cell.recipe, cell.prompts)
     found = {
         kind: refused
@@ -82,7 +82,7 @@ def _run(cell: Cell, organism: Organism) -> Record:
         "numbers": {name: _short(value) for name, value in numbers.items()},
         "flags": {name: pack(flags) for name, flags in outcomes.flags.items()},
         "attacks": {name: pack(flags) for name, flags in found.items()},
-        "along": along.found if along else [],
+        "along": [list(pair) for pair in along.found] if along else [],  # as JSON gives them back
         **(_certified(result.certificate) if result.certificate else {}),
     }
 

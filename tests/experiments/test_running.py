@@ -50,7 +50,8 @@ def test_the_smoke_grid(smoke):
     assert {cell.arm.method for cell in cells} == set(METHODS)
     frame = results.to_frame()
     assert not frame["error"].any()
-    assert frame[["refusal", "over_refusal", "utility", "coherence", "kl", "safety_loss", "distance"]].notna().all(None)
+    measured = frame[["refusal", "over_refusal", "utility", "coherence", "kl", "safety_loss", "distance"]]
+    assert measured.notna().all(axis=None)
     means = frame[frame["rate"] == 4].set_index(["scenario", "arm"])["refusal"]
     assert means["harmful-10", "untouched"] == 1
     assert means["harmful-10", "SFT"] <= 0.2  # the attack works, and SPF answers it
@@ -66,7 +67,7 @@ def test_the_smoke_grid(smoke):
     }  # fmt: skip
     assert set(results.along()["arm"]) == {"SFT", "rank1"}
     curves = results.curves().query("rate == 4 and arm == 'rank1'")
-    assert np.isfinite(curves[["first_order", "curvature"]]).all(None)
+    assert np.isfinite(curves[["first_order", "curvature"]]).all(axis=None)
 
 
 def test_what_is_done_is_not_done_again(smoke):
