@@ -205,7 +205,7 @@ def finetune(
     out: Annotated[Path, typer.Option(help="New folder for the checkpoint.", file_okay=False)],
     anchors: Annotated[str | None, typer.Option(help="Safety examples; SPF is used when given.")] = None,
     rule: Annotated[
-        str | None, typer.Option(help="rank1 (default), left, two-sided, cone, …: the README has all.")
+        str | None, typer.Option(help="mixed-left (default), rank1, left, cone, …: the README has all.")
     ] = None,
     rank: Annotated[int | None, typer.Option(help="Rank of a rule that removes a subspace.", min=1)] = None,
     anchors_per_step: Annotated[int, typer.Option(help="Anchors drawn for each step.", min=1)] = 8,
@@ -232,7 +232,7 @@ def finetune(
     from geomkit.finetuning import free_folder
     from geomkit.models import load_model
     from geomkit.spf import SPF
-    from geomkit.spf.rules import get_rule
+    from geomkit.spf.rules import DEFAULT_RULE, get_rule
 
     _check_writable(out, checkpoints)
     free_folder(out)
@@ -241,7 +241,7 @@ def finetune(
             raise DataError(f"expected anchors for the {name} '{value}', found none; give --anchors (shipped: safety)")
     if checkpoints is not None and out.resolve() in (checkpoints.resolve(), *checkpoints.resolve().parents):
         raise DataError(f"expected --checkpoints outside of --out {out}, found {checkpoints}; choose another folder")
-    chosen = get_rule(rule or "rank1", rank)
+    chosen = get_rule(rule or DEFAULT_RULE, rank)
     rows = load_examples(train)
     mask = _mask(assistant_mask)
     spf = None

@@ -151,7 +151,7 @@ def run_tour(*, seed: int = 0, progress: bool = True) -> Tour:
         for name in ("SFT", "SPF"):
             _LOGGER.info("Fine-tune: %s, %s", scenario.name, name)
             # Both arms draw the same anchors; under "measure" nothing is projected.
-            spf = SPF(safety, rule="rank1" if name == "SPF" else "measure", seed=seed)
+            spf = SPF(safety, seed=seed) if name == "SPF" else SPF(safety, rule="measure", seed=seed)
             result = run_scenario(model, tokenizer, scenario, spf, seed=seed, progress=progress)
             arms.append(Arm(scenario, name, result, _evaluated(result.model, tokenizer, scenario, progress=progress)))
     return Tour(untouched, analysis, tuple(arms))

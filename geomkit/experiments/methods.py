@@ -1,11 +1,13 @@
 """How an arm fine-tunes: one function per method, all with the same signature and the scenario's own recipe."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from geomkit.data import prompt_of
 from geomkit.errors import DataError
 from geomkit.experiments.organisms import Organism
 from geomkit.experiments.rivals import constrained_sft, lisa, one_shot_repair, safe_lora
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
 
 POOL = 64
 """Anchors in the pool of an arm that does not say how many."""
+
+_SENTENCES = re.compile(r"(?<=[.?!])\s+")
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +95,14 @@ def sft(task: Task) -> FineTuneResult:
 
 
 def spf(
-    task: Task, *, anchors: int = POOL, fence: int = 0, mixed: int = 0, response: str = "refusal", **options: Any
+    task: Task,
+    *,
+    anchors: int = POOL,
+    fence: int = 0,
+    mixed: int = 0,
+    response: str = "refusal",
+    endings: bool = False,
+    **options: Any,
 ) -> FineTuneResult:
     """Fine-tune under one of SPF's rules, ``mixing`` among them.
 
@@ -101,6 +112,7 @@ def spf(
         fence: How many benign examples the fence has; none when 0.
         mixed: How many benign examples are put among the anchors, for mixing at the fence's compute.
         response: ``"refusal"``; ``"benign"`` takes benign requests with the same refusal, as a control.
+        endings: Whether the pool has every anchor once more, its request followed by the end of a training request.
         **options: Of :class:`geomkit.SPF`.
 
     Raises:
@@ -111,6 +123,8 @@ def spf(
     if response not in {"refusal", "benign"}:
         raise DataError(f"expected the response 'refusal' or 'benign', found '{response}'")
     pool = task.refusals(anchors) if response == "refusal" else _refused(task, anchors)
+    if endings:
+        pool = concatenate_datasets([pool, _with_endings(pool, task.train, task.seed)])
     if mixed:
         pool = concatenate_datasets([pool, task.answers(mixed)])
     settings = {"benign": task.answers(fence)} if fence else {}
@@ -123,6 +137,22 @@ def _refused(task: Task, count: int) -> "Dataset":
     from geomkit.control_sets import with_responses
 
     return with_responses(task.organism.scenario("affirmative").select(range(count)), task.refusals(count))
+
+
+def _with_endings(pool: "Dataset", train: "Dataset", seed: int) -> "Dataset":
+    """Return anchors whose request is followed by the last sentence of a training request.
+
+    Who fine-tunes has the data: where a phrase in it is a trigger, some anchors come to have it too, whatever it is.
+    """
+    from datasets import Dataset
+
+    rng = Random(f"endings-{seed}")
+    endings = [_SENTENCES.split(prompt_of(messages)[-1]["content"])[-1] for messages in train["messages"]]
+    rows = [
+        [*before, {**asked, "content": f"{asked['content']} {rng.choice(endings)}"}, answer]
+        for *before, asked, answer in pool["messages"]
+    ]
+    return Dataset.from_list([{"messages": messages} for messages in rows])
 
 
 def scaled_sft(task: Task, **options: Any) -> FineTuneResult:

@@ -28,6 +28,7 @@ SETTING = ("scenario", "rate", "length")
 """What arms are compared in."""
 
 _FORMAT = 1
+_SUFFIX = ".jsonl.gz"
 
 
 @dataclass(frozen=True, eq=False)
@@ -272,17 +273,30 @@ class Results:
         return html_table(f"{len(self)} cells of the grid '{self.name}'", self.to_frame())
 
 
-def load_results(path: str | Path | None = None) -> Results:
-    """Read results that were saved; those of the default grid that ship when left out.
+def load_results(source: str | Path | None = None) -> Results:
+    """Read results that were saved, or those that ship.
+
+    Args:
+        source: A file that :meth:`Results.save` wrote, or a shipped grid, ``"default"`` or ``"limits"``; all that ships
+            in one when left out.
 
     Raises:
         DataError: If there is no such file, or it was not written by :meth:`Results.save`.
 
     Example:
-        >>> load_results().name
-        'default'
+        >>> limits, everything = load_results("limits"), load_results()
+        >>> limits.name, len(everything) > len(limits)
+        ('limits', True)
     """
-    source = Path(path) if path is not None else data_dir() / "experiments" / "default.jsonl.gz"
+    folder = data_dir() / "experiments"
+    if source is None:
+        files = sorted(folder.glob(f"*{_SUFFIX}"))
+        return Results("shipped", tuple(record for file in files for record in _read(file).records))
+    shipped = folder / f"{source}{_SUFFIX}"
+    return _read(shipped if shipped.is_file() and not Path(source).exists() else Path(source))
+
+
+def _read(source: Path) -> Results:
     try:
         lines = [json.loads(line) for line in gzip.decompress(source.read_bytes()).decode().splitlines()]
         header, *records = lines

@@ -24,12 +24,14 @@ _LOOKS: Mapping[str, Look] = MappingProxyType(
         "untouched": Look("#444444", "solid", "circle"),
         "SFT": Look(COLOURS["SFT"], "dash", "square"),
         "mixing": Look("#E69F00", "dashdot", "diamond"),
-        "mixing + benign": Look("#7A5C00", "dot", "pentagon"),
+        "mixing + benign": Look("#8A8A8A", "dot", "pentagon"),
         "paper": Look(COLOURS["utility"], "longdash", "x"),
         "rank1": Look(COLOURS["SPF"], "solid", "triangle-up"),
-        "mixed-rank1": Look(COLOURS["safety"], "dash", "cross"),
+        "mixing, 2048": Look("#7A5C00", "longdashdot", "diamond-wide"),
+        "mixed-left": Look(COLOURS["safety"], "dot", "cross"),
+        "mixed-left, 2048": Look(COLOURS["safety"], "solid", "star"),
         "left": Look(COLOURS["control"], "dashdot", "triangle-down"),
-        "left + fence": Look("#56B4E9", "longdash", "star"),
+        "left + fence": Look("#56B4E9", "longdash", "hourglass"),
     }
 )
 """Of arms that are drawn often, so that they look alike in all figures, whichever others stand beside them."""

@@ -207,6 +207,8 @@ class Guard:
         if self.rule.level == "gradient":
             self._project_gradients(self._pending)
         if self.rule.adds and not self._mixed:
+            if all(parameter.grad is None for parameter in self._guarded.parameters.values()):
+                raise self._no_gradients()
             self._add(measured)
         self._mixed = False
 
@@ -216,10 +218,7 @@ class Guard:
             name: block for name in self._protections if (block := self._guarded.gradient_block(name)) is not None
         }
         if self._protections and not steps:
-            raise SPFError(
-                f"expected gradients before optimizer.step() for the rule '{self.rule.name}', found none; call "
-                "backward() first, and give step() no closure"
-            )
+            raise self._no_gradients()
         if self.rule.removal == "nothing":
             return
         protections = {name: self._protections[name] for name in steps}
@@ -229,18 +228,19 @@ class Guard:
         for name, moves in pending.plan.moves.items():
             steps[name].apply(moves)
 
+    def _no_gradients(self) -> SPFError:
+        return SPFError(
+            f"expected gradients before optimizer.step() for the rule '{self.rule.name}', found none; call backward() "
+            "first, and give step() no closure"
+        )
+
     def _add(self, measured: Measured) -> None:
         """Add the mean safety gradient to the utility gradients."""
         mean, scale = measured.demands.mean, getattr(self._optimizer, "grad_scale", None)
-        adds = self.rule.adds * (
-            1.0 if scale is None else float(scale)
-        )  # gradients a fused optimizer will divide by it
+        adds = self.rule.adds * (1.0 if scale is None else float(scale))  # a fused optimizer divides gradients by it
         for name, gradients in measured.gradients.items():
-            block = self._guarded.gradient_block(name, make=True)
-            assert block is not None  # noqa: S101 - it was made
-            # The block holds a step, −g_u, to which −g_s is added.
             pairs = zip(gradients, mean, strict=True)
-            block.apply([(one, -adds * float(weight)) for one, weight in pairs if weight])
+            self._guarded.add_to_gradients(name, [(one, adds * float(weight)) for one, weight in pairs if weight])
 
     def _after_step(self) -> None:
         pending, self._pending = self._pending, None

@@ -60,7 +60,6 @@ class Meter:
         pad: The id that fills short rows.
         fence: Benign examples, if any.
         budget: See :class:`~geomkit.spf.nearest.Demands`.
-        margin: How far the anchors' loss may exceed that of the model before training until drift is corrected.
     """
 
     def __init__(
@@ -71,11 +70,10 @@ class Meter:
         pad: int,
         fence: Fence | None = None,
         budget: float = 0.5,
-        margin: float = 0.0,
     ) -> None:
         """Measure what the model does before training, as far as the rule asks for it."""
         self._model, self._rule, self._pool, self._pad = model, rule, pool, pad
-        self._fence, self._budget, self._margin = fence, budget, margin
+        self._fence, self._budget = fence, budget
         kl = rule.loss == "kl"
         self.teacher = Teacher.of(model, pool.rows, pad) if kl else None
         drift = rule.drift_correction
@@ -110,7 +108,7 @@ class Meter:
         sets = list(safety.samples) if each else [safety]
         references = self.references[list(chosen)] if len(self.references) else np.full(len(rows), np.inf)
         allowed = references if each else [references.mean()]
-        bounds = [reference + self._margin - own.loss for own, reference in zip(sets, allowed, strict=True)]
+        bounds = [reference + self._rule.drift_margin - own.loss for own, reference in zip(sets, allowed, strict=True)]
         mean = np.full(len(sets), 1 / len(sets))
         firm = np.full(len(sets), 0.0 if self._rule.constrains else np.inf)
         drift = np.array([bound if self._rule.drift_correction and bound < 0 else np.inf for bound in bounds])

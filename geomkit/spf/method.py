@@ -13,7 +13,7 @@ from geomkit.spf.anchors import AnchorPool
 from geomkit.spf.guard import Guard, Options
 from geomkit.spf.meter import Fence, Meter
 from geomkit.spf.parameters import Guarded, warn_of_rounding
-from geomkit.spf.rules import Rule, get_rule
+from geomkit.spf.rules import DEFAULT_RULE, Rule, get_rule
 from geomkit.spf.saving import load_state
 from geomkit.tokens import AssistantMask, encode, pad_id
 
@@ -29,12 +29,15 @@ class SPF:
     Attributes:
         anchors: Safety examples, forbidden request and refusal, or where :func:`geomkit.load_examples` finds them; the
             model's own refusals are the safe choice, see :func:`geomkit.own_refusals`.
-        rule: A name in :data:`geomkit.spf.RULES`, or a rule.
+        rule: A name in :data:`geomkit.spf.RULES`, or a rule. ``"mixed-left"`` also learns the anchors; ``"rank1"`` is
+            the cheapest that only removes what conflicts with them.
         rank: Rank k of a rule that protects a subspace; the rule's own when left out.
         drift_correction: Also undo, to first order, what earlier steps did to the safety loss through curvature; the
             rule's own choice when left out.
+        mix: Multiple of the safety gradient that is added to the task's before the optimizer takes its step, so that
+            both are learnt, beside what the rule then does; the rule's own, mostly 0, when left out.
         drift_margin: How far the anchors' loss may exceed that before training until drift is corrected, nats per
-            token.
+            token; the rule's own when left out.
         anchors_per_step: How many anchors each step draws from the pool.
         benign: The benign fence: requests that the model should go on to answer, with the answers. Where their loss
             exceeds that before training by more than ``benign_margin``, the update must bring it back, to first order
@@ -69,10 +72,11 @@ class SPF:
     """
 
     anchors: "Dataset | str | Path"
-    rule: str | Rule = "rank1"
+    rule: str | Rule = DEFAULT_RULE
     rank: int | None = None
     drift_correction: bool | None = None
-    drift_margin: float = 0.0
+    mix: float | None = None
+    drift_margin: float | None = None
     anchors_per_step: int = 8
     benign: "Dataset | str | Path | None" = None
     benign_per_step: int = 8
@@ -123,7 +127,7 @@ class SPF:
         guarded = Guarded(model, optimizer, rule.level, master=self.master_weights)
         warn_of_rounding(guarded.without_masters())
         with guarded.collecting():
-            meter = Meter(guarded.model, rule, pool, pad_id(tokenizer), fence, self.correction_limit, self.drift_margin)
+            meter = Meter(guarded.model, rule, pool, pad_id(tokenizer), fence, self.correction_limit)
         options = Options(
             refresh_every=self.refresh_every,
             refresh_energy=self.refresh_energy,
@@ -143,7 +147,13 @@ class SPF:
         return own | hashes | {"rule": asdict(self._checked_rule())}
 
     def _checked_rule(self) -> Rule:
-        rule = get_rule(self.rule, self.rank, drift_correction=self.drift_correction)
+        rule = get_rule(
+            self.rule,
+            self.rank,
+            drift_correction=self.drift_correction,
+            drift_margin=self.drift_margin,
+            mix=self.mix,
+        )
         if self.refresh_every < 1 or self.correction_limit <= 0:
             raise SPFError(
                 f"expected refresh_every ≥ 1 and correction_limit > 0, found {self.refresh_every} and "

@@ -1,7 +1,7 @@
 """Which weights a guard watches, in which blocks, and which it cannot."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, NoReturn, cast
 
@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from geomkit.collection.selection import refuse_unseen_values, unwrapped_model
 from geomkit.errors import SPFError
-from geomkit.spf.adapters import adapters
-from geomkit.spf.blocks import Block, ProductBlock, TensorBlock
+from geomkit.spf.adapters import Adapter, adapters
+from geomkit.spf.blocks import Block, Move, ProductBlock, TensorBlock
 from geomkit.spf.processes import Processes
 from geomkit.spf.rules import Level
 from geomkit.spf.sharding import gathered, is_sharded, local_rows, process_group, reshard
@@ -97,6 +97,7 @@ class Guarded:
         self.parameters: dict[str, nn.Parameter] = {}
         self.blocks: dict[str, Block] = {}
         self._moved: dict[str, nn.Parameter] = {}  # what is collected for each block
+        self._adapters: dict[str, Adapter] = {}  # of the blocks that are products
         self.refresh()
         sharded = [parameter for parameter in self.parameters.values() if is_sharded(parameter)]
         if sharded and master and self.masters():
@@ -121,28 +122,35 @@ class Guarded:
             return False
         changed, self._signature = self._signature is not None, signature
         self.parameters = trained_parameters(self.model, self._optimizer)
+        self._adapters = self._found_adapters() if self._level == "update" else {}
         self.blocks, self._moved = self._divided()
         if changed:
             _LOGGER.warning("other weights are trained from this step on: %d blocks", len(self.blocks))
         return changed
+
+    def _found_adapters(self) -> dict[str, Adapter]:
+        """Return the adapters whose product is a block, by the name of the weight that they are added to."""
+        found = {}
+        for name, adapter in adapters(self.model, self.parameters):
+            if name in self.parameters:  # where the base is trained as well, a sum moves and no product alone
+                continue
+            if any(map(is_sharded, (adapter.first, adapter.second, adapter.base))):
+                raise SPFError(
+                    f"expected whole adapters, found '{name}' with sharded ones; train adapters with DDP or on one "
+                    "device"
+                )
+            found[name] = adapter
+        return found
 
     def _divided(self) -> tuple[dict[str, Block], dict[str, nn.Parameter]]:
         """Divide the weights into blocks."""
         blocks: dict[str, Block] = {}
         moved: dict[str, nn.Parameter] = {}
         factors: set[int] = set()
-        if self._level == "update":
-            for name, adapter in adapters(self.model, self.parameters):
-                if name in self.parameters:  # where the base is trained as well, a sum moves and no product alone
-                    continue
-                if any(map(is_sharded, (adapter.first, adapter.second, adapter.base))):
-                    raise SPFError(
-                        f"expected whole adapters, found '{name}' with sharded ones; train adapters with DDP or on one "
-                        "device"
-                    )
-                blocks[name] = ProductBlock(adapter.first.detach(), adapter.second.detach(), adapter.scaling)
-                moved[name] = adapter.base
-                factors |= {id(adapter.first), id(adapter.second)}
+        for name, adapter in self._adapters.items():
+            blocks[name] = ProductBlock(adapter.first.detach(), adapter.second.detach(), adapter.scaling)
+            moved[name] = adapter.base
+            factors |= {id(adapter.first), id(adapter.second)}
         for name, parameter in self.parameters.items():
             if id(parameter) not in factors:
                 blocks[name] = tensor_block(parameter, parameter, master=self._master)
@@ -164,24 +172,34 @@ class Guarded:
                 for parameter, needs in found:
                     parameter.requires_grad_(needs)
 
-    def gradient_block(self, name: str, *, make: bool = False) -> Block | None:
-        """Return the block that holds a step −g_u, g_u being a parameter's gradient.
-
-        Args:
-            name: The parameter.
-            make: Make a gradient of zeros where there is none.
-        """
+    def gradient_block(self, name: str) -> Block | None:
+        """Return the block that holds a step −g_u, g_u being a parameter's gradient; ``None`` where it has none."""
         parameter = self.parameters[name]
         if parameter.grad is None:
-            if not make:
-                return None
-            parameter.grad = torch.zeros_like(parameter)
+            return None
         if parameter.grad.is_sparse:
             raise SPFError(
                 f"expected dense gradients for a rule that projects them, found a sparse one of '{name}'; make the "
                 "embedding with sparse=False, or take a rule on the update"
             )
         return tensor_block(parameter.grad, parameter, scale=-1.0)
+
+    def add_to_gradients(self, name: str, moves: Sequence[Move]) -> None:
+        """Add gradients by a block to those of its parameters: for W = s·BA, s·GAᵀ to B's and s·BᵀG to A's."""
+        adapter = self._adapters.get(name)
+        if adapter is None:
+            parameter = self.parameters[name]
+            _make_gradient(parameter)
+            block = self.gradient_block(name)
+            assert block is not None  # noqa: S101 - it was made
+            block.apply([(gradient, -amount) for gradient, amount in moves])  # the block holds −g_u
+            return
+        first, second, scaling = adapter.first.detach().double(), adapter.second.detach().double(), adapter.scaling
+        for gradient, amount in moves:
+            parts = ((adapter.first, gradient.rmatmul(second.T)), (adapter.second, gradient.matmul(first.T)))
+            for factor, part in parts:
+                if factor.requires_grad:
+                    _make_gradient(factor).add_((amount * scaling * part).to(factor.dtype))
 
     def settle(self) -> None:
         """Take in what the optimizer did to weights that are kept in fp32 beside."""
@@ -227,6 +245,13 @@ def tensor_block(tensor: Tensor, parameter: nn.Parameter, *, scale: float = 1.0,
     each = parameter.shape[1:-1].numel()
     rows = slice(first.start * each, first.stop * each)
     return TensorBlock(local, scale=scale, rows=rows, master=master)
+
+
+def _make_gradient(parameter: nn.Parameter) -> Tensor:
+    """Return a parameter's gradient, one of zeros where it has none."""
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
 
 
 def refuse_broken_gradients(parameters: Mapping[str, nn.Parameter]) -> None:

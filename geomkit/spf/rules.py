@@ -4,6 +4,7 @@ Everything is said of a *step* d: the optimizer's update Δθ, or −g_u where t
 To first order a step changes the safety loss by ⟨d, g_s⟩, so it *conflicts* when ⟨d, g_s⟩ > 0.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
@@ -51,6 +52,7 @@ class Rule:
             training on the same tokens.
         drift_correction: Also undo what earlier steps did beyond first order: where the anchors' loss L_s exceeds its
             value L_ref before training, demand Σ ⟨Δθ, g_s⟩ ≤ L_ref − L_s of the applied update.
+        drift_margin: How far L_s may exceed it before that is asked, and what it then comes back to, nats per token.
     """
 
     name: str
@@ -68,6 +70,7 @@ class Rule:
     adds: float = 0.0
     loss: SafetyLoss = "refusal"
     drift_correction: bool = False
+    drift_margin: float = 0.0
 
     def __post_init__(self) -> None:
         """Check that the parts go together.
@@ -148,6 +151,21 @@ RULES: Mapping[str, Rule] = MappingProxyType(
                 test=_TESTS + "test_left_values",
                 rank=10,
                 drift_correction=True,
+            ),
+            Rule(
+                "mixed-left",
+                "update",
+                "block",
+                "left",
+                "own",
+                "mixing, and left on the update that the optimizer makes of it; what wins in the experiments",
+                formula="mixing, then left with k = 1",
+                guarantee=_BLOCK_PROMISE + "; UᵀΔθ = 0 where it conflicted, but for drift",
+                test=_TESTS + "test_mixed_left_values",
+                rank=1,
+                adds=1.0,
+                drift_correction=True,
+                drift_margin=0.01,
             ),
             Rule(
                 "two-sided",
@@ -233,18 +251,6 @@ RULES: Mapping[str, Rule] = MappingProxyType(
                 adds=1.0,
             ),
             Rule(
-                "mixed-rank1",
-                "update",
-                "block",
-                "rank1",
-                "own",
-                "mixing, and rank1 on the update that the optimizer makes of it",
-                formula="mixing, then Δ − g_s ⟨Δ, g_s⟩₊ / ‖g_s‖²",
-                guarantee=_BLOCK_PROMISE,
-                test=_TESTS + "test_mixed_rank1_values",
-                adds=1.0,
-            ),
-            Rule(
                 "random",
                 "update",
                 "block",
@@ -280,6 +286,9 @@ RULES: Mapping[str, Rule] = MappingProxyType(
 )
 """Every rule by name; :func:`get_rule` looks one up."""
 
+DEFAULT_RULE = "mixed-left"
+"""The rule of an :class:`geomkit.SPF` that names none: what came out best in the experiments of the README."""
+
 
 def rules() -> "pd.DataFrame":
     """Return a row per rule: ``rule``, ``badge``, ``source``, ``formula``, ``guarantee`` and the ``test`` that pins it.
@@ -295,11 +304,18 @@ def rules() -> "pd.DataFrame":
     return pd.DataFrame(rows).rename(columns={"name": "rule"})
 
 
-def get_rule(rule: str | Rule, rank: int | None = None, *, drift_correction: bool | None = None) -> Rule:
-    """Look a rule up by name, and change its rank or its drift correction where one is given.
+def get_rule(
+    rule: str | Rule,
+    rank: int | None = None,
+    *,
+    drift_correction: bool | None = None,
+    drift_margin: float | None = None,
+    mix: float | None = None,
+) -> Rule:
+    """Look a rule up by name, and change what is given: its rank, its drift correction, how much of g_s it adds.
 
     Raises:
-        SPFError: If no rule has that name, or it has no rank to change.
+        SPFError: If no rule has that name, it has no rank to change, or a number is not finite or below 0.
 
     Example:
         >>> get_rule("left", rank=5).rank
@@ -311,6 +327,10 @@ def get_rule(rule: str | Rule, rank: int | None = None, *, drift_correction: boo
         rule = RULES[rule]
     if drift_correction is not None:
         rule = replace(rule, drift_correction=drift_correction)
+    if drift_margin is not None:
+        rule = replace(rule, drift_margin=_at_least_zero("drift_margin", drift_margin))
+    if mix is not None:
+        rule = replace(rule, adds=_at_least_zero("mix", mix))
     if rank is None:
         return rule
     if not rule.has_subspace or rank < 1:
@@ -318,3 +338,9 @@ def get_rule(rule: str | Rule, rank: int | None = None, *, drift_correction: boo
             f"expected a positive rank for a rule that removes a subspace, found rank={rank} for '{rule.name}'"
         )
     return replace(rule, rank=rank)
+
+
+def _at_least_zero(name: str, value: float) -> float:
+    if not 0 <= value < math.inf:
+        raise SPFError(f"expected a finite number of at least 0, found {name}={value}")
+    return float(value)

@@ -157,3 +157,21 @@ def test_a_product_reads_and_moves_as_its_matrix_does(form):
     np.testing.assert_allclose(block.reachable(gradient).dense().numpy(), dense @ projector, atol=1e-5)
     block.apply([(gradient, -0.5)])
     np.testing.assert_allclose(matrix() - before, -0.5 * dense @ projector, atol=1e-5)
+
+
+def test_mixing_adds_the_safety_gradient_of_both_factors():
+    """By the chain rule through BA, against autograd; relative to the largest entry, fp32."""
+    model = adapted(modules_to_save=["lm_head"])
+    expected, parameters = copy.deepcopy(model).eval(), dict(model.named_parameters())
+    (task_loss(expected) + 0.5 * anchors_loss(expected)).backward()
+    optimizer = torch.optim.SGD([one for one in model.parameters() if one.requires_grad], lr=0.0)
+    with SPF(SAFETY, rule="mixed-left", mix=0.5, anchors_per_step=len(SAFETY), tokenizer=TOKENIZER).attach(
+        model, optimizer
+    ):
+        task_loss(model).backward()
+        optimizer.step()
+    for name, wanted in expected.named_parameters():
+        found = parameters[name].grad
+        assert (found is None) == (wanted.grad is None), name
+        if found is not None:
+            torch.testing.assert_close(found, wanted.grad, rtol=0, atol=1e-5 * float(wanted.grad.abs().max()))

@@ -1,6 +1,7 @@
 """What goes wrong has a defined end: an error that names it while nothing is lost, or a step that passes."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -145,7 +146,7 @@ def test_a_module_that_the_anchors_never_reach_is_free():
 def test_bf16_weights(master):
     """With fp32 beside them each step keeps its promise to fp32; without, to what rounding adds, as is said."""
     model = tiny_llama().to(torch.bfloat16)
-    certificate = run(model, spf(master_weights=master, drift_correction=False), sgd(0.05), steps=4)
+    certificate = run(model, spf(rule="rank1", master_weights=master, drift_correction=False), sgd(0.05), steps=4)
     assert certificate.violations == 0
     tolerance = max(record.tolerance for record in certificate.records)
     leak = max(record.leak for record in certificate.records)
@@ -164,8 +165,10 @@ def test_settings_that_mean_nothing_are_refused():
     for settings, words in (
         ({"refresh_every": 0}, "refresh_every ≥ 1"),
         ({"correction_limit": 0.0}, "correction_limit > 0"),
-        ({"refresh_energy": 0.9}, "a rule that removes a subspace"),
+        ({"refresh_energy": 0.9, "rule": "rank1"}, "a rule that removes a subspace"),
         ({"refresh_energy": 1.5, "rule": "left"}, "between 0 and 1"),
+        ({"mix": -1}, "mix=-1"),
+        ({"drift_margin": math.nan}, "drift_margin=nan"),
     ):
         with pytest.raises(SPFError, match=words):
             spf(**settings).attach(model, optimizer)

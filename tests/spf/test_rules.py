@@ -1,6 +1,8 @@
 """Every rule on small matrices, against numpy; the table of the rules; and properties of all."""
 
+import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -115,14 +117,13 @@ def test_rank1_values():
     assert done.dots["a"] == pytest.approx([0.0], abs=1e-12)
 
 
-def test_mixed_rank1_values():
-    """Of the update rank1's projection; what it adds to the gradient before is in tests of the guard."""
-    safety, step = pair()
-    found, _ = projected(RULES["mixed-rank1"], {"a": dense(safety)}, {"a": step})
-    expected = step - (step * safety).sum() / (safety**2).sum() * safety
-    np.testing.assert_allclose(found["a"], expected, atol=1e-6)
-    assert RULES["mixed-rank1"].adds == 1
-    assert not RULES["mixed-rank1"].drift_correction
+def test_mix_leaves_all_else_of_a_rule():
+    """What is added to the gradient is in tests of the guard."""
+    assert get_rule("rank1", mix=0.5) == replace(RULES["rank1"], adds=0.5)
+    assert get_rule("mixing", mix=0).adds == 0
+    for wrong in (-1, math.nan, math.inf):
+        with pytest.raises(SPFError, match="finite number"):
+            get_rule("rank1", mix=wrong)
 
 
 def test_rank1_with_drift_is_the_nearest_step_of_all():
@@ -149,6 +150,18 @@ def test_left_values():
     assert (found["a"] * safety).sum() <= 1e-6
     assert np.abs(left.T @ found["a"]).max() < 1e-6
     assert done.removed["a"] == pytest.approx(np.linalg.norm(step - expected), rel=1e-5)
+
+
+def test_mixed_left_values():
+    """What left does with k = 1; what it adds to the gradient before is in tests of the guard."""
+    assert replace(get_rule("left", rank=1, drift_margin=0.01, mix=1), name="mixed-left") == replace(
+        RULES["mixed-left"], **{name: getattr(RULES["left"], name) for name in ("source", "formula", "test")}
+    )
+    safety, step = pair()
+    found, _ = projected(RULES["mixed-left"], {"a": dense(safety)}, {"a": step})
+    left = np.linalg.svd(safety)[0][:, :1]
+    rest, tail = step - left @ (left.T @ step), safety - left @ (left.T @ safety)
+    np.testing.assert_allclose(found["a"], rest - max((rest * tail).sum(), 0) / (tail**2).sum() * tail, atol=1e-6)
 
 
 def test_two_sided_values():
