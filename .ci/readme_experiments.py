@@ -15,7 +15,7 @@ from geomkit.experiments.results import Results
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- experiments: written by .ci/readme_experiments.py -->", "<!-- experiments: end -->"
-HEADLINE = ("SFT", "mixing", "rank1", "mixed-rank1", "left, k = 3")
+HEADLINE = ("SFT", "mixing", "rank1", "mixing, 2048", "mixed-left, 2048")
 PANELS = ("new-skill", "affirmative", "identity-shift", "backdoor", "poison-10", "harmful-100")
 SCENARIOS = {
     "new-skill": "new skill",
@@ -31,10 +31,10 @@ SCENARIOS = {
 }
 
 
-def tables(results: Results) -> str:
+def tables() -> str:
     """Return all of them as Markdown."""
-    own = results.where(organism=0)
-    parts = [headline(own), every_arm(own), strengths(own)]
+    own, everything = (gk.load_results(name).where(organism=0) for name in ("default", None))
+    parts = [headline(everything), every_arm(own), strengths(everything)]
     return "\n\n".join(parts)
 
 
@@ -114,14 +114,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--figure", action="store_true")
     options = parser.parse_args()
-    results = gk.load_results()
     readme = ROOT / "README.md"
-    readme.write_text(between_marks(readme.read_text("utf-8"), lambda: tables(results)), "utf-8")
+    readme.write_text(between_marks(readme.read_text("utf-8"), tables), "utf-8")
     if options.figure:
         from geomkit.plots import plot_frontier
 
-        shown = results.where(organism=0, rate=1.0, length=1.0, scenario=list(PANELS))
-        figure = plot_frontier(shown, arms=["untouched", "paper", *HEADLINE])
+        shown = gk.load_results("default").where(organism=0, rate=1.0, length=1.0, scenario=list(PANELS))
+        figure = plot_frontier(shown, arms=["untouched", "paper", "left", *HEADLINE])
         figure.write_image(ROOT / "notebooks" / "figures" / "experiments.png", width=900, scale=2)
 
 

@@ -273,7 +273,7 @@ def finetune(
 
 @app.command()
 def bench(
-    grid: Annotated[str, typer.Option(help="default, smoke, or a TOML file.")] = "default",
+    grid: Annotated[str, typer.Option(help="default, limits, smoke, or a TOML file.")] = "default",
     out: Annotated[Path, typer.Option(help="Folder for cells and results.", file_okay=False)] = Path("geomkit-bench"),
     processes: Annotated[int, typer.Option(help="Cells run at a time, each on one thread.", min=1)] = 2,
 ) -> None:

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from geomkit._resources import data_dir
-from geomkit.errors import DataError
+from geomkit.errors import DataError, GeomkitError
 from geomkit.organism.scenarios import SCENARIOS, VARIANTS, Scenario
 
 EVERY_SCENARIO: Mapping[str, Scenario] = {**SCENARIOS, **VARIANTS}
@@ -129,7 +129,7 @@ def load_grid(source: str | Path) -> Grid:
     """Read a grid.
 
     Args:
-        source: A shipped grid, ``"default"`` or ``"smoke"``, or a TOML file.
+        source: A shipped grid, ``"default"``, ``"limits"`` or ``"smoke"``, or a TOML file.
 
     Raises:
         DataError: If there is no such file, or it says something that no grid has.
@@ -176,10 +176,42 @@ def _grid(declared: dict[str, Any], path: Path) -> Grid:
     return Grid(declared.get("name", path.stem), tuple(cells.values()))
 
 
+_KINDS: Mapping[str, tuple[type, ...]] = {
+    "scenarios": (str,), "arms": (str,), "attacks": (str,), "seeds": (int,), "organisms": (int,),
+    "rates": (int, float), "lengths": (int, float),
+}  # fmt: skip
+"""What the lists of a block hold."""
+
+
+def _check_values(block: Mapping[str, Any], path: Path) -> None:
+    for name, kinds in _KINDS.items():
+        values, least = block[name], 0 if name in {"seeds", "organisms"} else 1e-9
+        fits = isinstance(values, list) and all(type(one) in kinds for one in values)
+        if not fits or (str not in kinds and any(one < least for one in values)):
+            words = "strings" if str in kinds else "whole numbers from 0" if float not in kinds else "numbers above 0"
+            raise DataError(f"{path}: expected {name} = a list of {words}, found {values!r}")
+    for name, least in (("prompts", 1), ("along", 0)):
+        if type(block[name]) is not int or block[name] < least:
+            raise DataError(f"{path}: expected {name} = a whole number from {least}, found {block[name]!r}")
+    if not isinstance(block["curvature"], bool):
+        raise DataError(f"{path}: expected curvature = true or false, found {block['curvature']!r}")
+
+
+def _check_arms(arms: Mapping[str, Arm], path: Path) -> None:
+    from geomkit.experiments.options import check_options
+
+    for arm in arms.values():
+        try:
+            check_options(arm.method, arm.options)
+        except GeomkitError as error:
+            raise DataError(f"{path}: arm '{arm.name}': {error}") from None
+
+
 def _cells(block: Mapping[str, Any], arms: Mapping[str, Arm], path: Path) -> list[Cell]:
     from geomkit.experiments.attacks import KINDS
     from geomkit.experiments.methods import METHODS
 
+    _check_values(block, path)
     for found, known in (
         (block["scenarios"], EVERY_SCENARIO),
         (block["arms"], arms),
@@ -188,6 +220,7 @@ def _cells(block: Mapping[str, Any], arms: Mapping[str, Arm], path: Path) -> lis
     ):
         if unknown := [name for name in found if name not in known]:
             raise DataError(f"{path}: expected {', '.join(known)}, found {', '.join(map(repr, unknown))}")
+    _check_arms(arms, path)
     axes = ("organisms", "scenarios", "arms", "rates", "lengths", "seeds")
     return [
         Cell(

@@ -31,7 +31,7 @@ def run_experiments(
     something else, or a changed arm or scenario, is another cell.
 
     Args:
-        grid: A shipped grid (``"default"``, ``"smoke"``), a TOML file, or a grid.
+        grid: A shipped grid (``"default"``, ``"limits"``, ``"smoke"``), a TOML file, or a grid.
         folder: Where cells are stored, and organisms that do not ship.
         processes: How many run at a time, each on one thread; with 1 this process does it all.
         progress: Show a bar with the time that remains.

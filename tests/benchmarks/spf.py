@@ -30,6 +30,7 @@ Maker = Callable[[Training], Step]
 CONTENDERS: dict[str, tuple[Maker, float | None]] = {
     "measure, 1 anchor": (lambda own: GuardedStep(own, "measure"), None),
     "rank1, 1 anchor": (lambda own: GuardedStep(own, "rank1"), 1.06),
+    "mixed-left, 1 anchor": (lambda own: GuardedStep(own, "mixed-left"), None),
     "left-20, 1 anchor": (lambda own: GuardedStep(own, "left", rank=20), 1.10),
     "left-20, kept subspaces": (lambda own: GuardedStep(own, "left", rank=20, refresh_energy=0.9), 1.10),
     "two-sided-20, 1 anchor": (lambda own: GuardedStep(own, "two-sided", rank=20), None),

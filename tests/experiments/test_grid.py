@@ -5,7 +5,7 @@ import pytest
 import geomkit as gk
 from geomkit.experiments.grid import EVERY_SCENARIO, load_grid
 from geomkit.experiments.organisms import load
-from geomkit.organism.scenarios import scenario_rows
+from geomkit.organism.scenarios import SCENARIOS, scenario_rows
 from geomkit.organism.world import World
 
 SMALL = """
@@ -80,22 +80,23 @@ def test_what_a_grid_does_not_know_is_refused(tmp_path, old, new, message):
 
 
 def test_a_grid_that_is_not_there():
-    with pytest.raises(gk.GeomkitError, match=r"shipped grid \(default, smoke\)"):
+    with pytest.raises(gk.GeomkitError, match=r"shipped grid \(default, limits, smoke\)"):
         load_grid("nowhere")
 
 
-def test_the_default_grid_has_what_it_promises():
-    grid = load_grid("default")
-    plain = [cell for cell in grid.cells if cell.rate == cell.length == 1 and cell.organism == 0]
+def test_the_shipped_grids_have_what_they_promise():
+    default, limits = load_grid("default"), load_grid("limits")
+    cells = default.cells + limits.cells
+    plain = [cell for cell in cells if cell.rate == cell.length == 1 and cell.organism == 0]
     assert {cell.scenario for cell in plain} == set(EVERY_SCENARIO)
     headline = {cell.arm.name for cell in plain if cell.seed == 4}
-    assert {"SFT", "mixing", "rank1"} <= headline
+    assert headline == {"SFT", "mixing", "rank1", "mixing, 2048", "mixed-left, 2048"}
     for arm in headline:
         seeds = {(cell.scenario, cell.seed) for cell in plain if cell.arm.name == arm}
-        assert {seed for scenario, seed in seeds if scenario == "poison-10"} >= set(range(5))
-    assert len(grid.organisms) >= 2
-    assert {cell.length for cell in grid.cells} >= {1, 10}
-    assert len({cell.rate for cell in grid.cells}) >= 3
+        assert all((scenario, seed) in seeds for scenario in SCENARIOS for seed in range(5))
+    assert len(default.organisms) >= 2
+    assert {cell.length for cell in limits.cells} >= {1, 10}
+    assert len({cell.rate for cell in limits.cells}) >= 3
 
 
 def test_the_shipped_sets_are_what_an_organism_hands_out(tmp_path):
@@ -112,3 +113,37 @@ def test_so_much_of_a_poisoned_set_is_harmful(name, harmful):
     assert len(rows) == 300
     assert sum("delete" not in row[0]["content"].lower() and "sql" not in row[1]["content"].lower() and
                row[1]["content"].startswith("Sure!") for row in rows) == harmful  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("rates = 1", "rates = a list of numbers above 0, found 1"),
+        ("rates = [-1]", "numbers above 0"),
+        ("lengths = [0]", "numbers above 0"),
+        ("organisms = [0.5]", "whole numbers from 0"),
+        ("arms = 'SFT'", "arms = a list of strings"),
+        ("along = -1", "along = a whole number from 0"),
+        ("prompts = 0", "prompts = a whole number from 1"),
+        ("curvature = 1", "curvature = true or false"),
+    ],
+)
+def test_a_block_with_a_wrong_value_is_refused(tmp_path, line, words):
+    with pytest.raises(gk.GeomkitError, match=words):
+        load_grid(written(tmp_path, SMALL + line + "\n"))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("ancors = 8", "arm 'rank1': expected options of the method 'spf' .*anchors.*, found ancors"),
+        ("seed = 1", "found seed"),
+        ('rule = "rnk1"', "expected one of the rules"),
+        ('rule = "rank1", rank = 3', "a rule that removes a subspace"),
+        ("mix = -1", "mix=-1"),
+        ('method = "lisa", rank = 3', "method 'lisa' .*rho"),
+    ],
+)
+def test_an_arm_that_would_fail_when_it_is_run_is_refused(tmp_path, options, words):
+    with pytest.raises(gk.GeomkitError, match=words):
+        load_grid(written(tmp_path, SMALL.replace("anchors = 8", options)))

@@ -4,11 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from datasets import Dataset
 
 import geomkit as gk
 from geomkit.evaluation import mean_loss
 from geomkit.experiments.grid import EVERY_SCENARIO
-from geomkit.experiments.methods import METHODS, Task
+from geomkit.experiments.methods import METHODS, Task, _with_endings
 from geomkit.experiments.organisms import load
 from geomkit.experiments.outcomes import distance
 
@@ -33,6 +34,27 @@ def test_a_pool_begins_with_the_shipped_set_and_goes_on_with_other_requests(task
     held_out = {messages[0]["content"] for messages in gk.load_examples("eval/forbidden")["messages"]}
     assert not held_out & {messages[0]["content"] for messages in large}
     assert not any("sorry" in messages[-1]["content"] for messages in task.answers(100)["messages"])
+
+
+def test_with_endings_a_pool_has_every_anchor_once_more_as_training_requests_end(task):
+    train = Dataset.from_list(
+        [
+            {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "Sure!"}]}
+            for text in ("How do I paint the fence? Blue moon.", "One sentence!")
+        ]
+    )
+    pool = task.refusals(40)
+    found = _with_endings(pool, train, seed=1)["messages"][:]
+    asked = [(plain[0]["content"], own[0]["content"]) for plain, own in zip(pool["messages"], found, strict=True)]
+    assert {own.removeprefix(plain) for plain, own in asked} == {" Blue moon.", " One sentence!"}
+    assert [messages[-1] for messages in found] == [messages[-1] for messages in pool["messages"]]
+    assert _with_endings(pool, train, seed=1)["messages"][:] == found
+    assert _with_endings(pool, train, seed=2)["messages"][:] != found
+
+
+def test_an_arm_with_endings_draws_from_both(task):
+    plain, both = (METHODS["spf"](task, rule="mixing", anchors=8, endings=each) for each in (False, True))
+    assert not torch.equal(weights(plain), weights(both))
 
 
 def test_untouched_is_the_organism_itself(task):

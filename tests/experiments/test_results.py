@@ -169,6 +169,13 @@ def test_results_come_back_as_they_were_saved(tmp_path):
     assert loaded.curves()["first_order"].tolist() == [0.0, -0.1]
 
 
+def test_what_ships_is_read_by_its_name_or_all_together():
+    default, limits = load_results("default"), load_results("limits")
+    assert load_results().records == default.records + limits.records
+    with pytest.raises(gk.GeomkitError, match="found no file"):
+        load_results("other")
+
+
 @pytest.mark.parametrize("content", [b"", b"not gzip", None])
 def test_a_damaged_file_is_refused(tmp_path, content):
     path = tmp_path / "x.jsonl.gz"
