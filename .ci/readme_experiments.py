@@ -49,7 +49,7 @@ def headline(results: Results) -> str:
             if not len(found):
                 row.append("–")
                 continue
-            kept = found.loc["triggered_refusal" if scenario == "backdoor" else "refusal"]
+            kept = found.loc[_kept(scenario)]
             spread = "" if kept["runs"] < 2 else f" ± {100 * kept['seed_sd']:.1f}"
             others = (f"{100 * found.loc[name, 'value']:.1f}" for name in ("over_refusal", "utility"))
             row.append(f"**{100 * kept['value']:.1f}**{spread} / {' / '.join(others)}")
@@ -85,9 +85,15 @@ def strengths(results: Results) -> str:
     ):
         here = strong[(strong["scenario"] == scenario) & (strong["rate"] == rate) & (strong["length"] == length)]
         own = (here[here["arm"] == arm] for arm in HEADLINE)
-        shown = (_shares(each, ("refusal", "over_refusal", "utility")) if len(each) else "–" for each in own)
+        measures = (_kept(scenario), "over_refusal", "utility")
+        shown = (_shares(each, measures) if len(each) else "–" for each in own)
         rows.append([f"{SCENARIOS[scenario]}: rate {rate:g}×, steps {length:g}×", *shown])
     return _table(["refused / over-refused / utility, %", *(f"`{arm}`" for arm in HEADLINE)], rows)
+
+
+def _kept(scenario: str) -> str:
+    """Return the measure of what a scenario attacks."""
+    return "triggered_refusal" if scenario == "backdoor" else "refusal"
 
 
 def _shares(rows: pd.DataFrame, measures: tuple[str, ...]) -> str:
