@@ -142,7 +142,7 @@ def test_bench_runs_a_grid_and_goes_on_with_it(monkeypatch, capfd):
     assert load_results("out/results.jsonl.gz").name == "mine"
     status, said, problem = run(monkeypatch, capfd, "bench", "--grid", "other", "--out", "out")
     assert (status, said) == (1, "")
-    assert problem.startswith("geomkit: expected a TOML file or a shipped grid (default, smoke), found 'other'")
+    assert problem.startswith("geomkit: expected a TOML file or a shipped grid (default, limits, smoke), found 'other'")
 
 
 def test_numbers_that_are_not_finite_are_null(tmp_path):
@@ -197,7 +197,7 @@ def test_bad_input_gets_one_line(files, monkeypatch, capfd, changes, message):
     ("command", "options", "message"),
     [
         (finetuning, ["--rule", "none"], "expected one of the rules rank1"),
-        (finetuning, ["--rank", "3"], "positive rank"),
+        (finetuning, ["--rule", "rank1", "--rank", "3"], "positive rank"),
         (finetuning, ["--pad-token", "<none>"], "expected a pad token from the vocabulary"),
         (finetuning, ["--assistant-mask", "guess"], "expected --assistant-mask template or prefix, found 'guess'"),
         (analysis, ["--assistant-mask", "guess"], "expected --assistant-mask template or prefix, found 'guess'"),
