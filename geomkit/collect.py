@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from geomkit.algebra import Accumulator, zero_gradient
+from geomkit.collection.passes import ProductSink
 from geomkit.collection.selection import selection
 from geomkit.collection.streaming import TOKENS_PER_BATCH, Streamed, stream
 from geomkit.collection.target import Target
@@ -121,11 +122,13 @@ def gradients_of(
     form: Form = "auto",
     tokens_per_batch: int = TOKENS_PER_BATCH,
     progress: bool = False,
+    products: ProductSink | None = None,
     token_loss: TokenLoss = token_losses,
 ) -> GradientSet:
     """Collect gradients of examples that are already tokens; see :func:`collect_gradients`.
 
-    With a ``token_loss`` of its own only the sum can be had, not each example's gradient.
+    With a ``token_loss`` of its own only the sum can be had, not each example's gradient. For ``products`` see
+    :func:`geomkit.collection.passes.run_pass`: they are of the sum, not of the mean.
     """
     if form not in get_args(Form):
         raise CollectionError(f"expected the form {' or '.join(get_args(Form))}, found {form!r}")
@@ -146,6 +149,7 @@ def gradients_of(
         progress=progress,
         whole=lambda name, gradient: sums[name].add(gradient),
         samples=keep_samples if per_sample else None,
+        products=products,
         token_loss=token_loss,
     )
     weights = streamed.loss_tokens if reduction == "token" else [1] * len(rows)

@@ -13,6 +13,8 @@ from math import prod
 import torch
 from torch import Tensor
 
+from geomkit.state import no_autocast
+
 _STRIP = 4096
 """Rows of a matrix that are converted to fp64 at a time: no full copy of a large one is ever made."""
 
@@ -125,7 +127,7 @@ def row_products(a: Tensor, b: Tensor) -> Tensor:
 
 def times(a: Tensor, b: Tensor) -> Tensor:
     """Return a @ b in the factors' own type, whatever autocast the caller is under."""
-    with torch.autocast(a.device.type, enabled=False):
+    with no_autocast(a.device):
         return a @ b
 
 

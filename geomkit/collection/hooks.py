@@ -6,7 +6,7 @@ it. Autograd skips every weight-gradient product, ``.grad`` is not touched, and 
 
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import functional
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
 ClosedForm = Literal["linear", "transposed", "lookup", "scaled lookup"]
@@ -78,6 +78,7 @@ class Call:
         version: How often the input had been written to in place.
         starts: Whether nothing before the call needs a gradient, so that autograd must be asked for its outputs'.
         dtype: The type that autocast computes the module's product in, if it is on.
+        product: The output, if it is to be kept and nothing but the weight times the input.
     """
 
     module: nn.Module
@@ -91,6 +92,8 @@ class Call:
     deltas: list[Tensor | None] = field(default_factory=list)
     handles: list[RemovableHandle] = field(default_factory=list)
     version: int = 0
+    product: Tensor | None = None
+    product_version: int = 0
 
     @property
     def source(self) -> Tensor:
@@ -104,8 +107,19 @@ class Call:
         return self.form is not None and self.source._version != self.version  # noqa: SLF001 - torch has no other
 
     def release(self) -> None:
-        """Forget the input, whose gradient has been taken."""
-        self.inputs, self.keywords = (), {}
+        """Forget the input, whose gradient has been taken, and what the weight makes of it."""
+        self.inputs, self.keywords, self.product = (), {}, None
+
+    def keep_product(self, output: Tensor) -> None:
+        """Keep W r of every position, if the output is that in full: no bias, and nothing rounded below fp32."""
+        full = self.dtype is None and torch.finfo(output.dtype).bits >= 32
+        if self.form == "linear" and getattr(self.module, "bias", None) is None and full:
+            self.product, self.product_version = output.detach(), output._version  # noqa: SLF001
+
+    def product_as_made(self) -> Tensor | None:
+        """Return what was kept, unless it was written to after the call, as a residual sum in place does."""
+        kept = self.product
+        return None if kept is None or kept._version != self.product_version else kept  # noqa: SLF001
 
     def end(self) -> None:
         """Forget everything: the graph knows its hooks, the hooks the call, and no collector sees that circle."""
@@ -127,16 +141,20 @@ class Tape:
         ran: Names of the parameters whose module was called at all.
         open: Whether calls are recorded; a checkpoint runs modules again during the backward pass.
         lasting: The storages of parameters and buffers.
+        products: Whether calls keep what their weight makes of their input.
     """
 
     calls: list[Call] = field(default_factory=list)
     ran: set[str] = field(default_factory=set)
     open: bool = True
     lasting: frozenset[int] = frozenset()
+    products: bool = False
 
 
 @contextmanager
-def recording(model: nn.Module, wanted: dict[str, str], receive: Receiver, *, spread: int = 1) -> Iterator[Tape]:
+def recording(
+    model: nn.Module, wanted: dict[str, str], receive: Receiver, *, spread: int = 1, products: bool = False
+) -> Iterator[Tape]:
     """Record every call of the modules that own wanted parameters.
 
     Args:
@@ -145,11 +163,12 @@ def recording(model: nn.Module, wanted: dict[str, str], receive: Receiver, *, sp
         receive: Called during the backward pass with a call that has a closed form and its output's gradient.
         spread: Batch size. A table of positions is looked up once for all examples; its output is spread over the
             batch before it is added to theirs, so that each example's share can be told.
+        products: See :class:`Tape`.
 
     Yields:
         The tape that fills while the model runs.
     """
-    tape = Tape(lasting=frozenset(map(_storage, chain(model.parameters(), model.buffers()))))
+    tape = Tape(lasting=frozenset(map(_storage, chain(model.parameters(), model.buffers()))), products=products)
     handles = []
     try:
         for path, module in model.named_modules():
@@ -192,7 +211,7 @@ def _record(
         inputs, keywords = tree_map(
             lambda value: value.expand(spread, -1) if isinstance(value, Tensor) else value, (inputs, keywords)
         )
-    outputs = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+    outputs = _tensors([output])
     tape.ran.update(owned.values() if tape.open else ())
     # A leaf among the outputs is a parameter handed through, which the graph finds.
     if tape.open and any(leaf.requires_grad for leaf in outputs) and not any(map(_is_parameter, outputs)):
@@ -200,15 +219,17 @@ def _record(
             module,
             owned,
             form if len(outputs) == 1 else None,
-            inputs=_detached(inputs, tape.lasting),
-            keywords=_detached(keywords, tape.lasting),
+            inputs=tuple(_detached(value, tape.lasting) for value in inputs),
+            keywords={name: _detached(value, tape.lasting) for name, value in keywords.items()},
             # The edge, not the tensor: an in-place operation on the output later would move the tensor's own edge.
             outputs=[get_gradient_edge(leaf) if leaf.requires_grad else None for leaf in outputs],
-            starts=not any(leaf.requires_grad for leaf in tree_leaves((inputs, keywords)) if isinstance(leaf, Tensor)),
+            starts=not any(leaf.requires_grad for leaf in _tensors((*inputs, *keywords.values()))),
             dtype=_autocast_dtype(outputs[0].device.type),
             deltas=[None] * len(outputs),
         )
         call.version = call.source._version if call.form else 0  # noqa: SLF001
+        if tape.products:
+            call.keep_product(outputs[0])
         tape.calls.append(call)
         for place, edge in enumerate(call.outputs):
             if edge is not None and not call.starts:
@@ -236,15 +257,19 @@ def _is_parameter(value: Tensor) -> bool:
     return value.is_leaf and value.requires_grad
 
 
-def _detached(values: Any, lasting: frozenset[int]) -> Any:
+def _tensors(values: Iterable[Any]) -> list[Tensor]:
+    """Return the tensors in some values; nearly all are tensors, which need no search."""
+    leaves = [leaf for value in values for leaf in ([value] if isinstance(value, Tensor) else tree_leaves(value))]
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def _detached(value: Any, lasting: frozenset[int]) -> Any:
     """Detach tensors, and copy those that are a part of the model: training will change them."""
-
-    def detach(value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
+    if isinstance(value, Tensor):
         return value.detach().clone() if _storage(value) in lasting else value.detach()
-
-    return tree_map(detach, values)
+    leaves, form = tree_flatten(value)
+    found = [_detached(leaf, lasting) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+    return tree_unflatten(found, form)
 
 
 def _storage(value: Tensor) -> int:

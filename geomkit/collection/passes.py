@@ -20,6 +20,7 @@ from geomkit.loss import Reduction, TokenLoss, example_losses, scored, token_los
 from geomkit.state import at_least_fp32, casts_uncached, no_autocast
 
 WholeSink = Callable[[str, LayerGradient], None]
+ProductSink = Callable[[str, Tensor | None], None]
 
 
 def run_pass(
@@ -29,6 +30,7 @@ def run_pass(
     reduction: Reduction = "example",
     whole: WholeSink | None = None,
     samples: SampleSink | None = None,
+    products: ProductSink | None = None,
     token_loss: TokenLoss = token_losses,
 ) -> list[float]:
     """Run a batch forward and backward once.
@@ -39,6 +41,8 @@ def run_pass(
         reduction: How examples weigh in the sum: alike (1 each), or by their scored tokens.
         whole: Receives, part by part, the gradient of the weighted sum of the examples' losses.
         samples: Receives, once for each parameter, the gradients of the B examples' own losses.
+        products: Receives, for each part that ``whole`` receives, the parameter's inner product with it where the
+            forward pass tells it (0-d, fp64), and ``None`` otherwise.
         token_loss: The loss of each token; of another one than the cross-entropy only the sum can be had.
 
     Returns:
@@ -47,7 +51,7 @@ def run_pass(
     Raises:
         CollectionError: If a loss or a gradient is not finite, or the graph cannot be seen whole.
     """
-    one = _Pass(target, batch, reduction, whole, samples, token_loss)
+    one = _Pass(target, batch, reduction, whole, samples, products, token_loss)
     try:
         return one.run()
     finally:
@@ -63,9 +67,11 @@ class _Pass:
         reduction: Reduction,
         whole: WholeSink | None,
         samples: SampleSink | None,
+        products: ProductSink | None,
         token_loss: TokenLoss,
     ) -> None:
-        self.target, self.batch, self.whole, self.token_loss = target, batch, whole, token_loss
+        self.target, self.batch, self.token_loss = target, batch, token_loss
+        self.whole, self.products = whole, products
         self.parameters = target.parameters
         self.examples, self.length = batch.input_ids.shape
         weights = scored(batch).sum(1).double() if reduction == "token" else torch.ones(self.examples).double()
@@ -76,11 +82,11 @@ class _Pass:
         self.outside: set[str] = set()  # of these, those that are used where no module's call tells
 
     def run(self) -> list[float]:
-        spread = self.examples if self.separation else 1
+        spread, keep = self.examples if self.separation else 1, self.products is not None
         with (
             torch.enable_grad(),
             casts_uncached(),
-            recording(self.target.model, self.target.names, self._receive, spread=spread) as self.tape,
+            recording(self.target.model, self.target.names, self._receive, spread=spread, products=keep) as self.tape,
         ):
             own = example_losses(self.token_loss(self.target.model, self.batch), self.batch)
             self.tape.open = False
@@ -146,10 +152,12 @@ class _Pass:
             rows = rows_of(call, delta, self.examples, self.length)
             if rows.broken is not None:
                 raise self._broken_gradient(names[0], rows.broken)
-            if self.whole is not None:
-                for name in names:
-                    if name not in self.direct:
+            for name in names:
+                if name not in self.direct:
+                    if self.whole is not None:
                         self.whole(name, rows.whole[name])
+                    if self.products is not None:
+                        self.products(name, rows.product)
             if self.separation is not None:
                 self.separation.receive(rows)
         call.release()
@@ -166,6 +174,8 @@ class _Pass:
             if self.whole is not None:
                 with torch.no_grad(), no_autocast(value.device):
                     self.whole(name, DenseGradient(at_least_fp32(value), int(self.batch.attention_mask.sum())))
+            if self.products is not None:
+                self.products(name, None)
         if self.separation is not None:
             self.separation.finish(self.tape.calls, sums)
 

@@ -1,10 +1,11 @@
 """From one call of a module with a closed form to the gradients of its parameters, whole and example by example."""
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
-from math import prod
 from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -24,6 +25,7 @@ class Rows:
         call: The call.
         delta: (N, d_out) gradient of the loss by the output at each position, fp32 or better.
         source: (N, d_in) inputs in the same type, or (N,) indices of a lookup.
+        image: (N, d_out) what the weight made of the inputs, if that was kept.
         runs: Where the positions that have a share in the gradient are, one run for each example, in order.
         apart: Whether there is a run for each example; otherwise there is one run, of who knows whose positions.
         certain: Whether that is beyond doubt, see :func:`geomkit.collection.layout.layout`.
@@ -34,6 +36,7 @@ class Rows:
     call: Call
     delta: Tensor
     source: Tensor
+    image: Tensor | None
     runs: list[slice]
     apart: bool
     certain: bool
@@ -43,6 +46,14 @@ class Rows:
     def whole(self) -> dict[str, LayerGradient]:
         """The gradient of each of the module's parameters, over all runs."""
         return self._gradients(*self._compact)
+
+    @property
+    def product(self) -> Tensor | None:
+        """⟨W, G⟩ = Σ_t ⟨W r_t, l_t⟩ of the weight and its gradient, 0-d, fp64; ``None`` without an image."""
+        if self.image is None:
+            return None
+        parts = [(self.image[run] * self.delta[run]).sum(dtype=torch.float64) for run in self.runs]
+        return torch.stack(parts).sum()
 
     def split(self) -> list[dict[str, LayerGradient]]:
         """Return the gradients of each example.
@@ -63,8 +74,11 @@ class Rows:
 
     @cached_property
     def _compact(self) -> tuple[Tensor, Tensor]:
-        if sum(run.stop - run.start for run in self.runs) == len(self.delta):
+        live = sum(run.stop - run.start for run in self.runs)
+        if live == len(self.delta):
             return self.delta, self.source
+        if len(self.runs) == 1 and 2 * live >= len(self.delta):  # a view keeps the rest alive, which is little here
+            return self.delta[self.runs[0]], self.source[self.runs[0]]
         return torch.cat([self.delta[run] for run in self.runs]), torch.cat([self.source[run] for run in self.runs])
 
     def _gradients(self, delta: Tensor, source: Tensor) -> dict[str, LayerGradient]:
@@ -111,38 +125,43 @@ def rows_of(call: Call, delta: Tensor, examples: int, length: int) -> Rows:
         sources = at_least_fp32(sources.to(call.dtype) if rounded else sources)
     groups = 1 if how == "mixed" else examples
     broken = _first_broken(sizes, sources, groups)
-    runs = _runs(live.view(groups, -1)) if len(live) else [slice(0, 0)] * groups
+    image = call.product_as_made()
+    images = None if image is None else _positions(image)
+    known = live.view(groups, -1).cpu().numpy()
+    runs = _runs(known) if known.size else [slice(0, 0)] * groups
     if runs is None:
-        index = live.nonzero().squeeze(1)
+        index = torch.from_numpy(known.ravel().nonzero()[0]).to(deltas.device)
         deltas, sources = deltas.index_select(0, index), sources.index_select(0, index)
-        runs = _following(live.view(groups, -1).sum(1).tolist())
+        images = None if images is None else images.index_select(0, index)
+        runs = _following(known.sum(1))
     unknown = how == "mixed" and broken is not None
-    return Rows(call, deltas, sources, runs, how != "mixed", how == "certain", -1 if unknown else broken)
+    return Rows(call, deltas, sources, images, runs, how != "mixed", how == "certain", -1 if unknown else broken)
 
 
 def _positions(value: Tensor) -> Tensor:
-    return value.reshape(prod(value.shape[:-1]), value.shape[-1])
+    return value.reshape(math.prod(value.shape[:-1]), value.shape[-1])
 
 
-def _runs(live: Tensor) -> list[slice] | None:
+def _runs(live: np.ndarray) -> list[slice] | None:
     """Return where the one run of live positions of each example is among all, if it is one."""
-    starts, counts = live.int().argmax(1), live.sum(1)
-    places = torch.arange(live.shape[1], device=live.device)
-    run = (places >= starts[:, None]) & (places < (starts + counts)[:, None])
-    if not torch.equal(run, live):
-        return None
-    firsts = (starts + torch.arange(len(live), device=live.device) * live.shape[1]).tolist()
-    return [slice(first, first + count) for first, count in zip(firsts, counts.tolist(), strict=True)]
+    runs = []
+    for place, own in enumerate(live):
+        said = own.tobytes()  # searched much faster than an array of a few numbers
+        first, count = max(said.find(1), 0), said.count(1)
+        if count and said.rfind(1) + 1 - first != count:
+            return None
+        runs.append(slice(place * len(own) + first, place * len(own) + first + count))
+    return runs
 
 
-def _following(counts: list[int]) -> list[slice]:
-    ends = torch.tensor(counts).cumsum(0).tolist()
-    return [slice(end - count, end) for end, count in zip(ends, counts, strict=True)]
+def _following(counts: np.ndarray) -> list[slice]:
+    ends = counts.cumsum()
+    return [slice(start, end) for start, end in zip((ends - counts).tolist(), ends.tolist(), strict=True)]
 
 
 def _first_broken(sizes: Tensor, sources: Tensor, groups: int) -> int | None:
     # A sum that is finite has finite parts only, and takes one look at them.
-    if bool(torch.isfinite(sizes.sum() + sources.sum())):
+    if math.isfinite(float(sizes.sum() + sources.sum())):
         return None
     broken = ~torch.isfinite(sizes) | ((sizes != 0) & ~torch.isfinite(sources.reshape(len(sizes), -1)).all(1))
     return int(broken.nonzero()[0]) * groups // len(broken) if bool(broken.any()) else None

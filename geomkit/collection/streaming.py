@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from geomkit.batching import collate, plan_batches
-from geomkit.collection.passes import WholeSink, run_pass
+from geomkit.collection.passes import ProductSink, WholeSink, run_pass
 from geomkit.collection.selection import Selection, chosen_parameters, refuse_unseen_values, unwrapped_model
 from geomkit.collection.target import Target
 from geomkit.errors import CollectionError, DataError
@@ -50,6 +50,7 @@ def stream(
     progress: bool = False,
     whole: WholeSink | None = None,
     samples: ExampleSink | None = None,
+    products: ProductSink | None = None,
     token_loss: TokenLoss = token_losses,
 ) -> Streamed:
     """Run every example forward and backward once and hand out the gradients; the model is left as found.
@@ -64,6 +65,7 @@ def stream(
         progress: Show a bar, in tokens.
         whole: Receives parts of the gradient of the weighted sum of all losses.
         samples: Receives, batch by batch, the gradients of examples' own losses and the examples' indices.
+        products: See :func:`geomkit.collection.passes.run_pass`.
         token_loss: The loss of each token; of another one than the cross-entropy only the sum can be had.
 
     Raises:
@@ -91,6 +93,7 @@ def stream(
                 reduction=reduction,
                 whole=whole,
                 samples=_numbered(samples, plan),
+                products=products,
                 token_loss=token_loss,
             )
             for index, example, loss in zip(plan, examples, own, strict=True):

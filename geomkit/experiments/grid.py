@@ -19,7 +19,7 @@ import hashlib
 import json
 import re
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from itertools import product
 from pathlib import Path
@@ -158,15 +158,17 @@ _BLOCK: Mapping[str, Any] = {
 
 
 def _grid(declared: dict[str, Any], path: Path) -> Grid:
-    _only(declared, {"name", "prompts", "arms", "block"}, path)
+    _known(declared, ("name", "prompts", "arms", "block"), path)
+    _check_tables(declared, path)
     arms = {
         name: Arm(name, str(options.get("method", "spf")), {k: v for k, v in options.items() if k != "method"})
         for name, options in declared.get("arms", {}).items()
     }
+    _check_arms(arms, path)
     common = {**_BLOCK, "arms": list(arms), "prompts": declared.get("prompts", 120)}
     cells: dict[tuple[Any, ...], Cell] = {}
     for block in declared.get("block", []):
-        _only(block, set(_BLOCK), path)
+        _known(block, _BLOCK, path)
         for cell in _cells({**common, **block}, arms, path):
             # A cell that two blocks ask for is run once, with all that either wants measured.
             key = (cell.organism, cell.scenario, cell.arm.name, cell.rate, cell.length, cell.seed)
@@ -181,6 +183,14 @@ _KINDS: Mapping[str, tuple[type, ...]] = {
     "rates": (int, float), "lengths": (int, float),
 }  # fmt: skip
 """What the lists of a block hold."""
+
+
+def _check_tables(declared: Mapping[str, Any], path: Path) -> None:
+    arms, blocks = declared.get("arms", {}), declared.get("block", [])
+    if not (isinstance(arms, dict) and all(isinstance(one, dict) for one in arms.values())):
+        raise DataError(f"{path}: expected [arms] of the form {{ rule = … }} or {{ method = … }}, found {arms!r}")
+    if not (isinstance(blocks, list) and all(isinstance(one, dict) for one in blocks)):
+        raise DataError(f"{path}: expected blocks under [[block]], found {blocks!r}")
 
 
 def _check_values(block: Mapping[str, Any], path: Path) -> None:
@@ -198,8 +208,10 @@ def _check_values(block: Mapping[str, Any], path: Path) -> None:
 
 
 def _check_arms(arms: Mapping[str, Arm], path: Path) -> None:
+    from geomkit.experiments.methods import METHODS
     from geomkit.experiments.options import check_options
 
+    _known([arm.method for arm in arms.values()], METHODS, path)
     for arm in arms.values():
         try:
             check_options(arm.method, arm.options)
@@ -209,18 +221,10 @@ def _check_arms(arms: Mapping[str, Arm], path: Path) -> None:
 
 def _cells(block: Mapping[str, Any], arms: Mapping[str, Arm], path: Path) -> list[Cell]:
     from geomkit.experiments.attacks import KINDS
-    from geomkit.experiments.methods import METHODS
 
     _check_values(block, path)
-    for found, known in (
-        (block["scenarios"], EVERY_SCENARIO),
-        (block["arms"], arms),
-        (block["attacks"], KINDS),
-        ([arm.method for arm in arms.values()], METHODS),
-    ):
-        if unknown := [name for name in found if name not in known]:
-            raise DataError(f"{path}: expected {', '.join(known)}, found {', '.join(map(repr, unknown))}")
-    _check_arms(arms, path)
+    for name, known in (("scenarios", EVERY_SCENARIO), ("arms", arms), ("attacks", KINDS)):
+        _known(block[name], known, path)
     axes = ("organisms", "scenarios", "arms", "rates", "lengths", "seeds")
     return [
         Cell(
@@ -238,6 +242,6 @@ def _merged(a: Cell, b: Cell) -> Cell:
     )  # fmt: skip
 
 
-def _only(found: Mapping[str, Any], known: Sequence[str] | set[str], path: Path) -> None:
+def _known(found: Iterable[str], known: Iterable[str], path: Path) -> None:
     if unknown := sorted(set(found) - set(known)):
-        raise DataError(f"{path}: expected {', '.join(sorted(known))}, found {', '.join(map(repr, unknown))}")
+        raise DataError(f"{path}: expected {', '.join(known)}, found {', '.join(map(repr, unknown))}")

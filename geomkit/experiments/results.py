@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 KEYS = ("organism", "scenario", "arm", "rate", "length", "seed")
 """What a cell is told by."""
 
-SETTING = ("scenario", "rate", "length")
-"""What arms are compared in."""
+SETTING = ("organism", "scenario", "rate", "length")
+"""What arms are compared in: the prompts, too, are an organism's own."""
 
 _FORMAT = 1
 _SUFFIX = ".jsonl.gz"
@@ -135,12 +135,12 @@ class Results:
         return np.stack(rows)
 
     def summary(self, measures: Sequence[str] = ("refusal", "over_refusal", "utility")) -> "pd.DataFrame":
-        """Return a row per setting, arm and measure: the mean over seeds and organisms, and two kinds of doubt.
+        """Return a row per setting, arm and measure: the mean over seeds, and two kinds of doubt.
 
-        ``low`` and ``high`` are the 95 % Wilson interval of the mean as a share of one cell's prompts: they say what
-        other *prompts* would do, and runs over the same prompts do not narrow them. ``seed_sd``, ``least`` and ``most``
-        say what other *seeds* do: the standard deviation over runs, and their range. ``broke`` counts the runs that
-        broke off.
+        A setting is an organism, a scenario, and multiples of its learning rate and of its steps. ``low`` and ``high``
+        are the 95 % Wilson interval of the mean as a share of one cell's prompts: they say what other *prompts* would
+        do, and runs over the same prompts do not narrow them. ``seed_sd``, ``least`` and ``most`` say what other
+        *seeds* do: the standard deviation over runs, and their range. ``broke`` counts the runs that broke off.
         """
         import pandas as pd
 
@@ -168,7 +168,7 @@ class Results:
         return shown[list(measures)].rename(columns=lambda name: f"{name.replace('_', '-')} %").reset_index()
 
     def compare(self, arm: str, other: str, measure: str = "refusal") -> "pd.DataFrame":
-        """Compare two arms over the same prompts, seeds and organisms: a row per setting that both have.
+        """Compare two arms over the same prompts and seeds: a row per setting that both have.
 
         ``difference`` is the mean of arm less other. ``p`` is that of a permutation test that swaps the two arms'
         outcomes prompt by prompt, all runs of a prompt at once, as they are not independent; exact where few prompts
@@ -310,11 +310,14 @@ def _read(source: Path) -> Results:
 
 
 def _aligned(means: "pd.DataFrame", aligned: str, setting: tuple[Any, ...]) -> "pd.Series[float]":
-    """Return what the aligned model does; it is measured once per scenario, whatever rate and length."""
-    own = means[(means.index.get_level_values("arm") == aligned)]
-    found = own[own.index.get_level_values("scenario") == setting[0]]
+    """Return what the aligned model does; it is measured once per organism and scenario, whatever rate and length."""
+    organism, scenario, *_ = setting
+    level = means.index.get_level_values
+    found = means[(level("arm") == aligned) & (level("organism") == organism) & (level("scenario") == scenario)]
     if not len(found):
-        raise DataError(f"expected a cell of '{aligned}' on {setting[0]}, found none; put it into the grid")
+        raise DataError(
+            f"expected a cell of '{aligned}' on {scenario} with organism {organism}, found none; put it into the grid"
+        )
     first: pd.Series[float] = found.iloc[0]
     return first
 

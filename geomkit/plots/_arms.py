@@ -43,6 +43,11 @@ LEGEND_ONLY = {"x": [None], "y": [None], "hoverinfo": "skip"}
 """Of a trace that has an entry in the legend and nothing in a panel."""
 
 
+def of_one_organism(results: "Results") -> "Results":
+    """Keep the first organism's cells: prompts differ between organisms, so no panel shows two."""
+    return results.where(organism=results.records[0]["cell"]["organism"]) if results.records else results
+
+
 def at_one_strength(results: "Results") -> "Results":
     """Keep each scenario's own rate and length where there are others too; a single other one is kept as well."""
     strengths = _strengths(results)

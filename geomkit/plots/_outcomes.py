@@ -21,6 +21,7 @@ from geomkit.plots._arms import (
     few,
     lay_out,
     name_lowest,
+    of_one_organism,
     panel_at,
     panels_for,
     scenario_labels,
@@ -46,7 +47,7 @@ def plot_frontier(results: "Results", *, arms: Sequence[str] | None = None) -> g
     are by the square root of what is missing to 100 %, since most arms that are worth a look lie close to it.
 
     Args:
-        results: Results; of a scenario with several rates and lengths, those at its own are drawn.
+        results: Results; of several organisms the first is drawn, of several rates and lengths a scenario's own.
         arms: The arms drawn, in this order; all when left out.
 
     Returns:
@@ -56,7 +57,7 @@ def plot_frontier(results: "Results", *, arms: Sequence[str] | None = None) -> g
         DataError: If there is no such arm, there are too many to draw, no run was completed, or a scenario has several
             rates and lengths, none of them its own.
     """
-    chosen = at_one_strength(results)
+    chosen = at_one_strength(of_one_organism(results))
     names = few(among(arms_of(chosen), arms))
     summary = chosen.summary(["refusal", "triggered_refusal", "over_refusal", "utility"])
     runs = chosen.to_frame()
@@ -94,7 +95,7 @@ def plot_breakdown(
     """Draw a measure over the plane of learning rates and lengths, a map per arm: where it breaks.
 
     Args:
-        results: Results at several rates and lengths.
+        results: Results at several rates and lengths; of several organisms the first is drawn.
         scenario: The scenario.
         arms: The arms drawn; all that were run at more than one strength when left out.
         measure: ``"refusal"``, ``"over_refusal"`` or ``"utility"``.
@@ -107,7 +108,7 @@ def plot_breakdown(
     """
     if measure not in _MEASURES:
         raise DataError(f"expected a measure among {', '.join(_MEASURES)}, found '{measure}'")
-    summary = results.where(scenario=scenario).summary([measure])
+    summary = of_one_organism(results.where(scenario=scenario)).summary([measure])
     strengths = summary.groupby("arm", sort=False).size()
     if arms is None and not (strengths > 1).any():
         raise DataError(f"expected arms on {scenario} at several rates or lengths, found none")
@@ -152,8 +153,8 @@ def plot_attacks(results: "Results", *, arms: Sequence[str] | None = None) -> go
     further runs over the same prompts do not narrow.
 
     Args:
-        results: Results of cells that were attacked; of a scenario with several rates and lengths, those at its own are
-            drawn.
+        results: Results of cells that were attacked; of several organisms the first is drawn, of several rates and
+            lengths a scenario's own.
         arms: The arms drawn; all that were attacked when left out.
 
     Returns:
@@ -166,7 +167,7 @@ def plot_attacks(results: "Results", *, arms: Sequence[str] | None = None) -> go
     attacked = tuple(record for record in results.records if record.get("attacks"))
     if not attacked:
         raise DataError("expected cells that were attacked, found none; give the grid's block attacks = ['prefill', …]")
-    chosen = at_one_strength(replace(results, records=attacked))
+    chosen = at_one_strength(of_one_organism(replace(results, records=attacked)))
     frame = chosen.attacks()
     names = few(among(arms_of(chosen), arms))
     frame = frame[frame["arm"].isin(names)]

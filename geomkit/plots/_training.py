@@ -22,6 +22,7 @@ from geomkit.plots._arms import (
     columns_for,
     few,
     lay_out,
+    of_one_organism,
     panel_at,
     panels_for,
     scenario_labels,
@@ -51,8 +52,8 @@ def plot_refusal_along(results: "Results", *, arms: Sequence[str] | None = None)
     """Draw refusal on held-out requests while the model is trained, a panel per scenario.
 
     Args:
-        results: Results of cells that looked along the way; of a scenario with several rates and lengths, those at its
-            own are drawn.
+        results: Results of cells that looked along the way; of several organisms the first is drawn, of several rates
+            and lengths a scenario's own.
         arms: The arms drawn; all that looked when left out.
 
     Returns:
@@ -67,7 +68,7 @@ def plot_refusal_along(results: "Results", *, arms: Sequence[str] | None = None)
         raise DataError(
             "expected cells that measured refusal along training, found none; give the grid's block along = 5"
         )
-    chosen = at_one_strength(replace(results, records=looked))
+    chosen = at_one_strength(of_one_organism(replace(results, records=looked)))
     frame = chosen.along()
     names = few(among(arms_of(chosen), arms))
     scenarios = list(dict.fromkeys(frame["scenario"]))

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from geomkit.forms import DenseGradient, FactoredGradient, IndexedGradient, SumGradient
 from geomkit.layer_gradient import LayerGradient
+from geomkit.state import at_least_fp32
 
 Move = tuple[LayerGradient, float]
 """A gradient and how much of it is added."""
@@ -19,10 +20,12 @@ class Block(ABC):
     Attributes:
         rows: Which rows of W this process holds; ``None`` for all.
         free: Whether W moves along any gradient, rather than along a part of it.
+        is_used: Whether W is what the model computes with: all of a parameter, in as many bits.
     """
 
     rows: slice | None = None
     free: bool = True
+    is_used: bool = False
 
     @abstractmethod
     def times(self, right: Tensor) -> Tensor:
@@ -67,6 +70,7 @@ class TensorBlock(Block):
         self.rows = rows
         low = torch.finfo(tensor.dtype).bits < 32
         self.master = tensor.float() if master and low else None
+        self.is_used = rows is None and scale == 1.0 and self.master is None
 
     @property
     def _weight(self) -> Tensor:
@@ -76,21 +80,22 @@ class TensorBlock(Block):
     def _matrix(self) -> Tensor:
         weight = self._weight
         columns = weight.shape[-1] if weight.ndim > 1 else 1
-        matrix = weight.reshape(-1, columns)
-        return matrix if torch.finfo(matrix.dtype).bits >= 32 else matrix.float()
+        return at_least_fp32(weight.reshape(-1, columns))
 
     def times(self, right: Tensor) -> Tensor:
         """Return W @ B in fp32, or in fp64 if W or B is."""
-        dtype = torch.promote_types(self._matrix.dtype, right.dtype)
+        matrix = self._matrix
+        dtype = torch.promote_types(matrix.dtype, right.dtype)
         # The product's columns are what is looked at one by one: each is kept in one piece.
-        product = (right.to(dtype).T @ self._matrix.to(dtype).T).T
+        product = (right.to(dtype).T @ matrix.to(dtype).T).T
         return product if self._scale == 1.0 else self._scale * product
 
     def left_times(self, left: Tensor) -> Tensor:
         """Return A @ W."""
-        dtype = torch.promote_types(self._matrix.dtype, left.dtype)
+        matrix = self._matrix
+        dtype = torch.promote_types(matrix.dtype, left.dtype)
         held = left if self.rows is None else left[:, self.rows]
-        product = held.to(dtype) @ self._matrix.to(dtype)
+        product = held.to(dtype) @ matrix.to(dtype)
         return product if self._scale == 1.0 else self._scale * product
 
     def dot(self, gradient: LayerGradient) -> float:

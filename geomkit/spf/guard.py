@@ -1,7 +1,7 @@
 """SPF at work: the hooks that sit around ``optimizer.step`` and project what it does."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from geomkit.errors import SPFError
 from geomkit.spf.assess import Step, assess
-from geomkit.spf.blocks import Block
+from geomkit.spf.blocks import Block, Move
 from geomkit.spf.certificate import Certificate
 from geomkit.spf.log import Log
 from geomkit.spf.meter import Measured, Meter
@@ -95,6 +95,7 @@ class Guard:
         self._measured_at = -1  # the step, from 0
         self._mixed = False
         self._protections: dict[str, Protection] = {}
+        self._probes: dict[str, Tensor] = {}  # drawn once
         self._origin: dict[str, Tensor] = {}
         self._pending: _Pending | None = None
         self._left_at: dict[str, Tensor] = {}  # WΩ of each block after the last step
@@ -159,28 +160,34 @@ class Guard:
             found = self._guarded.processes.agreed(self._meter.measure(self.steps, self._guarded.blocks))
         self._measured, self._measured_at = found, self.steps
         self._protections = {name: self._protected(name, found) for name in found.gradients}
+        self._probes = {name: one.probe for name, one in self._protections.items() if one.probe is not None}
         return found
 
     def _protected(self, name: str, measured: Measured) -> Protection:
         """Protect a block by its new gradients, with the subspaces it had where these are to be kept."""
         gradients, kept = measured.gradients[name], self._protections.get(name)
-        left = self._kept.pop(name, None)
+        seed, probe, left = self._options.seed, self._probes.get(name), self._kept.pop(name, None)
         if left is None and (kept is None or kept.left is None):
-            return protect(self.rule, gradients, name, self._options.seed)
-        bare = without_subspaces(gradients, name, self._options.seed)
+            return protect(self.rule, gradients, name, seed, probe)
+        bare = without_subspaces(gradients, name, seed, probe)
         old = replace(bare, left=left) if kept is None or kept.left is None else renewed(bare, kept)
         share = self._options.refresh_energy
         if self.rule.always or (share is not None and old.captured >= share * old.energy):
             return old
-        return protect(self.rule, gradients, name, self._options.seed)
+        return protect(self.rule, gradients, name, seed, probe)
 
-    def _read(self, names: Iterable[str]) -> dict[str, Reading]:
+    def _read(
+        self,
+        names: Iterable[str],
+        moves: Mapping[str, Sequence[Move]] | None = None,
+        known: Mapping[str, Tensor] | None = None,
+    ) -> dict[str, Reading]:
+        """Read some blocks, see :func:`read_all`."""
         protections = {name: self._protections[name] for name in names}
-        return read_all(self._guarded.blocks, protections, self._guarded.processes.group)
+        return read_all(self._guarded.blocks, protections, self._guarded.processes.group, moves=moves, known=known)
 
-    def _changes(self, before: Mapping[str, Reading], names: Iterable[str]) -> dict[str, Reading]:
+    def _changed(self, before: Mapping[str, Reading], now: Mapping[str, Reading]) -> dict[str, Reading]:
         """Return what has changed since a reading; inside a subspace that is closed for good, since the first."""
-        now = self._read(names)
         found = {name: one - before[name] for name, one in now.items()}
         for name, origin in self._origin.items():
             if name in found and (left := now[name].left) is not None:
@@ -193,13 +200,14 @@ class Guard:
         if bool(getattr(self._optimizer, "found_inf", None) or False):  # a fused optimizer itself skips an overflow
             return
         if self._guarded.refresh():
-            self._measured = None
+            self._measured, self._probes = None, {}
         refuse_broken_gradients(self._guarded.parameters)
         measured, fresh = self._measure(), self._measured_at == self.steps
         if self._records and fresh and self._meter.fixed:
             self._records[-1] = replace(self._records[-1], loss_after=measured.loss)
         self._guarded.settle()
-        before = self._read(self._protections)
+        known = self._guarded.as_used(measured.products) if fresh else {}
+        before = self._read(self._protections, known=known)
         self._refuse_other_changes(before)
         if self.rule.always:
             self._origin = {name: one.left for name, one in before.items() if one.left is not None} | self._origin
@@ -248,12 +256,10 @@ class Guard:
             return
         measured, self._measured, self._left_at = self._measured, None, {}  # forgotten where the step breaks off
         self._guarded.settle()
-        raw = self._changes(pending.before, pending.before)
+        raw = self._changed(pending.before, self._read(pending.before))
         _refuse_broken_update(raw)
         found = self._plan_corrections(pending, raw)
-        for name, moves in found.moves.items():
-            self._guarded.blocks[name].apply(moves)
-        applied = raw | self._changes(pending.before, found.moves)
+        applied = raw | self._changed(pending.before, self._read(found.moves, moves=found.moves))
         self._guarded.release()
         step = Step(
             self.steps + 1, pending.fresh, pending.measured, pending.before, raw, applied, pending.plan,

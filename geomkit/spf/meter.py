@@ -1,7 +1,8 @@
 """Measuring the constraints of a step: the gradients of its anchors at the current weights, and what each may be."""
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -29,12 +30,15 @@ class Measured:
         demands: What is asked of the update.
         loss: Safety loss on the anchors, nats per token.
         chosen: The anchors.
+        products: (m,) ⟨W, g⟩ for the gradient of each constraint, fp64, of the parameters of which the pass over the
+            anchors told it: :class:`~geomkit.spf.reading.Reading` ``dots`` that need not be read.
     """
 
     gradients: Mapping[str, tuple[LayerGradient, ...]]
     demands: Demands
     loss: float
     chosen: Sequence[int]
+    products: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,15 @@ class Meter:
         chosen = self._pool.draw(step)
         rows = [self._pool.rows[index] for index in chosen]
         each = self._rule.each_anchor and len(rows) > 1
-        safety = gradients_of(self._model, rows, self._pad, per_sample=each, token_loss=self._token_loss(chosen))
+        told: dict[str, list[Tensor | None]] = defaultdict(list)
+        safety = gradients_of(
+            self._model,
+            rows,
+            self._pad,
+            per_sample=each,
+            products=None if each or self._fence else lambda name, part: told[name].append(part),
+            token_loss=self._token_loss(chosen),
+        )
         sets = list(safety.samples) if each else [safety]
         references = self.references[list(chosen)] if len(self.references) else np.full(len(rows), np.inf)
         allowed = references if each else [references.mean()]
@@ -122,6 +134,7 @@ class Meter:
             Demands(mean, firm, drift, self._budget),
             safety.loss,
             chosen,
+            _mean_products(told, len(rows)),
         )
 
     def _benign(self, step: int, fence: Fence) -> tuple[GradientSet, float]:
@@ -155,6 +168,16 @@ class Meter:
 
 def _divergences(teacher: Teacher, chosen: Sequence[int], model: nn.Module, batch: Batch) -> Tensor:
     return teacher.losses(model, batch, chosen)
+
+
+def _mean_products(told: Mapping[str, Sequence[Tensor | None]], examples: int) -> dict[str, Tensor]:
+    """Return (1,) the mean product of each parameter of which every part is known."""
+    known = {name: [part for part in parts if part is not None] for name, parts in told.items()}
+    return {
+        name: torch.stack(parts).sum(0, keepdim=True) / examples
+        for name, parts in known.items()
+        if len(parts) == len(told[name])
+    }
 
 
 def _of_block(sets: Sequence[GradientSet], name: str) -> tuple[LayerGradient, ...]:

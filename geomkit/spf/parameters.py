@@ -157,6 +157,10 @@ class Guarded:
                 moved[name] = parameter
         return blocks, moved
 
+    def as_used(self, products: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return those of some inner products with parameters that are their blocks' as well."""
+        return {name: one for name, one in products.items() if self.blocks[name].is_used}
+
     @contextmanager
     def collecting(self) -> Iterator[None]:
         """Have the blocks' weights whole, and them alone trainable, inside the block."""
@@ -175,24 +179,14 @@ class Guarded:
     def gradient_block(self, name: str) -> Block | None:
         """Return the block that holds a step −g_u, g_u being a parameter's gradient; ``None`` where it has none."""
         parameter = self.parameters[name]
-        if parameter.grad is None:
-            return None
-        if parameter.grad.is_sparse:
-            raise SPFError(
-                f"expected dense gradients for a rule that projects them, found a sparse one of '{name}'; make the "
-                "embedding with sparse=False, or take a rule on the update"
-            )
-        return tensor_block(parameter.grad, parameter, scale=-1.0)
+        return None if parameter.grad is None else tensor_block(_dense(name, parameter.grad), parameter, scale=-1.0)
 
     def add_to_gradients(self, name: str, moves: Sequence[Move]) -> None:
         """Add gradients by a block to those of its parameters: for W = s·BA, s·GAᵀ to B's and s·BᵀG to A's."""
         adapter = self._adapters.get(name)
         if adapter is None:
             parameter = self.parameters[name]
-            _make_gradient(parameter)
-            block = self.gradient_block(name)
-            assert block is not None  # noqa: S101 - it was made
-            block.apply([(gradient, -amount) for gradient, amount in moves])  # the block holds −g_u
+            tensor_block(_dense(name, _make_gradient(parameter)), parameter).apply(moves)
             return
         first, second, scaling = adapter.first.detach().double(), adapter.second.detach().double(), adapter.scaling
         for gradient, amount in moves:
@@ -245,6 +239,20 @@ def tensor_block(tensor: Tensor, parameter: nn.Parameter, *, scale: float = 1.0,
     each = parameter.shape[1:-1].numel()
     rows = slice(first.start * each, first.stop * each)
     return TensorBlock(local, scale=scale, rows=rows, master=master)
+
+
+def _dense(name: str, gradient: Tensor) -> Tensor:
+    """Return a gradient that is not sparse.
+
+    Raises:
+        SPFError: If it is.
+    """
+    if gradient.is_sparse:
+        raise SPFError(
+            f"expected dense gradients for a rule that changes them, found a sparse one of '{name}'; make the "
+            "embedding with sparse=False, or take a rule on the update"
+        )
+    return gradient
 
 
 def _make_gradient(parameter: nn.Parameter) -> Tensor:

@@ -56,7 +56,7 @@ class Processes:
         firm, drift = rest[: len(demands.firm)], rest[len(demands.firm) :]
         same = replace(demands, firm=np.array(firm), drift=np.array(drift))
         gradients = {name: tuple(map(_again, own)) for name, own in measured.gradients.items()}
-        return replace(measured, gradients=gradients, demands=same, loss=loss)
+        return replace(measured, gradients=gradients, demands=same, loss=loss, products={})
 
 
 def _running() -> bool:

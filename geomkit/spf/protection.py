@@ -79,13 +79,19 @@ class Protection:
         """The parts of all gradients that have no token factors, with the constraint that each is of."""
         return [(place, part) for place, part in _parts(self.gradients) if not isinstance(part, FactoredGradient)]
 
+    @property
+    def own_columns(self) -> int:
+        """How many columns of :attr:`operand`, the last ones, are no token factors."""
+        return sum(one.shape[1] for one in (self.right, self.probe) if one is not None)
+
     @cached_property
     def operand(self) -> Tensor:
         """(columns, K) all that a weight is multiplied by from the right: token factors, V and the probe."""
-        factors = [part.right.T for _, part in _parts(self.gradients) if isinstance(part, FactoredGradient)]
-        own = [one for one in (self.right, self.probe) if one is not None]
-        columns = [one.to(torch.promote_types(self.gradient.dtype, one.dtype)) for one in (*factors, *own)]
-        return torch.cat(columns, dim=1) if columns else self.gradient.numbers[0].new_zeros(1, 0)
+        factors = [part.right for _, part in _parts(self.gradients) if isinstance(part, FactoredGradient)]
+        own = [one.T for one in (self.right, self.probe) if one is not None]
+        rows = [one.to(torch.promote_types(self.gradient.dtype, one.dtype)) for one in (*factors, *own)]
+        # Factors lie in memory row by row: beside one another they would have to be turned first.
+        return torch.cat(rows).T if rows else self.gradient.numbers[0].new_zeros(1, 0)
 
 
 def _parts(gradients: Sequence[LayerGradient]) -> list[tuple[int, LayerGradient]]:
@@ -96,7 +102,9 @@ def _parts(gradients: Sequence[LayerGradient]) -> list[tuple[int, LayerGradient]
     ]
 
 
-def protect(rule: Rule, gradients: Sequence[LayerGradient], name: str = "", seed: int = 0) -> Protection:
+def protect(
+    rule: Rule, gradients: Sequence[LayerGradient], name: str = "", seed: int = 0, probe: Tensor | None = None
+) -> Protection:
     """Prepare a rule for one block.
 
     A vector has a single left singular vector, itself, so a subspace of it is all of it: there only ⟨d, g_s⟩ counts.
@@ -106,16 +114,19 @@ def protect(rule: Rule, gradients: Sequence[LayerGradient], name: str = "", seed
         gradients: The block's gradient of every constraint.
         name: The block's name, which random numbers depend on.
         seed: Their seed.
+        probe: The block's probe, where it has been drawn before.
     """
-    bare = without_subspaces(gradients, name, seed)
+    bare = without_subspaces(gradients, name, seed, probe)
     if not rule.has_subspace or min(bare.gradient.matrix_shape) == 1 or not bare.gradient.norm:
         return bare
     return with_subspaces(bare, rule, name, seed)
 
 
-def without_subspaces(gradients: Sequence[LayerGradient], name: str = "", seed: int = 0) -> Protection:
+def without_subspaces(
+    gradients: Sequence[LayerGradient], name: str = "", seed: int = 0, probe: Tensor | None = None
+) -> Protection:
     """Prepare a block of which no subspace is protected, or one that is known already."""
-    return Protection(tuple(gradients), probe=_probe(gradients[0], name, seed))
+    return Protection(tuple(gradients), probe=_probe(gradients[0], name, seed) if probe is None else probe)
 
 
 def with_subspaces(protection: Protection, rule: Rule, name: str, seed: int) -> Protection:

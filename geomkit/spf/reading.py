@@ -1,13 +1,13 @@
 """Reading off a block of weights the few numbers that a rule cares about, before a step and after it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from geomkit.spf.blocks import Block
+from geomkit.spf.blocks import Block, Move
 from geomkit.spf.protection import Protection
 
 
@@ -47,28 +47,43 @@ class Reading:
         return float(torch.linalg.vector_norm(self.probe, dtype=torch.float64))
 
 
-def read(block: Block, protection: Protection) -> Reading:
-    """Read a block; of a shard, its share in the sums."""
-    product = block.times(protection.operand)
-    dots = torch.zeros(len(protection.gradients), dtype=torch.float64, device=product.device)
-    for part in protection.thin:
-        held = part.left if block.rows is None else part.left[:, block.rows]
-        dots[part.constraint] += (product[:, part.columns].T * held).sum(dtype=torch.float64)
-    for place, gradient in protection.whole:
-        dots[place] += block.dot(gradient)
+def read(block: Block, protection: Protection, dots: Tensor | None = None) -> Reading:
+    """Read a block; of a shard, its share in the sums.
+
+    Args:
+        block: The block.
+        protection: What is read.
+        dots: ⟨W, g⟩ for each constraint, where that is known already: the larger part of the work is saved.
+    """
+    own, operand = protection.own_columns, protection.operand
+    product = block.times(operand if dots is None else operand[:, operand.shape[1] - own :])
     end = product.shape[1]
     probe_from = end - (0 if protection.probe is None else protection.probe.shape[1])
-    right_from = probe_from - (0 if protection.right is None else protection.right.shape[1])
     return Reading(
-        dots,
+        _dots(block, protection, product) if dots is None else dots,
         left=None if protection.left is None else block.left_times(protection.left.T),
-        right=None if protection.right is None else product[:, right_from:probe_from],
+        right=None if protection.right is None else product[:, end - own : probe_from],
         probe=product[:, probe_from:],
     )
 
 
+def _dots(block: Block, protection: Protection, product: Tensor) -> Tensor:
+    dots = torch.zeros(len(protection.gradients), dtype=torch.float64, device=product.device)
+    for part in protection.thin:
+        held = part.left if block.rows is None else part.left[:, block.rows]
+        dots[part.constraint].add_((product[:, part.columns].T * held).sum(dtype=torch.float64))
+    for place, gradient in protection.whole:
+        dots[place].add_(block.dot(gradient))
+    return dots
+
+
 def read_all(
-    blocks: Mapping[str, Block], protections: Mapping[str, Protection], group: dist.ProcessGroup | None = None
+    blocks: Mapping[str, Block],
+    protections: Mapping[str, Protection],
+    group: dist.ProcessGroup | None = None,
+    *,
+    moves: Mapping[str, Sequence[Move]] | None = None,
+    known: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Reading]:
     """Read every block that is protected; of shards, the whole blocks that they are of.
 
@@ -76,8 +91,15 @@ def read_all(
         blocks: Blocks by name.
         protections: What some of them are protected by.
         group: The processes that hold the shards, if the blocks are some.
+        moves: What is added to some of them first; one after the other, as a block is read fast just after.
+        known: What is known of some of them, see :func:`read`.
     """
-    readings = {name: read(blocks[name], protection) for name, protection in protections.items()}
+    moves, known = moves or {}, known or {}
+    readings = {}
+    for name, protection in protections.items():
+        if name in moves:
+            blocks[name].apply(moves[name])
+        readings[name] = read(blocks[name], protection, known.get(name))
     return readings if group is None else _summed(readings, blocks, protections, group)
 
 
