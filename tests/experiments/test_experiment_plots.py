@@ -68,6 +68,15 @@ def test_the_frontier_has_means_intervals_and_runs(found):
     assert Results.plot(found) == figure
 
 
+def test_of_several_organisms_the_first_is_drawn(found):
+    more = {"along": [[10, 0.9], [20, 0.9]], "attacks": {"prefill 1": "1111"}}
+    both = Results("x", (*found.records, record("SFT", outcomes(99), organism=1, **more),
+                         record("SFT", outcomes(99), organism=1, rate=4.0)))  # fmt: skip
+    for draw in (plots.plot_frontier, plots.plot_attacks, plots.plot_refusal_along):
+        assert draw(both) == draw(found)
+    assert plots.plot_breakdown(both, "poison-10") == plots.plot_breakdown(found, "poison-10")
+
+
 def test_a_panel_says_which_strength_it_shows_where_that_is_not_the_scenarios_own(found):
     titles = [each.text for each in plots.plot_frontier(found.where(rate=2.0, length=3.0)).layout.annotations]
     assert titles == ["poison-10, rate 2×, steps 3×"]

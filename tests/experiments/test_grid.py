@@ -71,6 +71,8 @@ def test_rates_and_lengths_multiply_the_scenarios_own(tmp_path):
         ("seeds = [0, 1]", 'attacks = ["magic"]', "'magic'"),
         ("seeds = [0, 1]", "seeds = []", "found no cell"),
         ("[[block]]", "[[blocks]]", "'blocks'"),
+        ("[[block]]", "[block]", r"under \[\[block\]\]"),
+        ('{ method = "sft" }', '"sft"', r"\[arms\] of the form"),
         ("name =", "name", "expected TOML"),
     ],
 )

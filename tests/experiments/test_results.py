@@ -141,6 +141,28 @@ def test_the_goal_asks_for_no_less_than_the_rival_keeps():
     assert not Results("x", rows).goal("own", rival="mixing")["reached"].any()
 
 
+def test_organisms_are_told_apart():
+    """They have prompts of their own; a mean over both would weigh them by how many runs each has."""
+    rows = (
+        *(record(arm, outcomes(count), organism=organism, seed=seed)
+          for arm, counts in (("own", (99, 50)), ("mixing", (90, 90)), ("SFT", (0, 0)))
+          for organism, count in enumerate(counts) for seed in range(3 - organism)),
+        record("untouched", outcomes(100)), record("untouched", outcomes(80), organism=1),
+    )  # fmt: skip
+    results = Results("x", rows)
+    summary = results.summary(["refusal"]).query("arm == 'own'").set_index("organism")
+    assert summary["value"].to_dict() == pytest.approx({0: 0.99, 1: 0.5})
+    assert summary["runs"].to_dict() == {0: 3, 1: 2}
+    compared = results.compare("own", "mixing").set_index("organism")
+    assert compared["difference"].to_dict() == pytest.approx({0: 0.09, 1: -0.4})
+    goal = results.goal("own", rival="mixing").set_index("organism")
+    assert goal["refusal"].to_dict() == pytest.approx({0: -0.01, 1: -0.3})  # each from its own aligned model
+    assert goal["reached"].to_dict() == {0: True, 1: False}
+    assert set(results.table()["organism"]) == {0, 1}
+    with pytest.raises(gk.GeomkitError, match="'untouched' on poison-10 with organism 1"):
+        Results("x", rows[:-1]).goal("own", rival="mixing")
+
+
 def test_cells_are_chosen_by_their_fields():
     rows = tuple(record(arm, outcomes(50), seed=seed) for arm in "ab" for seed in range(3))
     results = Results("x", rows)

@@ -9,6 +9,8 @@ from geomkit.collect import collect_gradients
 from geomkit.errors import DataError, SPFError
 from geomkit.finetuning import finetune
 from geomkit.spf import RULES, SPF
+from geomkit.spf.blocks import ProductBlock, TensorBlock
+from geomkit.spf.parameters import Guarded
 from geomkit.spf.rules import Rule, get_rule
 from tests.tiny import SAFETY, UTILITY, tiny_llama, tiny_tokenizer
 
@@ -210,6 +212,41 @@ def test_a_closure_hides_the_gradients_from_a_rule_that_changes_them(rule):
     with SPF(SAFETY, rule="rank1", tokenizer=TOKENIZER).attach(model, optimizer) as guard:
         optimizer.step(closure)
     assert guard.certificate.records[0].fired > 0
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_what_the_forward_pass_tells_is_what_a_reading_finds(monkeypatch, every):
+    """⟨W, g_s⟩ before a step comes from the anchors' own pass, where it was at these weights; nothing else changes."""
+    known = []
+
+    def spied(guarded, products):
+        known.append(set(products))
+        return as_used(guarded, products)
+
+    as_used = Guarded.as_used
+    monkeypatch.setattr(Guarded, "as_used", spied)
+    told, read = tiny_llama(), tiny_llama()
+    spf = SPF(SAFETY, rule="rank1", tokenizer=TOKENIZER, refresh_every=every)
+    found = train(told, spf, OPTIMIZERS["adamw"], steps=6)
+    linear = {f"{path}.weight" for path, module in told.named_modules() if isinstance(module, nn.Linear)}
+    assert known == [linear] * (6 // every)
+    monkeypatch.setattr(Guarded, "as_used", lambda *_: {})
+    expected = train(read, spf, OPTIMIZERS["adamw"], steps=6)
+    for name, parameter in told.named_parameters():
+        torch.testing.assert_close(parameter, read.get_parameter(name), rtol=1e-5, atol=1e-6)
+    for one, other in zip(found.records, expected.records, strict=True):
+        assert one.first_order_raw == pytest.approx(other.first_order_raw, rel=1e-3, abs=1e-6)
+        assert one.fired == other.fired > 0
+
+
+def test_what_the_forward_pass_tells_is_not_said_of_weights_that_it_did_not_use():
+    weight, (first, second) = torch.ones(4, 3), (torch.ones(2, 3), torch.ones(4, 2))
+    assert TensorBlock(weight).is_used
+    assert TensorBlock(weight.bfloat16()).is_used
+    assert not TensorBlock(weight.bfloat16(), master=True).is_used
+    assert not TensorBlock(weight, rows=slice(0, 2)).is_used
+    assert not TensorBlock(weight, scale=-1.0).is_used
+    assert not ProductBlock(first, second, 1.0).is_used
 
 
 def test_where_the_safety_gradient_is_zero_the_step_passes():
