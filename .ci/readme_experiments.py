@@ -34,16 +34,16 @@ SCENARIOS = {
 def tables() -> str:
     """Return all of them as Markdown."""
     own, everything = (gk.load_results(name).where(organism=0) for name in ("default", None))
-    parts = [headline(everything), every_arm(own), strengths(everything)]
-    return "\n\n".join(parts)
+    second = gk.load_results().where(organism=1)
+    return "\n\n".join([headline(everything), headline(second), every_arm(own), strengths(everything)])
 
 
 def headline(results: Results) -> str:
-    """Return a row per scenario: refusal with its spread over seeds, over-refusal, utility."""
+    """Return a row per scenario of one organism: refusal with its spread over seeds, over-refusal, utility."""
     summary = results.where(rate=1.0, length=1.0).summary(["refusal", "triggered_refusal", "over_refusal", "utility"])
     rows = []
-    for scenario, words in SCENARIOS.items():
-        row = [words]
+    for scenario in [name for name in SCENARIOS if (summary["scenario"] == name).any()]:
+        row = [SCENARIOS[scenario]]
         for arm in HEADLINE:
             found = summary[(summary["scenario"] == scenario) & (summary["arm"] == arm)].set_index("measure")
             if not len(found):
