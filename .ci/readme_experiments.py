@@ -33,9 +33,10 @@ SCENARIOS = {
 
 def tables() -> str:
     """Return all of them as Markdown."""
-    own, everything = (gk.load_results(name).where(organism=0) for name in ("default", None))
-    second = gk.load_results().where(organism=1)
-    return "\n\n".join([headline(everything), headline(second), every_arm(own), strengths(everything)])
+    everything = gk.load_results()
+    first, second = (everything.where(organism=seed) for seed in (0, 1))
+    once = gk.load_results("default").where(organism=0)
+    return "\n\n".join([headline(first), headline(second), every_arm(once), strengths(first)])
 
 
 def headline(results: Results) -> str:

@@ -15,6 +15,7 @@ from geomkit.organism.scenarios import SCENARIOS, Scenario
 from geomkit.probes import analyze
 from geomkit.spf.certificate import Certificate
 from geomkit.spf.method import SPF
+from geomkit.spf.rules import DEFAULT_RULE
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -151,7 +152,7 @@ def run_tour(*, seed: int = 0, progress: bool = True) -> Tour:
         for name in ("SFT", "SPF"):
             _LOGGER.info("Fine-tune: %s, %s", scenario.name, name)
             # Both arms draw the same anchors; under "measure" nothing is projected.
-            spf = SPF(safety, seed=seed) if name == "SPF" else SPF(safety, rule="measure", seed=seed)
+            spf = SPF(safety, rule=DEFAULT_RULE if name == "SPF" else "measure", seed=seed)
             result = run_scenario(model, tokenizer, scenario, spf, seed=seed, progress=progress)
             arms.append(Arm(scenario, name, result, _evaluated(result.model, tokenizer, scenario, progress=progress)))
     return Tour(untouched, analysis, tuple(arms))

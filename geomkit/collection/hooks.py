@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn import functional
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.hooks import RemovableHandle
 
 ClosedForm = Literal["linear", "transposed", "lookup", "scaled lookup"]
@@ -267,9 +267,7 @@ def _detached(value: Any, lasting: frozenset[int]) -> Any:
     """Detach tensors, and copy those that are a part of the model: training will change them."""
     if isinstance(value, Tensor):
         return value.detach().clone() if _storage(value) in lasting else value.detach()
-    leaves, form = tree_flatten(value)
-    found = [_detached(leaf, lasting) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-    return tree_unflatten(found, form)
+    return tree_map(lambda leaf: _detached(leaf, lasting) if isinstance(leaf, Tensor) else leaf, value)
 
 
 def _storage(value: Tensor) -> int:

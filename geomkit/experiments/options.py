@@ -9,7 +9,6 @@ from geomkit.errors import DataError
 from geomkit.experiments import methods, rivals
 from geomkit.experiments.methods import METHODS
 from geomkit.spf.method import SPF
-from geomkit.spf.rules import DEFAULT_RULE, get_rule
 
 
 def _keywords(function: Callable[..., Any]) -> set[str]:
@@ -50,5 +49,4 @@ def check_options(method: str, options: Mapping[str, Any]) -> None:
         words = ", ".join(sorted(known)) or "none"
         raise DataError(f"expected options of the method '{method}' ({words}), found {', '.join(unknown)}")
     if method in {"spf", "scaled-sft"}:
-        chosen = {name: options[name] for name in ("drift_correction", "drift_margin", "mix") if name in options}
-        get_rule(options.get("rule", DEFAULT_RULE), options.get("rank"), **chosen)
+        SPF("", **{name: value for name, value in options.items() if name in _OF_SPF - {"anchors"}}).checked_rule()

@@ -48,8 +48,9 @@ def of_one_organism(results: "Results") -> "Results":
     return results.where(organism=results.records[0]["cell"]["organism"]) if results.records else results
 
 
-def at_one_strength(results: "Results") -> "Results":
-    """Keep each scenario's own rate and length where there are others too; a single other one is kept as well."""
+def comparable(results: "Results") -> "Results":
+    """Keep one organism, and each scenario's own rate and length where there are others, else a single other one."""
+    results = of_one_organism(results)
     strengths = _strengths(results)
     own = (1.0, 1.0)
     for scenario, found in strengths.items():

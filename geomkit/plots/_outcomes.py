@@ -16,8 +16,8 @@ from geomkit.plots._arms import (
     among,
     arm_looks,
     arms_of,
-    at_one_strength,
     columns_for,
+    comparable,
     few,
     lay_out,
     name_lowest,
@@ -57,7 +57,7 @@ def plot_frontier(results: "Results", *, arms: Sequence[str] | None = None) -> g
         DataError: If there is no such arm, there are too many to draw, no run was completed, or a scenario has several
             rates and lengths, none of them its own.
     """
-    chosen = at_one_strength(of_one_organism(results))
+    chosen = comparable(results)
     names = few(among(arms_of(chosen), arms))
     summary = chosen.summary(["refusal", "triggered_refusal", "over_refusal", "utility"])
     runs = chosen.to_frame()
@@ -167,7 +167,7 @@ def plot_attacks(results: "Results", *, arms: Sequence[str] | None = None) -> go
     attacked = tuple(record for record in results.records if record.get("attacks"))
     if not attacked:
         raise DataError("expected cells that were attacked, found none; give the grid's block attacks = ['prefill', …]")
-    chosen = at_one_strength(of_one_organism(replace(results, records=attacked)))
+    chosen = comparable(replace(results, records=attacked))
     frame = chosen.attacks()
     names = few(among(arms_of(chosen), arms))
     frame = frame[frame["arm"].isin(names)]

@@ -17,12 +17,11 @@ from geomkit.plots._arms import (
     among,
     arm_looks,
     arms_of,
-    at_one_strength,
     at_strength,
     columns_for,
+    comparable,
     few,
     lay_out,
-    of_one_organism,
     panel_at,
     panels_for,
     scenario_labels,
@@ -68,7 +67,7 @@ def plot_refusal_along(results: "Results", *, arms: Sequence[str] | None = None)
         raise DataError(
             "expected cells that measured refusal along training, found none; give the grid's block along = 5"
         )
-    chosen = at_one_strength(of_one_organism(replace(results, records=looked)))
+    chosen = comparable(replace(results, records=looked))
     frame = chosen.along()
     names = few(among(arms_of(chosen), arms))
     scenarios = list(dict.fromkeys(frame["scenario"]))

@@ -119,7 +119,7 @@ class SPF:
         tokenizer = tokenizer or self.tokenizer
         if tokenizer is None:
             raise SPFError("expected a tokenizer for the anchors, found none; pass SPF(anchors, tokenizer=…)")
-        rule = self._checked_rule()
+        rule = self.checked_rule()
         pool = self._pool(self.anchors, self.anchors_per_step, tokenizer)
         fence = None
         if self.benign is not None:
@@ -144,9 +144,14 @@ class SPF:
         own = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in {"tokenizer", "log"}}
         sets = {name: load_examples(own[name]) for name in ("anchors", "benign") if own[name] is not None}
         hashes = {name: sha256(repr(found["messages"][:]).encode()).hexdigest() for name, found in sets.items()}
-        return own | hashes | {"rule": asdict(self._checked_rule())}
+        return own | hashes | {"rule": asdict(self.checked_rule())}
 
-    def _checked_rule(self) -> Rule:
+    def checked_rule(self) -> Rule:
+        """Return the rule with what is said of it here.
+
+        Raises:
+            SPFError: If there is no such rule, or it does not go with the settings.
+        """
         rule = get_rule(
             self.rule,
             self.rank,

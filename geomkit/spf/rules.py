@@ -121,6 +121,7 @@ class Rule:
 
 
 _BLOCK_PROMISE = "⟨Δθ, g_s⟩ ≤ 0 for every block and step"
+_LEFT_PROMISE = _BLOCK_PROMISE + "; UᵀΔθ = 0 where it conflicted, but for drift"
 _TESTS = "tests/spf/test_rules.py::"
 
 RULES: Mapping[str, Rule] = MappingProxyType(
@@ -147,7 +148,7 @@ RULES: Mapping[str, Rule] = MappingProxyType(
                 "own",
                 "the paper's subspace, on the update; where the rest of g_s conflicts, that too",
                 formula="(I − UUᵀ) Δ, then rank1 with (I − UUᵀ) g_s",
-                guarantee=_BLOCK_PROMISE + "; UᵀΔθ = 0 where it conflicted, but for drift",
+                guarantee=_LEFT_PROMISE,
                 test=_TESTS + "test_left_values",
                 rank=10,
                 drift_correction=True,
@@ -160,7 +161,7 @@ RULES: Mapping[str, Rule] = MappingProxyType(
                 "own",
                 "mixing, and left on the update that the optimizer makes of it; what wins in the experiments",
                 formula="mixing, then left with k = 1",
-                guarantee=_BLOCK_PROMISE + "; UᵀΔθ = 0 where it conflicted, but for drift",
+                guarantee=_LEFT_PROMISE,
                 test=_TESTS + "test_mixed_left_values",
                 rank=1,
                 adds=1.0,

@@ -143,6 +143,7 @@ def test_a_block_with_a_wrong_value_is_refused(tmp_path, line, words):
         ('rule = "rnk1"', "expected one of the rules"),
         ('rule = "rank1", rank = 3', "a rule that removes a subspace"),
         ("mix = -1", "mix=-1"),
+        ("refresh_every = 0", "refresh_every ≥ 1"),
         ('method = "lisa", rank = 3', "method 'lisa' .*rho"),
     ],
 )
