@@ -10,7 +10,7 @@ Everything public is one import away (``import geomkit as gk``); what it needs i
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-__version__ = "0.1.0"
+from geomkit.version import __version__ as __version__
 
 _ROOMS = {
     "GeometryCallback": "tracking",

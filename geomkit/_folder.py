@@ -24,6 +24,7 @@ from torch import Tensor
 from geomkit._files import Draft, locked, write_atomically
 from geomkit.errors import DataError
 from geomkit.provenance import tensor_bytes
+from geomkit.version import __version__
 
 Kind = Literal["gradients", "subspace"]
 
@@ -46,8 +47,6 @@ def write(kind: Kind, folder: Path, content: Any, tensors: Mapping[str, list[Ten
     Raises:
         DataError: If there is a file where the folder should be, or the numbers are of a type that cannot be saved.
     """
-    from geomkit import __version__
-
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):

@@ -7,25 +7,27 @@ say) lie one after the other in one flat tensor, in the order in which the JSON 
 from collections.abc import Mapping
 from dataclasses import fields
 from math import prod
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from geomkit.errors import DataError
-from geomkit.forms import DenseGradient, FactoredGradient, IndexedGradient, SumGradient
-from geomkit.gradients import Coverage, GradientSet
-from geomkit.provenance import Provenance
-from geomkit.subspaces import LayerSubspace, Subspace
 
-_CLASSES: dict[str, type] = {
-    known.__name__: known
-    for known in (
-        *(GradientSet, Coverage, Provenance, Subspace, LayerSubspace),
-        *(FactoredGradient, IndexedGradient, DenseGradient, SumGradient),
-    )
-}
+_CLASSES: dict[str, type] = {}
+"""The result classes that can be saved, by name."""
+
+_Class = TypeVar("_Class", bound=type)
+
+
+def saveable(cls: _Class) -> _Class:
+    """Register a dataclass under its name as one that :func:`pack` and :func:`unpack` know; return it unchanged.
+
+    A saved file names the class, not its module, so a class may move without old files becoming unreadable.
+    """
+    _CLASSES[cls.__name__] = cls
+    return cls
 
 
 def pack(value: Any, tensors: dict[str, list[Tensor]], name: str = "", field: str = "") -> Any:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from geomkit._display import html_table, text_table
+from geomkit._figures import draw
 from geomkit.angles import Angles, principal_angles
 from geomkit.claims import Claim, claims_frame, claims_table
 from geomkit.contrasts import SpectrumContrast, compare_spectra
@@ -194,9 +195,7 @@ class Analysis:
 
     def plot(self) -> "Figure":
         """Draw the normalised spectra with their nulls."""
-        from geomkit.plots import plot_spectrum
-
-        return plot_spectrum(*self.spectra.values(), names=tuple(self.spectra))
+        return draw("plot_spectrum", *self.spectra.values(), names=tuple(self.spectra))
 
     def __str__(self) -> str:
         """Say what became of each claim."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from geomkit._checks import check_draws, check_rank, is_whole
 from geomkit._display import html_table
+from geomkit._figures import draw
 from geomkit._named_sets import check_enough, counts_of, with_controls
 from geomkit._stacks import Stack, stack_of
 from geomkit.controls import haar_overlap
@@ -134,9 +135,7 @@ class AnchorCurve:
 
     def plot(self) -> "go.Figure":
         """Draw it, see :func:`geomkit.plots.plot_anchor_curve`."""
-        from geomkit.plots import plot_anchor_curve
-
-        return plot_anchor_curve(self)
+        return draw("plot_anchor_curve", self)
 
     def __str__(self) -> str:
         """Say the overlap of one anchor and of as many as the reference has, and how many reach half of that."""

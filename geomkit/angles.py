@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from geomkit._display import counted, html_table
+from geomkit._figures import draw
 from geomkit.controls import haar_overlap, random_edge
 from geomkit.errors import GeometryError
 from geomkit.names import kind_of, layer_index
@@ -102,9 +103,7 @@ class Angles:
 
     def plot(self) -> "go.Figure":
         """Draw it, see :func:`geomkit.plots.plot_angles`."""
-        from geomkit.plots import plot_angles
-
-        return plot_angles(self)
+        return draw("plot_angles", self)
 
     def __str__(self) -> str:
         """Say the mean overlap beside that of random subspaces, and of the control."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from geomkit._checks import check_confidence
+from geomkit._figures import draw
 from geomkit._named_sets import check_gradients
 from geomkit._tinted import tinted
 from geomkit._token_derivatives import token_derivatives
@@ -129,9 +130,7 @@ class TokenConflict:
 
     def plot(self) -> "go.Figure":
         """Draw the most conflicting tokens, see :func:`geomkit.plots.plot_token_conflict`."""
-        from geomkit.plots import plot_token_conflict
-
-        return plot_token_conflict(self)
+        return draw("plot_token_conflict", self)
 
     def __str__(self) -> str:
         """Say the mean over examples, how many tokens conflict, and the worst of them."""

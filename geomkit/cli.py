@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from geomkit import __version__
 from geomkit._files import write_atomically
 from geomkit.errors import DataError, GeomkitError
+from geomkit.version import __version__
 
 if TYPE_CHECKING:
     import pandas as pd

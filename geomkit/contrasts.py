@@ -13,6 +13,7 @@ import numpy as np
 
 from geomkit._checks import check_confidence, described
 from geomkit._display import html_table
+from geomkit._figures import draw
 from geomkit.errors import GeometryError
 from geomkit.false_discovery import benjamini_hochberg
 from geomkit.jackknife import jackknife_interval, jackknife_p_value
@@ -99,9 +100,7 @@ class SpectrumContrast:
 
     def plot(self) -> "go.Figure":
         """Draw it, see :func:`geomkit.plots.plot_spectrum_contrast`."""
-        from geomkit.plots import plot_spectrum_contrast
-
-        return plot_spectrum_contrast(self)
+        return draw("plot_spectrum_contrast", self)
 
     def __str__(self) -> str:
         """Say the differences in effective rank and CER(10) with their intervals, and in how many parameters."""

@@ -22,6 +22,7 @@ from geomkit._checks import check_confidence, check_draws, check_finite
 from geomkit._conflicts import Contrast, LayerConflict, LayerGrams, joined, measure, refuse_other_parameters
 from geomkit._cosine import Grams
 from geomkit._display import html_table, signed
+from geomkit._figures import draw
 from geomkit._named_sets import check_sets
 from geomkit._shares import Share, negative_shares
 from geomkit.errors import GeometryError
@@ -103,9 +104,7 @@ class Conflict:
 
     def plot(self) -> "go.Figure":
         """Draw it, see :func:`geomkit.plots.plot_conflict`."""
-        from geomkit.plots import plot_conflict
-
-        return plot_conflict(self)
+        return draw("plot_conflict", self)
 
     def __str__(self) -> str:
         """Say the cosine, its interval, its null, what the control shows, and the shares."""

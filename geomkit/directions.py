@@ -24,6 +24,7 @@ from torch import Tensor
 from geomkit._checks import check_confidence, check_finite, check_rank
 from geomkit._display import counted, html_table, signed
 from geomkit._fieller import Ratio
+from geomkit._figures import draw
 from geomkit._named_sets import check_enough, check_gradients, check_sets
 from geomkit.algebra import gram
 from geomkit.errors import GeometryError
@@ -159,9 +160,7 @@ class ConflictDirections:
 
     def plot(self) -> "go.Figure":
         """Draw it, see :func:`geomkit.plots.plot_conflict_directions`."""
-        from geomkit.plots import plot_conflict_directions
-
-        return plot_conflict_directions(self)
+        return draw("plot_conflict_directions", self)
 
     def __str__(self) -> str:
         """Say what the first directions hold of the energy and of the conflict."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from geomkit._display import html_table
+from geomkit._figures import draw
 from geomkit.data import Message, load_examples, prompt_of, response_of
 from geomkit.errors import DataError
 from geomkit.judges import Judge, RefusalPhrases
@@ -60,9 +61,7 @@ class Evaluation:
 
     def plot(self) -> "Figure":
         """Draw every measure with its interval."""
-        from geomkit.plots import plot_evaluation
-
-        return plot_evaluation(self)
+        return draw("plot_evaluation", self)
 
     def _repr_html_(self) -> str:
         return html_table("Evaluation, with 95 % Wilson intervals", self.to_frame())

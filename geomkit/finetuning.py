@@ -22,6 +22,7 @@ from transformers import (
 
 from geomkit._callbacks import LossCheck, ProgressBar
 from geomkit._display import html_table
+from geomkit._figures import draw
 from geomkit.batching import collate
 from geomkit.checkpoints import LOG, MarkComplete, begin_or_resume, fingerprint
 from geomkit.errors import DataError, GeomkitError
@@ -61,9 +62,7 @@ class FineTuneResult:
 
     def plot(self) -> "Figure":
         """Draw the training loss."""
-        from geomkit.plots import plot_history
-
-        return plot_history(self)
+        return draw("plot_history", self)
 
     def save(self, folder: str | Path, tokenizer: "PreTrainedTokenizerBase") -> Path:
         """Write a checkpoint that ``from_pretrained`` loads; it appears whole or not at all.

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from geomkit._checks import check_finite
 from geomkit._display import html_table
+from geomkit._packing import saveable
 from geomkit.algebra import gram, inner
 from geomkit.errors import GeometryError
 from geomkit.layer_gradient import LayerGradient
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from geomkit.provenance import Provenance
 
 
+@saveable
 @dataclass(frozen=True)
 class Coverage:
     """Which trainable parameters were seen.
@@ -57,6 +59,7 @@ def _first_few(said: Mapping[str, str]) -> str:
     return f"{named} and {len(said) - 3} more" if len(said) > 3 else named
 
 
+@saveable
 @dataclass(frozen=True, eq=False)
 class GradientSet(Mapping[str, LayerGradient]):
     """The gradient of one loss: a mapping from parameter name to :class:`LayerGradient`.

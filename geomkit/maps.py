@@ -14,6 +14,7 @@ from torch import Tensor
 
 from geomkit._checks import check_draws, check_finite
 from geomkit._display import html_table
+from geomkit._figures import draw
 from geomkit._named_sets import check_enough, check_sets
 from geomkit._stacks import stack_of
 from geomkit.algebra import gram
@@ -76,9 +77,7 @@ class GradientMap:
 
     def plot(self) -> "go.Figure":
         """Draw it, see :func:`geomkit.plots.plot_gradient_map`."""
-        from geomkit.plots import plot_gradient_map
-
-        return plot_gradient_map(self)
+        return draw("plot_gradient_map", self)
 
     def __str__(self) -> str:
         """Say how far apart the sets lie, and how much of it the map can show."""

@@ -15,6 +15,7 @@ import torch
 
 from geomkit._checks import check_confidence, check_draws
 from geomkit._display import counted, html_table
+from geomkit._figures import draw
 from geomkit._named_sets import check_enough, check_sets
 from geomkit._weighted_sums import weighted_spectra
 from geomkit.algebra import add
@@ -161,9 +162,7 @@ class NoiseFloor:
 
     def plot(self) -> "go.Figure":
         """Draw it, see :func:`geomkit.plots.plot_noise_floor`."""
-        from geomkit.plots import plot_noise_floor
-
-        return plot_noise_floor(self)
+        return draw("plot_noise_floor", self)
 
     def __str__(self) -> str:
         """Say where the mean gradient is more than noise, and in how many directions."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from geomkit._display import html_table, signed
+from geomkit._figures import draw
 from geomkit._singles import Estimate, Interval
 from geomkit.controls import haar_overlap
 from geomkit.names import kind_of, layer_index
@@ -149,9 +150,7 @@ class OneSample:
 
     def plot(self) -> "go.Figure":
         """Draw it, see :func:`geomkit.plots.plot_one_sample`."""
-        from geomkit.plots import plot_one_sample
-
-        return plot_one_sample(self)
+        return draw("plot_one_sample", self)
 
     def __str__(self) -> str:
         """Say the mean overlap beside that of each control with the contrasts, and the cosine beside the first's."""

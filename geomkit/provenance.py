@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from geomkit._packing import saveable
 from geomkit.collection.selection import unwrapped_model
+from geomkit.version import __version__
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -26,6 +28,7 @@ _SAMPLED = 64
 _FINGERPRINTS = ("weights", "data")
 
 
+@saveable
 @dataclass(frozen=True)
 class Provenance:
     """What a result was computed from.
@@ -161,8 +164,6 @@ def provenance_of(
         seed: The seed of what is drawn, where anything is.
     """
     import transformers
-
-    from geomkit import __version__
 
     return Provenance(
         **model_fields(model),

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from geomkit import __version__
 from geomkit._files import write_atomically
+from geomkit.version import __version__
 
 if TYPE_CHECKING:
     import pandas as pd

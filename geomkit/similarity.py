@@ -14,6 +14,7 @@ import numpy as np
 
 from geomkit._checks import check_confidence, check_draws, check_rank
 from geomkit._display import html_table
+from geomkit._figures import draw
 from geomkit._named_sets import check_enough, check_sets, counts_of
 from geomkit._pairs import Contrast, contrast_of, mean_between
 from geomkit._stacks import overlaps_between, stack_of
@@ -97,9 +98,7 @@ class Overlaps:
 
     def plot(self) -> "go.Figure":
         """Draw it, see :func:`geomkit.plots.plot_overlaps`."""
-        from geomkit.plots import plot_overlaps
-
-        return plot_overlaps(self)
+        return draw("plot_overlaps", self)
 
     def __str__(self) -> str:
         """Say the mean overlap within the first set beside that with each other set."""

@@ -14,6 +14,7 @@ import numpy as np
 
 from geomkit._checks import check_confidence, check_draws, check_groups
 from geomkit._display import html_table
+from geomkit._figures import draw
 from geomkit._named_sets import check_gradients
 from geomkit.algebra import add
 from geomkit.controls import parameter_generator, random_factor_null
@@ -148,9 +149,7 @@ class Spectrum:
 
     def plot(self) -> "go.Figure":
         """Draw it, see :func:`geomkit.plots.plot_spectrum`."""
-        from geomkit.plots import plot_spectrum
-
-        return plot_spectrum(self)
+        return draw("plot_spectrum", self)
 
     def __str__(self) -> str:
         """Say the mean effective rank and CER(10), with their intervals and beside their nulls."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from geomkit._checks import check_rank
 from geomkit._display import counted, html_table
 from geomkit._named_sets import check_gradients
+from geomkit._packing import saveable
 from geomkit._singular_vectors import SingularVectors, exact_vectors, randomized_vectors
 from geomkit.controls import parameter_generator
 from geomkit.errors import GeometryError
@@ -35,6 +36,7 @@ Sides = Literal["left", "right", "both"]
 Method = Literal["exact", "randomized"]
 
 
+@saveable
 @dataclass(frozen=True, eq=False)
 class LayerSubspace:
     """The leading singular vectors of one gradient.
@@ -153,6 +155,7 @@ def _accuracy(gradient: LayerGradient, vectors: SingularVectors, kept: int, side
     return (float(inside) / gradient.norm) ** 2, residual
 
 
+@saveable
 @dataclass(frozen=True, eq=False)
 class Subspace:
     """The leading singular subspace of every matrix gradient of a model.

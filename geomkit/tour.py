@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from geomkit._display import html_table
+from geomkit._figures import draw
 from geomkit.analysis import Analysis
 from geomkit.data import load_examples
 from geomkit.evaluation import ORGANISM_SKILLS, Evaluation, evaluate
@@ -102,9 +103,7 @@ class Tour:
 
     def plot(self) -> "Figure":
         """Draw what each arm does."""
-        from geomkit.plots import plot_evaluation
-
-        return plot_evaluation(self.evaluations())
+        return draw("plot_evaluation", self.evaluations())
 
     def evaluations(self) -> dict[str, Evaluation]:
         """Return every evaluation by the name of its arm, the untouched organism first."""

@@ -9,6 +9,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from geomkit._checks import described, is_whole
 from geomkit._display import counted, html_table
+from geomkit._figures import draw
 from geomkit.analysis import Analysis
 from geomkit.angles import principal_angles
 from geomkit.errors import GeometryError
@@ -73,9 +74,7 @@ class Trajectory:
 
     def plot(self) -> "Figure":
         """Draw it, see :func:`geomkit.plots.plot_trajectory`."""
-        from geomkit.plots import plot_trajectory
-
-        return plot_trajectory(self)
+        return draw("plot_trajectory", self)
 
     def __str__(self) -> str:
         """Say how far safety moved between the first and the last moment."""

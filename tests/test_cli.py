@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from geomkit import __version__, cli
+from geomkit import cli
+from geomkit.version import __version__
 from geomkit.experiments.results import load_results
 from geomkit.tokens import encode
 from tests.tiny import CONTROL, PLAIN_TEMPLATE, SAFETY, TEMPLATE, UTILITY, tiny_llama, tiny_tokenizer

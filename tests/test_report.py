@@ -10,7 +10,7 @@ import pandas as pd
 import plotly.graph_objects as go
 import pytest
 
-from geomkit import __version__
+from geomkit.version import __version__
 from geomkit.report import Section, render_report, write_report
 
 DATE = dt.date(2025, 3, 1)

@@ -28,6 +28,7 @@ from typing import Any
 from geomkit._resources import data_dir
 from geomkit.errors import DataError, GeomkitError
 from geomkit.organism.scenarios import SCENARIOS, VARIANTS, Scenario
+from geomkit.version import __version__
 
 EVERY_SCENARIO: Mapping[str, Scenario] = {**SCENARIOS, **VARIANTS}
 """Every scenario that a cell may fine-tune on."""
@@ -99,8 +100,6 @@ class Cell:
     @property
     def file_name(self) -> str:
         """A readable name with a hash of all that the result depends on, the recipe too."""
-        from geomkit import __version__
-
         everything = [__version__, asdict(self), asdict(self.recipe)]
         digest = hashlib.sha256(json.dumps(everything, sort_keys=True, default=str).encode()).hexdigest()[:10]
         words = (self.scenario, self.arm.name, f"x{self.rate:g}", f"x{self.length:g}", self.organism, self.seed)

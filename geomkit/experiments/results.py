@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from geomkit._display import html_table
+from geomkit._figures import draw
 from geomkit._files import Draft
 from geomkit._resources import data_dir
 from geomkit.errors import DataError
@@ -265,9 +266,7 @@ class Results:
 
     def plot(self) -> "Figure":
         """Draw refusal against utility, a panel per scenario; see :func:`geomkit.plots.plot_frontier`."""
-        from geomkit.plots import plot_frontier
-
-        return plot_frontier(self)
+        return draw("plot_frontier", self)
 
     def _repr_html_(self) -> str:
         return html_table(f"{len(self)} cells of the grid '{self.name}'", self.to_frame())

@@ -5,9 +5,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from geomkit._packing import saveable
 from geomkit.layer_gradient import LayerGradient, in_one_type, strips, times
 
 
+@saveable
 @dataclass(frozen=True, eq=False)
 class DenseGradient(LayerGradient):
     """The gradient as a tensor of the parameter's own shape: vectors, experts, and sums over many tokens.

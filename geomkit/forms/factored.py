@@ -5,9 +5,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from geomkit._packing import saveable
 from geomkit.layer_gradient import Factors, LayerGradient, in_one_type, row_products, strips, times
 
 
+@saveable
 @dataclass(frozen=True, eq=False)
 class FactoredGradient(LayerGradient):
     """LᵀR, the gradient of a linear layer over T tokens.

@@ -5,9 +5,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from geomkit._packing import saveable
 from geomkit.layer_gradient import Factors, LayerGradient, in_one_type, times
 
 
+@saveable
 @dataclass(frozen=True, eq=False)
 class IndexedGradient(LayerGradient):
     """The gradient of an embedding: rows of a large matrix that is zero elsewhere.

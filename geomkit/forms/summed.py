@@ -7,12 +7,14 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from geomkit._packing import saveable
 from geomkit.errors import GeometryError
 from geomkit.forms.factored import FactoredGradient
 from geomkit.forms.indexed import IndexedGradient
 from geomkit.layer_gradient import Factors, LayerGradient
 
 
+@saveable
 @dataclass(frozen=True, eq=False)
 class SumGradient(LayerGradient):
     """A sum of gradients in different forms, kept apart: a tied embedding and head, say.

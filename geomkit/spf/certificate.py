@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from geomkit._display import html_table
+from geomkit._figures import draw
 from geomkit.errors import SPFError
 from geomkit.spf.records import BLOCK_COLUMNS, StepRecord
 from geomkit.spf.rules import Promise
@@ -121,9 +122,7 @@ class Certificate:
 
         See :func:`geomkit.plots.plot_certificate` and :func:`geomkit.plots.plot_certificate_blocks`.
         """
-        from geomkit.plots import plot_certificate, plot_certificate_blocks
-
-        return plot_certificate(self) if by == "step" else plot_certificate_blocks(self)
+        return draw("plot_certificate", self) if by == "step" else draw("plot_certificate_blocks", self)
 
     def __str__(self) -> str:
         """Say in one line whether the constraint held, and whether rounding lets that be known."""
