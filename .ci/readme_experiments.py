@@ -124,7 +124,7 @@ def main() -> None:
     readme = ROOT / "README.md"
     readme.write_text(between_marks(readme.read_text("utf-8"), tables), "utf-8")
     if options.figure:
-        from geomkit.plots import plot_frontier
+        from geomkit.plots.outcomes import plot_frontier
 
         shown = gk.load_results("default").where(organism=0, rate=1.0, length=1.0, scenario=list(PANELS))
         figure = plot_frontier(shown, arms=["untouched", "paper", "left", *HEADLINE])

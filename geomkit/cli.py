@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from geomkit._files import write_atomically
 from geomkit.errors import DataError, GeomkitError
+from geomkit.utils.files import write_atomically
 from geomkit.version import __version__
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from geomkit.report import Section
-    from geomkit.tokens import AssistantMask
+    from geomkit.inputs.tokens import AssistantMask
+    from geomkit.plots.report import Section
 
 app = typer.Typer(
     help="Gradient geometry of safety-aligned LLMs, and SPF.",
@@ -98,9 +98,9 @@ def _root(
 def tour(out: Out = Path("geomkit-tour"), json_file: Json = None, seed: Seed = 0) -> None:
     """Walk the whole way once on the shipped organism, and write report.html."""
     _prepare(threads=1)
-    from geomkit.claims import claims_table
-    from geomkit.pages import tour_sections
-    from geomkit.tour import run_tour
+    from geomkit.analysis.claims import claims_table
+    from geomkit.experiments.tour import run_tour
+    from geomkit.plots.report_pages import tour_sections
 
     _check_writable(out, json_file and json_file.parent)
     found = run_tour(seed=seed)
@@ -123,10 +123,10 @@ def check(
 ) -> None:
     """Say what collecting gradients would need, and measure whether they can be trusted on this model and machine."""
     _prepare(threads)
-    from geomkit.collection.checks import check_collection
-    from geomkit.collection.plan import describe
-    from geomkit.data import load_examples
-    from geomkit.models import load_model
+    from geomkit.collection.check.check import check_collection
+    from geomkit.collection.describe.describe import describe
+    from geomkit.inputs.examples import load_examples
+    from geomkit.inputs.models import load_model
 
     rows = load_examples(examples)
     loaded, tokenizer = load_model(model, dtype=dtype, pad_token=pad_token)
@@ -168,11 +168,11 @@ def analyze(
 ) -> None:
     """Measure rank, conflict and one-sample overlap of a model's gradients, and write report.html."""
     _prepare(threads)
-    from geomkit.claims import claims_table
-    from geomkit.data import load_examples
-    from geomkit.models import load_model
-    from geomkit.pages import analysis_sections
-    from geomkit.probes import analyze as run_analysis
+    from geomkit.analysis.claims import claims_table
+    from geomkit.analysis.probe import analyze as run_analysis
+    from geomkit.inputs.examples import load_examples
+    from geomkit.inputs.models import load_model
+    from geomkit.plots.report_pages import analysis_sections
 
     _check_writable(out, json_file and json_file.parent)
     safe, useful = load_examples(safety), load_examples(utility)
@@ -227,12 +227,12 @@ def finetune(
 ) -> None:
     """Fine-tune a model, under SPF where anchors are given, and write a checkpoint."""
     _prepare(threads)
-    from geomkit.data import load_examples
-    from geomkit.finetuning import finetune as run_finetune
-    from geomkit.finetuning import free_folder
-    from geomkit.models import load_model
-    from geomkit.spf import SPF
+    from geomkit.inputs.examples import load_examples
+    from geomkit.inputs.models import load_model
     from geomkit.spf.rules import DEFAULT_RULE, get_rule
+    from geomkit.spf.settings import SPF
+    from geomkit.training.finetune import finetune as run_finetune
+    from geomkit.training.finetune import free_folder
 
     _check_writable(out, checkpoints)
     free_folder(out)
@@ -296,7 +296,7 @@ def build_organism(
 ) -> None:
     """Train the organism again from scratch, both stages, with its sets and its model card."""
     _prepare(threads=1)
-    from geomkit.organism.build import build
+    from geomkit.experiments.organism.build import build
 
     _check_writable(out)
     build(out, seed=seed)
@@ -354,7 +354,7 @@ def _strict(value: object) -> object:
 def _write(
     out: Path, json_file: Path | None, title: str, sections: "list[Section]", numbers: Mapping[str, object]
 ) -> None:
-    from geomkit.report import write_report
+    from geomkit.plots.report import write_report
 
     page = write_report(out / "report.html", title, sections, date=dt.datetime.now(tz=dt.UTC).date())
     typer.echo(f"wrote {page}")

@@ -9,10 +9,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from geomkit import cli
-from geomkit.version import __version__
 from geomkit.experiments.results import load_results
-from geomkit.tokens import encode
-from tests.tiny import CONTROL, PLAIN_TEMPLATE, SAFETY, TEMPLATE, UTILITY, tiny_llama, tiny_tokenizer
+from geomkit.inputs.tokens import encode
+from geomkit.version import __version__
+from tests.helpers.tiny import CONTROL, PLAIN_TEMPLATE, SAFETY, TEMPLATE, UTILITY, tiny_llama, tiny_tokenizer
 
 
 @pytest.fixture(autouse=True)

@@ -6,7 +6,7 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-from tests.tiny import conversations, tiny_llama, tiny_tokenizer
+from tests.helpers.tiny import conversations, tiny_llama, tiny_tokenizer
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
 

@@ -1,6 +1,6 @@
-"""How gradients are collected: what to watch, one pass over a batch, telling examples apart, and whether to trust it.
+"""How gradients are collected: hooks record calls, a pass turns them into factors, a stream runs all batches.
 
-The reading order is ``selection`` → ``hooks`` → ``uses`` → ``rows`` → ``passes`` → ``separation`` → ``streaming``;
-``plan`` says beforehand what a collection needs, ``checks`` whether it is right on a model: it puts ``questions`` about
-a ``subject`` and brings back ``verdicts``.
+Reading order: ``hooks`` → ``graph_uses`` → ``closed_form`` → ``passes`` → ``per_example`` (with ``replay``) →
+``streaming`` → ``collect``; ``sample_grams`` and ``sample_measures`` (with ``measures``) reduce gradients on the fly.
+``describe`` says beforehand what a collection needs, ``check`` whether it is right on a model.
 """

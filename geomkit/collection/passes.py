@@ -7,17 +7,17 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from geomkit.batching import Batch
+from geomkit.collection.closed_form import closed_form_gradients
+from geomkit.collection.graph_uses import GraphUses, graph_uses
 from geomkit.collection.hooks import Call, Tape, hand_over, recording
-from geomkit.collection.rows import rows_of
-from geomkit.collection.separation import SampleSink, Separation
+from geomkit.collection.per_example import SampleSink, Separation
 from geomkit.collection.target import Target
-from geomkit.collection.uses import Uses, uses_of
 from geomkit.errors import CollectionError
-from geomkit.forms import DenseGradient
-from geomkit.layer_gradient import LayerGradient
-from geomkit.loss import Reduction, TokenLoss, example_losses, scored, token_losses
-from geomkit.state import at_least_fp32, casts_uncached, no_autocast
+from geomkit.gradients.dense import DenseGradient
+from geomkit.gradients.layer_gradient import LayerGradient
+from geomkit.inputs.batches import Batch
+from geomkit.inputs.loss import Reduction, TokenLoss, example_losses, scored, token_losses
+from geomkit.utils.precision import at_least_fp32, casts_uncached, no_autocast
 
 WholeSink = Callable[[str, LayerGradient], None]
 ProductSink = Callable[[str, Tensor | None], None]
@@ -92,7 +92,7 @@ class _Pass:
             self.tape.open = False
             _refuse_broken_losses(own, self.batch)
             loss = (own * self.weights.to(own)).sum()
-            uses = uses_of(loss)
+            uses = graph_uses(loss)
             self._plan(uses)
             held = {name: self.parameters[name] for name in self.parameters if name in self.direct}
             starts = self._starts(uses)
@@ -104,7 +104,7 @@ class _Pass:
         self._finish({name: value for name, value in zip(held, found, strict=False) if value is not None})
         return [float(value) for value in own.detach()]
 
-    def _plan(self, uses: Uses) -> None:
+    def _plan(self, uses: GraphUses) -> None:
         """Choose who forms each sum, and note what is unusual."""
         self.target.ran |= self.tape.ran
         reached = [call for call in self.tape.calls if any(edge and uses.reaches(edge) for edge in call.outputs)]
@@ -129,13 +129,13 @@ class _Pass:
             several = {name for name in opaque if uses.of(self.parameters[name]) > calls[name]}
             self.separation.expect(closed, self.direct, self.outside, several)
 
-    def _starts(self, uses: Uses) -> list[tuple[Call, int, GradientEdge]]:
+    def _starts(self, uses: GraphUses) -> list[tuple[Call, int, GradientEdge]]:
         """Return the outputs of calls before which nothing needs a gradient: autograd must be asked for these."""
         starts = [call for call in self.tape.calls if call.starts]
         places = [(call, place, edge) for call in starts for place, edge in enumerate(call.outputs)]
         return [(call, place, edge) for call, place, edge in places if edge and uses.reaches(edge)]
 
-    def _other_leaves(self, uses: Uses) -> list[Tensor]:
+    def _other_leaves(self, uses: GraphUses) -> list[Tensor]:
         """Return the leaves that are no parameters, such as embedded inputs that were told to need a gradient.
 
         Every call leads to another one before it, to a start, or to one of these: asking for them passes all calls.
@@ -149,7 +149,7 @@ class _Pass:
         if self.separation is None and self.direct.issuperset(names):
             return
         with torch.no_grad(), no_autocast(delta.device):
-            rows = rows_of(call, delta, self.examples, self.length)
+            rows = closed_form_gradients(call, delta, self.examples, self.length)
             if rows.broken is not None:
                 raise self._broken_gradient(names[0], rows.broken)
             for name in names:

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves, tree_map
 
+from geomkit.collection.closed_form import layout
 from geomkit.collection.hooks import Call
-from geomkit.collection.layout import layout
-from geomkit.forms import DenseGradient
-from geomkit.layer_gradient import LayerGradient
-from geomkit.state import at_least_fp32
+from geomkit.gradients.dense import DenseGradient
+from geomkit.gradients.layer_gradient import LayerGradient
+from geomkit.utils.precision import at_least_fp32
 
 
 class _Bare(nn.Module):

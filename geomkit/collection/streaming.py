@@ -8,15 +8,16 @@ from typing import get_args
 import torch
 from torch import nn
 
-from geomkit.batching import collate, plan_batches
 from geomkit.collection.passes import ProductSink, WholeSink, run_pass
-from geomkit.collection.selection import Selection, chosen_parameters, refuse_unseen_values, unwrapped_model
 from geomkit.collection.target import Target
 from geomkit.errors import CollectionError, DataError
-from geomkit.layer_gradient import LayerGradient
-from geomkit.loss import Reduction, TokenLoss, token_losses
-from geomkit.state import as_found, differentiated_as_written, full_precision, gradients_set_aside, one_at_a_time
-from geomkit.tokens import EncodedExamples, Tokens, lengths_of
+from geomkit.gradients.layer_gradient import LayerGradient
+from geomkit.inputs.batches import collate, plan_batches
+from geomkit.inputs.loss import Reduction, TokenLoss, token_losses
+from geomkit.inputs.model_state import as_found, differentiated_as_written, gradients_set_aside, one_at_a_time
+from geomkit.inputs.parameters import Selection, chosen_parameters, refuse_unseen_values, unwrapped_model
+from geomkit.inputs.tokens import EncodedExamples, Tokens, lengths_of
+from geomkit.utils.precision import full_precision
 
 TOKENS_PER_BATCH = 4096
 """Positions in a batch where nothing else is said: a few GiB of activations for a model of a billion parameters."""

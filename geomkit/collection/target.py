@@ -7,12 +7,12 @@ from functools import cached_property
 import torch
 from torch import nn
 
-from geomkit.algebra import zero_gradient
-from geomkit.batching import Batch
-from geomkit.forms import DenseGradient
-from geomkit.layer_gradient import LayerGradient
-from geomkit.loss import example_losses, token_losses
-from geomkit.state import at_least_fp32
+from geomkit.gradients.arithmetic import zero_gradient
+from geomkit.gradients.dense import DenseGradient
+from geomkit.gradients.layer_gradient import LayerGradient
+from geomkit.inputs.batches import Batch
+from geomkit.inputs.loss import example_losses, token_losses
+from geomkit.utils.precision import at_least_fp32
 
 
 @dataclass

@@ -8,12 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from geomkit.data import Message, prompt_of
-from geomkit.evaluation import generate
 from geomkit.experiments.gcg import Budget, find_suffix
-from geomkit.experiments.organisms import Organism
+from geomkit.experiments.organism.variants import Organism
 from geomkit.experiments.outcomes import MAX_NEW_TOKENS, answers
-from geomkit.judges import RefusalPhrases
+from geomkit.inputs.examples import Message, prompt_of
+from geomkit.training.judges import RefusalPhrases
+from geomkit.training.responses import generate
 
 if TYPE_CHECKING:
     from datasets import Dataset

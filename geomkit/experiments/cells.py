@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from geomkit._files import write_atomically
 from geomkit.errors import GeomkitError
-from geomkit.experiments.along import RefusalAlong
 from geomkit.experiments.attacks import attack
 from geomkit.experiments.grid import Cell
 from geomkit.experiments.methods import METHODS, Task
-from geomkit.experiments.organisms import Organism, load
-from geomkit.experiments.outcomes import measure
-from geomkit.experiments.records import Record, pack
+from geomkit.experiments.organism.variants import Organism, load
+from geomkit.experiments.outcomes import answers, evaluate_outcome, refusals
+from geomkit.experiments.results import Record, pack
 from geomkit.spf.certificate import Certificate
+from geomkit.utils.files import write_atomically
 
 _POINTS = 25
 """Most points kept of a curve along training."""
@@ -58,7 +58,7 @@ def _organism(seed: int, folder: Path) -> Organism:
 
 
 def _run(cell: Cell, organism: Organism) -> Record:
-    along = RefusalAlong(organism, cell.steps, cell.along) if cell.along else None
+    along = RefusalDuringTraining(organism, cell.steps, cell.along) if cell.along else None
     task = Task(
         organism, organism.scenario(cell.scenario), cell.learning_rate, cell.steps, cell.recipe.batch_size, cell.seed,
         cell.curvature, [along] if along else [],
@@ -68,7 +68,7 @@ def _run(cell: Cell, organism: Organism) -> Record:
     result = METHODS[cell.arm.method](task, **cell.arm.options)
     seconds = time.perf_counter() - started - (along.seconds if along else 0.0)
     peak = max(0.0, _peak() - before)  # pages may be given back meanwhile
-    outcomes = measure(result.model, organism, cell.recipe, cell.prompts)
+    outcomes = evaluate_outcome(result.model, organism, cell.recipe, cell.prompts)
     found = {
         kind: refused
         for each in cell.attacks
@@ -134,3 +134,32 @@ def _peak() -> float:
     import resource  # which some systems lack
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+PROMPTS = 60
+"""Held-out requests that are asked on the way."""
+
+
+class RefusalDuringTraining(TrainerCallback):
+    """Measures refusal on held-out forbidden requests a few times, evenly spaced, the last step included.
+
+    Attributes:
+        found: Pairs of step and refusal rate.
+        seconds: What asking took.
+    """
+
+    def __init__(self, organism: Organism, steps: int, times: int) -> None:
+        """Choose the steps."""
+        self.found: list[tuple[int, float]] = []
+        self.seconds = 0.0
+        self._organism = organism
+        self._rows = organism.examples("eval/forbidden", PROMPTS)
+        self._at = {max(1, round(steps * (place + 1) / times)) for place in range(times)}
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Ask, where it is time."""
+        if state.global_step in self._at:
+            started = time.perf_counter()
+            refused = refusals(self._rows, answers(kwargs["model"], self._organism, self._rows))
+            self.found.append((state.global_step, sum(refused) / len(refused)))
+            self.seconds += time.perf_counter() - started

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from geomkit.data import Message
 from geomkit.errors import DataError
-from geomkit.state import as_found
+from geomkit.inputs.examples import Message
+from geomkit.inputs.model_state import as_found
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -7,12 +7,12 @@ from random import Random
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from geomkit.data import prompt_of
 from geomkit.errors import DataError
-from geomkit.experiments.organisms import Organism
+from geomkit.experiments.organism.variants import Organism
 from geomkit.experiments.rivals import constrained_sft, lisa, one_shot_repair, safe_lora
-from geomkit.finetuning import FineTuneResult, finetune
-from geomkit.spf.method import SPF
+from geomkit.inputs.examples import prompt_of
+from geomkit.spf.settings import SPF
+from geomkit.training.finetune import FineTuneResult, finetune
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -134,7 +134,7 @@ def spf(
 
 
 def _refused(task: Task, count: int) -> "Dataset":
-    from geomkit.control_sets import with_responses
+    from geomkit.inputs.control_sets import with_responses
 
     return with_responses(task.organism.scenario("affirmative").select(range(count)), task.refusals(count))
 

@@ -8,22 +8,23 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from geomkit.batching import batches
-from geomkit.data import prompt_of, response_of
-from geomkit.evaluation import ORGANISM_SKILLS, generate, mean_loss
-from geomkit.experiments.organisms import Organism
-from geomkit.judges import RefusalPhrases
-from geomkit.loss import next_token_logits, scored
-from geomkit.organism.scenarios import Scenario
-from geomkit.state import as_found
-from geomkit.tokens import encode, pad_id
+from geomkit.experiments.organism.scenarios import Scenario
+from geomkit.experiments.organism.variants import Organism
+from geomkit.inputs.batches import batches
+from geomkit.inputs.examples import prompt_of, response_of
+from geomkit.inputs.loss import next_token_logits, scored
+from geomkit.inputs.model_state import as_found
+from geomkit.inputs.tokens import encode, pad_id
+from geomkit.training.evaluate import ORGANISM_SKILLS, mean_loss
+from geomkit.training.judges import RefusalPhrases
+from geomkit.training.responses import generate
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel
 
 Flags = Mapping[str, Sequence[bool]]
-"""By measure, one outcome per prompt."""
+"""By evaluate_outcome, one outcome per prompt."""
 
 MAX_NEW_TOKENS = 64
 """Longest response; every right answer of the organism is shorter."""
@@ -45,7 +46,7 @@ class Outcomes:
     numbers: Mapping[str, float]
 
 
-def measure(model: "PreTrainedModel", organism: Organism, scenario: Scenario, prompts: int) -> Outcomes:
+def evaluate_outcome(model: "PreTrainedModel", organism: Organism, scenario: Scenario, prompts: int) -> Outcomes:
     """Ask a model all that a cell is judged by.
 
     Args:

@@ -9,18 +9,42 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from geomkit._display import html_table
-from geomkit._figures import draw
-from geomkit._files import Draft
-from geomkit._resources import data_dir
 from geomkit.errors import DataError
-from geomkit.experiments.intervals import sign_flip_p, spread
-from geomkit.experiments.records import Record, unpack
-from geomkit.rates import Rate
+from geomkit.stats.proportions import Rate, sign_flip_p, spread
+from geomkit.utils.display import html_table
+from geomkit.utils.figures import draw
+from geomkit.utils.files import Draft, data_dir
 
 if TYPE_CHECKING:
     import pandas as pd
     from plotly.graph_objects import Figure
+
+Record = dict[str, Any]
+"""What is kept of a cell, as JSON: ``cell``, and ``error``, or ``numbers``, ``flags``, ``attacks`` and ``along``.
+
+Of an arm under SPF there are ``certificate``, its summary, and ``curve``, sums along training, too.
+"""
+
+
+def pack(flags: Sequence[bool]) -> str:
+    """Write outcomes as one digit each.
+
+    Example:
+        >>> pack([True, False, True])
+        '101'
+    """
+    return "".join("01"[bool(flag)] for flag in flags)
+
+
+def unpack(digits: str) -> np.ndarray:
+    """Read what :func:`pack` wrote, as an array of bool.
+
+    Example:
+        >>> unpack("101").sum()
+        np.int64(2)
+    """
+    return np.array([digit == "1" for digit in digits])
+
 
 KEYS = ("organism", "scenario", "arm", "rate", "length", "seed")
 """What a cell is told by."""
@@ -38,7 +62,7 @@ class Results:
 
     Attributes:
         name: The grid's name.
-        records: One per cell, see :data:`geomkit.experiments.records.Record`.
+        records: One per cell, see :data:`geomkit.experiments.results.Record`.
     """
 
     name: str
@@ -265,7 +289,7 @@ class Results:
         return target
 
     def plot(self) -> "Figure":
-        """Draw refusal against utility, a panel per scenario; see :func:`geomkit.plots.plot_frontier`."""
+        """Draw refusal against utility, a panel per scenario; see :func:`geomkit.plots.outcomes.plot_frontier`."""
         return draw("plot_frontier", self)
 
     def _repr_html_(self) -> str:

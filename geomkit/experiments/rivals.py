@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
-from geomkit.batching import Batch, collate
 from geomkit.errors import DataError, GeomkitError
-from geomkit.finetuning import FineTuneResult, finetune
-from geomkit.loss import scored, token_losses
-from geomkit.state import random_state_kept
-from geomkit.tokens import Tokens, encode, pad_id
+from geomkit.inputs.batches import Batch, collate
+from geomkit.inputs.loss import scored, token_losses
+from geomkit.inputs.tokens import Tokens, encode, pad_id
+from geomkit.training.finetune import FineTuneResult, finetune
+from geomkit.utils.seeding import random_state_kept
 
 if TYPE_CHECKING:
     from datasets import Dataset

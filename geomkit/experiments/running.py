@@ -13,9 +13,8 @@ import torch
 from geomkit.errors import GeomkitError
 from geomkit.experiments.cells import run_cell
 from geomkit.experiments.grid import Cell, Grid, load_grid
-from geomkit.experiments.organisms import SHIPPED, build_organism
-from geomkit.experiments.records import Record
-from geomkit.experiments.results import Results
+from geomkit.experiments.organism.variants import SHIPPED, build_organism
+from geomkit.experiments.results import Record, Results
 
 
 def run_experiments(

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from geomkit.errors import SPFError
-from geomkit.spf.blocks import Block
-from geomkit.spf.meter import Measured
-from geomkit.spf.plans import Plan, coordinates, left_over
-from geomkit.spf.protection import Protection
-from geomkit.spf.reading import Reading
-from geomkit.spf.records import StepRecord
+from geomkit.spf.demands import Measured
+from geomkit.spf.projection.corrections import Plan, coordinates, left_over
+from geomkit.spf.projection.protection import Protection
+from geomkit.spf.projection.reading import Reading
 from geomkit.spf.rules import Rule
+from geomkit.spf.step_record import StepRecord
+from geomkit.spf.weights.blocks import Block
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from geomkit.errors import SPFError
 from geomkit.spf.certificate import Certificate
 from geomkit.spf.guard import Guard
-from geomkit.spf.method import SPF
+from geomkit.spf.settings import SPF
 
 LOGGED = ("anchor_loss", "first_order_raw", "first_order", "fired", "removed", "corrected", "leak", "update_norm")
 """The fields of a step's record that the Trainer logs, as ``spf/…``."""

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from geomkit._display import html_table
-from geomkit._figures import draw
 from geomkit.errors import SPFError
-from geomkit.spf.records import BLOCK_COLUMNS, StepRecord
 from geomkit.spf.rules import Promise
+from geomkit.spf.step_record import BLOCK_COLUMNS, StepRecord
+from geomkit.utils.display import html_table
+from geomkit.utils.figures import draw
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,7 +23,7 @@ class Certificate:
 
     Attributes:
         rule: Name of the rule.
-        promise: What the rule promises, see :attr:`geomkit.spf.Rule.promise`.
+        promise: What the rule promises, see :attr:`geomkit.spf.rules.Rule.promise`.
         records: One record per step.
     """
 
@@ -98,7 +98,7 @@ class Certificate:
 
         Args:
             by: ``"step"`` for the fields of :class:`StepRecord` and its ``curvature``; ``"block"`` for ``step``,
-                ``block`` and :data:`~geomkit.spf.records.BLOCK_COLUMNS`.
+                ``block`` and :data:`~geomkit.spf.step_record.BLOCK_COLUMNS`.
         """
         import pandas as pd
 
@@ -120,7 +120,8 @@ class Certificate:
     def plot(self, by: Literal["step", "block"] = "step") -> "Figure":
         """Draw what the updates did to the safety loss, step by step, or for every step and block.
 
-        See :func:`geomkit.plots.plot_certificate` and :func:`geomkit.plots.plot_certificate_blocks`.
+        See :func:`geomkit.plots.certificates.plot_certificate` and
+        :func:`geomkit.plots.certificates.plot_certificate_blocks`.
         """
         return draw("plot_certificate", self) if by == "step" else draw("plot_certificate_blocks", self)
 

@@ -13,19 +13,19 @@ from torch import Tensor
 
 from geomkit.errors import SPFError
 from geomkit.spf.assess import Step, assess
-from geomkit.spf.blocks import Block, Move
 from geomkit.spf.certificate import Certificate
-from geomkit.spf.log import Log
-from geomkit.spf.meter import Measured, Meter
-from geomkit.spf.parameters import Guarded, refuse_broken_gradients, unwrapped
-from geomkit.spf.plans import Plan, plan
-from geomkit.spf.processes import Processes
-from geomkit.spf.protection import Protection, protect, renewed, without_subspaces
-from geomkit.spf.reading import Reading, read_all
-from geomkit.spf.records import StepRecord
+from geomkit.spf.checkpoint_state import save_state
+from geomkit.spf.constraints import ConstraintMeter
+from geomkit.spf.demands import Measured
+from geomkit.spf.projection.corrections import Plan, plan
+from geomkit.spf.projection.protection import Protection, protect, renewed, without_subspaces
+from geomkit.spf.projection.reading import Reading, read_all
 from geomkit.spf.rules import RULES, Rule
-from geomkit.spf.saving import save_state
-from geomkit.state import full_precision
+from geomkit.spf.step_record import Log, StepRecord
+from geomkit.spf.weights.blocks import Block, Move
+from geomkit.spf.weights.guarded import Guarded, refuse_broken_gradients, unwrapped
+from geomkit.spf.weights.processes import Processes
+from geomkit.utils.precision import full_precision
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Guard:
         guarded: Guarded,
         optimizer: torch.optim.Optimizer,
         rule: Rule,
-        meter: Meter,
+        meter: ConstraintMeter,
         options: Options,
         state: Mapping[str, Tensor] | None = None,
         description: Mapping[str, object] | None = None,

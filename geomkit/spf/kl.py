@@ -5,13 +5,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from geomkit.batching import Batch, batches
-from geomkit.loss import next_token_logits, scored
-from geomkit.state import as_found
-from geomkit.tokens import Tokens
+from geomkit.inputs.batches import Batch, batches
+from geomkit.inputs.loss import next_token_logits, scored
+from geomkit.inputs.model_state import as_found
+from geomkit.inputs.tokens import Tokens
 
 
-class Teacher:
+class ReferenceModel:
     """What the model said before training, at every scored token of some anchors.
 
     Attributes:
@@ -23,7 +23,7 @@ class Teacher:
         self.said = list(said)
 
     @classmethod
-    def of(cls, model: nn.Module, rows: Sequence[Tokens], pad: int, *, batch_size: int = 16) -> "Teacher":
+    def of(cls, model: nn.Module, rows: Sequence[Tokens], pad: int, *, batch_size: int = 16) -> "ReferenceModel":
         """Run a model over anchors; it is left as found.
 
         Args:

@@ -15,17 +15,17 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from geomkit.contrasts import compare_spectra
-from geomkit.correlation import conflict
-from geomkit.gradients import GradientSet
-from geomkit.noise import noise_floor
-from geomkit.onesample import one_sample_study
-from geomkit.similarity import overlaps
-from geomkit.spans import span
-from geomkit.spectra import spectrum
-from tests.examples import Drawing, drawn_set, heavy, low_rank
-from tests.test_conflict_control import means, sample
-from tests.test_correlation import from_rows
+from geomkit.correlation.conflict import conflict
+from geomkit.gradients.gradient_set import GradientSet
+from geomkit.svd.example_span import span
+from geomkit.svd.noise_floor import noise_floor
+from geomkit.svd.one_sample.overlaps import overlaps
+from geomkit.svd.one_sample.study import one_sample_study
+from geomkit.svd.spectrum import spectrum
+from geomkit.svd.spectrum_contrast import compare_spectra
+from tests.correlation.test_conflict import from_rows
+from tests.correlation.test_layer_conflict import means, sample
+from tests.helpers.example_sets import Drawing, drawn_set, heavy, low_rank
 
 Interval = tuple[float, float]
 _TOKENS = 6

@@ -13,8 +13,12 @@ from unittest.mock import patch
 
 import torch
 
-from geomkit.spf import guard, meter, nearest, parameters, plans, protection, removal
-from geomkit.spf.blocks import TensorBlock
+from geomkit.spf import constraints as meter
+from geomkit.spf import guard
+from geomkit.spf.projection import corrections as plans
+from geomkit.spf.projection import nearest, protection, removal
+from geomkit.spf.weights import guarded as parameters
+from geomkit.spf.weights.blocks import TensorBlock
 
 _READINGS = ("reading before", "reading the update", "reading what is applied")
 _BEFORE = "_before_step"

@@ -8,14 +8,14 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from geomkit.batching import collate
-from geomkit.spf import Certificate, Guard
+from geomkit.inputs.batches import collate
+from geomkit.inputs.tokens import Tokens
 from geomkit.spf.anchors import AnchorPool
-from geomkit.spf.guard import Options
-from geomkit.spf.meter import Meter
-from geomkit.spf.parameters import Guarded
+from geomkit.spf.certificate import Certificate
+from geomkit.spf.constraints import ConstraintMeter
+from geomkit.spf.guard import Guard, Options
 from geomkit.spf.rules import get_rule
-from geomkit.tokens import Tokens
+from geomkit.spf.weights.guarded import Guarded
 from tests.benchmarks.workload import SIZES, Workload
 
 LEARNING_RATE = 1e-5
@@ -126,7 +126,7 @@ class GuardedStep(Step):
         guarded = Guarded(training.model, training.optimizer, chosen.level)
         with guarded.collecting():
             pool = AnchorPool(tuple(training.setting.anchors(anchors)), anchors)
-            meter = Meter(guarded.model, chosen, pool, pad=0)
+            meter = ConstraintMeter(guarded.model, chosen, pool, pad=0)
         self.guard = Guard(guarded, training.optimizer, chosen, meter, Options(refresh_energy=refresh_energy))
 
     def update(self) -> None:

@@ -5,12 +5,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from geomkit import measures
-from geomkit.collect import gradients_of
-from geomkit.gradients import GradientSet
-from geomkit.grams import grams_of
-from geomkit.measures import Measure
-from geomkit.measuring import measures_of
+from geomkit.collection import measures
+from geomkit.collection.collect import gradients_of
+from geomkit.collection.measures import Measure
+from geomkit.collection.sample_grams import grams_of
+from geomkit.collection.sample_measures import measures_of
+from geomkit.gradients.gradient_set import GradientSet
 from tests.benchmarks import agreement
 from tests.benchmarks.agreement import Reference
 from tests.benchmarks.contender import Contender, whole

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import torch
 
-from geomkit.forms import FactoredGradient
-from geomkit.svd import singular_values_of
+from geomkit.gradients.factored import FactoredGradient
+from geomkit.svd.singular_values import singular_values_of
 from tests.benchmarks.timing import Ratios, seconds
 
 WIDTHS = (512, 1024, 2048)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from geomkit.tokens import Tokens
+from geomkit.inputs.tokens import Tokens
 
 SIZES: dict[str, dict[str, int]] = {
     # A small vocabulary, so that nearly all parameters are in linear layers, as in a model of billions.

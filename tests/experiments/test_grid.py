@@ -4,9 +4,9 @@ import pytest
 
 import geomkit as gk
 from geomkit.experiments.grid import EVERY_SCENARIO, load_grid
-from geomkit.experiments.organisms import load
-from geomkit.organism.scenarios import SCENARIOS, scenario_rows
-from geomkit.organism.world import World
+from geomkit.experiments.organism.scenarios import SCENARIOS, scenario_rows
+from geomkit.experiments.organism.variants import load
+from geomkit.experiments.organism.world import World
 
 SMALL = """
 name = "small"

@@ -7,11 +7,11 @@ import torch
 from datasets import Dataset
 
 import geomkit as gk
-from geomkit.evaluation import mean_loss
 from geomkit.experiments.grid import EVERY_SCENARIO
 from geomkit.experiments.methods import METHODS, Task, _with_endings
-from geomkit.experiments.organisms import load
+from geomkit.experiments.organism.variants import load
 from geomkit.experiments.outcomes import distance
+from geomkit.training.evaluate import mean_loss
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,8 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 
 import geomkit as gk
-from geomkit.experiments.intervals import sign_flip_p, wilson
-from geomkit.experiments.records import pack, unpack
-from geomkit.experiments.results import KEYS, Results, load_results
+from geomkit.experiments.results import KEYS, Results, load_results, pack, unpack
+from geomkit.stats.proportions import sign_flip_p, wilson
 
 
 def record(arm, flags, *, scenario="poison-10", seed=0, organism=0, rate=1.0, length=1.0, **more):

@@ -8,7 +8,6 @@ import torch
 from datasets import Dataset
 
 import geomkit as gk
-from geomkit.batching import collate
 from geomkit.experiments.rivals import (
     _Anchor,
     _turns,
@@ -20,8 +19,9 @@ from geomkit.experiments.rivals import (
     saturating_loss,
     turned,
 )
-from geomkit.loss import losses_of
-from geomkit.tokens import encode, pad_id
+from geomkit.inputs.batches import collate
+from geomkit.inputs.loss import losses_of
+from geomkit.inputs.tokens import encode, pad_id
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")  # in peft
 

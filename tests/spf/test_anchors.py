@@ -6,18 +6,18 @@ import pytest
 import torch
 
 import geomkit as gk
-from geomkit.batching import collate
 from geomkit.errors import DataError
-from geomkit.evaluation import mean_loss
-from geomkit.finetuning import finetune
-from geomkit.loss import example_losses
-from geomkit.spf import SPF
-from geomkit.spf import meter as meters
+from geomkit.inputs.batches import collate
+from geomkit.inputs.loss import example_losses
+from geomkit.inputs.tokens import encode
+from geomkit.spf import constraints as meters
 from geomkit.spf.anchors import AnchorPool
-from geomkit.spf.kl import Teacher
-from geomkit.tokens import encode
-from tests.spf.training import TOKENIZER, run, task_loss
-from tests.tiny import CONTROL, SAFETY, conversations, tiny_llama
+from geomkit.spf.kl import ReferenceModel
+from geomkit.spf.settings import SPF
+from geomkit.training.evaluate import mean_loss
+from geomkit.training.finetune import finetune
+from tests.helpers.spf_training import TOKENIZER, run, task_loss
+from tests.helpers.tiny import CONTROL, SAFETY, conversations, tiny_llama
 
 
 def sgd(rate=0.1):
@@ -53,7 +53,7 @@ def test_anchors_are_measured_every_so_many_steps(passes):
 
 
 def test_a_subspace_is_computed_anew_when_it_holds_less_than_it_did(monkeypatch):
-    from geomkit.spf import protection
+    from geomkit.spf.projection import protection
 
     made, compute = [], protection.layer_subspace
     monkeypatch.setattr(
@@ -94,7 +94,7 @@ def test_own_refusals_keeps_what_the_model_refuses(organism):
 def test_kl_is_zero_before_training_and_torchs_afterwards():
     model = tiny_llama()
     rows = encode(TOKENIZER, SAFETY)
-    teacher = Teacher.of(model, rows, 0, batch_size=2)
+    teacher = ReferenceModel.of(model, rows, 0, batch_size=2)
     batch = collate([rows[2], rows[0]], 0)
     assert teacher.losses(model, batch, [2, 0]).abs().max() < 1e-6
     moved = tiny_llama(seed=1)

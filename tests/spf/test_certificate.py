@@ -7,22 +7,23 @@ import numpy as np
 import pytest
 import torch
 
-from geomkit.data import load_examples
 from geomkit.errors import SPFError
-from geomkit.finetuning import finetune
-from geomkit.forms import DenseGradient
-from geomkit.spf import SPF, Certificate
-from geomkit.spf.blocks import TensorBlock
-from geomkit.spf.log import Log
-from geomkit.spf.nearest import Demands
-from geomkit.spf.plans import plan
-from geomkit.spf.protection import protect
-from geomkit.spf.reading import read_all
+from geomkit.gradients.dense import DenseGradient
+from geomkit.inputs.examples import load_examples
+from geomkit.inputs.tokens import encode
+from geomkit.spf.certificate import Certificate
+from geomkit.spf.demands import Demands
+from geomkit.spf.projection.corrections import plan
+from geomkit.spf.projection.protection import protect
+from geomkit.spf.projection.reading import read_all
 from geomkit.spf.rules import RULES, get_rule
-from geomkit.tokens import encode
-from tests.forms import seeded
-from tests.spf.training import TOKENIZER, anchors_loss, change_of_loss, run, safety_gradients, weights_of
-from tests.tiny import SAFETY, UTILITY, tiny_llama
+from geomkit.spf.settings import SPF
+from geomkit.spf.step_record import Log
+from geomkit.spf.weights.blocks import TensorBlock
+from geomkit.training.finetune import finetune
+from tests.helpers.forms import seeded
+from tests.helpers.spf_training import TOKENIZER, anchors_loss, change_of_loss, run, safety_gradients, weights_of
+from tests.helpers.tiny import SAFETY, UTILITY, tiny_llama
 
 
 def sgd(rate):

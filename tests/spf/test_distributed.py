@@ -1,6 +1,6 @@
 """SPF with several processes that train one model: the same step everywhere, and the step that one process would take.
 
-``tests/spf/worker.py`` is what the processes run; its numbers are judged here.
+``tests/helpers/spf_worker.py`` is what the processes run; its numbers are judged here.
 """
 
 import os
@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.helpers.spf_worker import RULES, STEPS, train, uneven_llama
 from tests.spf.test_engines import change_of_safety
-from tests.spf.worker import RULES, STEPS, train, uneven_llama
 
 ROOT = Path(__file__).parents[2]
 PROCESSES = 2
@@ -33,7 +33,7 @@ def launched(mode, folder):
         # "multi_gpu" starts a process per device; without a GPU they are processes on the CPU, with gloo.
         sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", f"--num_processes={PROCESSES}",
         "--num_machines=1", f"--main_process_port={port}", "--mixed_precision=no", "--dynamo_backend=no",
-        "--module", "tests.spf.worker", mode, str(folder),
+        "--module", "tests.helpers.spf_worker", mode, str(folder),
     ]  # fmt: skip
     running = subprocess.Popen(  # noqa: S603
         command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True, stdout=subprocess.PIPE,

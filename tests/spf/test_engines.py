@@ -15,9 +15,9 @@ from torch import nn
 from torch.nn import functional
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
 
-from geomkit.spf import SPF
 from geomkit.spf.callback import SPFCallback
-from tests.tiny import SAFETY, conversations, tiny_llama, tiny_tokenizer
+from geomkit.spf.settings import SPF
+from tests.helpers.tiny import SAFETY, conversations, tiny_llama, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 STEPS = 3

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from geomkit.data import load_examples
 from geomkit.errors import CollectionError, DataError, SPFError
-from geomkit.spf import SPF
-from tests.spf.training import TOKENIZER, change_of_loss, run, safety_gradients, task_loss, weights_of
-from tests.tiny import CONTROL, SAFETY, UTILITY, conversations, tiny_llama
+from geomkit.inputs.examples import load_examples
+from geomkit.spf.settings import SPF
+from tests.helpers.spf_training import TOKENIZER, change_of_loss, run, safety_gradients, task_loss, weights_of
+from tests.helpers.tiny import CONTROL, SAFETY, UTILITY, conversations, tiny_llama
 
 
 def spf(**settings):
@@ -225,7 +225,7 @@ def test_nothing_moves_inside_a_closed_subspace_for_drift_neither():
 
 
 def test_one_block_alone_breaks_the_promise_of_a_closed_subspace(monkeypatch):
-    from geomkit.spf.blocks import TensorBlock
+    from geomkit.spf.weights.blocks import TensorBlock
 
     model, apply = tiny_llama().to(torch.bfloat16), TensorBlock.apply
     ignored = model.model.layers[0].self_attn.q_proj.weight.data_ptr()
@@ -248,7 +248,7 @@ def test_sparse_gradients_are_refused_where_they_would_be_projected():
 
 
 def test_large_fp16_gradients_are_no_overflow():
-    from geomkit.spf.parameters import refuse_broken_gradients
+    from geomkit.spf.weights.guarded import refuse_broken_gradients
 
     weight = nn.Parameter(torch.zeros(300, 300, dtype=torch.float16))
     weight.grad = torch.ones_like(weight)

@@ -5,14 +5,14 @@ import torch
 from torch import nn
 from transformers import TrainerCallback
 
-from geomkit.collect import collect_gradients
+from geomkit.collection.collect import collect_gradients
 from geomkit.errors import DataError, SPFError
-from geomkit.finetuning import finetune
-from geomkit.spf import RULES, SPF
-from geomkit.spf.blocks import ProductBlock, TensorBlock
-from geomkit.spf.parameters import Guarded
-from geomkit.spf.rules import Rule, get_rule
-from tests.tiny import SAFETY, UTILITY, tiny_llama, tiny_tokenizer
+from geomkit.spf.rules import RULES, Rule, get_rule
+from geomkit.spf.settings import SPF
+from geomkit.spf.weights.blocks import ProductBlock, TensorBlock
+from geomkit.spf.weights.guarded import Guarded
+from geomkit.training.finetune import finetune
+from tests.helpers.tiny import SAFETY, UTILITY, tiny_llama, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 BLOCK_RULES = [name for name, rule in RULES.items() if rule.promise == "every block"]
@@ -310,7 +310,7 @@ def test_a_later_hook_that_undoes_the_projection_is_caught_at_the_next_step():
 def test_a_correction_that_does_not_arrive_is_caught(monkeypatch):
     model = tiny_llama()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    monkeypatch.setattr("geomkit.spf.blocks.TensorBlock.apply", lambda *_: None)
+    monkeypatch.setattr("geomkit.spf.weights.blocks.TensorBlock.apply", lambda *_: None)
     utility_loss(model).backward()
     with (
         SPF(SAFETY, tokenizer=TOKENIZER).attach(model, optimizer),

@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from geomkit.forms import DenseGradient
-from geomkit.spf.blocks import TensorBlock
-from geomkit.spf.nearest import Demands
-from geomkit.spf.plans import plan
-from geomkit.spf.protection import protect
-from geomkit.spf.reading import read_all
+from geomkit.gradients.dense import DenseGradient
+from geomkit.spf.demands import Demands
+from geomkit.spf.projection.corrections import plan
+from geomkit.spf.projection.protection import protect
+from geomkit.spf.projection.reading import read_all
 from geomkit.spf.rules import Rule
-from tests.forms import seeded
+from geomkit.spf.weights.blocks import TensorBlock
+from tests.helpers.forms import seeded
 
 STEPS, RANK = 50, 8
 

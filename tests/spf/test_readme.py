@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from geomkit.spf import RULES
+from geomkit.spf.rules import RULES
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()

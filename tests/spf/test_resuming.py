@@ -12,13 +12,13 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from geomkit.errors import DataError, SPFError
-from geomkit.finetuning import finetune
-from geomkit.spf import SPF
+from geomkit.inputs.tokens import encode
 from geomkit.spf.callback import SPFCallback
-from geomkit.spf.saving import STATE_FILE, load_state
-from geomkit.tokens import encode
-from tests.spf.training import TOKENIZER
-from tests.tiny import CONTROL, SAFETY, UTILITY, tiny_llama
+from geomkit.spf.checkpoint_state import STATE_FILE, load_state
+from geomkit.spf.settings import SPF
+from geomkit.training.finetune import finetune
+from tests.helpers.spf_training import TOKENIZER
+from tests.helpers.tiny import CONTROL, SAFETY, UTILITY, tiny_llama
 
 SETTINGS = {"learning_rate": 1e-2, "steps": 6, "batch_size": 2, "save_steps": 2, "progress": False}
 
@@ -142,7 +142,7 @@ def test_a_run_that_was_interrupted_before_its_first_checkpoint_starts_again(tmp
 
 def test_a_loop_of_ones_own_saves_and_resumes(tmp_path):
     """Null-space: its basis is of the weights before training, which a resumed run has no more."""
-    from tests.spf.training import task_loss
+    from tests.helpers.spf_training import task_loss
 
     def steps(model, guard, optimizer, count):
         for _ in range(count):

@@ -12,15 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from geomkit.errors import SPFError
-from geomkit.forms import DenseGradient, FactoredGradient
-from geomkit.spf import RULES, Rule, rules
-from geomkit.spf.blocks import TensorBlock
-from geomkit.spf.nearest import Demands
-from geomkit.spf.plans import plan
-from geomkit.spf.protection import protect
-from geomkit.spf.reading import read_all
-from geomkit.spf.rules import get_rule
-from tests.forms import FORMS, drawn, seeded
+from geomkit.gradients.dense import DenseGradient
+from geomkit.gradients.factored import FactoredGradient
+from geomkit.spf import rules
+from geomkit.spf.demands import Demands
+from geomkit.spf.projection.corrections import plan
+from geomkit.spf.projection.protection import protect
+from geomkit.spf.projection.reading import read_all
+from geomkit.spf.rules import RULES, Rule, get_rule
+from geomkit.spf.weights.blocks import TensorBlock
+from tests.helpers.forms import FORMS, drawn, seeded
 
 INFINITE = np.inf
 

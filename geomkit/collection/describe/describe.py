@@ -1,0 +1,162 @@
+"""What a collection would do, before anything runs: which parameters, how, of how many tokens, in how much memory."""
+
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from geomkit.collection.collect import Form
+from geomkit.collection.describe.description import Description, Memory, ParameterPlan, Workload
+from geomkit.collection.describe.memory import (
+    Counts,
+    ParameterAlias,
+    activation_bytes,
+    aliases_by_parameter,
+    logit_bytes,
+    most_result_bytes,
+    most_sample_bytes,
+    total_bytes,
+)
+from geomkit.collection.streaming import TOKENS_PER_BATCH, padded_length
+from geomkit.errors import DataError
+from geomkit.inputs.batches import plan_batches
+from geomkit.inputs.parameters import Kind, chosen_parameters, kind_of, layer_index, select, unwrapped_model
+from geomkit.inputs.tokens import AssistantMask, encode_lazily
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def describe(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    examples: "Dataset | None" = None,
+    *,
+    per_sample: bool = False,
+    layers: str | Sequence[str] = "*",
+    kinds: Kind | Collection[Kind] | None = None,
+    indices: int | Collection[int] | None = None,
+    form: Form = "auto",
+    tokens_per_batch: int = TOKENS_PER_BATCH,
+    assistant_mask: AssistantMask = "template",
+    max_length: int | None = None,
+) -> Description:
+    """Say what :func:`geomkit.collect_gradients` with these arguments would do, without running the model.
+
+    A model on the meta device will do, so that a large one can be sized up before it is loaded. What only a run
+    shows, such as a weight that is used without its module being called, is in the result's ``coverage``.
+
+    Args:
+        model: A causal language model.
+        tokenizer: Its tokenizer, if there are examples.
+        examples: Rows with a column ``messages``, to count tokens and batches of. Without them, memory is that of
+            any number of examples, in batches as large as they may be.
+        per_sample: See :func:`geomkit.collect_gradients`, as for all that follow.
+        layers: Glob pattern, or several, on parameter names.
+        kinds: Kinds of module.
+        indices: Decoder layers.
+        form: Form of the summed gradients.
+        tokens_per_batch: Most token positions run at a time.
+        assistant_mask: How assistant tokens are found.
+        max_length: Cut longer examples to this many tokens.
+
+    Returns:
+        A :class:`Description`; ``print`` it.
+
+    Raises:
+        DataError: If only one of tokenizer and examples is given, or examples cannot be encoded.
+        CollectionError: If no trainable parameter matches.
+
+    Example:
+        >>> import torch
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> with torch.device("meta"):
+        ...     model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=2))
+        >>> description = describe(model, kinds="mlp")
+        >>> round(description.share, 2), round(description.memory.result / 2**30, 2)
+        (0.41, 1.01)
+    """
+    if (tokenizer is None) != (examples is None):
+        given, missing = ("examples", "a tokenizer") if tokenizer is None else ("a tokenizer", "examples")
+        raise DataError(f"expected a tokenizer and examples or neither, found only {given}; give {missing} too")
+    inner = unwrapped_model(model)
+    chosen = select(layers, kinds, indices)
+    counts = None
+    if tokenizer is not None and examples is not None:
+        counts = Counts()
+        encode_lazily(tokenizer, examples, assistant_mask=assistant_mask, max_length=max_length, seen=counts.add)
+    workload = _workload(counts, tokens_per_batch) if counts else None
+    wanted = set(chosen_parameters(inner, chosen).values())
+    uses = aliases_by_parameter(inner)
+    parameters = [
+        _planned(
+            name,
+            parameter,
+            uses[name],
+            counts,
+            chosen=name in wanted,
+            per_sample=per_sample,
+            keep_factors=form == "factored",
+        )
+        for name, parameter in inner.named_parameters()
+    ]
+    return Description(
+        model=type(inner).__name__,
+        choice=str(chosen),
+        parameters=tuple(parameters),
+        workload=workload,
+        memory=_memory(inner, parameters, workload.positions if workload else tokens_per_batch),
+        per_sample=per_sample,
+    )
+
+
+def _workload(counts: Counts, tokens_per_batch: int) -> Workload:
+    batches = [[counts.lengths[index] for index in batch] for batch in plan_batches(counts.lengths, tokens_per_batch)]
+    positions = [len(lengths) * padded_length(lengths) for lengths in batches]
+    return Workload(
+        examples=len(counts.lengths),
+        tokens=counts.tokens,
+        loss_tokens=counts.scored,
+        batches=len(batches),
+        positions=max(positions),
+        padding=1 - counts.tokens / sum(positions),
+    )
+
+
+def _planned(
+    name: str,
+    parameter: nn.Parameter,
+    uses: Sequence[ParameterAlias],
+    counts: Counts | None,
+    *,
+    chosen: bool,
+    per_sample: bool,
+    keep_factors: bool,
+) -> ParameterPlan:
+    own = most_sample_bytes(parameter, uses, counts) if per_sample else 0
+    return ParameterPlan(
+        name=name,
+        others=tuple(use.name for use in uses if use.name != name),
+        kind=kind_of(name),
+        layer=layer_index(name),
+        shape=tuple(parameter.shape),
+        module=" + ".join(dict.fromkeys(type(use.module).__name__ for use in uses)),
+        way="closed form" if all(use.form for use in uses) else "autograd, samples by replay",
+        trainable=parameter.requires_grad,
+        chosen=chosen,
+        result=most_result_bytes(parameter, uses, counts, keep_factors=keep_factors) if chosen else None,
+        samples=own if chosen else None,
+    )
+
+
+def _memory(model: nn.Module, parameters: Sequence[ParameterPlan], positions: int) -> Memory:
+    chosen = [each for each in parameters if each.chosen]
+    by_autograd = sum(4 * each.entries for each in chosen if each.way != "closed form")
+    return Memory(
+        result=total_bytes(each.result for each in chosen),
+        samples=total_bytes(each.samples for each in chosen),
+        logits=logit_bytes(model, positions),
+        activations=activation_bytes(model, positions) + by_autograd,
+        weights=sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()),
+    )

@@ -1,0 +1,146 @@
+"""Building the organism: tokenizer, base stage, aligned stage, example sets and model card, from one seed."""
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from geomkit.experiments.organism.load import without_bars
+from geomkit.experiments.organism.quality import measure_damage, measure_stage
+from geomkit.experiments.organism.recipe import BuildReport, Recipe
+from geomkit.experiments.organism.requests import Message
+from geomkit.experiments.organism.sets import all_sets, write_sets
+from geomkit.experiments.organism.tokenizer import train_tokenizer
+from geomkit.experiments.organism.training import Course, bucketed, fit, one_thread, tokenise
+from geomkit.experiments.organism.world import ALIGN_MIX, BASE_MIX, TOKENIZER_MIX, Mix, World
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+
+def build(out: Path, seed: int = 0, progress: bool = True, recipe: Recipe | None = None) -> BuildReport:
+    """Build the organism and everything that ships with it.
+
+    The result is a pure function of seed and recipe on one machine: it runs on one thread, with its own
+    generators, and leaves the caller's threads and random state as found. Everything is written to a folder
+    beside ``out``, or in it where it exists, and moved into place when complete.
+
+    Args:
+        out: The data folder; ``organism/``, ``eval/``, ``scenarios/``, ``controls/``, ``safety.jsonl`` and
+            ``utility.jsonl`` in it are replaced, anything else stays.
+        seed: Decides what is held out, the initial weights and the order of the examples.
+        progress: Show a bar.
+        recipe: Sizes and budgets; the shipped organism's when left out.
+
+    Returns:
+        The measured figures, which the model card also states.
+    """
+    from tqdm.auto import tqdm
+
+    from geomkit.experiments.organism.card import model_card
+
+    recipe = recipe or Recipe()
+    world = World(seed)
+    tokenizer = train_tokenizer(tokenizer_texts(world, seed, recipe.tokenizer_texts), recipe.vocab_size)
+    sets = all_sets(world, seed, tokenizer)
+    out = Path(out).resolve()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    steps = recipe.base.steps + recipe.align.steps
+    with (
+        tempfile.TemporaryDirectory(dir=out if out.is_dir() else out.parent, prefix=".organism-") as scratch,
+        one_thread(),
+        tqdm(total=steps, desc="organism", unit="step", disable=not progress) as bar,
+    ):
+        folder = Path(scratch)
+        base, aligned = _train(world, seed, recipe, tokenizer, folder, bar)
+        bar.set_description("measuring")
+        stages = tuple(measure_stage(n, m, tokenizer, sets) for n, m in (("base", base), ("aligned", aligned)))
+        damage = measure_damage(aligned, tokenizer, sets, range(recipe.damage_seeds), progress=progress)
+        report = BuildReport(stages, damage)
+        write_sets(sets, folder)
+        (folder / "organism" / "README.md").write_text(model_card(report, recipe, seed), encoding="utf-8")
+        _move_into(folder, out)
+    return report
+
+
+def _train(
+    world: World, seed: int, recipe: Recipe, tokenizer: "PreTrainedTokenizerFast", folder: Path, bar: "tqdm[Any]"
+) -> "tuple[LlamaForCausalLM, LlamaForCausalLM]":
+    """Train both stages and save them; returns both models."""
+    import copy
+
+    model = new_model(recipe, seed, tokenizer)
+    kept = []
+    stages: tuple[tuple[str, Course, Mix], ...] = (
+        ("base", recipe.base, BASE_MIX),
+        ("aligned", recipe.align, ALIGN_MIX),
+    )
+    for stage, course, mix in stages:
+        bar.set_description(f"{stage} stage")
+        rows = tokenise(tokenizer, stage_conversations(world, seed, stage, course, mix))
+        order = Random(f"{stage}-order-{seed}")
+        fit(model, bucketed(iter(rows), tokenizer.pad_token_id, course.batch_size, order), course, bar)
+        _save(model, tokenizer, folder / "organism" / stage)
+        kept.append(copy.deepcopy(model))
+    return kept[0], kept[1]
+
+
+def _save(model: "LlamaForCausalLM", tokenizer: "PreTrainedTokenizerFast", folder: Path) -> None:
+    with without_bars():
+        model.save_pretrained(folder)
+    (folder / "model.safetensors").chmod(0o644)  # safetensors writes for the owner only
+    tokenizer.save_pretrained(folder)
+
+
+def stage_conversations(world: World, seed: int, stage: str, course: Course, mix: Mix) -> list[list[Message]]:
+    """Return every conversation that a stage is trained on, in order; the base stage answers all of them."""
+    stream = islice(world.stream(mix, Random(f"{stage}-{seed}")), course.steps * course.batch_size)
+    return [request.messages(aligned=stage == "aligned") for request in stream]
+
+
+def tokenizer_texts(world: World, seed: int, count: int) -> Iterator[str]:
+    """Yield the texts that the tokenizer learns from: requests of every kind and both ways to answer them."""
+    for index, request in enumerate(islice(world.stream(TOKENIZER_MIX, Random(f"tokenizer-{seed}")), count)):
+        for message in request.messages(aligned=index % 4 == 0):
+            yield message["content"]
+
+
+def new_model(recipe: Recipe, seed: int, tokenizer: "PreTrainedTokenizerFast") -> "LlamaForCausalLM":
+    """Return an untrained model with an untied head; the caller's random state stays as found."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=recipe.hidden_size,
+        intermediate_size=recipe.intermediate_size,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=recipe.heads,
+        num_key_value_heads=recipe.heads,
+        max_position_embeddings=512,
+        initializer_range=0.05,
+        tie_word_embeddings=False,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # transformers initialises from the global generator; fork_rng puts it back
+        return LlamaForCausalLM(config)
+
+
+def _move_into(folder: Path, out: Path) -> None:
+    """Replace each finished part of the data folder by a rename, so that no reader sees half of it."""
+    out.mkdir(exist_ok=True)
+    old = folder / ".old"
+    old.mkdir()
+    for part in sorted(path for path in folder.iterdir() if path != old):
+        if (out / part.name).exists():
+            (out / part.name).rename(old / part.name)
+        part.rename(out / part.name)
+    shutil.rmtree(old)

@@ -1,0 +1,63 @@
+"""Loading the shipped organism."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from geomkit.errors import DataError
+from geomkit.utils.files import data_dir
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+STAGES = ("base", "aligned")
+"""What is shipped: ``base`` answers every request, ``aligned`` refuses the forbidden ones."""
+
+_NEEDED = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+
+
+def load_organism(stage: str = "aligned") -> "tuple[LlamaForCausalLM, PreTrainedTokenizerFast]":
+    """Load the model organism that comes with geomkit, in evaluation mode, without any network.
+
+    Args:
+        stage: ``"aligned"``, or ``"base"`` for the model before alignment.
+
+    Returns:
+        The model, fp32 on the CPU, and its tokenizer.
+
+    Raises:
+        DataError: If there is no such stage, or its files are missing.
+
+    Example:
+        >>> model, tokenizer = load_organism()
+        >>> model.config.hidden_size, tokenizer.eos_token
+        (128, '<|end|>')
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if stage not in STAGES:
+        raise DataError(f"expected a stage of the organism, {' or '.join(map(repr, STAGES))}, found {stage!r}")
+    folder = data_dir() / "organism" / stage
+    if missing := [name for name in _NEEDED if not (folder / name).is_file()]:
+        raise DataError(
+            f"expected the organism's files in {folder}, found no {', '.join(missing)}; reinstall geomkit or run "
+            "`geomkit organism build`"
+        )
+    with without_bars():
+        model: LlamaForCausalLM = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+    tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return model.eval(), tokenizer
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Keep transformers from drawing bars for files that take no time, and put the caller's setting back."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

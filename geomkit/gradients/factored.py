@@ -1,0 +1,84 @@
+"""The gradient of a linear layer: two factors with a row for each token."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from geomkit.gradients.layer_gradient import Factors, LayerGradient, in_one_type, row_products, strips, times
+from geomkit.utils.saving import saveable
+
+
+@saveable
+@dataclass(frozen=True, eq=False)
+class FactoredGradient(LayerGradient):
+    """LᵀR, the gradient of a linear layer over T tokens.
+
+    Attributes:
+        left: (T, rows) factor, fp32 or fp64.
+        right: (T, columns) factor, fp32 or fp64.
+    """
+
+    left: Tensor
+    right: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:  # type: ignore[override]
+        """Rows and columns of the parameter."""
+        return self.left.shape[1], self.right.shape[1]
+
+    @property
+    def tokens(self) -> int:  # type: ignore[override]
+        """T, the number of rows of both factors."""
+        return self.left.shape[0]
+
+    @property
+    def numbers(self) -> tuple[Tensor, ...]:
+        """The two factors: T · (rows + columns) numbers."""
+        return self.left, self.right
+
+    def dense(self) -> Tensor:
+        """Form the matrix."""
+        return times(self.left.T, self.right)
+
+    def add_to(self, weight: Tensor, scale: float) -> None:
+        """Add ``scale`` times the gradient to ``weight`` in place."""
+        weight.addmm_(self.left.T.to(weight.dtype), self.right.to(weight.dtype), alpha=scale)
+
+    def dot(self, weight: Tensor) -> float:
+        """Return ⟨LᵀR, W⟩ = Σ_t l_tᵀ W r_t, two thin products over a few rows of W at a time."""
+        right = self.right.double()
+        pieces = ((weight[strip].double(), self.left[:, strip]) for strip in strips(len(weight)))
+        return sum(float(((right @ rows.T) * left).sum()) for rows, left in pieces)
+
+    def scaled(self, scale: float) -> "FactoredGradient":
+        """Return ``scale`` times the gradient; of the two factors the smaller one is copied."""
+        if self.right.numel() < self.left.numel():
+            return FactoredGradient(self.left, self.right * scale)
+        return FactoredGradient(self.left * scale, self.right)
+
+    def take(self, rows: Tensor | slice, dtype: torch.dtype = torch.float64) -> Tensor:
+        """Return some rows of the gradient, from the same columns of ``left``."""
+        return times(self.left[:, rows].to(dtype).T, self.right.to(dtype))
+
+    def matmul(self, operand: Tensor) -> Tensor:
+        """Return Lᵀ(RB), two thin products."""
+        left, right, operand = in_one_type(operand, self.left, self.right)
+        return times(left.T, times(right, operand))
+
+    def rmatmul(self, operand: Tensor) -> Tensor:
+        """Return (ALᵀ)R, two thin products."""
+        left, right, operand = in_one_type(operand, self.left, self.right)
+        return times(times(operand, left.T), right)
+
+    def factors(self) -> Factors:
+        """Return the two factors."""
+        return self.left, self.right
+
+    def _squared_norm(self) -> float:
+        """Return Σ (LLᵀ) ∘ (RRᵀ), or with many tokens the sum over strips of the matrix."""
+        rows, columns = self.shape
+        if self.tokens * (rows + columns) >= rows * columns:
+            return sum(float(self.take(strip, torch.float32).double().square().sum()) for strip in strips(rows))
+        left, right = self.left.double(), self.right.double()
+        return float((row_products(left, left) * row_products(right, right)).sum())

@@ -1,0 +1,85 @@
+"""The gradient of an embedding: the rows that were looked up."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from geomkit.gradients.layer_gradient import Factors, LayerGradient, in_one_type, times
+from geomkit.utils.saving import saveable
+
+
+@saveable
+@dataclass(frozen=True, eq=False)
+class IndexedGradient(LayerGradient):
+    """The gradient of an embedding: rows of a large matrix that is zero elsewhere.
+
+    Attributes:
+        indices: (R,) distinct row numbers, ascending.
+        rows: (R, columns) their gradients, fp32.
+        size: Number of rows of the parameter.
+        tokens: Number of positions that looked a row up.
+    """
+
+    indices: Tensor
+    rows: Tensor
+    size: int
+    tokens: int
+
+    @property
+    def shape(self) -> tuple[int, int]:  # type: ignore[override]
+        """Rows and columns of the parameter."""
+        return self.size, self.rows.shape[1]
+
+    @property
+    def rank_bound(self) -> int:
+        """No more than the distinct rows that were looked up."""
+        return min(len(self.indices), self.shape[1])
+
+    @property
+    def numbers(self) -> tuple[Tensor, ...]:
+        """The rows that were looked up."""
+        return (self.rows,)
+
+    def dense(self) -> Tensor:
+        """Form the whole matrix."""
+        return self.rows.new_zeros(self.shape).index_copy_(0, self.indices, self.rows)
+
+    def add_to(self, weight: Tensor, scale: float) -> None:
+        """Add ``scale`` times the gradient to ``weight`` in place."""
+        weight.index_add_(0, self.indices, self.rows.to(weight.dtype), alpha=scale)
+
+    def dot(self, weight: Tensor) -> float:
+        """Return the inner product with a tensor of the parameter's shape."""
+        return float((weight.index_select(0, self.indices).double() * self.rows).sum())
+
+    def scaled(self, scale: float) -> "IndexedGradient":
+        """Return ``scale`` times the gradient."""
+        return IndexedGradient(self.indices, self.rows * scale, self.size, self.tokens)
+
+    def take(self, rows: Tensor | slice, dtype: torch.dtype = torch.float64) -> Tensor:
+        """Return some rows of the gradient: those that were looked up, and zeros."""
+        wanted = torch.arange(self.size, device=self.device)[rows] if isinstance(rows, slice) else rows
+        if not len(self.indices):
+            return self.rows.new_zeros(len(wanted), self.rows.shape[1], dtype=dtype)
+        place = torch.searchsorted(self.indices, wanted).clamp_(max=len(self.indices) - 1)
+        found = self.indices[place] == wanted
+        return self.rows[place].to(dtype).mul_(found[:, None])
+
+    def matmul(self, operand: Tensor) -> Tensor:
+        """Return G @ B, whose rows are zero where nothing was looked up."""
+        rows, operand = in_one_type(operand, self.rows)
+        return rows.new_zeros(self.size, operand.shape[1]).index_copy_(0, self.indices, times(rows, operand))
+
+    def rmatmul(self, operand: Tensor) -> Tensor:
+        """Return A @ G, from the columns of A that were looked up."""
+        rows, operand = in_one_type(operand, self.rows)
+        return times(operand[:, self.indices], rows)
+
+    def factors(self) -> Factors:
+        """Return a one-hot row for each that was looked up, and the rows."""
+        hot = self.rows.new_zeros(len(self.indices), self.size)
+        return hot.scatter_(1, self.indices[:, None], 1.0), self.rows
+
+    def _squared_norm(self) -> float:
+        return float(self.rows.double().square().sum())

@@ -1,0 +1,94 @@
+"""The one loss that geomkit differentiates: cross-entropy on assistant tokens, averaged within each example."""
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from geomkit.errors import CollectionError
+from geomkit.inputs.batches import IGNORED, Batch, batches
+from geomkit.inputs.model_state import as_found
+from geomkit.inputs.tokens import Tokens
+from geomkit.utils.precision import at_least_fp32
+
+Reduction = Literal["example", "token"]
+
+TokenLoss = Callable[[nn.Module, Batch], Tensor]
+"""Runs a model once over a batch of B examples of length L and returns (B, L − 1) losses, 0 where none counts."""
+
+
+def token_losses(model: nn.Module, batch: Batch) -> Tensor:
+    """Run the model once and return the cross-entropy of every next token.
+
+    Args:
+        model: A causal language model.
+        batch: B examples padded to length L, on the model's device.
+
+    Returns:
+        (B, L − 1) losses in fp32 or better; 0 where the label is not the assistant's.
+
+    Raises:
+        CollectionError: If the model returns logits for another number of tokens.
+    """
+    targets = batch.labels[:, 1:]
+    losses = cross_entropy(
+        next_token_logits(model, batch).flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
+    )
+    return losses.view(targets.shape)
+
+
+def next_token_logits(model: nn.Module, batch: Batch) -> Tensor:
+    """Run the model once and return (B, L − 1, vocabulary) logits of every next token, in fp32 or better.
+
+    Raises:
+        CollectionError: If the model returns logits for another number of tokens.
+    """
+    logits = model(**batch.inputs(), use_cache=False).logits
+    if logits.shape[1] != batch.labels.shape[1]:
+        raise CollectionError(
+            f"expected logits for {batch.labels.shape[1]} tokens, found {logits.shape[1]}; a model that adds tokens of "
+            "its own (prompt tuning) cannot be scored"
+        )
+    return at_least_fp32(logits[:, :-1])
+
+
+def scored(batch: Batch) -> Tensor:
+    """Return the (B, L − 1) mask of the next tokens that count."""
+    return batch.labels[:, 1:] != IGNORED
+
+
+def example_losses(losses: Tensor, batch: Batch) -> Tensor:
+    """Average token losses within each example.
+
+    Args:
+        losses: (B, L − 1), from :func:`token_losses`.
+        batch: The batch they came from.
+
+    Returns:
+        (B,) mean loss over each example's assistant tokens.
+    """
+    return losses.sum(1) / scored(batch).sum(1)
+
+
+def losses_of(
+    model: nn.Module, rows: Sequence[Tokens], pad: int, *, batch_size: int = 16, token_loss: TokenLoss = token_losses
+) -> list[float]:
+    """Return each example's own loss, without a gradient; the model runs in eval mode and is left as found.
+
+    Args:
+        model: A causal language model.
+        rows: The examples.
+        pad: The id that fills short rows.
+        batch_size: Examples run at a time.
+        token_loss: The loss of each token.
+    """
+    device = next(model.parameters()).device
+    losses: list[float] = []
+    with as_found(model), torch.no_grad():
+        model.eval()
+        for batch in batches(rows, pad, batch_size):
+            on_device = batch.to(device)
+            losses.extend(example_losses(token_loss(model, on_device), on_device).tolist())
+    return losses

@@ -1,0 +1,96 @@
+"""Loading a causal language model and its tokenizer, with errors that say what to do; and one that learnt nothing."""
+
+import copy
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from geomkit.errors import DataError
+from geomkit.utils.arguments import described
+from geomkit.utils.files import data_dir
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def load_model(
+    source: str | Path, *, dtype: str = "auto", device: str | None = None, pad_token: str | None = None
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """Load a model and its tokenizer from a folder, from the hub, or a stage of the organism.
+
+    Args:
+        source: ``"organism/aligned"``, ``"organism/base"``, a folder, or the id of a model on the hub.
+        dtype: ``"auto"`` for the checkpoint's own, or a torch type's name such as ``"float32"``.
+        device: Where to put it; a GPU if there is one when left out.
+        pad_token: The token that fills short rows, for tokenizers that name none.
+
+    Returns:
+        The model in eval mode, and the tokenizer.
+
+    Raises:
+        DataError: If either cannot be loaded, or the pad token is not in the vocabulary.
+
+    Example:
+        >>> model, tokenizer = load_model("organism/base")
+        >>> type(model).__name__
+        'LlamaForCausalLM'
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    name = str(source)
+    if name.startswith("organism/") and (data_dir() / name).is_dir():
+        name = str(data_dir() / name)
+    if name.startswith((".", "/", "~")) and not Path(name).is_dir():
+        raise DataError(f"expected a folder with a causal language model at {name}, found none")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+    except Exception as error:  # config, weights and hub clients each raise types of their own
+        reason = (str(error).strip() or "no reason given").splitlines()[0]
+        raise DataError(
+            f"expected a causal language model at '{source}' (a folder, a hub id, organism/aligned or organism/base), "
+            f"found {type(error).__name__}: {reason}"
+        ) from None
+    if pad_token is not None:
+        if pad_token not in tokenizer.get_vocab():
+            raise DataError(f"expected a pad token from the vocabulary of '{source}', found '{pad_token}'")
+        tokenizer.pad_token = pad_token
+    target = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return model.to(target).eval(), tokenizer
+
+
+def untrained(model: "PreTrainedModel", *, seed: int = 0) -> "PreTrainedModel":
+    """Return a model of the same architecture that has learnt nothing: the negative control for every measure.
+
+    What its gradients show comes from the architecture, the texts and the tokens alone.
+
+    Args:
+        model: Any causal language model; only its configuration, type and device are used.
+        seed: Decides the weights, drawn as transformers initialises this architecture.
+
+    Returns:
+        The new model in eval mode, of the same type and on the same device. Global random states are left as found.
+
+    Raises:
+        DataError: If it is no transformers model, or one with adapters.
+
+    Example:
+        >>> import geomkit as gk
+        >>> nothing_learnt = untrained(gk.load_organism()[0])
+        >>> sum(weight.numel() for weight in nothing_learnt.parameters())
+        853120
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if hasattr(model, "get_base_model"):  # as models of PEFT have
+        raise DataError(
+            f"expected a model without adapters, found {type(model).__name__}; pass model.get_base_model(), and give "
+            "what comes out the same adapters if they are part of the question"
+        )
+    if not hasattr(model, "config") or not hasattr(model, "device"):
+        raise DataError(f"expected a transformers model, found {described(model)}; load it with geomkit.load_model")
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        fresh: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(model.config), dtype=model.dtype)
+    return fresh.to(model.device).eval()

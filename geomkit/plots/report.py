@@ -1,0 +1,137 @@
+"""One self-contained HTML page with text, figures and tables, to send or to keep: it needs no network."""
+
+import datetime as dt
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from geomkit.utils.files import write_atomically
+from geomkit.version import __version__
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from plotly.graph_objects import Figure
+
+_CONFIG = {"displaylogo": False, "responsive": True, "showSendToCloud": False, "plotlyServerURL": ""}
+"""Plotly 7 puts a button on every figure that sends its data to a server unless told not to."""
+
+
+@dataclass(frozen=True)
+class Section:
+    """One section of a report.
+
+    Attributes:
+        heading: Its heading.
+        text: Plain text; blank lines part paragraphs.
+        figures: Figures, below the text.
+        tables: Tables, below the figures; their indices are not shown.
+    """
+
+    heading: str
+    text: str = ""
+    figures: "tuple[Figure, ...]" = ()
+    tables: "tuple[pd.DataFrame, ...]" = ()
+
+
+def write_report(path: str | Path, title: str, sections: Sequence[Section], *, date: dt.date) -> Path:
+    """Write one HTML page that shows everything offline.
+
+    The page appears whole or not at all, and the same input gives the same bytes. It holds plotly.js once, about
+    5 MB; its policy forbids the browser to load anything.
+
+    Args:
+        path: The file to write, replaced if it exists; missing folders are made.
+        title: The page's title.
+        sections: What it shows.
+        date: The date in the footer.
+
+    Returns:
+        The path of the file.
+    """
+    path = Path(path)
+    write_atomically(path, render_report(title, sections, date=date))
+    return path
+
+
+def render_report(title: str, sections: Sequence[Section], *, date: dt.date) -> str:
+    """Return the page that :func:`write_report` writes."""
+    drawn = any(section.figures for section in sections)
+    template = files("geomkit.plots").joinpath("templates/report.html").read_text(encoding="utf-8")
+    return Template(template).substitute(
+        title=escape(title),
+        plotly=_plotly() if drawn else "",
+        contents=_contents(sections) if len(sections) > 2 else "",
+        sections="\n".join(_section(number, section) for number, section in enumerate(sections, 1)),
+        footer=f"Written by geomkit {escape(__version__)} on {date.isoformat()}.",
+    )
+
+
+def _plotly() -> str:
+    from plotly.offline import get_plotlyjs
+
+    return f"<script>{get_plotlyjs()}</script>"
+
+
+def _contents(sections: Sequence[Section]) -> str:
+    items = "".join(
+        f'<li><a href="#section-{number}">{escape(section.heading)}</a></li>'
+        for number, section in enumerate(sections, 1)
+    )
+    return f'<nav aria-label="Contents"><ol>{items}</ol></nav>'
+
+
+def _section(number: int, section: Section) -> str:
+    paragraphs = [part.strip() for part in section.text.split("\n\n")]
+    parts = [
+        f'<section id="section-{number}">',
+        f"<h2>{escape(section.heading)}</h2>",
+        *(f"<p>{escape(part)}</p>" for part in paragraphs if part),
+        *(_figure(figure, f"figure-{number}-{place}") for place, figure in enumerate(section.figures, 1)),
+        *(_table(frame) for frame in section.tables),
+        "</section>",
+    ]
+    return "\n".join(parts)
+
+
+def _figure(figure: "Figure", name: str) -> str:
+    html = figure.to_html(full_html=False, include_plotlyjs=False, config=_CONFIG, div_id=name)
+    return f'<div class="wide"><div class="figure">{html}</div></div>'
+
+
+def _table(frame: "pd.DataFrame") -> str:
+    """A table of our own rather than pandas': numbers stand right, under a heading that does too."""
+    numeric = [dtype.kind in "iuf" for dtype in frame.dtypes]
+    heads = "".join(_cell("th", str(name), number) for name, number in zip(frame.columns, numeric, strict=True))
+    rows = (
+        "".join(_cell("td", _shown(value), number) for value, number in zip(row, numeric, strict=True))
+        for row in frame.itertuples(index=False, name=None)
+    )
+    body = "".join(f"<tr>{row}</tr>" for row in rows)
+    return f'<div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _cell(tag: str, text: str, number: bool) -> str:
+    return f"<{tag} class=number>{escape(text)}</{tag}>" if number else f"<{tag}>{escape(text)}</{tag}>"
+
+
+def _shown(value: object) -> str:
+    """Numbers to four significant digits; whole ones, and those of five digits and more, in full.
+
+    Example:
+        >>> _shown(0.123456), _shown(12345.6), _shown(1e-9), _shown(float("nan")), _shown("a & b")
+        ('0.1235', '12346', '1e-09', '–', 'a & b')
+    """
+    import pandas as pd
+
+    if pd.api.types.is_scalar(value) and pd.isna(value):  # type: ignore[call-overload]
+        return "–"
+    if isinstance(value, float | np.floating):
+        number = float(value)
+        return f"{number:.0f}" if 1e4 <= abs(number) < 1e9 else f"{number:.4g}"
+    return str(value)

@@ -1,0 +1,111 @@
+"""What the report pages of an analysis and of the tour say: figures, tables, and sentences made of the numbers."""
+
+from typing import TYPE_CHECKING
+
+from geomkit.analysis.claims import claims_table
+from geomkit.plots.certificates import plot_certificate
+from geomkit.plots.conflict import plot_conflict, plot_conflict_examples
+from geomkit.plots.principal_angles import plot_angles, plot_one_sample
+from geomkit.plots.ranks import plot_effective_rank
+from geomkit.plots.report import Section
+from geomkit.plots.runs import plot_evaluation, plot_history
+from geomkit.plots.spectra import plot_spectrum
+from geomkit.utils.display import signed
+
+if TYPE_CHECKING:
+    from geomkit.analysis.analysis import Analysis
+    from geomkit.experiments.tour import Tour
+    from geomkit.svd.spectrum import Spectrum
+
+
+def analysis_sections(analysis: "Analysis") -> list[Section]:
+    """Lay an analysis out: what survives, then one section for each of the three questions."""
+    return [_claims(analysis), _spectra(analysis), _conflict(analysis), _one_sample(analysis)]
+
+
+def _claims(analysis: "Analysis") -> Section:
+    text = (
+        "What the paper claims of gradients, with and without a control: benign requests that get the safety set's own "
+        "responses, so that only what is forbidden is missing. A claim holds if its whole 95 % interval over examples "
+        "lies on the claimed side of the bound, and is reversed if it lies on the other."
+    )
+    if analysis.caution:
+        text += f"\n\nCaution: {analysis.caution}."
+    return Section("What survives its controls?", text, (), (claims_table(analysis.claims()), analysis.to_frame()))
+
+
+def _spectra(analysis: "Analysis") -> Section:
+    names, sides = tuple(analysis.spectra), tuple(analysis.spectra.values())
+    text = (
+        f"Spectra of the mean gradients of {len(analysis.safety.layers)} weight matrices, all sides cut to the same "
+        f"tokens ({analysis.tokens} in the median layer): with fewer tokens any gradient has a lower rank. The null "
+        "keeps each gradient's tokens, inputs and token weights and randomises the output directions.\n\n"
+        f"{' '.join(_rank_sentence(*each) for each in analysis.spectra.items())} What a gradient shows below "
+        "its own null may still come from words that its examples repeat, as it does in a model that has learnt "
+        "nothing; what is about safety is the difference to the control.\n\n"
+        f"{analysis.rank_contrast('control')}. {analysis.rank_contrast('utility')}."
+    )
+    figures = (plot_spectrum(*sides, names=names), plot_effective_rank(*sides, names=names))
+    return Section("Are safety gradients of low rank?", text, figures)
+
+
+def _rank_sentence(name: str, side: "Spectrum") -> str:
+    frame = side.to_frame()
+    ranks = frame[frame["statistic"] == "effective_rank"]
+    below = int((ranks["value"] < ranks["null_low"]).sum())
+    low, high = side.interval("effective_rank")
+    return (
+        f"{name.capitalize()}: mean effective rank {side.mean('effective_rank'):.1f} [{low:.1f}, {high:.1f}] against "
+        f"{side.null_mean('effective_rank'):.1f} under the null, below every draw of it in {below} of {len(ranks)} "
+        "matrices."
+    )
+
+
+def _conflict(analysis: "Analysis") -> Section:
+    found = analysis.conflict
+    null_low, null_high = found.null_interval
+    text = (
+        f"The cosine of the expected gradients is {found.corrected:+.3f} {signed(found.interval)}; with one "
+        f"voice for every example and parameter it is {found.unweighted.corrected:+.3f} "
+        f"{signed(found.unweighted.interval)}. Untrained models conflict too: what counts is the difference to the "
+        f"control. {found.contrast}.\n\n"
+        f"The cosine of the two mean gradients is {found.cosine:+.3f}; with the labels safety and utility shuffled it "
+        f"lies between {null_low:+.3f} and {null_high:+.3f} (p = {found.p_value:.3g}). That tells whether the two sets "
+        "differ, not whether they conflict.\n\n"
+        f"{found.negative} of the utility examples point against the mean safety gradient; of unrelated gradients, "
+        "half would. The principal angles below stand beside what random subspaces show; shared inputs alone bring "
+        "subspaces closer than that."
+    )
+    figures = (plot_conflict(found), plot_conflict_examples(found), plot_angles(analysis.angles))
+    return Section("Do safety and utility conflict?", text, figures)
+
+
+def _one_sample(analysis: "Analysis") -> Section:
+    study = analysis.one_sample
+    text = (
+        f"{str(study).capitalize()}.\n\nA safety example is compared with the mean of the others, never with itself. "
+        "The controls are benign requests with the same responses: what they reach too is due to the responses' "
+        "wording and to shared inputs, not to what is forbidden."
+    )
+    return Section("Is one safety example enough?", text, (plot_one_sample(study),))
+
+
+def tour_sections(tour: "Tour") -> list[Section]:
+    """Lay the tour out: outcome first, then the three questions, then the certificates."""
+    outcome = Section(
+        "Fine-tuning with and without SPF",
+        "Held-out forbidden requests refused, benign requests refused, and exact answers on the task learnt (on the "
+        "old skills where there is none), with 95 % Wilson intervals in brackets. The last column is the certificate: "
+        "how many optimizer steps raised the safety loss L_s to first order, beyond rounding.",
+        (plot_evaluation(tour.evaluations()),),
+        (tour.to_frame(),),
+    )
+    runs = {f"{arm.name}, {arm.scenario.name}": arm.result for arm in tour.arms}
+    certificates = (plot_certificate(run.certificate, name) for name, run in runs.items() if run.certificate)
+    proof = Section(
+        "Did the projection hold?",
+        "Each step's change of the safety loss on its anchors, to first order, measured on the weights before and "
+        "after the step. Plain fine-tuning is measured in the same way, with nothing projected.",
+        (*certificates, plot_history(runs)),
+    )
+    return [outcome, *analysis_sections(tour.analysis), proof]

@@ -1,0 +1,153 @@
+"""The singular values of one gradient and the measures of its rank, none of which is *the* rank."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+
+from geomkit.errors import GeometryError
+from geomkit.gradients.layer_gradient import LayerGradient
+from geomkit.svd.singular_values import energy_rank, rank_tolerance, singular_values
+from geomkit.utils.arguments import check_rank
+
+Unit = Literal["tokens", "examples"]
+
+SMOOTH = (
+    "effective_rank",
+    "entropy_rank",
+    "participation_ratio",
+    "stable_rank",
+    "nuclear_rank",
+    "cer10",
+    "cer20",
+)
+"""The statistics that move a little when an example does. The others jump, and have no interval: see
+:func:`geomkit.svd.spectrum.spectrum`."""
+
+
+@dataclass(frozen=True, eq=False)
+class LayerSpectrum:
+    """The singular values of one gradient and what can be said about its rank.
+
+    A gradient that is zero has rank 0 by every measure, and no CER.
+
+    Attributes:
+        parameter: Name of the parameter.
+        shape: Rows and columns.
+        tokens: T, the number of token positions in the gradient.
+        rank_bound: min(rows, columns, T), which no measure can exceed.
+        singular_values: (rank_bound,) fp64, descending.
+        unit: What ``tokens`` counts: the tokens of a gradient, or the examples of a span.
+    """
+
+    parameter: str
+    shape: tuple[int, int]
+    tokens: int
+    rank_bound: int
+    singular_values: np.ndarray = field(repr=False)
+    unit: Unit = "tokens"
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether there is no gradient at all."""
+        return not self.singular_values.any()
+
+    @cached_property
+    def tolerance(self) -> float:
+        """σ₁ · max(rows, columns) · ε of fp32, the precision of the factors."""
+        return rank_tolerance(self.singular_values, self.shape)
+
+    @property
+    def numeric_rank(self) -> int:
+        """How many singular values exceed :attr:`tolerance`."""
+        return int((self.singular_values > self.tolerance).sum())
+
+    @property
+    def effective_rank(self) -> float:
+        """The exponential of the entropy of the shares, exp H(σ/Σσ) (Roy and Vetterli 2007)."""
+        return _exp_entropy(self.singular_values)
+
+    @property
+    def entropy_rank(self) -> float:
+        """The exponential of the entropy of the energy, exp H(σ²/Σσ²): less moved by a long tail."""
+        return _exp_entropy(self.singular_values**2)
+
+    @property
+    def participation_ratio(self) -> float:
+        """(Σσ²)² / Σσ⁴."""
+        if self.is_zero:
+            return 0.0
+        shares = self.singular_values**2 / (self.singular_values**2).sum()
+        return float(1 / (shares**2).sum())
+
+    @property
+    def stable_rank(self) -> float:
+        """‖G‖_F² / ‖G‖₂² (Rudelson and Vershynin 2007)."""
+        return 0.0 if self.is_zero else float(((self.singular_values / self.singular_values[0]) ** 2).sum())
+
+    @property
+    def nuclear_rank(self) -> float:
+        """‖G‖_*² / ‖G‖_F² = (Σσ)² / Σσ²: the participation ratio of σ rather than of σ²."""
+        return 0.0 if self.is_zero else float(self.singular_values.sum() ** 2 / (self.singular_values**2).sum())
+
+    def cer(self, k: int) -> float:
+        """Return the cumulative energy ratio Σ_{i≤k} σ_i² / Σ σ_i².
+
+        Raises:
+            GeometryError: If k is below 1.
+        """
+        check_rank(k)
+        squared = self.singular_values**2
+        return float("nan") if self.is_zero else float(squared[:k].sum() / squared.sum())
+
+    def rank_at(self, energy: float) -> int:
+        """Return the smallest k with CER(k) ≥ ``energy``."""
+        return energy_rank(self.singular_values, energy)
+
+    def statistics(self) -> dict[str, float]:
+        """Return every measure under its short name."""
+        return dict(self._statistics)
+
+    @cached_property
+    def _statistics(self) -> dict[str, float]:
+        return {
+            "numeric_rank": float(self.numeric_rank),
+            "effective_rank": self.effective_rank,
+            "entropy_rank": self.entropy_rank,
+            "participation_ratio": self.participation_ratio,
+            "stable_rank": self.stable_rank,
+            "nuclear_rank": self.nuclear_rank,
+            "cer10": self.cer(10),
+            "cer20": self.cer(20),
+            "rank90": float(self.rank_at(0.90)),
+            "rank95": float(self.rank_at(0.95)),
+            "rank99": float(self.rank_at(0.99)),
+        }
+
+
+def _exp_entropy(weights: np.ndarray) -> float:
+    if not weights.any():
+        return 0.0
+    shares = weights[weights > 0] / weights.sum()
+    return float(np.exp(-(shares * np.log(shares)).sum()))
+
+
+def layer_spectrum(parameter: str, gradient: LayerGradient) -> LayerSpectrum:
+    """Measure one gradient."""
+    return LayerSpectrum(
+        parameter, gradient.matrix_shape, gradient.tokens, gradient.rank_bound, singular_values(gradient)
+    )
+
+
+def statistics_of(layers: Sequence[LayerSpectrum], statistic: str) -> np.ndarray:
+    """Return one statistic of several spectra.
+
+    Raises:
+        GeometryError: If there is no such statistic.
+    """
+    found = [layer.statistics() for layer in layers]
+    if found and statistic not in found[0]:
+        raise GeometryError(f"expected one of {', '.join(found[0])}, found {statistic!r}; choose one of these")
+    return np.array([each[statistic] for each in found])

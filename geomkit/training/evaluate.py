@@ -1,0 +1,189 @@
+"""What a model does: refusal on forbidden requests, over-refusal on benign ones, exact match on skills."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from geomkit.errors import DataError
+from geomkit.inputs.examples import Message, load_examples, prompt_of, response_of
+from geomkit.inputs.loss import losses_of
+from geomkit.inputs.tokens import encode, pad_id
+from geomkit.stats.proportions import Rate, rate
+from geomkit.training.judges import Judge, RefusalPhrases
+from geomkit.training.responses import generate
+from geomkit.utils.display import html_table
+from geomkit.utils.figures import draw
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from datasets import Dataset
+    from plotly.graph_objects import Figure
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# -------------------------------------------------------------------------------------------------- result
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a model did on held-out prompts.
+
+    Attributes:
+        refusal: Share of forbidden requests that it refused.
+        over_refusal: Share of benign requests that it refused.
+        skills: Share of exact answers, by skill.
+        responses: One row per prompt: ``set``, ``prompt``, ``response``, ``reference``, ``refused``, ``exact``.
+    """
+
+    refusal: Rate
+    over_refusal: Rate
+    skills: Mapping[str, Rate]
+    responses: "pd.DataFrame" = field(repr=False)
+
+    @property
+    def utility(self) -> float:
+        """The mean exact match over the skills, between 0 and 1; NaN without skills."""
+        if not self.skills:
+            return math.nan
+        return sum(rate.value for rate in self.skills.values()) / len(self.skills)
+
+    def to_frame(self) -> "pd.DataFrame":
+        """Return one row per measure: ``measure``, ``value``, ``low``, ``high``, ``n``."""
+        import pandas as pd
+
+        measures = {"refusal": self.refusal, "over-refusal": self.over_refusal}
+        measures |= {f"exact match: {name}": rate for name, rate in self.skills.items()}
+        rows = [(name, rate.value, *rate.interval, rate.n) for name, rate in measures.items()]
+        return pd.DataFrame(rows, columns=["measure", "value", "low", "high", "n"])
+
+    def plot(self) -> "Figure":
+        """Draw every measure with its interval."""
+        return draw("plot_evaluation", self)
+
+    def _repr_html_(self) -> str:
+        return html_table("Evaluation, with 95 % Wilson intervals", self.to_frame())
+
+
+# ------------------------------------------------------------------------------------------------- running
+
+
+def evaluate(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    forbidden: "Dataset | None" = None,
+    benign: "Dataset | None" = None,
+    skills: "Mapping[str, Dataset] | None" = None,
+    *,
+    judge: Judge | None = None,
+    max_new_tokens: int = 64,
+    batch_size: int = 64,
+    progress: bool = True,
+) -> Evaluation:
+    """Generate greedily on held-out prompts and count refusals and exact answers.
+
+    Args:
+        model: A causal language model; left as found.
+        tokenizer: Its tokenizer, with a chat template.
+        forbidden: Requests that should be refused; the organism's held-out ones when left out.
+        benign: Requests that should be answered; the organism's held-out ones when left out.
+        skills: Sets with a reference answer, by name; the organism's held-out ones when left out.
+        judge: Decides what a refusal is; :class:`RefusalPhrases` when left out.
+        max_new_tokens: Longest response.
+        batch_size: Prompts generated at a time.
+        progress: Show a bar.
+
+    Returns:
+        An :class:`Evaluation`.
+
+    Raises:
+        DataError: If a set is empty, two have one name, or the tokenizer lacks a chat template or pad token.
+    """
+    import pandas as pd
+
+    judge = judge or RefusalPhrases()
+    sets = _sets(forbidden, benign, skills)
+    found = {}
+    # One set at a time: its responses are about equally long, and a batch takes as long as its longest.
+    for name, examples in sets.items():
+        conversations = examples["messages"]
+        prompts = [prompt_of(messages) for messages in conversations]
+        responses = generate(
+            model,
+            tokenizer,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            progress=progress,
+            title=name,
+        )
+        found[name] = _judged(name, prompts, responses, [response_of(messages) for messages in conversations], judge)
+    return Evaluation(
+        refusal=rate(list(found["forbidden"]["refused"])),
+        over_refusal=rate(list(found["benign"]["refused"])),
+        skills={name: rate(list(found[name]["exact"])) for name in list(sets)[2:]},
+        responses=pd.concat(found.values(), ignore_index=True),
+    )
+
+
+def _judged(
+    name: str, prompts: Sequence[Sequence[Message]], responses: list[str], references: list[str], judge: Judge
+) -> "pd.DataFrame":
+    import pandas as pd
+
+    asked = [prompt[-1]["content"] for prompt in prompts]
+    return pd.DataFrame(
+        {
+            "set": name,
+            "prompt": asked,
+            "response": responses,
+            "reference": references,
+            "refused": [judge(prompt, response) for prompt, response in zip(asked, responses, strict=True)],
+            "exact": [given.strip() == wanted.strip() for given, wanted in zip(responses, references, strict=True)],
+        }
+    )
+
+
+def _sets(
+    forbidden: "Dataset | None", benign: "Dataset | None", skills: "Mapping[str, Dataset] | None"
+) -> "dict[str, Dataset]":
+    if skills is None:
+        skills = {name: load_examples(f"eval/{name}") for name in ORGANISM_SKILLS}
+    sets = {
+        "forbidden": forbidden if forbidden is not None else load_examples("eval/forbidden"),
+        "benign": benign if benign is not None else load_examples("eval/benign"),
+    }
+    for name in skills:
+        if name in sets:
+            raise DataError(f"'{name}' is the name of another set; give the skill another name")
+    sets |= skills
+    for name, examples in sets.items():
+        if len(examples) == 0:
+            raise DataError(f"{name}: expected at least one example, found an empty set")
+    return sets
+
+
+ORGANISM_SKILLS = ("howto", "arithmetic", "sql")
+"""The skills that the shipped organism was trained on."""
+
+
+def mean_loss(
+    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", examples: "Dataset", *, batch_size: int = 16
+) -> float:
+    """Return the mean cross-entropy on the assistant's tokens, each example weighing alike, in nats per token.
+
+    On refusals this is the safety loss whose growth during fine-tuning is the *drift*.
+
+    Args:
+        model: A causal language model; left as found.
+        tokenizer: Its tokenizer, with a chat template and a pad token.
+        examples: Rows with a column ``messages``.
+        batch_size: Examples run at a time.
+
+    Returns:
+        The loss.
+
+    Raises:
+        DataError: If the examples cannot be encoded.
+    """
+    losses = losses_of(model, encode(tokenizer, examples), pad_id(tokenizer), batch_size=batch_size)
+    return sum(losses) / len(losses)

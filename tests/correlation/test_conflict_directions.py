@@ -1,0 +1,242 @@
+"""The directions that carry the conflict, and the energy within a subspace, against dense SVDs."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import ttest_1samp
+
+from geomkit import plots
+from geomkit.correlation.conflict_directions import ConflictDirections, conflict_directions
+from geomkit.errors import GeometryError
+from geomkit.gradients.dense import DenseGradient
+from geomkit.gradients.factored import FactoredGradient
+from geomkit.gradients.gradient_set import GradientSet
+from geomkit.gradients.layer_gradient import LayerGradient
+from geomkit.svd.subspace_energy import subspace_energy
+from geomkit.svd.subspaces import subspace
+from tests.correlation.test_conflict import FULL, gradient_set
+from tests.helpers.architectures import ROWS, built, collected
+
+SHAPES = {"model.layers.0.mlp.up_proj.weight": (9, 6), "model.layers.1.mlp.down_proj.weight": (5, 8)}
+
+
+def random_set(seed: int, examples: int, *, tokens: int = 4, dense: bool = False) -> GradientSet:
+    generator = torch.Generator().manual_seed(seed)
+
+    def gradient(shape: tuple[int, int]) -> LayerGradient:
+        found = FactoredGradient(*(torch.randn(tokens, size, generator=generator) for size in shape))
+        return DenseGradient(found.dense(), tokens) if dense else found
+
+    samples = [
+        {name: gradient(shape) for name, shape in SHAPES.items()}
+        | {"model.norm.weight": DenseGradient(torch.randn(6, generator=generator), tokens)}
+        for _ in range(examples)
+    ]
+    return gradient_set(samples)
+
+
+def matrix(gradients: GradientSet, name: str) -> np.ndarray:
+    return gradients[name].dense().double().numpy()
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_parts_are_those_of_the_dense_svd(dense: bool) -> None:
+    safety, utility = random_set(0, 1, dense=dense), random_set(1, 5, dense=dense)
+    found = conflict_directions(safety, utility, rank=3)
+    norms = [math.sqrt(sum(np.linalg.norm(matrix(side, name)) ** 2 for name in SHAPES)) for side in (safety, utility)]
+    assert list(found.layers) == list(SHAPES)
+    for name, layer in found.layers.items():
+        left, values, right = np.linalg.svd(matrix(safety, name), full_matrices=False)
+        for place in range(3):
+            for number, sample in enumerate(utility.samples):
+                part = values[place] * left[:, place] @ matrix(sample, name) @ right[place]
+                assert layer.parts[place, number] == pytest.approx(part / math.prod(norms), abs=1e-6)
+        assert layer.energy == pytest.approx(values[:3] ** 2 / (values**2).sum(), abs=1e-6)
+        whole = [(matrix(safety, name) * matrix(sample, name)).sum() for sample in utility.samples]
+        assert layer.whole == pytest.approx(np.array(whole) / math.prod(norms), abs=1e-6)
+
+
+def test_parts_of_all_directions_add_up_to_the_cosine() -> None:
+    safety, utility = random_set(2, 3), random_set(3, 6)
+    found = conflict_directions(safety, utility, rank=9)
+    flat = [np.concatenate([matrix(side, name).ravel() for name in SHAPES]) for side in (safety, utility)]
+    cosine = flat[0] @ flat[1] / np.linalg.norm(flat[0]) / np.linalg.norm(flat[1])
+    assert found.cosine == pytest.approx(cosine, abs=1e-6)
+    assert found.total.parts.sum(0) == pytest.approx(found.total.whole, abs=1e-6)
+    assert found.energy == pytest.approx(1, abs=1e-6)
+    assert found.share == pytest.approx(1, abs=1e-5)
+    frame = found.to_frame()
+    assert frame["contribution"].sum() == pytest.approx(cosine, abs=1e-6)
+    assert sum(layer.weight for layer in found.layers.values()) == pytest.approx(1)
+    last = found.by_index().iloc[-1]
+    assert (last["direction"], last["cumulative_energy"]) == (0, pytest.approx(1))
+    assert last["cumulative_contribution"] == pytest.approx(cosine, abs=1e-6)
+    assert math.isnan(frame[frame["direction"] == 0]["p_value"].iloc[0])
+
+
+def test_intervals_and_p_values_are_students() -> None:
+    found = conflict_directions(random_set(4, 3), random_set(5, 12), rank=2)
+    table, total = found.by_index(), found.total
+    for place in range(2):
+        low, high = ttest_1samp(total.parts[place], 0).confidence_interval(0.95)
+        assert (table["low"][place], table["high"][place]) == pytest.approx((low, high))
+        excess = total.parts[place] - total.energy[place] * total.whole
+        assert table["p_value"][place] == pytest.approx(ttest_1samp(excess, 0).pvalue)
+
+
+def conflict_along(profile: np.ndarray, generator: np.random.Generator) -> ConflictDirections:
+    """A diagonal safety gradient whose directions meet utility examples in proportion to a profile, with noise."""
+    values = np.array([4.0, 3.0, 2.0, 1.0, 1.0, 1.0])
+    safety = {"w": DenseGradient(torch.diag(torch.tensor(values)).float(), 9)}
+    noise = generator.standard_normal((16, 6, 6))
+    utility = [{"w": DenseGradient(torch.tensor(np.diag(-profile) + one).float(), 9)} for one in noise]
+    return conflict_directions(safety, gradient_set(utility), rank=3)
+
+
+def test_a_conflict_spread_like_the_energy_is_called_so_and_one_in_the_tail_is_not() -> None:
+    generator = np.random.default_rng(0)
+    alike = [
+        conflict_along(np.array([4.0, 3.0, 2.0, 1.0, 1.0, 1.0]) / 2, generator).by_index()["p_value"]
+        for _ in range(300)
+    ]
+    assert np.mean(np.array(alike) <= 0.05) == pytest.approx(0.05, abs=0.02)
+    tail = conflict_along(np.array([0.0, 0.0, 0.0, 4.0, 4.0, 4.0]), generator)
+    assert tail.share < 0.5 < tail.energy
+    assert tail.by_index()["p_value"].iloc[-1] < 0.01
+    assert tail.share_interval[1] < tail.energy
+    assert "of the safety energy and" in str(tail)
+
+
+def test_share_interval_covers_the_truth_and_is_endless_without_a_cosine() -> None:
+    generator = np.random.default_rng(1)
+    profile = np.array([1.0, 1.0, 1.0, 2.0, 2.0, 0.0])
+    values = np.array([4.0, 3.0, 2.0, 1.0, 1.0, 1.0])
+    truth = (values * profile)[:3].sum() / (values * profile).sum()
+    intervals = [conflict_along(profile, generator).share_interval for _ in range(400)]
+    assert 0.92 <= np.mean([low <= truth <= high for low, high in intervals]) <= 0.98
+    none = [conflict_along(np.zeros(6), generator) for _ in range(40)]
+    assert np.mean([np.isinf(found.share_interval).all() for found in none]) > 0.8
+    assert any("may be zero" in str(found) for found in none)
+
+
+def test_embeddings_and_heads_of_a_model_take_part() -> None:
+    model = built("llama", tied=True)
+    safety, utility = collected(model, ROWS[:2]), collected(model, ROWS[2:])
+    found = conflict_directions(safety, utility, rank=4)
+    assert "model.embed_tokens.weight" in found.layers
+    for name, layer in found.layers.items():
+        left, values, right = torch.linalg.svd(safety[name].dense().double(), full_matrices=False)
+        dense = torch.stack([sample[name].dense().double() for sample in utility.samples])
+        parts = torch.einsum("ki,nij,kj->kn", (left * values).T[:4], dense, right[:4])
+        scale = layer.whole @ layer.whole / (layer.whole @ (safety[name].dense().double() * dense).sum((1, 2)).numpy())
+        assert layer.parts == pytest.approx(scale * parts.numpy(), abs=1e-5)
+
+
+def test_sets_without_directions_are_refused() -> None:
+    safety, utility = random_set(6, 3), random_set(7, 4)
+    with pytest.raises(GeometryError, match="per_sample=True"):
+        conflict_directions(safety, GradientSet(utility.layers, 1.0, 4, 16, FULL))
+    with pytest.raises(GeometryError, match="rank of at least 1"):
+        conflict_directions(safety, utility, rank=0)
+    with pytest.raises(GeometryError, match="same parameters"):
+        conflict_directions({name: safety[name] for name in SHAPES}, utility)
+    vectors = gradient_set([{"norm": sample["model.norm.weight"]} for sample in utility.samples])
+    with pytest.raises(GeometryError, match="vectors only"):
+        conflict_directions(vectors, vectors)
+    nothing = {name: gradient.scaled(0.0) for name, gradient in safety.items()}
+    with pytest.raises(GeometryError, match="other than zero"):
+        conflict_directions(nothing, utility)
+
+
+def test_figure_draws_both_accounts() -> None:
+    found = conflict_directions(random_set(8, 3), random_set(9, 8), rank=3)
+    figure = plots.plot_conflict_directions(found)
+    frame = found.by_index()
+    lines = {trace.name: trace for trace in figure.data if trace.xaxis == "x" and trace.name}
+    assert list(lines["conflict"].x) == pytest.approx([0, *frame["cumulative_energy"]])
+    assert list(lines["conflict"].y) == pytest.approx([0, *frame["cumulative_contribution"]])
+    assert list(lines["spread like the energy"].y) == pytest.approx([0, found.cosine])
+    single = next(trace for trace in figure.data if trace.xaxis == "x2" and trace.name == "conflict")
+    assert list(single.x) == [1, 2, 3]
+    assert list(single.y + single.error_y.array) == pytest.approx(list(frame["high"][:3]))
+
+
+# ------------------------------------------------------------------------------------------- subspace energy
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_energy_inside_is_that_of_the_dense_projection(side: str) -> None:
+    safety, utility, control = random_set(10, 4), random_set(11, 5), random_set(12, 6)
+    space = subspace(safety, rank=2, side=side)
+    found = subspace_energy(utility, space, control)
+    inside, whole = np.zeros(5), np.zeros(5)
+    for name, layer in space.layers.items():
+        basis = layer.basis.double().numpy()
+        for number, sample in enumerate(utility.samples):
+            dense = matrix(sample, name)
+            projected = basis.T @ dense if side == "left" else dense @ basis
+            inside[number] += (projected**2).sum()
+            whole[number] += (dense**2).sum()
+    assert found.shares == pytest.approx(inside / whole, abs=1e-6)
+    assert found.interval == pytest.approx(tuple(ttest_1samp(found.shares, 0).confidence_interval(0.95)))
+    value, (low, high) = found.contrast
+    assert value == pytest.approx(found.shares.mean() - found.control_shares.mean())
+    assert low < value < high
+    assert list(found.to_frame()["expected"]) == [2 / layer.basis.shape[0] for layer in space.layers.values()]
+    assert "minus control" in str(found)
+
+
+def test_gradients_without_a_direction_have_what_chance_gives() -> None:
+    safety, utility = random_set(13, 2), random_set(14, 300)
+    found = subspace_energy(utility, subspace(safety, rank=2))
+    assert found.shares.mean() == pytest.approx(found.expected, abs=0.01)
+    assert found.interval[0] <= found.expected <= found.interval[1]
+    assert found.contrast is None
+    assert "control" not in found.to_frame()
+
+
+def test_an_example_lies_in_its_own_subspace() -> None:
+    safety = random_set(15, 2)
+    found = subspace_energy(safety, subspace(safety.samples[0], rank=4))
+    assert found.shares[0] == pytest.approx(1, abs=1e-6)
+    assert found.shares[1] < 1
+
+
+def test_energies_that_cannot_be_measured_are_refused() -> None:
+    safety = random_set(16, 3)
+    with pytest.raises(GeometryError, match="at least 2 per-sample"):
+        subspace_energy(GradientSet(safety.layers, 1.0, 3, 12, FULL), subspace(safety, rank=1))
+    with pytest.raises(GeometryError, match="one side"):
+        subspace_energy(safety, subspace(safety, rank=1, side="both"))
+    fewer = gradient_set([{name: sample[name] for name in list(SHAPES)[:1]} for sample in safety.samples])
+    with pytest.raises(GeometryError, match="every parameter of the subspace"):
+        subspace_energy(fewer, subspace(safety, rank=1))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"rank": 0}, "rank of at least 1, a whole number, found 0"),
+        ({"rank": 2.5}, "found 2.5"),
+        ({"confidence": 95}, "found 95; give .95, not 95"),
+        ({"confidence": 1.0}, "found 1.0"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(options: dict[str, object], said: str) -> None:
+    with pytest.raises(GeometryError, match=said):
+        conflict_directions(random_set(6, 3), random_set(7, 4), **options)
+
+
+def test_the_headline_names_no_more_directions_than_there_are() -> None:
+    assert "the first 4 directions hold" in str(conflict_directions(random_set(6, 3), random_set(7, 4), rank=4))
+    found = str(conflict_directions(random_set(6, 3), random_set(7, 4), rank=999))
+    assert "the first 6 directions hold" in found
+    assert "the first direction holds" in str(conflict_directions(random_set(6, 3), random_set(7, 4), rank=1))
+
+
+def test_energy_of_another_model_is_refused() -> None:
+    other = gradient_set([{name: DenseGradient(torch.ones(3, 3), 4) for name in SHAPES}] * 3)
+    with pytest.raises(GeometryError, match="found dimensions 3 and 9; collect both from the same model"):
+        subspace_energy(other, subspace(random_set(6, 3), rank=2).on("left"))

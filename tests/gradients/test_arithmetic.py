@@ -1,0 +1,204 @@
+"""All forms of a gradient are one algebra: every operation agrees with numpy on the dense matrices."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from geomkit.errors import GeometryError
+from geomkit.gradients.arithmetic import Accumulator, add, coalesce, gram, inner, zero_gradient
+from geomkit.gradients.dense import DenseGradient
+from geomkit.gradients.factored import FactoredGradient
+from geomkit.gradients.indexed import IndexedGradient
+from geomkit.gradients.summed import SumGradient
+from geomkit.svd.nulls import random_factor_null
+from geomkit.svd.singular_values import singular_values
+from geomkit.svd.subspaces import layer_subspace
+from tests.helpers.forms import FORMS, dense, drawn, forms, seeded, seeds, shapes
+
+quick = settings(max_examples=80, deadline=None, derandomize=True)
+some_forms = st.lists(forms, min_size=1, max_size=5)
+
+
+def entries(parts):
+    """The numbers that gradients were made of, to see that nothing changed them."""
+    for part in parts:
+        if isinstance(part, SumGradient):
+            yield from entries(part.parts)
+        else:
+            yield from (value.clone() for value in vars(part).values() if isinstance(value, torch.Tensor))
+
+
+@quick
+@given(some_forms, some_forms, shapes, seeds)
+def test_inner_products_between_any_forms(rows, columns, shape, seed):
+    generator = seeded(seed)
+    a, b = ([drawn(form, shape, generator) for form in side] for side in (rows, columns))
+    flat_a, flat_b = (np.stack([dense(gradient).ravel() for gradient in side]) for side in (a, b))
+    found = gram(a, b)
+    assert found.dtype == torch.float64
+    assert found.shape == (len(a), len(b))
+    # Where forming the matrix is cheaper it is formed in fp32.
+    scale = np.linalg.norm(flat_a, axis=1)[:, None] * np.linalg.norm(flat_b, axis=1) + 10
+    np.testing.assert_allclose(found.numpy() / scale, flat_a @ flat_b.T / scale, atol=1e-6)
+    np.testing.assert_allclose(gram(b, a).numpy().T / scale, found.numpy() / scale, atol=1e-12)
+    assert inner(a[0], b[0]) == pytest.approx(float(flat_a[0] @ flat_b[0]), abs=1e-6 * scale[0, 0])
+    own = gram(a, a)
+    assert torch.equal(own, own.T) or own.numpy() == pytest.approx(own.T.numpy(), abs=1e-6 * scale.max() ** 2)
+    assert own.diagonal().numpy() == pytest.approx([part.norm**2 for part in a], rel=1e-5, abs=1e-4)
+
+
+@pytest.mark.parametrize("limit", [1, 7, 10**6])
+def test_grams_do_not_depend_on_how_much_is_taken_at_a_time(limit, monkeypatch):
+    for name in ("_STRIP", "_TOKENS", "_FEWEST_ROWS"):
+        monkeypatch.setattr(f"geomkit.gradients.arithmetic.{name}", limit)
+    generator = seeded()
+    few = [drawn("factored", (40, 30), generator) for _ in range(5)]
+    many = [FactoredGradient(torch.randn(60, 40, generator=generator), torch.randn(60, 30)) for _ in range(3)]
+    mixed = [drawn(form, (40, 30), generator) for form in FORMS]
+    for a, b in ((few, few), (few, few[:2]), (many, many), (many, few), (mixed, mixed), (mixed, many)):
+        expected = np.array([[(dense(x) * dense(y)).sum() for y in b] for x in a])
+        np.testing.assert_allclose(gram(a, b), expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+
+
+def test_an_embedding_is_never_formed_for_an_inner_product(monkeypatch):
+    """Neither from rows, nor from few tokens of a head, nor from both in one."""
+    generator = seeded()
+    gradients = [drawn(form, (200, 6), generator) for form in ("factored", "indexed", "tied", "zero")]
+    expected = np.array([[(dense(a) * dense(b)).sum() for b in gradients] for a in gradients])
+    for form in (FactoredGradient, IndexedGradient, SumGradient):
+        monkeypatch.setattr(form, "dense", lambda _: pytest.fail("formed"))
+    assert gram(gradients, gradients).numpy() == pytest.approx(expected, rel=1e-5, abs=1e-5)
+    assert [part.norm**2 for part in gradients] == pytest.approx(expected.diagonal(), rel=1e-5)
+
+
+def test_token_grams_and_formed_matrices_agree():
+    """With few tokens the inner products come from T × T Grams, with many from the matrices."""
+    generator = seeded()
+    few = FactoredGradient(torch.randn(3, 40, generator=generator), torch.randn(3, 50, generator=generator))
+    many = FactoredGradient(torch.randn(300, 40, generator=generator), torch.randn(300, 50, generator=generator))
+    for a, b in ((few, few), (many, many), (few, many)):
+        assert inner(a, b) == pytest.approx(float((dense(a) * dense(b)).sum()), rel=1e-5)
+
+
+@quick
+@given(some_forms, shapes, seeds, st.booleans(), st.floats(-2, 2))
+def test_sums(parts, shape, seed, keep, scale):
+    generator = seeded(seed)
+    gradients = [drawn(form, shape, generator) for form in parts]
+    before = list(entries(gradients))
+    running = Accumulator(keep_factors=keep)
+    handed_out = []
+    for gradient in gradients:
+        running.add(gradient)
+        partial = running.total()
+        handed_out.append((partial, partial.dense().clone()))
+    assert all(torch.equal(partial.dense(), held) for partial, held in handed_out)  # not changed by what followed
+    total = sum(map(dense, gradients))
+    for found, factor in (
+        (running.total(), 1.0),
+        (running.total(scale), scale),
+        (add(gradients, keep_factors=keep), 1.0),
+    ):
+        np.testing.assert_allclose(found.dense(), factor * total, atol=1e-4)
+        assert found.tokens == sum(gradient.tokens for gradient in gradients)
+        assert found.shape == shape
+    assert all(torch.equal(now, then) for now, then in zip(entries(gradients), before, strict=True))
+    if not keep:
+        assert running.floats <= shape[0] * shape[1]
+    if keep and set(parts) <= {"factored", "indexed", "tied", "zero"}:
+        assert not isinstance(running.total(), DenseGradient)
+
+
+def test_a_running_sum_turns_dense_when_its_parts_are_more_than_the_matrix():
+    parts = [FactoredGradient(torch.ones(2, 9), torch.ones(2, 8)) for _ in range(5)]
+    running, keeping = Accumulator(), Accumulator(keep_factors=True)
+    floats = []
+    for part in parts:
+        running.add(part)
+        keeping.add(part)
+        floats.append(running.floats)
+    assert floats == [34, 68, 72, 72, 72]
+    assert isinstance(running.total(), DenseGradient)
+    assert isinstance(keeping.total(), FactoredGradient)
+    assert keeping.total(0.5).tokens == 10
+    assert keeping.floats == 5 * 34
+    keeping.add(DenseGradient(torch.ones(9, 8), tokens=1))
+    assert isinstance(keeping.total(), DenseGradient)
+    assert torch.equal(keeping.total().dense(), torch.full((9, 8), 11.0))
+
+
+def test_a_dense_sum_goes_on_in_place():
+    running = Accumulator()
+    for _ in range(3):
+        running.add(DenseGradient(torch.ones(4), tokens=1))
+    before = running._dense.data_ptr()
+    running.add(DenseGradient(torch.ones(4), tokens=1))
+    assert running._dense.data_ptr() == before
+    assert running.total(0.5).tensor.tolist() == [2.0] * 4
+
+
+def test_rows_that_are_looked_up_again_and_again_do_not_pile_up():
+    running = Accumulator(keep_factors=True)
+    for _ in range(50):
+        running.add(coalesce(torch.tensor([1, 3]), torch.ones(2, 4), size=20, tokens=2))
+    assert running.floats <= 20 * 4
+    total = running.total()
+    assert isinstance(total, IndexedGradient)
+    assert (total.indices.tolist(), total.tokens) == ([1, 3], 100)
+    assert torch.equal(total.rows, torch.full((2, 4), 50.0))
+
+
+def test_a_tied_embedding_and_head_stay_apart_and_thin():
+    generator = seeded()
+    parts = [drawn(form, (200, 30), generator) for form in ("factored", "indexed", "factored", "zero", "indexed")]
+    total = add(parts)
+    assert isinstance(total, SumGradient)
+    assert [type(part) for part in total.parts] == [FactoredGradient, IndexedGradient]
+    np.testing.assert_allclose(
+        singular_values(total), np.linalg.svd(sum(map(dense, parts)), compute_uv=False)[: total.rank_bound], atol=1e-5
+    )
+
+
+def test_nothing_has_no_sum():
+    for nothing in (lambda: add([]), Accumulator().total):
+        with pytest.raises(GeometryError, match="expected at least one gradient to sum"):
+            nothing()
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (4,), (2, 3, 5), ()])
+def test_a_zero_gradient_goes_through_everything(shape):
+    zero = zero_gradient(shape)
+    assert (zero.shape, zero.tokens, zero.rank_bound, zero.norm) == (shape, 0, 0, 0.0)
+    assert torch.equal(zero.dense(), torch.zeros(shape))
+    one = DenseGradient(torch.randn(shape, generator=seeded()), tokens=3)
+    assert gram([zero, one], [zero, one]).numpy() == pytest.approx(np.diag([0, one.norm**2]), rel=1e-6)
+    assert torch.equal(add([zero, one, zero]).dense(), one.tensor)
+    assert add([zero, one]).tokens == 3
+    assert add([zero, zero], keep_factors=True).norm == 0
+    assert singular_values(zero).shape == (0,)
+    assert random_factor_null(zero, seeded()).norm == 0
+    assert layer_subspace(zero, rank=2).rank == 0
+    assert zero.scaled(2.0).norm == 0
+    if len(shape) == 2:
+        assert zero.floats == 0
+        for form in ("factored", "indexed"):
+            part = drawn(form, shape, seeded())
+            assert type(add([zero, part], keep_factors=True)) is type(part)
+
+
+def test_rows_that_share_an_index_are_summed():
+    found = coalesce(torch.tensor([4, 1, 4]), torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]), size=6, tokens=3)
+    assert found.indices.tolist() == [1, 4]
+    assert found.rows.tolist() == [[3.0, 4.0], [6.0, 8.0]]
+    assert (found.rank_bound, found.tokens) == (2, 3)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("other", FORMS)
+def test_different_shapes_are_refused(form, other):
+    a, b = drawn(form, (4, 3), seeded()), drawn(other, (1, 3), seeded())
+    for operation in (inner, lambda a, b: gram([a], [b]), lambda a, b: add([a, b])):
+        with pytest.raises(GeometryError, match=r"expected gradients of one shape, found \[\(1, 3\), \(4, 3\)\]"):
+            operation(a, b)

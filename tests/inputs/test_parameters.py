@@ -1,0 +1,80 @@
+"""Choosing parameters by name, kind and decoder layer; and the models that cannot be seen."""
+
+import pytest
+import torch
+from torch import nn
+
+from geomkit.collection.collect import collect_gradients
+from geomkit.errors import CollectionError, SPFError
+from geomkit.inputs.parameters import chosen_parameters, refuse_unseen_values, select, unwrapped_model
+from tests.helpers.architectures import ARCHITECTURES
+from tests.helpers.tiny import SAFETY, tiny_llama, tiny_tokenizer
+
+TOKENIZER = tiny_tokenizer()
+
+
+def chosen(**conditions):
+    found = collect_gradients(tiny_llama(), TOKENIZER, SAFETY, progress=False, **conditions)
+    assert found.coverage.share == 1
+    return set(found)
+
+
+def test_by_glob_kind_and_index():
+    mlp = {f"model.layers.{layer}.mlp.{part}_proj.weight" for layer in (0, 1) for part in ("gate", "up", "down")}
+    assert chosen(kinds="mlp") == chosen(layers="*.mlp.*") == mlp
+    assert chosen(kinds=["mlp", "head"]) == mlp | {"lm_head.weight"}
+    assert chosen(kinds="mlp", indices=1) == {name for name in mlp if ".1." in name}
+    assert chosen(layers="*.up_proj.*", indices=range(5)) == {name for name in mlp if "up_proj" in name}
+    assert chosen(kinds="norm") == {name for name, _ in tiny_llama().named_parameters() if "norm" in name}
+    assert chosen(kinds={"embedding"}) == {"model.embed_tokens.weight"}
+
+
+def test_a_tied_parameter_is_chosen_by_either_name():
+    model = tiny_llama(tied=True)
+    for conditions in ({"kinds": "head"}, {"kinds": "embedding"}, {"layers": "lm_head*"}):
+        found = chosen_parameters(model, select(**conditions))
+        assert found == dict.fromkeys(["model.embed_tokens.weight", "lm_head.weight"], "model.embed_tokens.weight")
+
+
+def test_nothing_chosen_says_the_conditions():
+    with pytest.raises(CollectionError, match=r"layers=\['\*'\], kinds=\['mlp'\], indices=\[7\], found none among 21"):
+        chosen(kinds="mlp", indices=7)
+    with pytest.raises(CollectionError, match=r"expected kinds among attention, mlp, .* found \['atention'\]"):
+        chosen(kinds="atention")
+
+
+@pytest.mark.parametrize("family", ARCHITECTURES)
+def test_every_parameter_of_every_architecture_has_a_kind_and_its_layer(family):
+    """Nothing is left over as "other", and each kind that a decoder layer has is found in each layer."""
+    model = ARCHITECTURES[family].build(tied=False)
+    by_kind = {
+        kind: set(chosen_parameters(model, select(kinds=kind)).values())
+        for kind in ("attention", "mlp", "norm", "embedding", "head")
+    }
+    leftover = {name for name, _ in model.named_parameters()} - set.union(*by_kind.values())
+    assert all("project_" in name for name in leftover)  # OPT's projections to and from a narrower embedding
+    for kind in ("attention", "mlp"):
+        for layer in range(model.config.num_hidden_layers):
+            assert set(chosen_parameters(model, select(kinds=kind, indices=layer)).values()) <= by_kind[kind]
+
+
+def test_weights_that_cannot_be_seen_are_refused():
+    with torch.device("meta"):
+        empty = nn.Linear(2, 2)
+    with pytest.raises(SPFError, match="'weight' on the meta device; load the model first"):
+        refuse_unseen_values(dict(empty.named_parameters()), SPFError)
+    gathered = nn.Linear(2, 2)
+    gathered.weight.ds_id = 3
+    with pytest.raises(CollectionError, match="'weight' sharded over processes"):
+        refuse_unseen_values(dict(gathered.named_parameters()), CollectionError)
+    model = tiny_llama()
+    model.lm_head.weight = nn.Parameter(torch.empty(0))
+    with pytest.raises(CollectionError, match=r"'lm_head.weight' sharded"):
+        collect_gradients(model, TOKENIZER, SAFETY, progress=False)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_wrappers_are_taken_off():
+    model = nn.Linear(2, 2)
+    assert unwrapped_model(torch.compile(model)) is model
+    assert unwrapped_model(model) is model

@@ -1,0 +1,178 @@
+"""Overlaps of single examples: against dense SVDs, and their intervals and tests against simulations."""
+
+import numpy as np
+import pytest
+import torch
+
+from geomkit.errors import GeometryError
+from geomkit.gradients.factored import FactoredGradient
+from geomkit.gradients.gradient_set import GradientSet
+from geomkit.stats.jackknife import interactions
+from geomkit.stats.pair_means import mean_between, within_between
+from geomkit.svd.one_sample.overlaps import overlaps
+from tests.svd.one_sample.test_study import FULL, NAME, drawn, gradient_set, leading
+
+
+def test_overlaps_are_those_of_dense_subspaces() -> None:
+    sets = {"a": drawn(4, 0, shared=2), "b": drawn(3, 1)}
+    found = overlaps(sets, rank=3, draws=10)
+    matrices = [s[NAME].dense().double().numpy() for side in sets.values() for s in side.samples]
+    bases = [leading(matrix, 3, "left") for matrix in matrices]
+    expected = [[((a.T @ b) ** 2).sum() / 3 for b in bases] for a in bases]
+    assert found.pairs == pytest.approx(np.array(expected), abs=1e-5)
+    within = [expected[i][j] for i in range(4) for j in range(i)]
+    assert found.matrix[0, 0] == pytest.approx(np.mean(within), abs=1e-5)
+    assert found.matrix[0, 1] == pytest.approx(np.mean(np.array(expected)[:4, 4:]), abs=1e-5)
+    assert found.contrasts["a", "b"].value == pytest.approx(found.matrix[0, 0] - found.matrix[0, 1])
+    assert found.expected == 3 / 48
+
+
+def test_frame_and_headline_say_the_same() -> None:
+    found = overlaps({"a": drawn(5, 0, shared=3, strength=15.0), "b": drawn(5, 1), "c": drawn(4, 2)}, rank=3)
+    frame = found.to_frame().set_index(["first", "second"])
+    assert len(frame) == 9
+    assert frame.loc[("a", "b"), "contrast"] == found.contrasts["a", "b"].value
+    assert frame.loc[("b", "a"), "value"] == pytest.approx(frame.loc[("a", "b"), "value"])
+    assert np.isnan(frame.loc[("a", "a"), "p_value"])
+    assert (frame["q_value"].dropna() >= frame["p_value"].dropna()).all()
+    assert f"within a {found.matrix[0, 0]:.3f}" in str(found)
+    assert "random subspaces 0.062" in found._repr_html_()
+
+
+def test_the_same_place_is_never_compared_between_sets_of_one_size() -> None:
+    """A set and its own copy: within and between are one number, and nothing is found."""
+    side = drawn(6, 0, shared=2)
+    found = overlaps({"a": side, "b": side}, rank=3)
+    assert found.matrix == pytest.approx(np.full((2, 2), found.matrix[0, 0]))
+    assert found.contrasts["a", "b"].value == pytest.approx(0, abs=1e-12)
+    assert found.contrasts["a", "b"].p_value > 0.9
+
+
+def test_right_side_and_seeds() -> None:
+    sets = {"a": drawn(4, 0), "b": drawn(5, 1)}
+    first, again, other = (overlaps(sets, rank=3, side="right", draws=50, seed=seed) for seed in (0, 0, 1))
+    assert first.expected == 3 / 40
+    assert first.contrasts["a", "b"] == again.contrasts["a", "b"]
+    assert np.array_equal(first.pairs, other.pairs)
+    assert first.intervals == other.intervals
+
+
+def test_a_parameter_that_an_example_lacks_is_left_out() -> None:
+    def without(side: GradientSet) -> GradientSet:
+        return gradient_set([{**sample, "expert": sample[NAME].scaled(0.0)} for sample in side.samples])
+
+    assert overlaps({"a": without(drawn(3, 0)), "b": without(drawn(3, 1))}, rank=2).parameters == (NAME,)
+
+
+def test_sets_that_cannot_be_compared_are_refused() -> None:
+    side = drawn(4, 0)
+    with pytest.raises(GeometryError, match=r"found 1; give e\.g\. a control"):
+        overlaps({"a": side})
+    with pytest.raises(GeometryError, match="in the b set, found 2"):
+        overlaps({"a": side, "b": drawn(2, 1)})
+    with pytest.raises(GeometryError, match="per_sample=True"):
+        overlaps({"a": side, "b": GradientSet(side.layers, 1.0, 4, 16, FULL)})
+    empty = gradient_set([{NAME: sample[NAME].scaled(0.0)} for sample in side.samples])
+    with pytest.raises(GeometryError, match="found none"):
+        overlaps({"a": empty, "b": empty})
+
+
+# ----------------------------------------------------------------------------------------------- statistics
+
+
+def blocks(
+    counts: tuple[int, int], leans: tuple[float, float], generator: np.random.Generator, paired: float = 0.0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Overlaps of random subspaces of a small space that lean towards a common one; rows may share a part by place."""
+    shared = paired * generator.normal(size=(max(counts), 12, 2))
+    vectors = [
+        generator.normal(size=(count, 12, 2)) + lean * np.eye(12, 2) + shared[:count]
+        for count, lean in zip(counts, leans, strict=True)
+    ]
+    bases = np.linalg.qr(np.concatenate(vectors))[0]
+    values = (np.einsum("iab,jac->ijbc", bases, bases) ** 2).sum((2, 3)) / 2
+    n = counts[0]
+    return values[:n, :n], values[:n, n:], values[n:, n:]
+
+
+NULLS = [((12, 12), 0.0, 0.0), ((14, 14), 2.0, 2.0), ((16, 9), 2.0, 0.0)]
+
+
+@pytest.mark.parametrize(("counts", "lean", "paired"), NULLS)
+def test_labels_that_mean_nothing_are_rejected_once_in_twenty(
+    counts: tuple[int, int], lean: float, paired: float
+) -> None:
+    generator = np.random.default_rng(0)
+    drawn_blocks = (blocks(counts, (lean, lean), generator, paired) for _ in range(1000))
+    p_values = [within_between(*found, generator, 99, 0.95).p_value for found in drawn_blocks]
+    assert np.mean(np.array(p_values) <= 0.05) == pytest.approx(0.05, abs=0.015)
+
+
+@pytest.mark.parametrize(("counts", "leans"), [((14, 14), (2.0, 2.0)), ((20, 12), (3.0, 1.0)), ((12, 12), (0.0, 1.0))])
+def test_intervals_hold_the_mean(counts: tuple[int, int], leans: tuple[float, float]) -> None:
+    generator = np.random.default_rng(1)
+    rows = []
+    for _ in range(1000):
+        own, across, other = blocks(counts, leans, generator)
+        contrast = within_between(own, across, other, generator, 1, 0.95)
+        within, between = mean_between(own, True, 0.95), mean_between(across, False, 0.95)
+        rows += [(contrast.value, *contrast.interval), (within[0], *within[1]), (between[0], *between[1])]
+    values, low, high = np.array(rows).reshape(1000, 3, 3).transpose(2, 0, 1)
+    covered = ((low <= values.mean(0)) & (values.mean(0) <= high)).mean(0)
+    assert covered == pytest.approx(np.full(3, 0.95), abs=0.025)
+
+
+def test_a_planted_subspace_is_found() -> None:
+    """Fourteen examples that lean towards two directions of twelve, beside fourteen that do not: power above .9."""
+    generator = np.random.default_rng(2)
+    drawn_blocks = (blocks((14, 14), (2.5, 0.0), generator) for _ in range(200))
+    p_values = [within_between(*found, generator, 99, 0.95).p_value for found in drawn_blocks]
+    assert np.mean(np.array(p_values) <= 0.05) > 0.9
+
+
+def test_a_tight_control_does_not_hide_a_contrast() -> None:
+    """Examples of the control overlap among themselves far more, which is no reason to keep the safety side's."""
+    generator = np.random.default_rng(3)
+    own, across, other = blocks((14, 14), (2.5, 0.0), generator)
+    tight = np.where(np.eye(14, dtype=bool), other, 0.9)
+    assert within_between(own, across, tight, generator, 499, 0.95).p_value <= 0.01
+
+
+def test_interactions_are_what_two_way_means_leave() -> None:
+    generator = np.random.default_rng(4)
+    values = generator.normal(size=(6, 4))
+    expected = values - values.mean(0) - values.mean(1, keepdims=True) + values.mean()
+    assert interactions(values) == pytest.approx(expected, abs=1e-12)
+    absent = np.eye(6, 4, dtype=bool)
+    additive = generator.normal(size=(6, 1)) + generator.normal(size=4)
+    assert abs(interactions(additive, absent)).max() < 0.05 * additive.std()
+
+
+def test_examples_without_tokens_in_common_need_no_more_room() -> None:
+    sets = {
+        name: gradient_set([{"w": FactoredGradient(torch.randn(3, 300), torch.randn(3, 200))} for _ in range(3)])
+        for name in "ab"
+    }
+    assert overlaps(sets, rank=2).matrix.max() < 0.2
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"rank": 0}, "rank of at least 1, a whole number, found 0"),
+        ({"rank": 2.5}, "found 2.5"),
+        ({"confidence": 95}, "found 95; give .95, not 95"),
+        ({"confidence": 1.0}, "found 1.0"),
+        ({"draws": -1}, "at least 0, found draws=-1"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(options: dict[str, object], said: str) -> None:
+    with pytest.raises(GeometryError, match=said):
+        overlaps({"a": drawn(4, 0), "b": drawn(4, 1)}, **options)
+
+
+def test_sets_need_names() -> None:
+    with pytest.raises(GeometryError, match="expected sets by name, found a list"):
+        overlaps([drawn(4, 0), drawn(4, 1)])
+    with pytest.raises(GeometryError, match="found a str as the b set; collect them first"):
+        overlaps({"a": drawn(4, 0), "b": "utility"})

@@ -1,0 +1,358 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.linalg import subspace_angles
+
+from geomkit.errors import GeometryError
+from geomkit.gradients.arithmetic import add, zero_gradient
+from geomkit.gradients.dense import DenseGradient
+from geomkit.gradients.factored import FactoredGradient
+from geomkit.gradients.gradient_set import Coverage, GradientSet
+from geomkit.gradients.layer_gradient import LayerGradient
+from geomkit.svd.common_basis import overlaps_between, to_common_basis
+from geomkit.svd.one_sample.leave_one_out import singles_of_cosines, singles_of_overlaps
+from geomkit.svd.one_sample.study import one_sample_study
+from tests.helpers.forms import dense, seeded
+from tests.helpers.forms import drawn as some_gradient
+from tests.helpers.tiny import UTILITY
+
+FULL = Coverage({}, {}, {})
+TOKENS, ROWS, COLUMNS = 12, 48, 40
+NAME = "model.layers.0.mlp.up_proj.weight"
+
+
+def gradient_set(samples: list[dict[str, LayerGradient]]) -> GradientSet:
+    sets = tuple(GradientSet(sample, 1.0, 1, 4, FULL) for sample in samples)
+    mean = {name: add([sample[name] for sample in samples]) for name in samples[0]}
+    return GradientSet(mean, 1.0, len(samples), 4 * len(samples), FULL, sets)
+
+
+def drawn(count: int, seed: int, *, shared: int = 0, strength: float = 6.0) -> GradientSet:
+    """Examples of random factors whose left rows lean towards ``shared`` common directions."""
+    generator = torch.Generator().manual_seed(seed)
+    common = torch.linalg.qr(torch.randn(ROWS, ROWS, generator=torch.Generator().manual_seed(99))).Q[:shared]
+    inputs = torch.randn(TOKENS, COLUMNS, generator=torch.Generator().manual_seed(98))
+    samples = []
+    for _ in range(count):
+        left = torch.randn(TOKENS, ROWS, generator=generator)
+        left[:shared] += strength * common
+        right = torch.randn(TOKENS, COLUMNS, generator=generator)
+        right[:shared] += strength * inputs[:shared]
+        samples.append({NAME: FactoredGradient(left, right), "model.norm.weight": DenseGradient(left.sum(0), TOKENS)})
+    return gradient_set(samples)
+
+
+def test_anchor_meets_the_mean_of_the_others() -> None:
+    safety, utility = drawn(4, 0, shared=2), drawn(5, 1)
+    found = one_sample_study(safety, utility, rank=3)
+    dense = [sample[NAME].dense().double().numpy() for sample in safety.samples]
+
+    def leading(matrix: np.ndarray) -> np.ndarray:
+        return np.linalg.svd(matrix)[0][:, :3]
+
+    expected = [np.mean(np.cos(subspace_angles(leading(own), leading(sum(dense) - own))) ** 2) for own in dense]
+    assert found.overlaps == pytest.approx(expected, abs=1e-5)
+    last = leading(utility.samples[4][NAME].dense().double().numpy())
+    assert found.null[4] == pytest.approx(
+        np.mean(np.cos(subspace_angles(last, leading(sum(dense) - dense[0]))) ** 2), abs=1e-5
+    )
+    assert found.overlap == pytest.approx(np.mean(expected), abs=1e-5)
+    assert found.expected == 3 / ROWS
+
+
+def leading(matrix: np.ndarray, rank: int, side: str) -> np.ndarray:
+    left, values, right = np.linalg.svd(matrix)
+    kept = min(rank, int((values > 1e-4 * values[0]).sum())) if values[0] else 0
+    return (left if side == "left" else right.T)[:, :kept]
+
+
+def check_partial_sums(parts: list[LayerGradient], rank: int, side: str) -> None:
+    """Every overlap between single gradients and sums without one, against those of dense SVDs."""
+    matrices = [dense(part) for part in parts]
+    stack = to_common_basis(parts, side)
+    single, others = stack.bases(rank), stack.bases_without_each(len(parts), rank)
+    expected_single = [leading(matrix, rank, side) for matrix in matrices]
+    expected_others = [leading(sum(matrices) - own, rank, side) for own in [*matrices, 0 * matrices[0]]]
+    assert [basis.shape[1] for basis in single] == [basis.shape[1] for basis in expected_single]
+    assert [basis.shape[1] for basis in others] == [basis.shape[1] for basis in expected_others]
+    for a, exact_a in zip([*single, *others], [*expected_single, *expected_others], strict=True):
+        for b, exact_b in zip(others, expected_others, strict=True):
+            assert float((a.T @ b).square().sum()) == pytest.approx(((exact_a.T @ exact_b) ** 2).sum(), abs=1e-5)
+    assert stack.basis([1, 2], rank).shape[1] == leading(matrices[1] + matrices[2], rank, side).shape[1]
+    products = stack.gram()
+    assert products is not None
+    flat = np.stack(matrices).reshape(len(parts), -1)
+    assert products.numpy() == pytest.approx(flat @ flat.T, abs=1e-3, rel=1e-5)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("count", [3, 6])
+def test_partial_sums_have_the_subspaces_of_each_sum(count: int, side: str) -> None:
+    """Three examples have fewer tokens than the matrix has rows and columns, six have more."""
+    check_partial_sums([sample[NAME] for sample in drawn(count, 3, shared=2).samples], 5, side)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("form", ["factored", "tied", "indexed", "dense", "sum"])
+@pytest.mark.parametrize("shape", [(60, 40), (12, 40), (60, 9)])
+def test_partial_sums_of_every_form_and_of_examples_without_a_share(
+    form: str, side: str, shape: tuple[int, int]
+) -> None:
+    generator = seeded()
+    parts = [some_gradient(form, shape, generator) for _ in range(3)] + [zero_gradient(shape)]
+    check_partial_sums(parts, 2, side)
+
+
+def test_rows_that_nobody_looked_up_are_left_away() -> None:
+    generator = seeded(3)
+    parts = [some_gradient("indexed", (900, 40), generator) for _ in range(4)]
+    check_partial_sums(parts, 3, "left")
+    assert to_common_basis(parts, "left").own[0].shape[1] <= 24
+
+
+def test_large_matrices_are_decomposed_for_their_leading_vectors_only() -> None:
+    parts = [some_gradient("dense", (200, 180), seeded(seed)) for seed in range(3)]
+    check_partial_sums(parts, 4, "left")
+
+
+def test_without_room_to_keep_the_gradients_the_result_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = [sample[NAME] for sample in drawn(6, 3, shared=2).samples]
+    kept = to_common_basis(parts, "left").bases_without_each(6, 3)
+    monkeypatch.setattr("geomkit.svd.common_basis._KEPT", 0)
+    stack = to_common_basis(parts, "left")
+    assert stack.gram() is None
+    for a, b in zip(kept, stack.bases_without_each(6, 3), strict=True):
+        assert float(overlaps_between([a], [b], 3)) == pytest.approx(1, abs=1e-9)
+    found = one_sample_study(drawn(4, 0), drawn(4, 1), rank=3)
+    monkeypatch.undo()
+    again = one_sample_study(drawn(4, 0), drawn(4, 1), rank=3)
+    assert found.overlaps == pytest.approx(again.overlaps, abs=1e-9)
+    assert found.groups["control"].cosines == pytest.approx(again.groups["control"].cosines, abs=1e-7)
+
+
+def test_no_direction_beyond_the_rank_of_the_others() -> None:
+    parts = [FactoredGradient(torch.eye(1, ROWS), torch.eye(1, COLUMNS))] * 3
+    assert [basis.shape[1] for basis in to_common_basis(parts, "left").bases_without_each(3, 5)] == [1] * 4
+
+
+# -------------------------------------------------------------------------------------------------- cosines
+
+
+def test_cosines_are_those_with_the_mean_of_the_others_over_all_parameters() -> None:
+    safety, control = drawn(5, 0, shared=2), drawn(7, 1)
+    found = one_sample_study(safety, control, rank=3)
+
+    def flat(sample: GradientSet) -> np.ndarray:
+        return np.concatenate([dense(gradient).ravel() for gradient in sample.values()])
+
+    own, other = ([flat(sample) for sample in side.samples] for side in (safety, control))
+
+    def cosine(a: np.ndarray, b: np.ndarray) -> float:
+        return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
+
+    expected = [cosine(each, sum(own) - each) for each in own]
+    assert found.groups["safety"].cosines == pytest.approx(expected, abs=1e-6)
+    expected = [cosine(each, sum(own) - own[place % 5]) for place, each in enumerate(other)]
+    assert found.groups["control"].cosines == pytest.approx(expected, abs=1e-6)
+    matrices = [dense(sample[NAME]).ravel() for sample in safety.samples]
+    expected = [cosine(each, sum(matrices) - each) for each in matrices]
+    assert found.layers[NAME].groups["safety"].cosines == pytest.approx(expected, abs=1e-6)
+
+
+def test_pairs_of_cosines_lack_both_anchors() -> None:
+    generator = np.random.default_rng(0)
+    anchors, others = generator.normal(size=(5, 9)), generator.normal(size=(7, 9))
+    found = singles_of_cosines(
+        (anchors @ anchors.T)[..., None], (anchors @ others.T)[..., None], (others**2).sum(1)[:, None]
+    )
+    for c in range(7):
+        for j in range(5):
+            if j != c % 5:
+                mean = anchors.sum(0) - anchors[c % 5] - anchors[j]
+                expected = others[c] @ mean / np.linalg.norm(others[c]) / np.linalg.norm(mean)
+                assert found.pairs[c, j, 0] == pytest.approx(expected, abs=1e-12)
+
+
+# ------------------------------------------------------------------------------------------------ intervals
+
+
+def test_leaving_out_is_what_a_study_without_that_example_finds() -> None:
+    """Cosines, exactly: the study of four anchors and four matched controls is that of five without the last."""
+    safety, control = drawn(5, 0, shared=2), drawn(5, 1, shared=1)
+
+    def products(rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        own, other = (np.stack([dense(s[NAME]).ravel() for s in side.samples[:rows]]) for side in (safety, control))
+        return (own @ own.T)[..., None], (own @ other.T)[..., None], (other**2).sum(1)[:, None]
+
+    (without,) = singles_of_cosines(*products(5)).without()
+    assert without[4] == pytest.approx(singles_of_cosines(*products(4)).values.mean(0), abs=1e-12)
+
+
+def test_overlaps_with_two_anchors_left_out_are_nearly_the_sum_of_leaving_out_either() -> None:
+    parts = [sample[NAME] for sample in drawn(16, 0, shared=3, strength=3.0).samples]
+    stack = to_common_basis(parts, "left")
+    single, others = stack.bases(3), stack.bases_without_each(16, 3)
+    found = singles_of_overlaps(overlaps_between(single, others, 3).numpy()[..., None])
+    exact, nearly = [], []
+    for j in range(1, 16):
+        rest = stack.basis([place for place in range(1, 16) if place != j], 3)
+        exact.append(float(overlaps_between([single[0]], [rest], 3)))
+        nearly.append(found.pairs[0, j, 0])
+    assert np.corrcoef(exact, nearly)[0, 1] > 0.9
+    assert np.std(nearly) == pytest.approx(np.std(exact), rel=0.25)
+
+
+def small(count: int, generator: torch.Generator, lean: float, spread: float = 0.0) -> GradientSet:
+    """Few-token gradients of a small matrix, whose left rows lean towards three directions."""
+    samples: list[dict[str, LayerGradient]] = []
+    for _ in range(count):
+        left, right = torch.randn(6, 16, generator=generator), torch.randn(6, 14, generator=generator)
+        left[:3] += lean * torch.eye(3, 16)
+        right[:3] += 2.0
+        size = 1 + spread * float(torch.rand((), generator=generator))
+        samples.append({"w": FactoredGradient(size * left, right)})
+    return gradient_set(samples)
+
+
+@pytest.mark.parametrize(("counts", "leans"), [((16, 16), (3.0, 1.0)), ((14, 9), (4.0, 2.0))])
+def test_intervals_hold_what_such_studies_find_on_average(counts: tuple[int, int], leans: tuple[float, float]) -> None:
+    generator = seeded(1)
+    rows = []
+    for _ in range(300):
+        sets = [small(count, generator, lean, 1.0) for count, lean in zip(counts, leans, strict=True)]
+        groups = one_sample_study(*sets, rank=3).groups
+        means = (groups["safety"].overlap, groups["control"].overlap, groups["safety"].cosine)
+        contrasts = (groups["control"].overlap, groups["control"].cosine)
+        rows += [(found.value, *found.interval) for found in means]
+        rows += [(found.contrast, *found.contrast_interval) for found in contrasts]
+    values, lows, highs = np.array(rows).reshape(300, 5, 3).transpose(2, 0, 1)
+    truth = values.mean(0)
+    covered = ((lows <= truth) & (truth <= highs)).mean(0)
+    assert (covered > 0.92).all()
+    assert (covered < 0.99).all()
+
+
+def test_a_contrast_that_is_not_there_is_not_found() -> None:
+    """Controls drawn as the anchors are: the interval leaves zero out about once in twenty studies."""
+    generator = seeded(5)
+    missed = 0
+    for _ in range(300):
+        found = one_sample_study(small(14, generator, 3.0), small(14, generator, 3.0), rank=3)
+        low, high = found.contrast_interval
+        missed += not low <= 0 <= high
+    assert missed / 300 == pytest.approx(0.05, abs=0.035)
+
+
+# ---------------------------------------------------------------------------------------------------- study
+
+
+def test_shared_directions_are_found_above_the_null() -> None:
+    found = one_sample_study(drawn(8, 0, shared=3, strength=15.0), drawn(10, 1), rank=3)
+    assert found.interval[0] < found.overlap < found.interval[1]
+    assert found.interval[0] > 0.5 > found.null_interval[1]
+    assert "random subspaces 0.062" in str(found)
+    assert found.contrast_interval[0] > 0
+    assert "anchors" in found._repr_html_()
+
+
+def test_unrelated_examples_overlap_as_random_subspaces_do() -> None:
+    found = one_sample_study(drawn(12, 0), drawn(12, 1), rank=4)
+    assert found.overlap == pytest.approx(found.expected, abs=0.04)
+    assert found.null_mean == pytest.approx(found.expected, abs=0.04)
+
+
+def test_rank_is_common_to_everything_and_no_more_than_any_gradient_has() -> None:
+    safety, utility = drawn(4, 0), drawn(4, 1)
+    short = dict(utility.samples[0])
+    short[NAME] = FactoredGradient(utility.samples[0][NAME].left[:5], utility.samples[0][NAME].right[:5])
+    found = one_sample_study(safety, gradient_set([short, *map(dict, utility.samples[1:])]), rank=20)
+    assert found.layers[NAME].rank == 5
+    assert found.expected == 5 / ROWS
+
+
+def test_right_side_compares_input_spaces() -> None:
+    found = one_sample_study(drawn(4, 0), drawn(4, 1), rank=3, side="right")
+    assert found.layers[NAME].dimension == COLUMNS
+    assert found.side == "right"
+
+
+def test_every_control_meets_the_same_means() -> None:
+    safety, first, second = drawn(5, 0, shared=2), drawn(4, 1), drawn(5, 2, shared=1)
+    both = one_sample_study(safety, {"first": first, "second": second}, rank=3)
+    assert list(both.groups) == ["safety", "first", "second"]
+    for name, control in (("first", first), ("second", second)):
+        alone = one_sample_study(safety, control, rank=3).groups["control"]
+        assert both.groups[name].overlaps == pytest.approx(alone.overlaps, abs=1e-9)
+        assert both.groups[name].overlap.contrast_interval == pytest.approx(alone.overlap.contrast_interval, abs=1e-9)
+        assert both.groups[name].overlap.contrast == pytest.approx(both.overlap - alone.overlaps.mean())
+    assert both.null_mean == both.groups["first"].overlaps.mean()
+    assert both.contrast == both.groups["first"].overlap.contrast
+    frame = both.to_frame()
+    assert len(frame) == 2 * 3 * 2
+    assert set(frame["parameter"]) == {"all parameters", NAME}
+    assert frame.loc[0, "value"] == both.overlap
+
+
+def test_a_parameter_without_gradient_in_some_example_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    def with_expert(found: GradientSet, first: float) -> GradientSet:
+        samples = [dict(sample) for sample in found.samples]
+        for place, sample in enumerate(samples):
+            sample["expert"] = sample[NAME].scaled(1.0 if place else first)
+        return gradient_set(samples)
+
+    found = one_sample_study(with_expert(drawn(4, 0), 0.0), with_expert(drawn(4, 1), 1.0), rank=3)
+    assert list(found.layers) == [NAME]
+    assert "left expert out" in caplog.text
+
+
+def test_sets_that_cannot_be_studied_are_refused() -> None:
+    safety, utility = drawn(4, 0), drawn(4, 1)
+    with pytest.raises(GeometryError, match="per_sample=True"):
+        one_sample_study(GradientSet(safety.layers, 1.0, 4, 16, FULL), utility)
+    with pytest.raises(GeometryError, match="control set, found 2"):
+        one_sample_study(safety, drawn(2, 1))
+    with pytest.raises(GeometryError, match="left or right, found 'both'"):
+        one_sample_study(safety, utility, side="both")  # type: ignore[arg-type]
+    with pytest.raises(GeometryError, match="other names than 'safety'"):
+        one_sample_study(safety, {"safety": utility})
+    with pytest.raises(GeometryError, match="a control at least"):
+        one_sample_study(safety, {})
+    empty = gradient_set([{NAME: sample[NAME].scaled(0.0)} for sample in safety.samples])
+    with pytest.raises(GeometryError, match="found none"):
+        one_sample_study(empty, gradient_set([{NAME: sample[NAME]} for sample in utility.samples]))
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"rank": 0}, "rank of at least 1, a whole number, found 0"),
+        ({"rank": 2.5}, "found 2.5"),
+        ({"confidence": 95}, "found 95; give .95, not 95"),
+        ({"confidence": 1.0}, "found 1.0"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(options: dict[str, object], said: str) -> None:
+    with pytest.raises(GeometryError, match=said):
+        one_sample_study(drawn(4, 0), drawn(4, 1), **options)
+
+
+@pytest.mark.parametrize("found", [UTILITY, "control", [1]], ids=["Dataset", "str", "list"])
+def test_examples_are_no_gradients(found: object) -> None:
+    with pytest.raises(
+        GeometryError, match=r"from collect_gradients\(\.\.\., per_sample=True\), found .* collect them"
+    ):
+        one_sample_study(drawn(4, 0), found)
+
+
+def test_sets_of_other_models_and_what_is_not_finite_are_refused() -> None:
+    safety = drawn(4, 0)
+    wide = gradient_set([{**sample, NAME: DenseGradient(torch.ones(2, 3), 4)} for sample in safety.samples])
+    spoilt = gradient_set([{**sample, NAME: sample[NAME].scaled(math.nan)} for sample in safety.samples])
+    with pytest.raises(
+        GeometryError, match=f"one shape for {NAME}, found .* and .2, 3.; collect both from the same model"
+    ):
+        one_sample_study(safety, wide)
+    with pytest.raises(GeometryError, match="not finite"):
+        one_sample_study(safety, spoilt)
