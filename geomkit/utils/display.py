@@ -1,10 +1,22 @@
 """How results show themselves: tables in a notebook and in text, and numbers to three digits."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import pandas as pd
+
+
+class Result(ABC):
+    """A result of a measurement: a sentence (``str``), a data frame, and both together in a notebook."""
+
+    @abstractmethod
+    def to_frame(self) -> "pd.DataFrame":
+        """Return the numbers of the result as a tidy data frame."""
+
+    def _repr_html_(self) -> str:
+        return html_table(str(self), self.to_frame())
 
 
 def html_table(title: str, frame: "pd.DataFrame", *, rows: int = 12) -> str:
