@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
-import geomkit as gk
-from geomkit.experiments.results import Results
+from geomkit.experiments.results import Results, load_results
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- experiments: written by .ci/readme_experiments.py -->", "<!-- experiments: end -->"
@@ -33,9 +32,9 @@ SCENARIOS = {
 
 def tables() -> str:
     """Return all of them as Markdown."""
-    everything = gk.load_results()
+    everything = load_results()
     first, second = (everything.where(organism=seed) for seed in (0, 1))
-    once = gk.load_results("default").where(organism=0)
+    once = load_results("default").where(organism=0)
     return "\n\n".join([headline(first), headline(second), every_arm(once), strengths(first)])
 
 
@@ -126,7 +125,7 @@ def main() -> None:
     if options.figure:
         from geomkit.plots.outcomes import plot_frontier
 
-        shown = gk.load_results("default").where(organism=0, rate=1.0, length=1.0, scenario=list(PANELS))
+        shown = load_results("default").where(organism=0, rate=1.0, length=1.0, scenario=list(PANELS))
         figure = plot_frontier(shown, arms=["untouched", "paper", "left", *HEADLINE])
         figure.write_image(ROOT / "notebooks" / "figures" / "experiments.png", width=900, scale=2)
 

@@ -7,7 +7,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import geomkit as gk
 from geomkit import plots
-from geomkit.analysis.tracking import Tracker, Trajectory
+from geomkit.analysis.tracking import Tracker, Trajectory, track
 from geomkit.errors import GeometryError
 from tests.helpers.tiny import CONTROL, SAFETY, UTILITY, tiny_llama, tiny_tokenizer
 
@@ -118,8 +118,8 @@ def test_checkpoints_are_loaded_one_at_a_time(probe: gk.Probe, tmp_path) -> None
         tiny_llama(seed=seed).save_pretrained(tmp_path / name)
         TOKENIZER.save_pretrained(tmp_path / name)
     paths = {"first": tmp_path / "first", "second": str(tmp_path / "second"), "third": tiny_llama(seed=2)}
-    found = gk.track(paths, TOKENIZER, probe, progress=False)
-    again = gk.track({"second": tiny_llama(seed=1)}, TOKENIZER, probe, progress=False)
+    found = track(paths, TOKENIZER, probe, progress=False)
+    again = track({"second": tiny_llama(seed=1)}, TOKENIZER, probe, progress=False)
     assert list(found.moments) == ["first", "second", "third"]
     here, there = found.moments["second"].analysis, again.moments["second"].analysis
     assert repr(here.to_dict()) == repr(there.to_dict())
@@ -133,7 +133,7 @@ def test_wrong_use_is_told(probe: gk.Probe) -> None:
     with pytest.raises(GeometryError, match="train with this callback first"):
         _ = gk.GeometryCallback(probe).trajectory
     with pytest.raises(GeometryError, match="found none"):
-        gk.track({}, TOKENIZER, probe, progress=False)
+        track({}, TOKENIZER, probe, progress=False)
     tracker = Tracker(probe)
     tracker.look(0, tiny_llama(), TOKENIZER)
     with pytest.raises(GeometryError, match="same parameters"):
@@ -144,11 +144,11 @@ def test_wrong_use_is_told(probe: gk.Probe) -> None:
 
 @pytest.mark.parametrize("found", [None, "safety", {}], ids=["None", "str", "dict"])
 def test_what_is_no_probe_is_refused(found: object) -> None:
-    for use in (lambda: gk.GeometryCallback(found), lambda: gk.track({}, TOKENIZER, found, progress=False)):
+    for use in (lambda: gk.GeometryCallback(found), lambda: track({}, TOKENIZER, found, progress=False)):
         with pytest.raises(GeometryError, match="expected a probe, found"):
             use()
 
 
 def test_checkpoints_need_names(probe: gk.Probe) -> None:
     with pytest.raises(GeometryError, match="by step or name, found a list"):
-        gk.track([tiny_llama()], TOKENIZER, probe, progress=False)
+        track([tiny_llama()], TOKENIZER, probe, progress=False)

@@ -8,6 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import geomkit as gk
 from geomkit.analysis.analysis import Analysis
+from geomkit.inputs import models
 
 _MODELS = 10
 _SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8}
@@ -22,7 +23,7 @@ def untrained(organism) -> list[Analysis]:
     small = LlamaForCausalLM(LlamaConfig(**(model.config.to_dict() | _SMALL)))
     return [
         gk.Probe(safety, utility, control, examples=24, null_draws=2, seed=seed).analyze(
-            gk.untrained(small, seed=seed), tokenizer
+            models.untrained(small, seed=seed), tokenizer
         )
         for seed in range(_MODELS)
     ]

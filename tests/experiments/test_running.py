@@ -96,8 +96,8 @@ def test_a_run_that_is_killed_goes_on_where_it_was(small, tmp_path):
     folder = tmp_path / "out"
     script = tmp_path / "run.py"  # a file, as the processes that are started import it again
     script.write_text(
-        "import sys\nimport geomkit as gk\n"
-        "if __name__ == '__main__':\n    gk.run_experiments(sys.argv[1], sys.argv[2], processes=2)\n"
+        "import sys\nfrom geomkit.experiments.running import run_experiments\n"
+        "if __name__ == '__main__':\n    run_experiments(sys.argv[1], sys.argv[2], processes=2)\n"
     )
     command = [sys.executable, str(script), str(small), str(folder)]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)  # noqa: S603

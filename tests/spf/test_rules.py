@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from geomkit.errors import SPFError
 from geomkit.gradients.dense import DenseGradient
 from geomkit.gradients.factored import FactoredGradient
-from geomkit.spf import rules
+from geomkit.spf.rules import rules
 from geomkit.spf.demands import Demands
 from geomkit.spf.projection.corrections import plan
 from geomkit.spf.projection.protection import protect
