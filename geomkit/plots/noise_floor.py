@@ -29,8 +29,7 @@ def plot_noise_floor(noise: "NoiseFloor", *, layers: str = "*") -> go.Figure:
         layers: Glob pattern on parameter names, such as ``"*.mlp.*"`` or one name.
 
     Returns:
-        The figure: a line per parameter in the colour of its kind, the floor at 1, and where the edge and the
-        threshold for white noise lie at the median.
+        The figure: a line per parameter in the colour of its kind, and the floor at 1.
 
     Raises:
         GeometryError: If no parameter matches, or all that match are zero.
@@ -49,9 +48,6 @@ def plot_noise_floor(noise: "NoiseFloor", *, layers: str = "*") -> go.Figure:
     # An annotation of a log axis is placed by the logarithm.
     floor = {"text": "floor", "font_color": COLOURS["null"], "showarrow": False}
     figure.add_annotation(floor, x=1, xref="paper", xanchor="right", y=0, yref="y", yanchor="bottom")
-    for text, dash, ratios in _white_noise(shown):
-        if ratios:
-            figure.add_trace(_level(_widest(shown), float(np.median(ratios)), text, dash))
     figure.update_layout(
         title=title("Mean gradients above their sampling noise", _subtitle(noise, shown)),
         xaxis={"title": "index i of the singular value", "type": "log", "dtick": 1},
@@ -86,26 +82,4 @@ def _scree(layer: "LayerNoiseFloor", kind: str, colour: str, *, named: bool) -> 
             f"{layer.parameter}<br>σ<sub>%{{x}}</sub> = <b>%{{y:.3g}}</b> × floor<br>%{{customdata:.3g}}, floor "
             f"{layer.floor:.3g}<br>signal rank {layer.signal_rank}, p = {layer.p_value:.2g}<extra></extra>"
         ),
-    )
-
-
-def _white_noise(shown: list["LayerNoiseFloor"]) -> list[tuple[str, str, list[float]]]:
-    edges = [layer.mp_edge / layer.floor for layer in shown]
-    thresholds = [layer.gavish_donoho / layer.floor for layer in shown if not np.isnan(layer.gavish_donoho)]
-    return [("Marchenko–Pastur edge", "dash", edges), ("Gavish–Donoho threshold", "dot", thresholds)]
-
-
-def _widest(shown: list["LayerNoiseFloor"]) -> int:
-    return max(len(layer.singular_values) for layer in shown)
-
-
-def _level(width: int, height: float, text: str, dash: str) -> go.Scatter:
-    return go.Scatter(
-        x=[1, width],
-        y=[height, height],
-        name=f"{text} (white noise)",
-        legendrank=1001,
-        mode="lines",
-        line={"color": COLOURS["null"], "dash": dash, "width": 1.5},
-        hovertemplate=f"{text}, at the median<br>%{{y:.3g}} × floor<extra></extra>",
     )

@@ -20,7 +20,6 @@ from geomkit.gradients.gradient_set import GradientSet, shared_layers
 from geomkit.gradients.layer_gradient import LayerGradient
 from geomkit.inputs.parameters import kind_of, layer_index
 from geomkit.stats.multiple_testing import benjamini_hochberg
-from geomkit.svd.edges import gavish_donoho_threshold, marchenko_pastur_edge
 from geomkit.svd.singular_values import rank_tolerance, singular_values
 from geomkit.svd.weighted_sums import weighted_spectra
 from geomkit.utils.arguments import check_confidence, check_draws
@@ -48,7 +47,6 @@ class LayerNoiseFloor:
             the mean beyond the rank of the expected gradient is larger than the largest of its noise (Weyl 1912), so
             this one floor serves all of them.
         null: (draws,) largest singular value of the mean under random signs.
-        noise: Root mean square standard deviation of the mean's entries, √(tr Cov(g) / (N · rows · columns)).
         confidence: Of the floor, and of saying that there is a signal at all.
     """
 
@@ -58,7 +56,6 @@ class LayerNoiseFloor:
     singular_values: np.ndarray = field(repr=False)
     floor: float
     null: np.ndarray = field(repr=False)
-    noise: float
     confidence: float = 0.95
 
     @property
@@ -89,24 +86,6 @@ class LayerNoiseFloor:
     def rounding(self) -> float:
         """What is below this is rounding of fp32 factors, see :func:`geomkit.svd.singular_values.rank_tolerance`."""
         return rank_tolerance(self.singular_values, self.shape)
-
-    @property
-    def mp_edge(self) -> float:
-        """The largest singular value of *white* noise of the same size, too low for gradients' noise.
-
-        See :func:`geomkit.svd.edges.marchenko_pastur_edge`.
-        """
-        return marchenko_pastur_edge(self.shape, self.noise)
-
-    @property
-    def gavish_donoho(self) -> float:
-        """The optimal hard threshold if noise were white, see :func:`geomkit.svd.edges.gavish_donoho_threshold`.
-
-        NaN with fewer tokens than rows or columns: the median singular value, from which it is told, is then zero.
-        """
-        if min(self.tokens, len(self.singular_values)) < min(self.shape):
-            return float("nan")
-        return gavish_donoho_threshold(self.singular_values, self.shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -193,8 +172,6 @@ def _row(layer: LayerNoiseFloor) -> dict[str, object]:
         "layer": layer_index(layer.parameter),
         "largest": layer.largest,
         "floor": layer.floor,
-        "mp_edge": layer.mp_edge,
-        "gavish_donoho": layer.gavish_donoho,
         "rounding": layer.rounding,
         "signal_rank": layer.signal_rank,
         "tokens": layer.tokens,
@@ -265,7 +242,6 @@ def _layer_floor(
         singular_values=values,
         floor=float(np.sort(centred)[-exceeding]),
         null=flipped,
-        noise=_entry_noise(gradients, values),
         confidence=confidence,
     )
 
@@ -277,11 +253,3 @@ def _null_values(gradients: Sequence[LayerGradient], signs: np.ndarray) -> tuple
     spectra = weighted_spectra(gradients, torch.from_numpy(weights)).cpu().numpy()
     largest = spectra.max(axis=1, initial=0.0)
     return largest[: len(signs)], largest[len(signs) :]
-
-
-def _entry_noise(gradients: Sequence[LayerGradient], values: np.ndarray) -> float:
-    """√(tr Cov(g) / (N m n)), from the examples' norms and that of their mean."""
-    n = len(gradients)
-    rows, columns = gradients[0].matrix_shape
-    spread = (sum(gradient.norm**2 for gradient in gradients) - n * float((values**2).sum())) / (n - 1)
-    return float((max(spread, 0.0) / (n * rows * columns)) ** 0.5)

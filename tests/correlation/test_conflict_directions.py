@@ -1,4 +1,4 @@
-"""The directions that carry the conflict, and the energy within a subspace, against dense SVDs."""
+"""The directions that carry the conflict, against dense SVDs."""
 
 import math
 
@@ -14,8 +14,6 @@ from geomkit.gradients.dense import DenseGradient
 from geomkit.gradients.factored import FactoredGradient
 from geomkit.gradients.gradient_set import GradientSet
 from geomkit.gradients.layer_gradient import LayerGradient
-from geomkit.svd.subspace_energy import subspace_energy
-from geomkit.svd.subspaces import subspace
 from tests.correlation.test_conflict import FULL, gradient_set
 from tests.helpers.architectures import ROWS, built, collected
 
@@ -163,58 +161,6 @@ def test_figure_draws_both_accounts() -> None:
     assert list(single.y + single.error_y.array) == pytest.approx(list(frame["high"][:3]))
 
 
-# ------------------------------------------------------------------------------------------- subspace energy
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_energy_inside_is_that_of_the_dense_projection(side: str) -> None:
-    safety, utility, control = random_set(10, 4), random_set(11, 5), random_set(12, 6)
-    space = subspace(safety, rank=2, side=side)
-    found = subspace_energy(utility, space, control)
-    inside, whole = np.zeros(5), np.zeros(5)
-    for name, layer in space.layers.items():
-        basis = layer.basis.double().numpy()
-        for number, sample in enumerate(utility.samples):
-            dense = matrix(sample, name)
-            projected = basis.T @ dense if side == "left" else dense @ basis
-            inside[number] += (projected**2).sum()
-            whole[number] += (dense**2).sum()
-    assert found.shares == pytest.approx(inside / whole, abs=1e-6)
-    assert found.interval == pytest.approx(tuple(ttest_1samp(found.shares, 0).confidence_interval(0.95)))
-    value, (low, high) = found.contrast
-    assert value == pytest.approx(found.shares.mean() - found.control_shares.mean())
-    assert low < value < high
-    assert list(found.to_frame()["expected"]) == [2 / layer.basis.shape[0] for layer in space.layers.values()]
-    assert "minus control" in str(found)
-
-
-def test_gradients_without_a_direction_have_what_chance_gives() -> None:
-    safety, utility = random_set(13, 2), random_set(14, 300)
-    found = subspace_energy(utility, subspace(safety, rank=2))
-    assert found.shares.mean() == pytest.approx(found.expected, abs=0.01)
-    assert found.interval[0] <= found.expected <= found.interval[1]
-    assert found.contrast is None
-    assert "control" not in found.to_frame()
-
-
-def test_an_example_lies_in_its_own_subspace() -> None:
-    safety = random_set(15, 2)
-    found = subspace_energy(safety, subspace(safety.samples[0], rank=4))
-    assert found.shares[0] == pytest.approx(1, abs=1e-6)
-    assert found.shares[1] < 1
-
-
-def test_energies_that_cannot_be_measured_are_refused() -> None:
-    safety = random_set(16, 3)
-    with pytest.raises(GeometryError, match="at least 2 per-sample"):
-        subspace_energy(GradientSet(safety.layers, 1.0, 3, 12, FULL), subspace(safety, rank=1))
-    with pytest.raises(GeometryError, match="one side"):
-        subspace_energy(safety, subspace(safety, rank=1, side="both"))
-    fewer = gradient_set([{name: sample[name] for name in list(SHAPES)[:1]} for sample in safety.samples])
-    with pytest.raises(GeometryError, match="every parameter of the subspace"):
-        subspace_energy(fewer, subspace(safety, rank=1))
-
-
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -234,9 +180,3 @@ def test_the_headline_names_no_more_directions_than_there_are() -> None:
     found = str(conflict_directions(random_set(6, 3), random_set(7, 4), rank=999))
     assert "the first 6 directions hold" in found
     assert "the first direction holds" in str(conflict_directions(random_set(6, 3), random_set(7, 4), rank=1))
-
-
-def test_energy_of_another_model_is_refused() -> None:
-    other = gradient_set([{name: DenseGradient(torch.ones(3, 3), 4) for name in SHAPES}] * 3)
-    with pytest.raises(GeometryError, match="found dimensions 3 and 9; collect both from the same model"):
-        subspace_energy(other, subspace(random_set(6, 3), rank=2).on("left"))
