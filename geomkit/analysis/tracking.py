@@ -14,7 +14,7 @@ from geomkit.gradients.gradient_set import GradientSet, set_inner
 from geomkit.inputs.models import load_model
 from geomkit.svd.principal_angles import principal_angles
 from geomkit.svd.subspaces import Subspace, layer_subspace
-from geomkit.utils.arguments import described, is_whole
+from geomkit.utils.arguments import is_whole, type_in_words
 from geomkit.utils.display import counted, html_table
 from geomkit.utils.figures import draw
 
@@ -102,7 +102,7 @@ class Tracker:
     def __init__(self, probe: Probe) -> None:
         """Start with nothing."""
         if not isinstance(probe, Probe):
-            raise GeometryError(f"expected a probe, found {described(probe)}; make one with geomkit.Probe")
+            raise GeometryError(f"expected a probe, found {type_in_words(probe)}; make one with geomkit.Probe")
         self._probe = probe
         self._first: tuple[GradientSet, Subspace] | None = None
         self._moments: dict[int | str, TrajectoryPoint] = {}
@@ -178,7 +178,7 @@ def track(
 
     tracker = Tracker(probe)
     if not isinstance(checkpoints, Mapping):
-        raise GeometryError(f"expected checkpoints by step or name, found {described(checkpoints)}; give a dict")
+        raise GeometryError(f"expected checkpoints by step or name, found {type_in_words(checkpoints)}; give a dict")
     for at, checkpoint in tqdm(checkpoints.items(), desc="track", unit="checkpoint", disable=not progress):
         model = load_model(checkpoint)[0] if isinstance(checkpoint, str | Path) else checkpoint
         tracker.look(at, model, tokenizer)

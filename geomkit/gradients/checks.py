@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from geomkit.errors import GeometryError
 from geomkit.gradients.gradient_set import GradientSet
 from geomkit.gradients.layer_gradient import LayerGradient
-from geomkit.utils.arguments import described
+from geomkit.utils.arguments import type_in_words
 
 
 def with_controls(
@@ -33,7 +33,9 @@ def check_sets(sets: object) -> None:
         GeometryError: If one is not, or they have no names.
     """
     if not isinstance(sets, Mapping):
-        raise GeometryError(f'expected sets by name, found {described(sets)}; give e.g. {{"safety": …, "control": …}}')
+        raise GeometryError(
+            f'expected sets by name, found {type_in_words(sets)}; give e.g. {{"safety": …, "control": …}}'
+        )
     for name, found in sets.items():
         if not isinstance(found, GradientSet):
             raise _no_gradients(name, found)
@@ -53,7 +55,7 @@ def check_gradients(name: str, gradients: object) -> None:
 
 def _no_gradients(name: str, found: object) -> GeometryError:
     return GeometryError(
-        f"expected gradients from collect_gradients(..., per_sample=True), found {described(found)} as the {name} "
+        f"expected gradients from collect_gradients(..., per_sample=True), found {type_in_words(found)} as the {name} "
         "set; collect them first"
     )
 

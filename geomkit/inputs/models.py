@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from geomkit.errors import DataError
-from geomkit.utils.arguments import described
+from geomkit.utils.arguments import type_in_words
 from geomkit.utils.files import data_dir
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def untrained(model: "PreTrainedModel", *, seed: int = 0) -> "PreTrainedModel":
             "what comes out the same adapters if they are part of the question"
         )
     if not hasattr(model, "config") or not hasattr(model, "device"):
-        raise DataError(f"expected a transformers model, found {described(model)}; load it with geomkit.load_model")
+        raise DataError(f"expected a transformers model, found {type_in_words(model)}; load it with geomkit.load_model")
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
         fresh: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(model.config), dtype=model.dtype)

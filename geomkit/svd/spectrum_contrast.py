@@ -17,7 +17,7 @@ from geomkit.stats.jackknife import jackknife_interval, jackknife_p_value
 from geomkit.stats.multiple_testing import benjamini_hochberg
 from geomkit.svd.layer_spectrum import statistics_of
 from geomkit.svd.spectrum import Spectrum
-from geomkit.utils.arguments import check_confidence, described
+from geomkit.utils.arguments import check_confidence, type_in_words
 from geomkit.utils.display import html_table
 from geomkit.utils.figures import draw
 
@@ -189,7 +189,9 @@ def compare_spectra(
         raise GeometryError(f"expected two names, found {names!r}; give one for each side")
     for found in (a, b):
         if not isinstance(found, Spectrum):
-            raise GeometryError(f"expected two spectra, found {described(found)}; measure each with spectrum or span")
+            raise GeometryError(
+                f"expected two spectra, found {type_in_words(found)}; measure each with spectrum or span"
+            )
     if difference := sorted(set(a.layers).symmetric_difference(b.layers)):
         raise GeometryError(
             f"expected spectra of the same parameters, found {len(difference)} on one side only "

@@ -1,4 +1,6 @@
-"""What every other room uses and nothing of the field.
+"""What every other package uses and that knows nothing of gradients.
 
-Argument checks, tables, files, saving, precision, seeding, and the link from results to figures.
+In reading order: ``arguments`` (checks of arguments), ``display`` (tables and numbers as text), ``figures`` (the link
+from results to their figures), ``files`` (atomic writing), ``saved_files`` (the file format of a save), ``saving``
+(results to that format and back), ``precision`` and ``seeding``.
 """

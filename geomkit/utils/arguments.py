@@ -1,4 +1,4 @@
-"""Whether the numbers that a measure is given are ones it can work with; checked where a user's call begins."""
+"""Checks of arguments that several measurements share, such as ranks and confidences."""
 
 from numbers import Integral, Real
 from typing import TYPE_CHECKING
@@ -13,17 +13,17 @@ def check_rank(rank: object) -> None:
     """Check that a rank is a whole number of at least 1.
 
     Raises:
-        GeometryError: If it is not.
+        GeometryError: If the rank is not.
     """
     if not is_whole(rank, 1):
         raise GeometryError(f"expected a rank of at least 1, a whole number, found {rank!r}; give e.g. 10")
 
 
 def check_confidence(confidence: object) -> None:
-    """Check that a confidence is a share strictly between 0 and 1.
+    """Check that a confidence level lies strictly between 0 and 1.
 
     Raises:
-        GeometryError: If it is not, such as one in per cent.
+        GeometryError: If the level does not, for instance because it is in per cent.
     """
     if not isinstance(confidence, Real) or not 0 < float(confidence) < 1:
         raise GeometryError(f"expected a confidence between 0 and 1, found {confidence!r}; give .95, not 95")
@@ -32,8 +32,13 @@ def check_confidence(confidence: object) -> None:
 def check_draws(draws: object, least: int, name: str = "draws") -> None:
     """Check that a number of random draws is whole and large enough.
 
+    Args:
+        draws: The number of draws.
+        least: The smallest number allowed.
+        name: Name of the argument, for the message.
+
     Raises:
-        GeometryError: If it is not.
+        GeometryError: If the number is not whole, or less than ``least``.
     """
     if not is_whole(draws, least):
         raise GeometryError(
@@ -42,17 +47,21 @@ def check_draws(draws: object, least: int, name: str = "draws") -> None:
 
 
 def check_groups(groups: object) -> None:
-    """Check that examples can be dealt into so many groups, or into none.
+    """Check a number of groups for the jackknife: 0 for no intervals, else a whole number of at least 2.
 
     Raises:
-        GeometryError: If it is 1, negative or no whole number.
+        GeometryError: If the number is 1, negative or not whole.
     """
     if not is_whole(groups, 0) or groups == 1:
         raise GeometryError(f"expected two groups of examples or more, or 0 for no intervals, found groups={groups!r}")
 
 
 def check_finite(values: "Tensor", where: str) -> None:
-    """Check that what was made of gradients is finite: one value that is not spoils all that it is compared with.
+    """Check that values computed from gradients are finite, since one NaN spoils every comparison with it.
+
+    Args:
+        values: The values, of any shape.
+        where: What the values belong to, for the message.
 
     Raises:
         GeometryError: If a value is NaN or infinite.
@@ -65,7 +74,7 @@ def check_finite(values: "Tensor", where: str) -> None:
 
 
 def is_whole(number: object, least: int) -> bool:
-    """Say whether it is a whole number, no boolean, of at least that much.
+    """Return whether an object is a whole number, not a boolean, of at least ``least``.
 
     Example:
         >>> is_whole(2, 1), is_whole(0, 1), is_whole(2.5, 1), is_whole(True, 1)
@@ -74,14 +83,14 @@ def is_whole(number: object, least: int) -> bool:
     return not isinstance(number, bool) and isinstance(number, Integral) and int(number) >= least
 
 
-def described(found: object) -> str:
-    """Say what kind of thing it is.
+def type_in_words(value: object) -> str:
+    """Return the name of a value's type with its article, for error messages.
 
     Example:
-        >>> described(None), described({}), described(1), described([1])
+        >>> type_in_words(None), type_in_words({}), type_in_words(1), type_in_words([1])
         ('None', 'a dict', 'an int', 'a list')
     """
-    if found is None:
+    if value is None:
         return "None"
-    kind = type(found).__name__
-    return f"{'an' if kind[0].lower() in 'aeiou' else 'a'} {kind}"
+    name = type(value).__name__
+    return f"{'an' if name[0].lower() in 'aeiou' else 'a'} {name}"

@@ -1,4 +1,4 @@
-"""How results show themselves: tables in a notebook and in text, and numbers to three digits."""
+"""Display of results: the base class of results, tables in HTML and text, and numbers as text."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 class Result(ABC):
-    """A result of a measurement: a sentence (``str``), a data frame, and both together in a notebook."""
+    """Base class of results: a sentence (``str``), a data frame (``to_frame``), and both together in a notebook."""
 
     @abstractmethod
     def to_frame(self) -> "pd.DataFrame":
@@ -20,14 +20,14 @@ class Result(ABC):
 
 
 def html_table(title: str, frame: "pd.DataFrame", *, rows: int = 12) -> str:
-    """Render a heading and the first rows of a frame as HTML, with numbers to four significant digits."""
+    """Return a heading and the first rows of a data frame as HTML, with numbers to four significant digits."""
     shown = frame.head(rows).to_html(index=False, border=0, na_rep="–", float_format=lambda value: f"{value:.4g}")
     more = f"<p>… {len(frame) - rows} more rows: <code>.to_frame()</code></p>" if len(frame) > rows else ""
     return f"<div><p><b>{title}</b></p>{shown}{more}</div>"
 
 
 def text_table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return a line per row, its cells in columns as wide as they need to be.
+    """Return one line of text per row, with the cells aligned in columns.
 
     Example:
         >>> text_table([("kind", "chosen"), ("attention", "4 of 4")])
@@ -38,7 +38,7 @@ def text_table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def counted(number: int, noun: str, plural: str = "") -> str:
-    """Write a number of things.
+    """Return a number followed by its noun, in the singular or the plural.
 
     Example:
         >>> counted(1, "moment"), counted(2, "matrix", "matrices")
@@ -48,7 +48,7 @@ def counted(number: int, noun: str, plural: str = "") -> str:
 
 
 def signed(interval: tuple[float, float]) -> str:
-    """Write the ends of an interval with their signs.
+    """Return an interval as text, both ends with a sign and three decimals.
 
     Example:
         >>> signed((-0.25, 0.5))
@@ -58,7 +58,7 @@ def signed(interval: tuple[float, float]) -> str:
 
 
 def human_bytes(size: int) -> str:
-    """Write a number of bytes to three digits.
+    """Return a size in bytes as text, with a binary unit and three digits.
 
     Example:
         >>> human_bytes(1023), human_bytes(16 * 2**30)
@@ -71,7 +71,7 @@ def human_bytes(size: int) -> str:
 
 
 def human_count(number: int) -> str:
-    """Write a number of parameters to three digits.
+    """Return a number of parameters as text, with a decimal unit and three digits.
 
     Example:
         >>> human_count(999), human_count(8_030_261_248)

@@ -1,4 +1,4 @@
-"""The one link from results to figures: plots import results, so results name their figure instead of importing it."""
+"""The link from results to figures, by name: :mod:`geomkit.plots` imports results, so results cannot import it."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, cast
@@ -8,12 +8,12 @@ if TYPE_CHECKING:
 
 
 def draw(name: str, *results: object, **options: object) -> "Figure":
-    """Draw results with a function of :mod:`geomkit.plots`, which is imported when this is called.
+    """Draw results with a function of :mod:`geomkit.plots`, which is imported at the call.
 
     Args:
         name: Name of the function, such as ``"plot_spectrum"``.
-        *results: What it draws.
-        **options: Its keyword arguments.
+        *results: Results to draw, the positional arguments of the function.
+        **options: Keyword arguments of the function.
 
     Returns:
         The figure.

@@ -1,7 +1,7 @@
-"""Writing files so that nobody sees half of one, whatever interrupts the writing."""
+"""Atomic writing of files, a lock on a folder, and the place of the shipped data."""
 
+import fcntl
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -10,16 +10,18 @@ from typing import Self
 
 from geomkit.errors import DataError
 
+_PACKAGE = Path(__file__).parents[1]
+
 
 class Draft:
-    """A file that is written beside its place and moved there when it is complete.
+    """A file under a temporary name, which is moved to its final name when it is complete.
 
-    Used in a ``with`` block; a draft that was not moved when the block ends is removed. Where the process is killed
-    it stays, as ``.name.<process id>``.
+    Used in a ``with`` block: a draft that was not moved when the block ends is removed. If the process is killed, the
+    draft stays in the folder as ``.name.<process id>``.
     """
 
     def __init__(self, folder: Path, name: str) -> None:
-        """Start one in a folder that exists."""
+        """Open a draft of the file ``name`` in a folder that exists."""
         self._path = folder / f".{name}.{os.getpid()}"
         self._file = self._path.open("wb")
 
@@ -28,12 +30,15 @@ class Draft:
         self._file.write(content)
 
     def move_to(self, path: Path) -> None:
-        """Give the draft its place, in the same folder, replacing a file there; it survives a power cut from now on."""
+        """Move the draft to a path in the same folder, replacing a file there, so that it survives a power cut."""
+        # 1. The content must be on the disk before the name points to it.
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
+        # 2. A reader sees the old file or the new one, never a part.
         self._path.replace(path)
-        sync_folder(path.parent)
+        # 3. The name itself must be on the disk.
+        _sync_folder(path.parent)
 
     def __enter__(self) -> Self:
         """Return the draft itself."""
@@ -42,59 +47,39 @@ class Draft:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Leave no trace of a draft that was not moved."""
+        """Remove a draft that was not moved."""
         self._file.close()
         self._path.unlink(missing_ok=True)
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write UTF-8 text, replacing the file if it exists; missing folders are made, and a failure leaves no trace."""
+    """Write UTF-8 text to a file, replacing it if it exists.
+
+    Missing folders are made. If writing fails, an old file stays as it was and no part of the new one remains.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with Draft(path.parent, path.name) as draft:
         draft.write(text.encode())
         draft.move_to(path)
 
 
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder survive a power cut, where the system and the file system can."""
-    if sys.platform == "win32":
-        return
-    with suppress(OSError):  # some network file systems cannot
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Let one writer at a time into the block, by a lock that ends with the process and leaves no file.
+    """Hold an exclusive lock on a folder inside the block, so that one process at a time writes to it.
 
-    Where the system or the file system has no such lock, everybody is let in.
+    The lock ends with the process and leaves no file. On a file system without such locks, all processes may enter.
     """
-    if sys.platform == "win32":
-        yield
-        return
-    import fcntl
-
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):
+    with _opened(folder) as handle:
+        with suppress(OSError):  # some network file systems cannot lock
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
-    finally:
-        os.close(handle)
-
-
-_PACKAGE = Path(__file__).parents[1]
 
 
 def data_dir() -> Path:
-    """Return the folder that holds the organism, its evaluation sets and its scenarios.
+    """Return the folder of the shipped data: the organism, its evaluation sets and its scenarios.
 
     Raises:
-        DataError: If the installation carries no data.
+        DataError: If the installation has no data.
     """
     for folder in (_PACKAGE / "_data", _PACKAGE.parent / "data"):
         if folder.is_dir():
@@ -103,3 +88,18 @@ def data_dir() -> Path:
         f"expected the shipped data in {_PACKAGE / '_data'} or {_PACKAGE.parent / 'data'}, found neither; "
         "reinstall geomkit"
     )
+
+
+def _sync_folder(folder: Path) -> None:
+    """Write the names in a folder to the disk, so that a renamed file survives a power cut."""
+    with suppress(OSError), _opened(folder) as handle:  # some network file systems cannot sync
+        os.fsync(handle)
+
+
+@contextmanager
+def _opened(folder: Path) -> Iterator[int]:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        yield handle
+    finally:
+        os.close(handle)

@@ -1,4 +1,4 @@
-"""Random generators from explicit seeds, and the global random state kept as it was."""
+"""Random generators from explicit seeds, and a context that restores the global random state."""
 
 import random
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ import torch
 
 @contextmanager
 def random_state_kept() -> Iterator[None]:
-    """Restore Python's, numpy's and torch's global random states, which the Trainer seeds, when the block ends."""
+    """Restore the global random states of Python, numpy and torch, which the Trainer seeds, when the block ends."""
     python_state, numpy_state = random.getstate(), np.random.get_state()  # noqa: NPY002 - the global state is the point
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         try:
@@ -21,11 +21,13 @@ def random_state_kept() -> Iterator[None]:
             np.random.set_state(numpy_state)  # noqa: NPY002
 
 
-# --------------------------------------------------------------------------------------------- null gradients
-
-
 def parameter_generator(seed: int, parameter: str) -> torch.Generator:
-    """Return a generator for the draws of one parameter, the same whichever other parameters are measured."""
-    # torch's CPU generator reads the low 32 bits of a seed only, so the two are mixed rather than packed.
+    """Return a CPU generator for the random draws of one parameter, which do not depend on the other parameters.
+
+    Args:
+        seed: The seed of the whole measurement.
+        parameter: Name of the parameter.
+    """
+    # torch's CPU generator reads only the low 32 bits of a seed, so seed and name are mixed rather than packed.
     mixed = np.random.SeedSequence([seed, crc32(parameter.encode())]).generate_state(1)[0]
     return torch.Generator().manual_seed(int(mixed))
