@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from geomkit.analysis.claims import Claim, claims_frame, claims_table
-from geomkit.correlation.conflict import Conflict, conflict_of_grams
+from geomkit.correlation.conflict import Conflict, conflict
 from geomkit.gradients.gradient_set import Coverage, GradientSet, layer_grams
 from geomkit.svd.example_span import span
 from geomkit.svd.one_sample.results import OneSample
@@ -247,11 +247,11 @@ def analysis_of(
         spectra=spectra,
         spans={name: span(_some(grams, count, seed), together=True, seed=seed) for name, grams in within.items()},
         angles=principal_angles(*(subspace(side, rank=rank) for side in (matched[0], matched[2]))),
-        conflict=conflict_of_grams(
+        conflict=conflict(
             within["safety"],
-            layer_grams(safety, utility),
             within["utility"],
-            control=within["control"],
+            within["control"],
+            across=layer_grams(safety, utility),
             control_across=layer_grams(control, utility),
             seed=seed,
         ),

@@ -1,4 +1,4 @@
-"""One conflict, of a parameter or of all, from the inner products between examples."""
+"""The conflict in one parameter, or over all parameters, from inner products between examples."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,23 +11,22 @@ from geomkit.errors import GeometryError
 from geomkit.utils.display import signed
 
 LayerGrams = Mapping[str, Tensor]
-"""Inner products between examples by parameter, as :func:`geomkit.sample_grams` makes them."""
+"""Inner products between examples by parameter, as returned by :func:`geomkit.sample_grams`."""
 
 _FEWEST = 3  # leaving one example out must leave a pair
 
 
 @dataclass(frozen=True)
 class ControlDifference:
-    """How much more safety than a control conflicts with utility.
+    """Difference between the safety set's and the control set's cosine with the utility gradient.
 
     Attributes:
-        value: Cosine of the expected safety and utility gradients minus that of the expected control and utility
+        value: Cosine of the expected safety and utility gradients minus the cosine of the expected control and utility
             gradients; negative where safety conflicts more. NaN if a mean gradient is no larger than its noise.
-        interval: Confidence interval, over the examples of all three sets.
-        p_value: Two-sided p-value of no difference; in simulations with control and safety examples of one population,
-            2.5 to 5 % were below .05 (16 or 32 a side, Gaussian and heavy-tailed), 1 to 3 % with very uneven sizes.
+        interval: Confidence interval of the difference, over the examples of all three sets.
+        p_value: Two-sided p-value of no difference; its measured false-positive rate is in tests/benchmarks/README.md.
         control: Estimate of the cosine of the expected control and utility gradients.
-        control_interval: Confidence interval of that cosine.
+        control_interval: Confidence interval of the control's cosine.
     """
 
     value: float
@@ -37,7 +36,7 @@ class ControlDifference:
     control_interval: tuple[float, float]
 
     def __str__(self) -> str:
-        """Say the difference and the control's own cosine."""
+        """Return the difference and the control's cosine, with intervals, as text."""
         if np.isnan(self.value):
             return "safety minus control unknown, a mean is no larger than its noise"
         return (
@@ -48,18 +47,18 @@ class ControlDifference:
 
 @dataclass(frozen=True)
 class LayerConflict:
-    """The conflict in one parameter; the fields mean what they mean in :class:`geomkit.correlation.conflict.Conflict`.
+    """The conflict in one parameter; the fields are explained in :class:`geomkit.correlation.conflict.Conflict`.
 
     Attributes:
         parameter: Name of the parameter.
-        cosine: Cosine of the two mean gradients; NaN if one is zero.
+        cosine: Cosine of the two mean gradients; NaN if a mean gradient is zero.
         corrected: Estimate of the cosine of the expected gradients.
         interval: Confidence interval of the cosine of the expected gradients.
-        null_interval: Where ``cosine`` lies when the examples are divided at random.
+        null_interval: Central interval of ``cosine`` under random divisions of the pooled examples.
         p_value: One-sided permutation p-value.
-        weight: The parameter's share of ‖ḡ_s‖·‖ḡ_u‖ over all parameters; weight times cosine is what it adds to the
-            cosine over all parameters.
-        contrast: Safety against control, if there is one.
+        weight: The parameter's share of ‖ḡ_s‖·‖ḡ_u‖ over all parameters; weight times cosine is the parameter's
+            contribution to the cosine over all parameters.
+        contrast: Safety set against control set, if there is a control.
     """
 
     parameter: str
@@ -75,58 +74,66 @@ class LayerConflict:
 def layer_conflict(
     name: str, grams: PairGrams, control: PairGrams | None, shuffled: np.ndarray, confidence: float, *, norms: float
 ) -> LayerConflict:
-    """Measure one conflict.
+    """Measure the conflict in one parameter.
 
     Args:
-        name: Of the parameter.
-        grams: Inner products of safety and utility examples.
-        control: Those of control and the same utility examples, if there is a control.
+        name: Name of the parameter.
+        grams: Inner products of N safety and M utility examples.
+        control: Inner products of control examples and the same utility examples, if there is a control.
         shuffled: (draws, N + M) random divisions of the pooled safety and utility examples.
-        confidence: Of the intervals.
-        norms: The product of the norms of both mean gradients over all parameters.
+        confidence: Nominal coverage of the intervals, between 0 and 1.
+        norms: Product of the norms of both mean gradients over all parameters.
     """
     corrected, interval = expected_cosine(grams, confidence)
     p_value, null_interval = permutation_test(grams.cosine, permuted_cosines(grams, shuffled), confidence)
     weight = grams.norms / norms if norms > 0 else 0.0
-    contrast = None if control is None else contrast_of(grams, control, confidence)
+    contrast = None if control is None else control_difference(grams, control, confidence)
     return LayerConflict(name, grams.cosine, corrected, interval, null_interval, p_value, weight, contrast)
 
 
-def contrast_of(grams: PairGrams, control: PairGrams, confidence: float) -> ControlDifference:
-    """Compare the cosines of two sets with one utility set, with an interval over the examples of all three."""
-    ratio = contrast_ratio(grams, control)
-    own, own_interval = expected_cosine(control, confidence)
-    if ratio is None:
-        return ControlDifference(float("nan"), (-2.0, 2.0), 1.0, own, own_interval)
-    value = float(np.clip(ratio.estimate, -2, 2))
-    return ControlDifference(value, ratio.interval(confidence, 2.0), ratio.p_value, own, own_interval)
-
-
-def joined(own: LayerGrams, across: LayerGrams, utility: LayerGrams, name: str) -> dict[str, PairGrams]:
-    """Put the three kinds of inner products of each parameter together.
+def control_difference(grams: PairGrams, control: PairGrams, confidence: float) -> ControlDifference:
+    """Compare the cosines of safety and control set with one utility set.
 
     Args:
-        own: (N, N) within the set called ``name``.
-        across: (N, M) between it and the utility set.
-        utility: (M, M) within the utility set.
-        name: What to call the first set in errors.
+        grams: Inner products of safety and utility examples.
+        control: Inner products of control examples and the same utility examples.
+        confidence: Nominal coverage of the intervals, over the examples of all three sets.
+    """
+    ratio = contrast_ratio(grams, control)
+    control_cosine, control_interval = expected_cosine(control, confidence)
+    if ratio is None:
+        return ControlDifference(float("nan"), (-2.0, 2.0), 1.0, control_cosine, control_interval)
+    value = float(np.clip(ratio.estimate, -2, 2))
+    interval = ratio.interval(confidence, 2.0)
+    return ControlDifference(value, interval, ratio.p_value, control_cosine, control_interval)
+
+
+def pair_grams(within: LayerGrams, across: LayerGrams, utility: LayerGrams, name: str) -> dict[str, PairGrams]:
+    """Return the inner products within and between a set and the utility set, by parameter.
+
+    Args:
+        within: (N, N) inner products within the set called ``name``.
+        across: (N, M) inner products between this set and the utility set.
+        utility: (M, M) inner products within the utility set.
+        name: Name of the first set in error messages.
 
     Raises:
         GeometryError: If a set has fewer than three examples, shapes do not fit, or parameters differ.
     """
-    refuse_other_parameters(across, own)
-    refuse_other_parameters(across, utility)
+    check_same_parameters(across, within)
+    check_same_parameters(across, utility)
     grams = {
-        layer: PairGrams(*(one[layer].double().cpu().numpy() for one in (own, across, utility))) for layer in across
+        layer: PairGrams(*(part[layer].double().cpu().numpy() for part in (within, across, utility)))
+        for layer in across
     }
     if not grams:
         raise GeometryError("expected inner products of at least one parameter, found none; collect some")
-    for layer, found in grams.items():
-        n, m = found.across.shape
-        if found.safety.shape != (n, n) or found.utility.shape != (m, m):
+    for layer, gram in grams.items():
+        n, m = gram.across.shape
+        if gram.safety.shape != (n, n) or gram.utility.shape != (m, m):
             raise GeometryError(
-                f"expected inner products of the same examples in {layer}, found {found.safety.shape} within {name}, "
-                f"{(n, m)} across and {found.utility.shape} within utility; take all from the same sets"
+                f"expected inner products of the same examples in {layer}, found {gram.safety.shape} within {name}, "
+                f"{(n, m)} across and {gram.utility.shape} within utility; take all from the same sets"
             )
         for side, size in ((name, n), ("utility", m)):
             if size < _FEWEST:
@@ -134,11 +141,11 @@ def joined(own: LayerGrams, across: LayerGrams, utility: LayerGrams, name: str) 
     return grams
 
 
-def refuse_other_parameters(a: Mapping[str, object], b: Mapping[str, object]) -> None:
-    """Refuse mappings that have different parameters.
+def check_same_parameters(a: Mapping[str, object], b: Mapping[str, object]) -> None:
+    """Check that two mappings by parameter have the same parameters.
 
     Raises:
-        GeometryError: If they do; the message names some.
+        GeometryError: If a parameter is in one mapping only; the message names up to four of them.
     """
     if difference := set(a).symmetric_difference(b):
         raise GeometryError(

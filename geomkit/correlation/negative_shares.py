@@ -1,4 +1,4 @@
-"""Which share of a model's parameters has a negative cosine, with an interval over examples."""
+"""Share of a model's parameters with a negative cosine, with an interval over examples."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,23 +9,23 @@ from geomkit.correlation.cosine import PairGrams
 from geomkit.stats.jackknife import jackknife_groups, jackknife_interval
 
 _GROUPS = 5
-"""A sign seldom turns when one example is left out; with a fifth of them left out, intervals covered best."""
+"""A sign seldom turns when one example is left out; with a fifth of the examples left out, intervals covered best."""
 
 
 @dataclass(frozen=True)
 class Share:
-    """A share of something that examples have in common, so that counting it does not make it certain.
+    """A share of parameters measured on the same examples, so that more parameters do not narrow its interval.
 
     Attributes:
-        value: Between 0 and 1.
-        interval: Over examples.
+        value: The share, between 0 and 1.
+        interval: Confidence interval over examples.
     """
 
     value: float
     interval: tuple[float, float]
 
     def __str__(self) -> str:
-        """Show the share and its interval in per cent.
+        """Return the share and its interval in per cent.
 
         Example:
             >>> print(Share(0.5, (0.25, 0.75)))
@@ -37,43 +37,45 @@ class Share:
 def negative_shares(
     layers: Sequence[PairGrams], generator: np.random.Generator, confidence: float = 0.95
 ) -> tuple[Share, Share]:
-    """Return the share of parameters whose mean gradients have a negative cosine: each counted once, and by norms.
+    """Return the share of parameters whose mean gradients have a negative cosine, unweighted and weighted by norms.
 
-    By norms, a parameter weighs what the product of its two mean gradients' norms weighs.
+    In the weighted share, a parameter has the weight ‖ḡ_s‖·‖ḡ_u‖.
 
-    A Wilson interval over parameters would take them for independent draws. They are not: all are measured on the
-    same examples, and one unusual example turns many signs at once. These intervals leave a fifth of the examples of
-    either side out in turn (see :func:`geomkit.stats.jackknife.jackknife_interval`). A share counts signs and is not
-    smooth,
-    so they are a guide: in simulations with 15 to 200 parameters and 16 or 32 examples a side, 92 to 99 % of nominal
-    95 % intervals held the share that such samples show on average, at one and a half to three times the width that
-    would have been needed.
+    A Wilson interval over parameters would treat parameters as independent draws. They are not: all are measured on
+    the same examples, and one unusual example turns many signs at once. These intervals come from a jackknife that
+    leaves a fifth of the examples of either side out in turn (:func:`geomkit.stats.jackknife.jackknife_interval`). A
+    share counts signs and is not smooth, so the intervals are a guide only, and wider than necessary (measured
+    coverage and width: tests/benchmarks/README.md).
 
     Args:
-        layers: Inner products of at least two examples a side, one for each parameter.
-        generator: Deals the examples into groups.
-        confidence: Of the intervals.
+        layers: Inner products of at least two examples on each side, one item for each parameter.
+        generator: Source of randomness, which deals the examples into groups.
+        confidence: Nominal coverage of the intervals, between 0 and 1.
 
     Returns:
-        Both shares, cut at 0 and 1.
+        The unweighted and the weighted share, with intervals clipped to [0, 1].
     """
+    # 1. Deal the examples of each side into five groups at random.
     sides = [np.arange(size) for size in layers[0].across.shape]
-    left_out = [jackknife_groups(len(side), _GROUPS, generator) for side in sides]
+    groups_by_side = [jackknife_groups(len(side), _GROUPS, generator) for side in sides]
+    # 2. Both shares without each group of safety examples, and without each group of utility examples.
     without = [
         np.array([_shares(layers, *(np.delete(a, group) if a is side else a for a in sides)) for group in groups])
-        for side, groups in zip(sides, left_out, strict=True)
+        for side, groups in zip(sides, groups_by_side, strict=True)
     ]
+    # 3. Jackknife interval of both shares; the variances of the two independent sides add up.
     values = _shares(layers, *sides)
     low, high = jackknife_interval(values, *without, confidence=confidence)
-    first, second = (
+    unweighted, weighted = (
         Share(float(value), (float(max(a, 0.0)), float(min(b, 1.0))))
         for value, a, b in zip(values, low, high, strict=True)
     )
-    return first, second
+    return unweighted, weighted
 
 
 def _shares(layers: Sequence[PairGrams], safety: np.ndarray, utility: np.ndarray) -> np.ndarray:
-    kept = [layer.chosen(safety, utility) for layer in layers]
-    negative = np.array([layer.across.mean() < 0 for layer in kept])
-    weights = np.array([layer.norms for layer in kept])
+    """Return the unweighted and the weighted share, from the safety and utility examples at the given places."""
+    grams = [layer.subset(safety, utility) for layer in layers]
+    negative = np.array([gram.across.mean() < 0 for gram in grams])
+    weights = np.array([gram.norms for gram in grams])
     return np.array([negative.mean(), (negative * weights).sum() / weights.sum() if weights.any() else 0.0])

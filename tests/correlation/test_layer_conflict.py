@@ -7,9 +7,9 @@ import pytest
 import torch
 from scipy.stats import kstest
 
-from geomkit.correlation.conflict import conflict, conflict_of_grams
+from geomkit.correlation.conflict import conflict
 from geomkit.correlation.cosine import PairGrams, contrast_ratio, expected_cosine, permutation_test, permuted_cosines
-from geomkit.correlation.layer_conflict import contrast_of
+from geomkit.correlation.layer_conflict import control_difference
 from geomkit.correlation.negative_shares import negative_shares
 from geomkit.errors import GeometryError
 from geomkit.gradients.gradient_set import layer_grams
@@ -66,7 +66,7 @@ def test_contrast_of_one_population_is_rejected_as_often_as_it_says() -> None:
 def test_contrast_says_what_its_parts_say() -> None:
     generator = np.random.default_rng(2)
     s, c, u = (sample(generator, mean, 20, 2.0) for mean in means(generator, -0.4, 0.2, 0.1))
-    found = contrast_of(grams(s, u), grams(c, u), 0.95)
+    found = control_difference(grams(s, u), grams(c, u), 0.95)
     own, control = (expected_cosine(grams(side, u), 0.95)[0] for side in (s, c))
     assert found.value == pytest.approx(own - control)
     assert found.control == control
@@ -78,7 +78,7 @@ def test_contrast_says_what_its_parts_say() -> None:
 def test_a_control_without_a_mean_leaves_everything_open() -> None:
     generator = np.random.default_rng(3)
     s, c, u = (sample(generator, mean, 6) for mean in means(generator, 0.0, 0.0, 0.0))
-    found = contrast_of(grams(s, u), grams(c - c.mean(0), u), 0.95)
+    found = control_difference(grams(s, u), grams(c - c.mean(0), u), 0.95)
     assert math.isnan(found.value)
     assert (found.interval, found.p_value) == ((-2.0, 2.0), 1.0)
 
@@ -93,7 +93,7 @@ def test_conflict_carries_the_contrast_of_the_whole_and_of_each_parameter() -> N
     assert plain.layers[NAMES[0]].contrast is None
     assert (plain.cosine, plain.interval, plain.p_value) == (found.cosine, found.interval, found.p_value)
     halves = [row.reshape(12, 2, -1)[:, 1] for row in rows]
-    expected = contrast_of(grams(halves[0], halves[2]), grams(halves[1], halves[2]), 0.95)
+    expected = control_difference(grams(halves[0], halves[2]), grams(halves[1], halves[2]), 0.95)
     assert found.layers[NAMES[1]].contrast.value == pytest.approx(expected.value, abs=1e-5)
     assert found.contrast.interval[1] < 0
     assert "safety minus control" in str(found)
@@ -144,7 +144,7 @@ def test_unweighted_interval_covers_the_planted_cosine_whatever_the_sizes() -> N
                 generator.pareto(1.5, (24, 1)) * (mean + 0.25 * generator.standard_normal((24, 30)))
                 for mean in expected
             )
-            layers.append(grams(scale * safety, utility).directions())
+            layers.append(grams(scale * safety, utility).normalised())
         low, high = expected_cosine(layers[0] + layers[1], 0.95)[1]
         hits += low <= -0.3 <= high
     assert 0.93 <= hits / draws <= 0.97
@@ -188,11 +188,11 @@ def test_inner_products_say_what_gradients_say() -> None:
     generator = np.random.default_rng(10)
     safety, control, utility = (from_rows(1 + generator.standard_normal((size, 60))) for size in (5, 6, 7))
     found = conflict(safety, utility, control, draws=50)
-    again = conflict_of_grams(
+    again = conflict(
         layer_grams(safety, safety),
-        layer_grams(safety, utility),
         layer_grams(utility, utility),
-        control=layer_grams(control, control),
+        layer_grams(control, control),
+        across=layer_grams(safety, utility),
         control_across=layer_grams(control, utility),
         draws=50,
     )
@@ -202,19 +202,25 @@ def test_inner_products_say_what_gradients_say() -> None:
 
 def test_inner_products_that_do_not_fit_are_refused() -> None:
     safety, utility = (from_rows(rows) for rows in planted(np.random.default_rng(11), (5, 4), 0.0, 1.0, 12))
-    own, across, beside = layer_grams(safety, safety), layer_grams(safety, utility), layer_grams(utility, utility)
+    within, across, other = layer_grams(safety, safety), layer_grams(safety, utility), layer_grams(utility, utility)
     with pytest.raises(GeometryError, match="same examples"):
-        conflict_of_grams(beside, across, beside)
+        conflict(other, other, across=across)
     with pytest.raises(GeometryError, match="same parameters"):
-        conflict_of_grams({NAMES[0]: own[NAMES[0]]}, across, beside)
+        conflict({NAMES[0]: within[NAMES[0]]}, other, across=across)
     with pytest.raises(GeometryError, match="both or neither"):
-        conflict_of_grams(own, across, beside, control=own)
-    few = {name: gram[:2, :2] for name, gram in own.items()}
+        conflict(within, other, within, across=across)
+    with pytest.raises(GeometryError, match="both or neither"):
+        conflict(within, other, across=across, control_across=across)
+    with pytest.raises(GeometryError, match="across= beside control_across=, found none"):
+        conflict(safety, utility, safety, control_across=across)
+    with pytest.raises(GeometryError, match="within the utility set beside across=, found gradients"):
+        conflict(within, utility, across=across)
+    few = {name: gram[:2, :2] for name, gram in within.items()}
     thin = {name: gram[:2] for name, gram in across.items()}
     with pytest.raises(GeometryError, match="at least 3 control"):
-        conflict_of_grams(own, across, beside, control=few, control_across=thin)
+        conflict(within, other, few, across=across, control_across=thin)
     with pytest.raises(GeometryError, match="at least one parameter"):
-        conflict_of_grams({}, {}, {})
+        conflict({}, {}, across={})
 
 
 # ------------------------------------------------------------------------------------------------- calibration
@@ -243,7 +249,7 @@ def test_permutation_p_values_of_one_population_are_uniform_and_of_conflict_smal
     assert np.mean(np.array(opposed) <= 0.05) > 0.8
 
 
-def test_planted_conflict_is_found_with_the_power_the_docstring_states() -> None:
+def test_planted_conflict_is_found_with_the_power_that_the_benchmarks_state() -> None:
     generator = np.random.default_rng(13)
     below = []
     for _ in range(300):
