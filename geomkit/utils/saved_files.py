@@ -1,12 +1,12 @@
-"""The format of a save: a JSON file beside a safetensors file, both named by the kind of what they hold.
+"""The file format of a save: a JSON file and a safetensors file, both named after the kind of the result.
 
 ::
 
-    gradients.json                            what it is, where it comes from, and which part of a tensor is whose
-    gradients-1f0a8c2e94b7d653.safetensors    the numbers; the name carries their hash
+    gradients.json                            type and origin of the result, and the place of each value in a tensor
+    gradients-1f0a8c2e94b7d653.safetensors    the tensors; the file name contains their hash
 
-The JSON is replaced last and in one step, and names the numbers it belongs to. Whatever interrupts a save, a reader
-finds the old result or the new one.
+The JSON file is replaced last, in one step, and names the safetensors file that belongs to it. Therefore a reader
+finds the old result or the new one, whatever interrupts a save.
 """
 
 import hashlib
@@ -26,9 +26,10 @@ from geomkit.utils.files import Draft, locked, write_atomically
 from geomkit.version import __version__
 
 SavedKind = Literal["gradients", "subspace"]
+"""The kinds of results that can be saved."""
 
 FORMAT = 1
-"""Version of the format. A reader refuses later ones."""
+"""Version of the format; later versions are refused."""
 
 _TYPES = {
     torch.float64: "F64",
@@ -37,14 +38,20 @@ _TYPES = {
     torch.float16: "F16",
     torch.bfloat16: "BF16",
 }
-"""The types of numbers that can be saved, and their names in safetensors."""
+"""The types of tensors that can be saved, and their names in safetensors."""
 
 
 def write(kind: SavedKind, folder: Path, content: Any, tensors: Mapping[str, list[Tensor]]) -> None:
-    """Write JSON and tensors, each given as the parts it is made of, in place of what is there of their kind.
+    """Write JSON content and tensors to a folder, replacing a result of the same kind there.
+
+    Args:
+        kind: The kind of the result.
+        folder: The folder, which is made if it is missing.
+        content: What :func:`json.dumps` can write.
+        tensors: By name, the parts that one flat tensor consists of.
 
     Raises:
-        DataError: If there is a file where the folder should be, or the numbers are of a type that cannot be saved.
+        DataError: If there is a file in place of the folder, or a tensor has a type that cannot be saved.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -52,47 +59,63 @@ def write(kind: SavedKind, folder: Path, content: Any, tensors: Mapping[str, lis
         raise DataError(f"expected a folder to save to at {folder}, found a file; choose another name") from None
     with locked(folder):
         try:
-            numbers = _write_numbers(kind, folder, tensors)
+            # 1. The tensors, under a new name: the old JSON file still names the old tensors.
+            numbers = _write_tensors(kind, folder, tensors)
+            # 2. The JSON file: from here on a reader finds the new result.
             document = {"kind": kind, "format": FORMAT, "geomkit": __version__, "numbers": numbers, "content": content}
             write_atomically(folder / f"{kind}.json", json.dumps(document | {"checksum": checksum(document)}) + "\n")
         finally:
+            # 3. Whatever the JSON file does not name: the old tensors, or the new ones if writing failed.
             _remove_leftovers(kind, folder)
 
 
 def read(kind: SavedKind, folder: Path) -> tuple[Any, dict[str, Tensor]]:
-    """Return the JSON and the tensors that were written, each of them flat.
+    """Return the JSON content and the flat tensors that :func:`write` wrote.
 
     Raises:
-        DataError: If there are none, they are damaged or do not belong together, or a later version wrote them.
+        DataError: If there are none, the files are damaged or do not belong together, or a later version wrote them.
     """
     if not (folder / f"{kind}.json").is_file():
-        found = ", ".join(sorted(path.name for path in folder.glob("*.json"))) or "none"
-        raise DataError(f"expected {kind}.json in {folder}, found {found}; save there first, or load what is there")
+        present = ", ".join(sorted(path.name for path in folder.glob("*.json"))) or "none"
+        raise DataError(f"expected {kind}.json in {folder}, found {present}; save there first, or load what is there")
     with suppress(DataError):
-        return _read(kind, folder)
-    # A save may have replaced both files between the two reads: read them once more, with no save under way.
+        return _read_both(kind, folder)
+    # A save may have replaced both files between the two reads: read again, with no save under way.
     with locked(folder):
-        return _read(kind, folder)
+        return _read_both(kind, folder)
 
 
 def checksum(document: Mapping[str, Any]) -> str:
-    """Return the hash of all that the JSON says."""
+    """Return the SHA-256 hash of a JSON document."""
     return hashlib.sha256(json.dumps(document).encode()).hexdigest()
 
 
-def refusal(kind: SavedKind, folder: Path, found: str) -> DataError:
-    """Return the error for files that geomkit did not write like this."""
+def damaged(kind: SavedKind, folder: Path, finding: str) -> DataError:
+    """Return the error for files that are not as geomkit writes them."""
     return DataError(
-        f"expected {folder / f'{kind}.json'} and its numbers as geomkit wrote them, found {found}; they are cut short, "
-        "changed or from different saves: copy both files again, or save again"
+        f"expected {folder / f'{kind}.json'} and its numbers as geomkit wrote them, found {finding}; they are cut "
+        "short, changed or from different saves: copy both files again, or save again"
     )
 
 
-def _write_numbers(kind: SavedKind, folder: Path, tensors: Mapping[str, list[Tensor]]) -> dict[str, str]:
-    # Part by part: the library's own writer would refuse views, and need a copy of everything.
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    r"""Return the bytes of a tensor of any type, in the order of its entries, without a copy if it is contiguous.
+
+    Example:
+        >>> bytes(tensor_bytes(torch.tensor([1, 2], dtype=torch.int16)))
+        b'\x01\x00\x02\x00'
+    """
+    flat = tensor.detach().cpu().contiguous()
+    # A tensor of no or one entry counts as contiguous whatever its stride is.
+    values: memoryview = flat.as_strided((flat.numel(),), (1,)).view(torch.uint8).numpy().data
+    return values
+
+
+def _write_tensors(kind: SavedKind, folder: Path, tensors: Mapping[str, list[Tensor]]) -> dict[str, str]:
+    """Write the safetensors file; return its name and hash as the JSON file states them."""
     digest = hashlib.sha256()
     with Draft(folder, f"{kind}.safetensors") as draft:
-        for chunk in _chunks(tensors):
+        for chunk in _safetensors_chunks(tensors):
             digest.update(chunk)
             draft.write(chunk)
         name = f"{kind}-{digest.hexdigest()[:16]}.safetensors"
@@ -100,13 +123,14 @@ def _write_numbers(kind: SavedKind, folder: Path, tensors: Mapping[str, list[Ten
     return {"file": name, "sha256": digest.hexdigest()}
 
 
-def _chunks(tensors: Mapping[str, list[Tensor]]) -> Iterator[bytes | memoryview]:
+def _safetensors_chunks(tensors: Mapping[str, list[Tensor]]) -> Iterator[bytes | memoryview]:
+    """Yield a safetensors file part by part; the library's writer refuses views and needs a copy of everything."""
     # Wide types first: then each tensor starts at a multiple of its type's width.
     names = sorted(tensors, key=lambda name: -tensors[name][0].element_size())
     ends = list(accumulate((sum(part.nbytes for part in tensors[name]) for name in names), initial=0))
     entries = {
         name: {
-            "dtype": _type(name, tensors[name][0].dtype),
+            "dtype": _type_name(name, tensors[name][0].dtype),
             "shape": [sum(part.numel() for part in tensors[name])],
             "data_offsets": ends[index : index + 2],
         }
@@ -119,26 +143,26 @@ def _chunks(tensors: Mapping[str, list[Tensor]]) -> Iterator[bytes | memoryview]
         yield from map(tensor_bytes, tensors[name])
 
 
-def _type(name: str, dtype: torch.dtype) -> str:
+def _type_name(name: str, dtype: torch.dtype) -> str:
     if dtype not in _TYPES:
         raise DataError(f"{name}: expected one of {', '.join(map(str, _TYPES))}, found {dtype}; convert the numbers")
     return _TYPES[dtype]
 
 
 def _remove_leftovers(kind: SavedKind, folder: Path) -> None:
-    """Remove what earlier or interrupted saves left: drafts, and numbers that the JSON does not name."""
+    """Remove drafts of interrupted saves, and safetensors files that the JSON file does not name."""
     try:
         current = json.loads((folder / f"{kind}.json").read_text("utf-8"))["numbers"]["file"]
     except (OSError, ValueError, KeyError, TypeError):
-        return  # missing or damaged: the numbers may be all there is
-    ours = re.compile(rf"\.{kind}\.(json|safetensors)\.\d+|{kind}-[0-9a-f]{{16}}\.safetensors")
+        return  # no JSON file, or a damaged one: the tensors may be all that is left of a result
+    written_by_geomkit = re.compile(rf"\.{kind}\.(json|safetensors)\.\d+|{kind}-[0-9a-f]{{16}}\.safetensors")
     for path in folder.iterdir():
-        if ours.fullmatch(path.name) and path.name != current:
-            with suppress(OSError):  # in use, on a system where that matters: the next save removes it
+        if written_by_geomkit.fullmatch(path.name) and path.name != current:
+            with suppress(OSError):  # the next save tries again
                 path.unlink()
 
 
-def _read(kind: SavedKind, folder: Path) -> tuple[Any, dict[str, Tensor]]:
+def _read_both(kind: SavedKind, folder: Path) -> tuple[Any, dict[str, Tensor]]:
     from safetensors.torch import load_file
 
     document = _document(kind, folder)
@@ -147,36 +171,24 @@ def _read(kind: SavedKind, folder: Path) -> tuple[Any, dict[str, Tensor]]:
         with (folder / name).open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         if digest != promised:
-            raise refusal(kind, folder, f"{name} with the hash {digest[:8]}…, not {promised[:8]}…")
+            raise damaged(kind, folder, f"{name} with the hash {digest[:8]}…, not {promised[:8]}…")
         return document["content"], load_file(folder / name)
-    except (FileNotFoundError, RuntimeError):  # the latter is what safetensors says of a file that is gone
-        raise refusal(kind, folder, f"no file {name}") from None
+    except (FileNotFoundError, RuntimeError):  # safetensors raises the latter for a file that was just removed
+        raise damaged(kind, folder, f"no file {name}") from None
 
 
 def _document(kind: SavedKind, folder: Path) -> dict[str, Any]:
+    """Return the JSON document without its checksum, after checking format, checksum and kind in this order."""
     path = folder / f"{kind}.json"
     try:
         document: dict[str, Any] = json.loads(path.read_text("utf-8"))
-        found, version, promised = document["kind"], document["format"], document.pop("checksum", None)
+        written_kind, version, promised = document["kind"], document["format"], document.pop("checksum", None)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise refusal(kind, folder, f"JSON that cannot be read ({error})") from None
+        raise damaged(kind, folder, f"JSON that cannot be read ({error})") from None
     if version != FORMAT:
         raise DataError(f"expected format {FORMAT} in {path}, found {version}, of a later geomkit; update geomkit")
     if promised != checksum(document):
-        raise refusal(kind, folder, "JSON that is not what its checksum promises")
-    if found != kind:
-        raise DataError(f"expected {kind} in {path}, found {found}; load it with geomkit.load_{found}")
+        raise damaged(kind, folder, "JSON that is not what its checksum promises")
+    if written_kind != kind:
+        raise DataError(f"expected {kind} in {path}, found {written_kind}; load it with geomkit.load_{written_kind}")
     return document
-
-
-def tensor_bytes(tensor: Tensor) -> memoryview:
-    r"""Return the bytes of a tensor of any type, in the order of its entries, copied only where they lie elsewhere.
-
-    Example:
-        >>> bytes(tensor_bytes(torch.tensor([1, 2], dtype=torch.int16)))
-        b'\x01\x00\x02\x00'
-    """
-    flat = tensor.detach().cpu().contiguous()
-    # With no or one entry, "contiguous" says nothing of the stride.
-    values: memoryview = flat.as_strided((flat.numel(),), (1,)).view(torch.uint8).numpy().data
-    return values
