@@ -1,8 +1,8 @@
-"""Which tokens of the utility examples cause the conflict with safety.
+"""Contribution of every token of the utility examples to the conflict with the mean safety gradient.
 
-An example's gradient is the mean of its tokens' gradients, so its inner product with the mean safety gradient is a sum
-over tokens: ⟨g, ḡ_s⟩ = Σ_t ⟨∇ℓ_t, ḡ_s⟩ / T. Each term is the derivative of one token's loss along ḡ_s, which one
-forward-mode pass gives exactly for all tokens at once; no gradient of a single token is formed.
+An example's gradient is the mean of its tokens' gradients, so the example's inner product with the mean safety gradient
+is a sum over tokens: ⟨g, ḡ_s⟩ = Σ_t ⟨∇ℓ_t, ḡ_s⟩ / T. Each term is the derivative of one token's loss along ḡ_s, which
+one forward-mode pass gives exactly for all tokens at once; no gradient of a single token is formed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,9 +17,10 @@ from geomkit.correlation.token_derivatives import token_derivatives
 from geomkit.errors import GeometryError
 from geomkit.gradients.checks import check_gradients
 from geomkit.gradients.layer_gradient import LayerGradient
-from geomkit.inputs.tokens import AssistantMask, encode, pad_id
-from geomkit.stats.jackknife import jackknife_interval, means_without_each
+from geomkit.inputs.tokens import EncodedExamples, as_encoded, pad_id
+from geomkit.stats.jackknife import jackknife_interval, leave_one_out_means
 from geomkit.utils.arguments import check_confidence
+from geomkit.utils.display import Result
 from geomkit.utils.figures import draw
 
 if TYPE_CHECKING:
@@ -29,20 +30,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _FEWEST = 2
-_SHOWN = 5
+_SHOWN = 5  # examples in a notebook
 
 
 @dataclass(frozen=True, eq=False)
 class ExampleTokens:
-    """What each token of one example adds to the conflict.
+    """Contribution of each of the T tokens of one example to the conflict.
 
     Attributes:
         ids: Token ids, length T.
-        tokens: Their texts.
-        scored: (T,) whether the loss is taken on a token: those of the assistant.
-        losses: (T,) nats; NaN where not scored.
-        contributions: (T,) what a token adds to the derivative of the example's loss along the unit safety gradient;
-            NaN where not scored. See :class:`TokenConflict` for the sign.
+        tokens: Token texts, length T.
+        scored: (T,) whether the loss includes the token; it includes the assistant's tokens.
+        losses: (T,) loss of each token in nats; NaN where not scored.
+        contributions: (T,) contribution of each token to the derivative of the example's loss along the unit safety
+            gradient; NaN where not scored. See :class:`TokenConflict` for the sign.
     """
 
     ids: tuple[int, ...]
@@ -53,22 +54,23 @@ class ExampleTokens:
 
     @property
     def total(self) -> float:
-        """⟨g, ḡ_s⟩ / ‖ḡ_s‖ of the example's gradient g: the sum over its tokens."""
+        """⟨g, ḡ_s⟩ / ‖ḡ_s‖ for the example's gradient g, the sum of the contributions of its tokens."""
         return float(self.contributions[self.scored].sum())
 
 
 @dataclass(frozen=True, eq=False)
-class TokenConflict:
-    """How the conflict is divided among tokens, in nats per unit of length along the safety gradient.
+class TokenConflict(Result):
+    """Contributions of single tokens to the conflict, in nats per unit length along the safety gradient.
 
-    A *positive* contribution says that learning this token also lowers the safety loss, a *negative* one that learning
-    it raises the safety loss: that is the conflict. To first order; a step of gradient descent of size η on the
-    example changes the safety loss by −η · ‖ḡ_s‖ times the example's total.
+    To first order, learning a token with a *positive* contribution also lowers the safety loss, and learning a token
+    with a *negative* contribution raises the safety loss, which is the conflict: a step of gradient descent of size η
+    on an example changes the safety loss by −η · ‖ḡ_s‖ times the example's total.
 
     Attributes:
-        examples: In the order given.
-        norm: ‖ḡ_s‖ over the parameters it was collected for; contributions times it are inner products with ḡ_s.
-        confidence: Of the intervals.
+        examples: The examples in the order given, with the contributions of their tokens.
+        norm: ‖ḡ_s‖ over the parameters of the safety gradient; contributions times ``norm`` are inner products with
+            ḡ_s.
+        confidence: Nominal coverage of the intervals.
     """
 
     examples: tuple[ExampleTokens, ...] = field(repr=False)
@@ -77,40 +79,41 @@ class TokenConflict:
 
     @property
     def totals(self) -> np.ndarray:
-        """(N,) derivative of each example's loss along the unit safety gradient."""
+        """(N,) derivative of each example's loss along the unit safety gradient, in nats per unit length."""
         return np.array([example.total for example in self.examples])
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Interval of the mean of ``totals``, over utility examples, the safety gradient given."""
+        """Confidence interval of the mean of ``totals``, over utility examples, given the safety gradient."""
         low, high = _interval(self.totals[:, None], self.confidence)
         return float(low[0]), float(high[0])
 
     def to_frame(self) -> "pd.DataFrame":
-        """Return a row per scored token: ``example``, ``position``, ``token``, ``id``, ``loss``, ``contribution``."""
+        """Return one row per scored token: ``example``, ``position``, ``token``, ``id``, ``loss``, ``contribution``."""
         import pandas as pd
 
         rows = [
             (
                 number,
                 position,
-                one.tokens[position],
-                one.ids[position],
-                one.losses[position],
-                one.contributions[position],
+                example.tokens[position],
+                example.ids[position],
+                example.losses[position],
+                example.contributions[position],
             )
-            for number, one in enumerate(self.examples)
-            for position in np.flatnonzero(one.scored).tolist()
+            for number, example in enumerate(self.examples)
+            for position in np.flatnonzero(example.scored).tolist()
         ]
         return pd.DataFrame(rows, columns=["example", "position", "token", "id", "loss", "contribution"])
 
     def by_token(self) -> "pd.DataFrame":
-        """Return a row per distinct token, the most conflicting first.
+        """Return one row per distinct token, the most conflicting first.
 
-        The columns are ``token`` and ``id``; ``count`` of its scored positions, and in how many ``examples`` they are;
-        ``loss`` and ``contribution``, means over its occurrences; and ``total`` with ``low`` and ``high``: what the
-        token adds to the mean over examples, with Student's interval over examples. The totals of all tokens sum to
-        the mean of :attr:`totals`. Intervals of tokens in a handful of examples are rough.
+        The columns are ``token`` and ``id``; ``count``, the number of scored positions of the token, and ``examples``,
+        the number of examples with such a position; ``loss`` and ``contribution``, means over these positions; and
+        ``total`` with ``low`` and ``high``: the token's contribution to the mean over examples, with Student's
+        interval over examples. The totals of all tokens sum to the mean of :attr:`totals`. Intervals of tokens in a
+        handful of examples are rough.
         """
         frame = self.to_frame()
         grouped = frame.groupby("id", sort=True)
@@ -121,10 +124,11 @@ class TokenConflict:
             loss=("loss", "mean"),
             contribution=("contribution", "mean"),
         ).reset_index()
+        # Contribution of every distinct token to every example, (N, tokens); zero where the example lacks the token.
         sums = frame.pivot_table(index="example", columns="id", values="contribution", aggfunc="sum", fill_value=0.0)
-        added = sums.reindex(range(len(self.examples)), fill_value=0.0).to_numpy()
-        low, high = _interval(added, self.confidence)
-        table = table.assign(total=added.mean(0), low=low, high=high)
+        by_example = sums.reindex(range(len(self.examples)), fill_value=0.0).to_numpy()
+        low, high = _interval(by_example, self.confidence)
+        table = table.assign(total=by_example.mean(0), low=low, high=high)
         first = ["token", "id", "count", "examples"]
         return table[[*first, *table.columns.difference(first, sort=False)]].sort_values("total", ignore_index=True)
 
@@ -133,7 +137,7 @@ class TokenConflict:
         return draw("plot_token_conflict", self)
 
     def __str__(self) -> str:
-        """Say the mean over examples, how many tokens conflict, and the worst of them."""
+        """Return the mean over examples, the share of conflicting tokens, and the most conflicting tokens."""
         frame, (low, high) = self.to_frame(), self.interval
         worst = self.by_token().head(3)
         named = ", ".join(
@@ -153,12 +157,10 @@ class TokenConflict:
 def token_conflict(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
-    utility: "Dataset",
+    utility: "Dataset | EncodedExamples",
     safety_gradients: Mapping[str, LayerGradient],
     *,
     tokens_per_batch: int = TOKENS_PER_BATCH,
-    assistant_mask: AssistantMask = "template",
-    max_length: int | None = None,
     confidence: float = 0.95,
     progress: bool = True,
 ) -> TokenConflict:
@@ -174,21 +176,18 @@ def token_conflict(
         tokenizer: Its tokenizer, with a chat template and a pad token.
         utility: Rows with a column ``messages``, at least two.
         safety_gradients: The mean safety gradient by parameter, such as a
-            :class:`~geomkit.gradients.gradient_set.GradientSet` of the same model; parameters that are not in it do
-        not count.
-        tokens_per_batch: Most token positions run at a time, padding included.
-        assistant_mask: How assistant tokens are found, see :func:`geomkit.inputs.tokens.encode`.
-        max_length: Cut longer examples to this many tokens.
-        confidence: Of the intervals.
-        progress: Show a bar, in tokens.
+            :class:`~geomkit.gradients.gradient_set.GradientSet` of the same model. Other parameters do not count.
+        tokens_per_batch: Largest number of token positions in a batch, padding included.
+        confidence: Nominal coverage of the intervals, between 0 and 1.
+        progress: Show a progress bar, in tokens.
 
     Returns:
         The contribution of every scored token.
 
     Raises:
         DataError: If the examples cannot be encoded.
-        GeometryError: If there are fewer than two examples, these are no gradients, or the confidence is not between 0
-            and 1.
+        GeometryError: If there are fewer than two examples, ``safety_gradients`` holds something other than gradients,
+            or the confidence is not between 0 and 1.
         CollectionError: If the gradient does not fit the model, an operation of the model has no forward-mode
             derivative, or a value is not finite.
 
@@ -198,13 +197,13 @@ def token_conflict(
         >>> utility = gk.load_examples("scenarios/new-skill").select(range(4))
         >>> safety = gk.load_examples("safety").select(range(4))
         >>> gradients = gk.collect_gradients(model, tokenizer, safety, progress=False)
-        >>> found = token_conflict(model, tokenizer, utility, gradients, progress=False)
-        >>> list(found.by_token().columns)
+        >>> tokens = token_conflict(model, tokenizer, utility, gradients, progress=False)
+        >>> list(tokens.by_token().columns)
         ['token', 'id', 'count', 'examples', 'loss', 'contribution', 'total', 'low', 'high']
     """
     check_gradients("safety", safety_gradients)
     check_confidence(confidence)
-    rows = encode(tokenizer, utility, assistant_mask=assistant_mask, max_length=max_length)
+    rows = as_encoded(tokenizer, utility)
     if len(rows) < _FEWEST:
         raise GeometryError(f"expected at least {_FEWEST} utility examples to tell their spread, found {len(rows)}")
     values, norm = token_derivatives(
@@ -227,30 +226,30 @@ def token_conflict(
 
 
 def _text(tokenizer: "PreTrainedTokenizerBase", token: int) -> str:
-    """Return a token's text; SentencePiece drops the space before a word where the word stands alone."""
+    """Return a token's text with the space before a word, which SentencePiece drops where the word stands alone."""
     text = str(tokenizer.decode([token], clean_up_tokenization_spaces=False))
     piece = str(tokenizer.convert_ids_to_tokens(token))
     return f" {text}" if piece.startswith("▁") and not text.startswith(" ") else text
 
 
 def _interval(values: np.ndarray, confidence: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return Student's interval of the mean over the first axis."""
-    return jackknife_interval(values.mean(0), means_without_each(values), confidence=confidence)
+    """Return the ends of Student's interval of the mean over the first axis."""
+    return jackknife_interval(values.mean(0), leave_one_out_means(values), confidence=confidence)
 
 
 _AGAINST = "178,24,43"
 _WITH = "33,102,172"
-_FULL = 0.95
-"""Share of the scored tokens whose tint is not yet the darkest."""
+_DARKEST = 0.95
+"""Quantile of the contributions' magnitudes from which on the tint is the darkest."""
 
 
 def tinted(heading: str, examples: "Sequence[ExampleTokens]") -> str:
-    """Render examples as HTML: red tokens are against safety, blue ones with it; what is not scored has no tint."""
+    """Render examples as HTML, tokens against safety in red, tokens with safety in blue, unscored tokens in grey."""
     sizes = np.concatenate([np.abs(example.contributions[example.scored]) for example in examples])
-    scale = float(np.quantile(sizes, _FULL)) or 1.0
-    key = f"{_span('against safety', _AGAINST, 0.6)} {_span('with safety', _WITH, 0.6)} one example per paragraph"
-    shown = "".join(_paragraph(example, scale) for example in examples)
-    return f"<div><p><b>{escape(heading)}</b></p><p>{key}, the most conflicting first</p>{shown}</div>"
+    scale = float(np.quantile(sizes, _DARKEST)) or 1.0
+    legend = f"{_span('against safety', _AGAINST, 0.6)} {_span('with safety', _WITH, 0.6)} one example per paragraph"
+    paragraphs = "".join(_paragraph(example, scale) for example in examples)
+    return f"<div><p><b>{escape(heading)}</b></p><p>{legend}, the most conflicting first</p>{paragraphs}</div>"
 
 
 def _paragraph(example: "ExampleTokens", scale: float) -> str:
@@ -267,5 +266,5 @@ def _token(text: str, value: float, scale: float) -> str:
 
 
 def _span(text: str, colour: str, opacity: float, hover: str = "") -> str:
-    told = f' title="{escape(hover)}"' if hover else ""
-    return f'<span{told} style="background:rgba({colour},{opacity:.2f})">{escape(text)}</span>'
+    title = f' title="{escape(hover)}"' if hover else ""
+    return f'<span{title} style="background:rgba({colour},{opacity:.2f})">{escape(text)}</span>'

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from geomkit.errors import DataError
-from geomkit.stats.proportions import Rate, sign_flip_p, spread
+from geomkit.stats.permutation import sign_flip_p_value
+from geomkit.stats.proportions import Rate, summarize_runs
 from geomkit.utils.display import html_table
 from geomkit.utils.figures import draw
 from geomkit.utils.files import Draft, data_dir
@@ -176,7 +177,7 @@ class Results:
                 runs = [unpack(record["flags"][measure]) for record in done if measure in record["flags"]]
                 rows.append(
                     dict(zip(("arm", *SETTING), key, strict=True))
-                    | {"measure": measure, **spread(runs), "broke": len(records) - len(done)}
+                    | {"measure": measure, **summarize_runs(runs), "broke": len(records) - len(done)}
                 )
         return pd.DataFrame(rows)
 
@@ -225,7 +226,7 @@ class Results:
             dict(zip(SETTING, setting, strict=True))
             | {
                 "difference": float(np.mean(runs)),
-                "p": sign_flip_p(np.mean(runs, axis=0)),
+                "p": sign_flip_p_value(np.mean(runs, axis=0)),
                 "runs": len(runs),
                 "least": min(float(run.mean()) for run in runs),
                 "most": max(float(run.mean()) for run in runs),

@@ -287,10 +287,11 @@ def _mark_broken(figure: go.Figure, means: "pd.DataFrame", names: Sequence[str],
 
 
 def _attacked(name: str, look: Look, own: "pd.DataFrame", kinds: list[str], shift: float) -> go.Scatter:
-    from geomkit.stats.proportions import wilson
+    from geomkit.stats.proportions import wilson_interval
 
     means = own.groupby("attack", sort=False).agg(refusal=("refusal", "mean"), n=("n", "min"), runs=("n", "size"))
-    low, high = np.transpose([wilson(share, int(n)) for share, n in zip(means["refusal"], means["n"], strict=True)])
+    intervals = [wilson_interval(share, int(n)) for share, n in zip(means["refusal"], means["n"], strict=True)]
+    low, high = np.transpose(intervals)
     return go.Scatter(
         x=means["refusal"],
         y=[kinds.index(kind) + shift for kind in means.index],

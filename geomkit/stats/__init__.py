@@ -1,4 +1,6 @@
-"""Intervals and tests on plain arrays: jackknife, ratio intervals, permutation, false discovery, proportions.
+"""Intervals and tests on plain arrays: no function here knows a gradient or a model.
 
-Nothing here knows a gradient or a model; every function takes and returns numpy arrays and numbers.
+Reading order: ``jackknife`` (intervals of any smooth statistic) → ``ratio`` (Fieller intervals of a quotient, such as a
+cosine) → ``pair_means`` (means over pairs of examples) → ``permutation`` (relabelled and sign-flipped examples) →
+``proportions`` (Wilson intervals of counts) → ``multiple_testing`` (false discovery rate of many p-values).
 """

@@ -1,22 +1,25 @@
-"""The interval of any smooth statistic of examples, from what it is with some of them left out in turn.
+"""Jackknife intervals and p-values of a smooth statistic, from its values with some examples left out in turn.
 
-A bootstrap repeats examples, and a repeated example lowers every measure of rank and raises every overlap: its
-percentiles miss the truth. Leaving examples out repeats nothing.
+A bootstrap repeats examples, and a repeated example lowers every measure of rank and raises every overlap, so the
+percentiles of a bootstrap miss the truth. The jackknife repeats no example.
 """
 
 import numpy as np
 
+_SWEEPS = 3
+"""How often row and column means are subtracted; absent pairs make one sweep inexact."""
+
 
 def jackknife_groups(examples: int, most: int, generator: np.random.Generator) -> list[np.ndarray]:
-    """Deal examples into groups of nearly equal size at random: one is left out at a time.
+    """Deal examples at random into groups of nearly equal size, of which one is left out at a time.
 
     Args:
-        examples: N, how many there are.
-        most: Largest number of groups; with N or more, every example is a group of its own.
+        examples: N, the number of examples.
+        most: Largest number of groups; from N on, every example is a group.
         generator: Source of randomness.
 
     Returns:
-        Sorted places, by group.
+        Sorted indices of the examples in each group.
 
     Example:
         >>> jackknife_groups(3, 5, np.random.default_rng(0))
@@ -29,87 +32,109 @@ def jackknife_groups(examples: int, most: int, generator: np.random.Generator) -
     return [np.sort(group) for group in np.array_split(generator.permutation(examples), most)]
 
 
-def means_without_each(values: np.ndarray) -> np.ndarray:
-    """Return the mean over the first axis without each of its entries in turn, that axis first.
+def leave_one_out_means(values: np.ndarray) -> np.ndarray:
+    """Return the means over the first axis with one entry left out, for every entry in turn.
+
+    Args:
+        values: (N, …) one entry per example.
+
+    Returns:
+        (N, …) means of the N − 1 other entries.
 
     Example:
-        >>> means_without_each(np.array([1.0, 2.0, 6.0]))
+        >>> leave_one_out_means(np.array([1.0, 2.0, 6.0]))
         array([4. , 3.5, 1.5])
     """
     return np.asarray((values.sum(0) - values) / (len(values) - 1))
 
 
 def jackknife_interval(
-    value: np.ndarray | float, *without: np.ndarray, confidence: float = 0.95
+    value: np.ndarray | float, *left_out: np.ndarray, confidence: float = 0.95
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the interval of a statistic of one sample of examples, or of several that were drawn independently.
+    """Return the jackknife interval of a statistic of one sample of examples, or of several independent samples.
 
     With θ_j the statistic without group j of J, a sample adds (J−1)/J · Σ (θ_j − θ̄)² to the variance (Quenouille 1956,
-    Tukey 1958); the half width is Student's t times its root, with the degrees of freedom of Welch and Satterthwaite.
-    It belongs to what the statistic would be on average over samples of this size, not to its limit for endless ones.
+    Tukey 1958). The half width is Student's t times the root of the variance, with the degrees of freedom of Welch and
+    Satterthwaite. The interval is for the expected statistic of samples of this size, not for its limit in infinite
+    samples.
 
     Args:
         value: The statistic, or an array of statistics, from all examples.
-        without: For each sample, (J, …) what it is without each group of that sample's examples, J ≥ 2.
+        left_out: For every sample, (J, …) values of the statistic without each group of the sample's examples, J ≥ 2.
         confidence: Share of experiments whose interval should hold the truth.
 
     Returns:
-        Lower and upper ends, each of the shape of ``value``.
+        Lower and upper ends, with the shape of ``value``.
 
     Example:
         >>> values = np.array([1.0, 2.0, 3.0, 6.0])
-        >>> low, high = jackknife_interval(values.mean(), np.array([np.delete(values, i).mean() for i in range(4)]))
-        >>> [round(float(end), 3) for end in (low, high)]  # that of Student's t
+        >>> low, high = jackknife_interval(values.mean(), leave_one_out_means(values))
+        >>> [round(float(end), 3) for end in (low, high)]  # the interval of Student's t
         [-0.437, 6.437]
     """
     from scipy.stats import t as student
 
-    error, degrees = jackknife_error(*without)
+    error, degrees = jackknife_error(*left_out)
     half = student.ppf((1 + confidence) / 2, degrees) * error
     return np.asarray(value - half), np.asarray(value + half)
 
 
-def jackknife_p_value(value: np.ndarray | float, *without: np.ndarray) -> np.ndarray:
-    """Return the two-sided p-value of a statistic being zero: below .05 where its interval excludes zero.
+def jackknife_p_value(value: np.ndarray | float, *left_out: np.ndarray) -> np.ndarray:
+    """Return the two-sided p-value of an expected statistic of zero.
+
+    The p-value is below .05 where the 95 % interval of :func:`jackknife_interval` excludes zero.
 
     Args:
         value: The statistic, or an array of statistics, from all examples.
-        without: What it is without each group of examples, as for :func:`jackknife_interval`.
+        left_out: Values without each group of examples, as for :func:`jackknife_interval`.
 
     Returns:
-        p-values of the shape of ``value``; 1 for a statistic that is zero and never moves.
+        p-values with the shape of ``value``; 1 for a statistic that is zero in every sample.
 
     Example:
         >>> values = np.array([1.0, 2.0, 3.0, 6.0])
-        >>> without = np.array([np.delete(values, i).mean() for i in range(4)])
-        >>> float(jackknife_p_value(values.mean(), without).round(4))  # that of a t-test
+        >>> float(jackknife_p_value(values.mean(), leave_one_out_means(values)).round(4))  # the p-value of a t-test
         0.0691
     """
     from scipy.stats import t as student
 
-    error, degrees = jackknife_error(*without)
-    still = np.where(np.asarray(value) == 0, 0.0, np.inf)
-    distance = np.divide(np.abs(value), error, out=np.broadcast_to(still, error.shape).copy(), where=error > 0)
+    error, degrees = jackknife_error(*left_out)
+    # Without any variance, zero is at distance 0 from zero and every other value infinitely far.
+    constant = np.where(np.asarray(value) == 0, 0.0, np.inf)
+    distance = np.divide(np.abs(value), error, out=np.broadcast_to(constant, error.shape).copy(), where=error > 0)
     p_value = 2 * student.sf(distance, degrees)
     return np.where(np.isnan(value) | np.isnan(error), np.nan, p_value)
 
 
-def jackknife_error(*without: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the standard error behind :func:`jackknife_interval` and its degrees of freedom."""
-    parts = np.array([(len(found) - 1) * found.var(axis=0) for found in without])
-    freedom = np.array([len(found) - 1 for found in without]).reshape(-1, *[1] * (parts.ndim - 1))
+def jackknife_error(*left_out: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the jackknife standard error of a statistic and its degrees of freedom.
+
+    Args:
+        left_out: Values without each group of examples, as for :func:`jackknife_interval`.
+
+    Returns:
+        Standard errors and degrees of freedom, with the shape of the statistic.
+    """
+    # 1. Variance that each independent sample of J groups adds: v = (J − 1)/J · Σ_j (θ_j − θ̄)².
+    parts = np.array([(len(replicates) - 1) * replicates.var(axis=0) for replicates in left_out])
+    freedom = np.array([len(replicates) - 1 for replicates in left_out]).reshape(-1, *[1] * (parts.ndim - 1))
     variance = parts.sum(0)
+    # 2. Degrees of freedom of the sum (Welch and Satterthwaite): (Σ v)² / Σ (v² / (J − 1)).
     spread = (parts**2 / freedom).sum(0)
     # A statistic that never moves has no spread to divide by, and any degrees of freedom will do.
     degrees = np.divide(variance**2, spread, out=np.ones_like(variance), where=spread > 0)
     return np.sqrt(variance), degrees
 
 
-_ROUNDS = 3
-
-
 def interactions(values: np.ndarray, absent: np.ndarray | None = None) -> np.ndarray:
-    """Return what is left of (N, M, …) values without the means of rows and columns, zero for absent pairs.
+    """Return the residuals of values of pairs after their row and column means are subtracted.
+
+    Args:
+        values: (N, M, …) one value per pair.
+        absent: Mask, broadcast to ``values``, of the pairs that do not count; ``None`` if all count.
+
+    Returns:
+        (N, M, …) residuals, zero for absent pairs.
 
     Example:
         >>> interactions(np.array([[1.0, 2.0], [3.0, 4.0]]))
@@ -119,27 +144,33 @@ def interactions(values: np.ndarray, absent: np.ndarray | None = None) -> np.nda
     if absent is None:
         absent = np.zeros((1,) * values.ndim, dtype=bool)
     absent = np.broadcast_to(absent, values.shape)
-    left = np.where(absent, 0.0, values)
-    for _ in range(_ROUNDS):  # of sweeping means out of the pairs that are there
+    residuals = np.where(absent, 0.0, values)
+    for _ in range(_SWEEPS):
         for axis in (0, 1):
             present = np.maximum((~absent).sum(axis, keepdims=True), 1)
-            left = np.where(absent, 0.0, left - left.sum(axis, keepdims=True) / present)
-    return np.asarray(left)
+            residuals = np.where(absent, 0.0, residuals - residuals.sum(axis, keepdims=True) / present)
+    return np.asarray(residuals)
 
 
 def narrowed_interval(
-    value: np.ndarray | float, without: tuple[np.ndarray, ...], counted_twice: np.ndarray | float, confidence: float
+    value: np.ndarray | float, left_out: tuple[np.ndarray, ...], counted_twice: np.ndarray | float, confidence: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return a jackknife interval without the variance that was counted twice, which is half of all at most.
+    """Return the jackknife interval of a mean over pairs without the variance that the jackknife counts twice.
+
+    Leaving out either example of a pair finds the variance of the pair's interaction, so that the sum over both samples
+    has that variance twice (Efron and Stein 1981). At most half of the variance is subtracted.
 
     Args:
         value: The statistic, or an array of statistics.
-        without: As for :func:`geomkit.stats.jackknife.jackknife_interval`.
+        left_out: Values without each group of examples, as for :func:`jackknife_interval`.
         counted_twice: Variance of the interactions.
-        confidence: Of the interval.
+        confidence: Share of experiments whose interval should hold the truth.
+
+    Returns:
+        Lower and upper ends, with the shape of ``value``.
     """
-    variance = np.asarray(sum((len(part) - 1) * part.var(axis=0) for part in without))
+    variance = np.asarray(sum((len(replicates) - 1) * replicates.var(axis=0) for replicates in left_out))
     share = np.divide(counted_twice, variance, out=np.zeros_like(variance), where=variance > 0)
-    _, high = jackknife_interval(value, *without, confidence=confidence)
+    _, high = jackknife_interval(value, *left_out, confidence=confidence)
     half = (high - value) * np.sqrt(1 - share.clip(0, 0.5))
     return np.asarray(value - half), np.asarray(value + half)

@@ -1,17 +1,18 @@
-"""Many p-values at once: how many of those called small are expected to be false."""
+"""False discovery rate of many p-values."""
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 
 def benjamini_hochberg(p_values: ArrayLike) -> np.ndarray:
-    """Return q-values: among those below .05, at most 5 % are expected to be false (Benjamini and Hochberg 1995).
+    """Return q-values: of the tests with a q-value below .05, at most 5 % are expected to be false discoveries.
 
-    That holds for independent p-values and for those that rise and fall together, as those of a model's layers do.
+    The bound holds for independent p-values and for positively dependent ones, as those of a model's layers are
+    (Benjamini and Hochberg 1995).
 
     Args:
-        p_values: (n,) between 0 and 1. NaN, where nothing could be tested, is no test: it stays NaN and does not
-            count among the others.
+        p_values: (n,) between 0 and 1. NaN stands for a test that was not possible: it stays NaN and does not count
+            as a test.
 
     Returns:
         (n,) adjusted p-values, in the order given.

@@ -1,7 +1,8 @@
-"""Shares of prompts, never without their interval."""
+"""Proportions with their Wilson intervals: of one count, and of the mean of several runs over the same prompts."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import sqrt
 
 import numpy as np
 
@@ -10,11 +11,11 @@ from geomkit.errors import DataError
 
 @dataclass(frozen=True)
 class Rate:
-    """A share of prompts with its interval.
+    """A proportion of prompts (or of layers) with its interval.
 
     Attributes:
-        successes: How many prompts counted.
-        n: How many prompts there were.
+        successes: Number of prompts that counted.
+        n: Number of prompts.
     """
 
     successes: int
@@ -22,19 +23,16 @@ class Rate:
 
     @property
     def value(self) -> float:
-        """The share itself, between 0 and 1."""
+        """The proportion, between 0 and 1."""
         return self.successes / self.n
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The 95 % Wilson score interval (Wilson 1927): honest also at 0 and n."""
-        from scipy.stats import binomtest
-
-        low, high = binomtest(self.successes, self.n).proportion_ci(confidence_level=0.95, method="wilson")
-        return float(low), float(high)
+        """The 95 % interval, see :func:`wilson_interval`."""
+        return wilson_interval(self.value, self.n)
 
     def percent(self) -> str:
-        """Show the share and its interval in per cent, short enough for a table.
+        """Return the proportion and its interval in per cent, short enough for a table.
 
         Example:
             >>> Rate(190, 200).percent()
@@ -44,16 +42,16 @@ class Rate:
         return f"{100 * self.value:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
     def __str__(self) -> str:
-        """Show the share and its interval in per cent."""
+        """Return the proportion and its interval in per cent, with per-cent signs."""
         low, high = self.interval
         return f"{self.value:.1%} [{low:.1%}, {high:.1%}]"
 
 
 def rate(flags: Sequence[bool]) -> Rate:
-    """Count a list of outcomes.
+    """Return the proportion of true flags.
 
     Raises:
-        DataError: If it is empty.
+        DataError: If there are no flags.
 
     Example:
         >>> print(rate([True, True, False, True]))
@@ -64,26 +62,36 @@ def rate(flags: Sequence[bool]) -> Rate:
     return Rate(sum(flags), len(flags))
 
 
-def wilson(share: float, n: int) -> tuple[float, float]:
-    """Return the 95 % Wilson score interval of a share that need not be a whole number of n prompts.
+def wilson_interval(proportion: float, n: int) -> tuple[float, float]:
+    """Return the 95 % Wilson score interval (Wilson 1927) of a proportion of n prompts.
 
-    Example:
-        >>> [round(bound, 3) for bound in wilson(0.75, 4)]
-        [0.301, 0.954]
-    """
-    from scipy.stats import norm
-
-    z = float(norm.ppf(0.975))
-    centre = share + z * z / (2 * n)
-    half = z * np.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return float((centre - half) / (1 + z * z / n)), float((centre + half) / (1 + z * z / n))
-
-
-def spread(runs: Sequence[np.ndarray]) -> dict[str, float | int]:
-    """Return what runs over the same prompts say of their mean: its interval over prompts, and the spread over runs.
+    The interval keeps its coverage at 0 and at 1. The proportion need not be a whole number of prompts, so that the
+    mean over several runs has an interval too.
 
     Args:
-        runs: One outcome per prompt and run.
+        proportion: Between 0 and 1.
+        n: Number of prompts.
+
+    Example:
+        >>> [round(bound, 3) for bound in wilson_interval(0.75, 4)]
+        [0.301, 0.954]
+    """
+    from scipy.special import ndtri
+
+    z = float(ndtri(0.5 + 0.5 * 0.95))
+    # The ends are the roots p of (proportion − p)² = z² p (1 − p) / n.
+    denominator = 2 * (n + z**2)
+    centre = (2 * n * proportion + z**2) / denominator
+    half = z / denominator * sqrt(4 * n * proportion * (1 - proportion) + z**2)
+    # At 0 and 1 an end is exact, whatever rounding says.
+    return 0.0 if proportion == 0 else centre - half, 1.0 if proportion == 1 else centre + half
+
+
+def summarize_runs(runs: Sequence[np.ndarray]) -> dict[str, float | int]:
+    """Return the mean outcome of runs over the same prompts, its interval over prompts, and its range over runs.
+
+    Args:
+        runs: For every run, (prompts,) outcomes between 0 and 1.
 
     Returns:
         ``value``, ``low``, ``high``, ``prompts``; ``runs``, ``seed_sd``, ``least``, ``most``; NaN without a run.
@@ -93,36 +101,9 @@ def spread(runs: Sequence[np.ndarray]) -> dict[str, float | int]:
                 "least": np.nan, "most": np.nan}  # fmt: skip
     means = np.array([run.mean() for run in runs])
     prompts = len(runs[0])
-    low, high = wilson(float(means.mean()), prompts)
+    low, high = wilson_interval(float(means.mean()), prompts)
     return {
         "value": float(means.mean()), "low": low, "high": high, "prompts": prompts, "runs": len(runs),
         "seed_sd": float(means.std(ddof=1)) if len(runs) > 1 else np.nan,
         "least": float(means.min()), "most": float(means.max()),
     }  # fmt: skip
-
-
-def sign_flip_p(differences: np.ndarray) -> float:
-    """Return the two-sided p value that paired differences are symmetric about zero, by flipping their signs.
-
-    Args:
-        differences: (prompts,) mean difference of each prompt.
-
-    Returns:
-        p; 1 where nothing differs. All 2ⁿ flips of n non-zero differences where those are at most 9,999, else as many
-        at random from a fixed seed.
-
-    Example:
-        >>> sign_flip_p(np.array([1.0, 1.0, 1.0, 1.0, 0.0]))
-        0.125
-    """
-    from scipy.stats import permutation_test
-
-    different = differences[differences != 0]
-    if len(different) == 0:
-        return 1.0
-    if len(different) == 1:
-        return 1.0  # either sign is as far from zero
-    found = permutation_test(
-        (different,), np.mean, permutation_type="samples", n_resamples=9_999, rng=np.random.default_rng(0)
-    )
-    return float(found.pvalue)

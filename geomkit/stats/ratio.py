@@ -1,4 +1,4 @@
-"""The interval of a ratio of two estimates, such as a cosine, from what both are with single examples left out."""
+"""Fieller's interval of a ratio of two estimates, such as a cosine, from their values with single examples left out."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,15 +8,15 @@ import numpy as np
 
 @dataclass(frozen=True, eq=False)
 class Ratio:
-    """An estimate a of a numerator and q > 0 of a denominator, from one or more independent samples of examples.
+    """The ratio of an estimate a and an estimate q > 0, from one or more independent samples of examples.
 
     Attributes:
         numerator: a, from all examples.
         denominator: q, from all examples.
-        numerator_without: For each sample, a with each of its examples left out in turn.
-        denominator_without: For each sample, q with each of its examples left out in turn.
+        numerator_without: For every sample, (N,) values of a with one example left out in turn.
+        denominator_without: For every sample, (N,) values of q with one example left out in turn.
         counted_twice: The part of Var(a) that belongs to pairs of examples of two samples. Leaving examples out of
-            either sample finds it, so that their sum has it twice (Efron and Stein 1981).
+            either sample finds that part, so that the sum over samples has it twice (Efron and Stein 1981).
     """
 
     numerator: float
@@ -27,35 +27,36 @@ class Ratio:
 
     @property
     def estimate(self) -> float:
-        """θ = a/q."""
+        """The ratio θ = a/q."""
         return self.numerator / self.denominator
 
     def interval(self, confidence: float, bound: float) -> tuple[float, float]:
         """Return Fieller's (1954) interval: all θ for which a − θq is within Student's t of zero.
 
-        Its variance is the jackknife's, its degrees of freedom those of Welch and Satterthwaite.
+        Variances and covariances are the jackknife's, the degrees of freedom those of Welch and Satterthwaite.
 
         Args:
             confidence: Share of experiments whose interval should hold the truth.
-            bound: Largest magnitude that the ratio can have; the interval is cut there, and is all of [−bound, bound]
-                where the denominator cannot be told from zero.
+            bound: Largest possible magnitude of the ratio, at which the interval is cut. Where the denominator cannot
+                be told from zero, the interval is [−bound, bound].
         """
         from scipy.stats import t as student
 
         squared = float(student.ppf((1 + confidence) / 2, self._freedom)) ** 2
-        # The roots of (a − θq)² = t² (var_a − 2θ cov + θ² var_q).
-        second = self.denominator**2 - squared * self._denominator_parts.sum()
-        if second <= 0:
+        # The ends are the roots of (a − θq)² = t² (var_a − 2θ cov + θ² var_q), that is of
+        # (q² − t² var_q) θ² − 2 (aq − t² cov) θ + (a² − t² var_a) = 0.
+        quadratic = self.denominator**2 - squared * self._denominator_parts.sum()
+        if quadratic <= 0:
             return -bound, bound
-        first = self.numerator * self.denominator - squared * self._shared_parts.sum()
+        linear = self.numerator * self.denominator - squared * self._covariance_parts.sum()
         constant = self.numerator**2 - squared * self._numerator_variance
-        spread = max(first**2 - second * constant, 0.0) ** 0.5
-        low, high = np.clip([(first - spread) / second, (first + spread) / second], -bound, bound)
+        root = max(linear**2 - quadratic * constant, 0.0) ** 0.5
+        low, high = np.clip([(linear - root) / quadratic, (linear + root) / quadratic], -bound, bound)
         return float(low), float(high)
 
     @property
     def p_value(self) -> float:
-        """Two-sided p-value of a numerator of zero; 1 − confidence of the interval that ends there."""
+        """Two-sided p-value of a numerator of zero; 1 − confidence of the interval that ends at zero."""
         from scipy.stats import t as student
 
         if self._numerator_variance <= 0:
@@ -71,23 +72,25 @@ class Ratio:
         return _covariances(self.denominator_without, self.denominator_without)
 
     @cached_property
-    def _shared_parts(self) -> np.ndarray:
+    def _covariance_parts(self) -> np.ndarray:
         return _covariances(self.numerator_without, self.denominator_without)
 
     @property
     def _numerator_variance(self) -> float:
-        # The whole variance is no less than any sample's part, which has its share of the pairs.
+        # The whole variance is no less than the part of any sample, which includes the pairs' variance once.
         return float(max(self._numerator_parts.sum() - self.counted_twice, self._numerator_parts.max()))
 
     @cached_property
     def _freedom(self) -> float:
+        """Degrees of freedom of a − θq (Welch and Satterthwaite), at least 1."""
         theta = self.estimate
-        parts = (self._numerator_parts - 2 * theta * self._shared_parts + theta**2 * self._denominator_parts).clip(0)
-        examples = np.array([len(found) for found in self.numerator_without])
+        parts = self._numerator_parts - 2 * theta * self._covariance_parts + theta**2 * self._denominator_parts
+        parts = parts.clip(0)
+        examples = np.array([len(replicates) for replicates in self.numerator_without])
         spread = (parts**2 / (examples - 1)).sum()
         return max(float(parts.sum() ** 2 / spread), 1.0) if spread > 0 else 1.0
 
 
 def _covariances(a: tuple[np.ndarray, ...], b: tuple[np.ndarray, ...]) -> np.ndarray:
-    """Return the jackknife covariance of two statistics, the part of each sample."""
+    """Return the jackknife covariance (N − 1)/N · Σ (a_i − ā)(b_i − b̄) of two statistics in every sample."""
     return np.array([(len(x) - 1) * float(np.mean((x - x.mean()) * (y - y.mean()))) for x, y in zip(a, b, strict=True)])

@@ -1,16 +1,13 @@
 """Frames, intervals and paired tests of results, against scipy and by simulation; no model is run here."""
 
-import itertools
-
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import binomtest
 
 import geomkit as gk
 from geomkit.experiments.results import KEYS, Results, load_results, pack, unpack
-from geomkit.stats.proportions import sign_flip_p, wilson
+from geomkit.stats.proportions import wilson_interval
 
 
 def record(arm, flags, *, scenario="poison-10", seed=0, organism=0, rate=1.0, length=1.0, **more):
@@ -31,12 +28,6 @@ def test_packing_is_undone(flags):
     assert unpack(pack(flags)).tolist() == flags
 
 
-@pytest.mark.parametrize(("count", "n"), [(0, 20), (3, 20), (20, 20), (117, 240)])
-def test_the_interval_is_scipys_where_the_share_is_of_whole_prompts(count, n):
-    expected = binomtest(count, n).proportion_ci(method="wilson")
-    assert wilson(count / n, n) == pytest.approx((expected.low, expected.high), abs=1e-12)
-
-
 def test_runs_over_the_same_prompts_do_not_narrow_the_interval():
     one = Results("x", (record("a", outcomes(80)),)).summary(["refusal"])
     five = Results("x", tuple(record("a", outcomes(80), seed=seed) for seed in range(5))).summary(["refusal"])
@@ -50,7 +41,7 @@ def test_the_spread_over_seeds_is_told_apart_from_the_interval():
     found = Results("x", rows).summary(["refusal"]).iloc[0]
     assert (found["value"], found["least"], found["most"]) == pytest.approx((0.8, 0.6, 1.0))
     assert found["seed_sd"] == pytest.approx(0.2)
-    assert (found["low"], found["high"]) == pytest.approx(wilson(0.8, 100))
+    assert (found["low"], found["high"]) == pytest.approx(wilson_interval(0.8, 100))
 
 
 def test_a_run_that_broke_off_is_counted_and_not_averaged():
@@ -60,31 +51,6 @@ def test_a_run_that_broke_off_is_counted_and_not_averaged():
     assert (found["value"], found["runs"], found["broke"]) == (0.8, 1, 1)
     assert results.to_frame()["error"].tolist() == ["", "NaN"]
     assert Results("x", (broken,)).summary(["refusal"]).iloc[0]["runs"] == 0
-
-
-@given(st.lists(st.integers(-3, 3), min_size=2, max_size=8))
-def test_the_p_value_is_that_of_all_sign_flips(differences):
-    values = np.array(differences, dtype=float)
-    flips = np.array(list(itertools.product([-1, 1], repeat=len(values)))) @ values
-    expected = 1.0 if not values.any() else np.mean(np.abs(flips) >= abs(values.sum()) - 1e-9)
-    assert sign_flip_p(values) == pytest.approx(expected)
-
-
-def test_with_one_run_it_is_mcnemars_exact_test():
-    """Where 9 prompts differ, 8 of them one way."""
-    differences = np.array([1.0] * 8 + [-1.0] + [0.0] * 50)
-    assert sign_flip_p(differences) == pytest.approx(binomtest(8, 9).pvalue)
-
-
-def test_two_arms_that_are_alike_seldom_differ():
-    """Runs share what is hard about a prompt, which a test that took them for independent would not survive."""
-    rng = np.random.default_rng(0)
-    significant = 0
-    for _ in range(200):
-        # Each arm finds other prompts hard, in all of its runs.
-        arms = [np.mean([rng.random(60) < hard for _ in range(5)], axis=0) for hard in rng.random((2, 60))]
-        significant += sign_flip_p(arms[0] - arms[1]) < 0.05
-    assert significant <= 200 * 0.05 + 3 * np.sqrt(200 * 0.05 * 0.95)
 
 
 def test_arms_are_compared_over_the_cells_that_both_have():

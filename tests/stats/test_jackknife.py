@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from geomkit.stats.jackknife import jackknife_groups, jackknife_interval, jackknife_p_value
+from geomkit.stats.jackknife import interactions, jackknife_groups, jackknife_interval, jackknife_p_value
 
 
 def leave_one_out(values: np.ndarray) -> np.ndarray:
@@ -65,3 +65,13 @@ def test_groups_hold_every_example_once() -> None:
     groups = jackknife_groups(50, 8, np.random.default_rng(0))
     assert sorted(np.concatenate(groups)) == list(range(50))
     assert {len(group) for group in groups} == {6, 7}
+
+
+def test_interactions_are_what_two_way_means_leave() -> None:
+    generator = np.random.default_rng(4)
+    values = generator.normal(size=(6, 4))
+    expected = values - values.mean(0) - values.mean(1, keepdims=True) + values.mean()
+    assert interactions(values) == pytest.approx(expected, abs=1e-12)
+    absent = np.eye(6, 4, dtype=bool)
+    additive = generator.normal(size=(6, 1)) + generator.normal(size=4)
+    assert abs(interactions(additive, absent)).max() < 0.05 * additive.std()

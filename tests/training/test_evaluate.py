@@ -6,7 +6,7 @@ from transformers import PreTrainedTokenizerFast
 
 from geomkit.errors import DataError
 from geomkit.inputs.examples import prompt_of
-from geomkit.stats.proportions import Rate, rate
+from geomkit.stats.proportions import Rate
 from geomkit.training.evaluate import evaluate, mean_loss
 from geomkit.training.judges import RefusalPhrases
 from geomkit.training.responses import generate
@@ -137,24 +137,6 @@ def test_the_mean_loss_weighs_examples_alike():
     model = tiny_llama()
     each = [mean_loss(model, TOKENIZER, SAFETY.select([index])) for index in range(3)]
     assert mean_loss(model, TOKENIZER, SAFETY, batch_size=2) == pytest.approx(sum(each) / 3, rel=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("successes", "n", "low", "high"),
-    [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605)],
-)
-def test_wilson_intervals_of_the_literature(successes, n, low, high):
-    """Newcombe (1998), table I, method 3; the first two by hand from z = 1.96."""
-    found = Rate(successes, n)
-    assert found.interval == pytest.approx((low, high), abs=5e-5)
-    assert found.value == successes / n
-    assert str(Rate(10, 10)) == "100.0% [72.2%, 100.0%]"
-
-
-def test_a_rate_of_nothing_is_refused():
-    assert rate([True, False]) == Rate(1, 2)
-    with pytest.raises(DataError, match="expected at least one outcome"):
-        rate([])
 
 
 @pytest.mark.parametrize(
