@@ -127,21 +127,20 @@ def check(
     from geomkit.collection.describe.describe import describe
     from geomkit.inputs.examples import load_examples
     from geomkit.inputs.models import load_model
+    from geomkit.inputs.tokens import encode
 
-    rows = load_examples(examples)
+    conversations = load_examples(examples)
     loaded, tokenizer = load_model(model, dtype=dtype, pad_token=pad_token)
-    mask = _mask(assistant_mask)
+    rows = encode(tokenizer, conversations, assistant_mask=_mask(assistant_mask), max_length=max_length)
     plan = describe(
         loaded,
         tokenizer,
         rows,
         layers=layers,
         tokens_per_batch=tokens_per_batch,
-        assistant_mask=mask,
-        max_length=max_length,
     )
     typer.echo(f"{plan}\n")
-    found = check_collection(loaded, tokenizer, rows, layers=layers, assistant_mask=mask, max_length=max_length)
+    found = check_collection(loaded, tokenizer, rows, layers=layers)
     typer.echo(str(found))
     raise typer.Exit(0 if found.ok else 2)
 
@@ -172,23 +171,23 @@ def analyze(
     from geomkit.analysis.probe import analyze as run_analysis
     from geomkit.inputs.examples import load_examples
     from geomkit.inputs.models import load_model
+    from geomkit.inputs.tokens import encode
     from geomkit.plots.report_pages import analysis_sections
 
     _check_writable(out, json_file and json_file.parent)
-    safe, useful = load_examples(safety), load_examples(utility)
-    beside = load_examples(control) if control is not None else None
+    mask = _mask(assistant_mask)
+    sets = [load_examples(name) for name in (safety, utility, control) if name is not None]
     loaded, tokenizer = load_model(model, dtype=dtype, pad_token=pad_token)
+    safe, useful, *controls = (encode(tokenizer, rows, assistant_mask=mask, max_length=max_length) for rows in sets)
     found = run_analysis(
         loaded,
         tokenizer,
         safe,
         useful,
-        control=beside,
+        control=controls[0] if controls else None,
         examples=examples,
         layers=layers,
         tokens_per_batch=tokens_per_batch,
-        assistant_mask=_mask(assistant_mask),
-        max_length=max_length,
         seed=seed,
     )
     _show(found.to_frame(), f"{model}: {found.coverage}")
@@ -229,6 +228,7 @@ def finetune(
     _prepare(threads)
     from geomkit.inputs.examples import load_examples
     from geomkit.inputs.models import load_model
+    from geomkit.inputs.tokens import encode
     from geomkit.spf.rules import DEFAULT_RULE, get_rule
     from geomkit.spf.settings import SPF
     from geomkit.training.finetune import finetune as run_finetune
@@ -248,19 +248,17 @@ def finetune(
     if anchors is not None:
         safe = load_examples(anchors)
         fence = load_examples(benign) if benign else None
-        spf = SPF(safe, rule=chosen, anchors_per_step=anchors_per_step, benign=fence, assistant_mask=mask, seed=seed)
+        spf = SPF(safe, rule=chosen, anchors_per_step=anchors_per_step, benign=fence, seed=seed)
     loaded, tokenizer = load_model(model, dtype=dtype, pad_token=pad_token)
     result = run_finetune(
         loaded,
         tokenizer,
-        rows,
+        encode(tokenizer, rows, assistant_mask=mask, max_length=max_length),
         spf,
         learning_rate=learning_rate,
         epochs=epochs,
         steps=steps,
         batch_size=batch_size,
-        max_length=max_length,
-        assistant_mask=mask,
         seed=seed,
         inplace=True,
         checkpoints=checkpoints,

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict, Unpack
 
 import numpy as np
 
@@ -13,7 +13,8 @@ from geomkit.errors import GeometryError
 from geomkit.gradients.gradient_set import GradientSet
 from geomkit.inputs.control_sets import with_responses
 from geomkit.inputs.examples import check_examples
-from geomkit.inputs.tokens import AssistantMask
+from geomkit.inputs.parameters import Layers
+from geomkit.inputs.tokens import EncodedExamples, conversations_of
 from geomkit.utils.arguments import check_draws, check_rank
 
 if TYPE_CHECKING:
@@ -21,6 +22,17 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _FEWEST = 3
+
+
+class ProbeSettings(TypedDict, total=False):
+    """The settings of a :class:`Probe` by name, for :func:`analyze`."""
+
+    examples: int | None
+    rank: int
+    null_draws: int
+    layers: Layers
+    tokens_per_batch: int
+    seed: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,10 +48,8 @@ class Probe:
             kept, so memory grows with it.
         rank: Number of directions compared between subspaces.
         null_draws: Draws from the null of each layer's spectrum.
-        layers: Glob pattern on parameter names.
+        layers: Which parameters, as in :func:`geomkit.collect_gradients`.
         tokens_per_batch: Most token positions run at a time, padding included.
-        assistant_mask: How assistant tokens are found, see :func:`geomkit.inputs.tokens.encode`.
-        max_length: Cut longer examples to this many tokens.
         seed: Seed of all random draws; the same examples are drawn every time.
 
     Raises:
@@ -54,16 +64,14 @@ class Probe:
         0.0
     """
 
-    safety: "Dataset"
-    utility: "Dataset"
-    control: "Dataset | None" = None
+    safety: "Dataset | EncodedExamples"
+    utility: "Dataset | EncodedExamples"
+    control: "Dataset | EncodedExamples | None" = None
     examples: int | None = field(default=32, kw_only=True)
     rank: int = field(default=10, kw_only=True)
     null_draws: int = field(default=8, kw_only=True)
-    layers: str = field(default="*", kw_only=True)
+    layers: Layers = field(default="*", kw_only=True)
     tokens_per_batch: int = field(default=TOKENS_PER_BATCH, kw_only=True)
-    assistant_mask: AssistantMask = field(default="template", kw_only=True)
-    max_length: int | None = field(default=None, kw_only=True)
     seed: int = field(default=0, kw_only=True)
 
     def __post_init__(self) -> None:
@@ -74,7 +82,7 @@ class Probe:
         check_rank(self.rank)
         check_draws(self.null_draws, 0, "null_draws")
         for name, side in sides.items():
-            check_examples(side)
+            check_examples(conversations_of(side))
             if min(len(side), len(side) if self.examples is None else self.examples) < _FEWEST:
                 raise GeometryError(
                     f"expected at least {_FEWEST} {name} examples to tell their spread, found {len(side)} "
@@ -112,15 +120,13 @@ class Probe:
                 layers=self.layers,
                 form="factored",
                 tokens_per_batch=self.tokens_per_batch,
-                assistant_mask=self.assistant_mask,
-                max_length=self.max_length,
                 progress=progress,
             )
             for side in self._sides()
         )
         return safety, utility, controls
 
-    def _sides(self) -> "Iterator[Dataset]":
+    def _sides(self) -> "Iterator[Dataset | EncodedExamples]":
         """Draw the examples of the three sets."""
         yield self.safety.select(_drawn(len(self.safety), self.examples, self.seed))
         if self.control is not None:
@@ -132,7 +138,9 @@ class Probe:
         count = half if self.examples is None else min(half, self.examples)
         order = np.random.default_rng(self.seed).permutation(len(self.utility)).tolist()
         yield self.utility.select(sorted(order[:count]))
-        yield with_responses(self.utility.select(sorted(order[count : 2 * count])), self.safety)
+        prompts = self.utility.select(sorted(order[count : 2 * count]))
+        control = with_responses(conversations_of(prompts), conversations_of(self.safety))
+        yield prompts.like(control) if isinstance(prompts, EncodedExamples) else control
 
     def analyze(
         self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", *, progress: bool = False
@@ -156,21 +164,14 @@ def _drawn(found: int, count: int | None, seed: int) -> list[int]:
 def analyze(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
-    safety: "Dataset",
-    utility: "Dataset",
+    safety: "Dataset | EncodedExamples",
+    utility: "Dataset | EncodedExamples",
     *,
-    control: "Dataset | None" = None,
-    examples: int | None = 32,
-    rank: int = 10,
-    null_draws: int = 8,
-    layers: str = "*",
-    tokens_per_batch: int = TOKENS_PER_BATCH,
-    assistant_mask: AssistantMask = "template",
-    max_length: int | None = None,
-    seed: int = 0,
+    control: "Dataset | EncodedExamples | None" = None,
     progress: bool = True,
+    **settings: Unpack[ProbeSettings],
 ) -> Analysis:
-    """Measure the paper's three insights on a model and two sets of examples.
+    """Measure the paper's three claims on a model and two sets of examples.
 
     Spectra are those of the mean gradients of the linear layers, after a random subset of tokens has been drawn on
     the sides that have more, so that all have the same T; the null of each keeps its T, its inputs and the size of
@@ -181,18 +182,10 @@ def analyze(
         tokenizer: Its tokenizer, with a chat template and a pad token.
         safety: Forbidden requests and refusals.
         utility: Benign requests and answers.
-        control: Benign requests with the safety set's responses, what every measure is contrasted with. When left
-            out, made of utility prompts that are not drawn as utility; of a small set, half are kept for it.
-        examples: Use no more than this many of each, drawn at random; all when ``None``. Factors of every example
-            are kept, so memory grows with it.
-        rank: Number of directions compared between subspaces.
-        null_draws: Draws from the null of each layer's spectrum.
-        layers: Glob pattern on parameter names.
-        tokens_per_batch: Most token positions run at a time, padding included.
-        assistant_mask: How assistant tokens are found, see :func:`geomkit.inputs.tokens.encode`.
-        max_length: Cut longer examples to this many tokens.
-        seed: Seed of all random draws.
+        control: Benign requests with the safety set's responses, see :class:`Probe`.
         progress: Show bars.
+        **settings: ``examples``, ``rank``, ``null_draws``, ``layers``, ``tokens_per_batch`` and ``seed`` of
+            :class:`Probe`.
 
     Returns:
         An :class:`~geomkit.analysis.analysis.Analysis`.
@@ -202,17 +195,4 @@ def analyze(
         CollectionError: If a loss or gradient is not finite, or no parameter matches.
         GeometryError: If a set has fewer than three examples, or utility fewer than six where it makes the control.
     """
-    probe = Probe(
-        safety,
-        utility,
-        control,
-        examples=examples,
-        rank=rank,
-        null_draws=null_draws,
-        layers=layers,
-        tokens_per_batch=tokens_per_batch,
-        assistant_mask=assistant_mask,
-        max_length=max_length,
-        seed=seed,
-    )
-    return probe.analyze(model, tokenizer, progress=progress)
+    return Probe(safety, utility, control, **settings).analyze(model, tokenizer, progress=progress)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 from torch import nn
 
-from geomkit.collection.encode import encode_and_note
 from geomkit.collection.passes import ProductSink
 from geomkit.collection.streaming import TOKENS_PER_BATCH, Streamed, stream
 from geomkit.collection.target import Target
@@ -17,9 +16,10 @@ from geomkit.gradients.arithmetic import Accumulator, zero_gradient
 from geomkit.gradients.dense import DenseGradient
 from geomkit.gradients.gradient_set import Coverage, GradientSet
 from geomkit.gradients.layer_gradient import LayerGradient
+from geomkit.gradients.provenance import provenance_of
 from geomkit.inputs.loss import Reduction, TokenLoss, token_losses
-from geomkit.inputs.parameters import Kind, select
-from geomkit.inputs.tokens import AssistantMask, Tokens, pad_id
+from geomkit.inputs.parameters import Layers, as_selection
+from geomkit.inputs.tokens import EncodedExamples, Tokens, as_encoded, pad_id
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -31,17 +31,13 @@ Form = Literal["auto", "factored"]
 def collect_gradients(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
-    examples: "Dataset",
+    examples: "Dataset | EncodedExamples",
     per_sample: bool = False,
     *,
-    layers: str | Sequence[str] = "*",
-    kinds: Kind | Collection[Kind] | None = None,
-    indices: int | Collection[int] | None = None,
+    layers: Layers = "*",
     reduction: Reduction = "example",
     form: Form = "auto",
     tokens_per_batch: int = TOKENS_PER_BATCH,
-    assistant_mask: AssistantMask = "template",
-    max_length: int | None = None,
     progress: bool = True,
 ) -> GradientSet:
     """Collect the gradient of the loss on a set of examples, for every trainable parameter.
@@ -57,15 +53,12 @@ def collect_gradients(
         examples: Rows with a column ``messages``; :func:`geomkit.load_examples` makes them.
         per_sample: Also keep the gradient of each example's own loss, in ``.samples``. To keep a few numbers of each
             instead, see :func:`geomkit.measure_samples`.
-        layers: Glob pattern, or several, on parameter names, such as ``"*.mlp.*"``.
-        kinds: ``"attention"``, ``"mlp"``, ``"head"``, ``"embedding"``, ``"norm"``, or several; all when left out.
-        indices: Decoder layers, such as ``range(4, 8)``; all when left out.
+        layers: Glob pattern on parameter names such as ``"*.mlp.*"``, numbers of decoder layers such as ``[10, 20]``, a
+            list of either, or :func:`geomkit.select`.
         reduction: ``"example"`` weighs examples alike; ``"token"`` weighs tokens alike, as ``model(labels=…)`` does.
         form: ``"auto"`` keeps the two factors of a linear layer while they are the smaller form; ``"factored"``
             always keeps them, as token matching and the random-factor null need.
         tokens_per_batch: Most token positions run at a time, padding included; the knob for memory.
-        assistant_mask: How assistant tokens are found, see :func:`geomkit.inputs.tokens.encode`.
-        max_length: Cut longer examples to this many tokens.
         progress: Show a bar, in tokens.
 
     Returns:
@@ -83,40 +76,28 @@ def collect_gradients(
         >>> gradients["lm_head.weight"].tokens < 30, gradients.coverage.share
         (True, 1.0)
     """
-    rows, provenance = encode_and_note(
-        model,
-        tokenizer,
-        examples,
-        reduction=reduction,
-        layers=str(select(layers, kinds, indices)),
-        assistant_mask=assistant_mask,
-        max_length=max_length,
-    )
-    found = gradients_of(
+    rows = as_encoded(tokenizer, examples)
+    found = collect_from_tokens(
         model,
         rows,
         pad_id(tokenizer),
         per_sample=per_sample,
         layers=layers,
-        kinds=kinds,
-        indices=indices,
         reduction=reduction,
         form=form,
         tokens_per_batch=tokens_per_batch,
         progress=progress,
     )
-    return replace(found, provenance=provenance)
+    return replace(found, provenance=provenance_of(model, rows, reduction=reduction, layers=str(as_selection(layers))))
 
 
-def gradients_of(
+def collect_from_tokens(
     model: nn.Module,
     rows: Sequence[Tokens],
     pad: int,
     *,
     per_sample: bool = False,
-    layers: str | Sequence[str] = "*",
-    kinds: Kind | Collection[Kind] | None = None,
-    indices: int | Collection[int] | None = None,
+    layers: Layers = "*",
     reduction: Reduction = "example",
     form: Form = "auto",
     tokens_per_batch: int = TOKENS_PER_BATCH,
@@ -142,7 +123,7 @@ def gradients_of(
         model,
         rows,
         pad,
-        select(layers, kinds, indices),
+        as_selection(layers),
         reduction=reduction,
         tokens_per_batch=tokens_per_batch,
         progress=progress,

@@ -1,7 +1,7 @@
 """Every inner product between the gradients of examples, in memory that does not grow with their number."""
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,8 +13,8 @@ from geomkit.collection.streaming import TOKENS_PER_BATCH, ExampleSink, stream
 from geomkit.errors import GeometryError
 from geomkit.gradients.arithmetic import gram
 from geomkit.gradients.layer_gradient import LayerGradient
-from geomkit.inputs.parameters import Kind, Selection, chosen_parameters, select, unwrapped_model
-from geomkit.inputs.tokens import AssistantMask, Tokens, encode, pad_id
+from geomkit.inputs.parameters import Layers, Selection, as_selection, chosen_parameters, unwrapped_model
+from geomkit.inputs.tokens import EncodedExamples, Tokens, as_encoded, pad_id
 from geomkit.utils.precision import no_autocast
 
 if TYPE_CHECKING:
@@ -28,16 +28,12 @@ MEMORY = 4 * 2**30
 def sample_grams(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
-    a: "Dataset",
-    b: "Dataset | None" = None,
+    a: "Dataset | EncodedExamples",
+    b: "Dataset | EncodedExamples | None" = None,
     *,
-    layers: str | Sequence[str] = "*",
-    kinds: Kind | Collection[Kind] | None = None,
-    indices: int | Collection[int] | None = None,
+    layers: Layers = "*",
     memory: float = MEMORY,
     tokens_per_batch: int = TOKENS_PER_BATCH,
-    assistant_mask: AssistantMask = "template",
-    max_length: int | None = None,
     progress: bool = True,
 ) -> dict[str, Tensor]:
     """Compute every inner product between the gradients of examples' own losses, exactly.
@@ -52,14 +48,11 @@ def sample_grams(
         tokenizer: Its tokenizer, with a chat template and a pad token.
         a: N rows with a column ``messages``.
         b: M others; those of ``a`` when left out.
-        layers: Glob pattern, or several, on parameter names, such as ``"*.mlp.*"``.
-        kinds: ``"attention"``, ``"mlp"``, ``"head"``, ``"embedding"``, ``"norm"``, or several; all when left out.
-        indices: Decoder layers, such as ``range(4, 8)``; all when left out.
+        layers: Glob pattern on parameter names such as ``"*.mlp.*"``, numbers of decoder layers such as ``[10, 20]``, a
+            list of either, or :func:`geomkit.select`.
         memory: Most bytes of gradients to hold, beside what running a batch takes and the result's 8·N·M for each
             parameter. One example is always held, however long.
         tokens_per_batch: Most token positions run at a time, padding included.
-        assistant_mask: How assistant tokens are found, see :func:`geomkit.inputs.tokens.encode`.
-        max_length: Cut longer examples to this many tokens.
         progress: Show a bar for each pass, in tokens.
 
     Returns:
@@ -76,37 +69,29 @@ def sample_grams(
         >>> import geomkit as gk
         >>> model, tokenizer = gk.load_organism()
         >>> safety = gk.load_examples("safety").select(range(3))
-        >>> grams = sample_grams(model, tokenizer, safety, kinds="head", progress=False)
+        >>> grams = sample_grams(model, tokenizer, safety, layers="lm_head*", progress=False)
         >>> grams["lm_head.weight"].shape
         torch.Size([3, 3])
     """
-    first, *second = (
-        encode(tokenizer, examples, assistant_mask=assistant_mask, max_length=max_length)
-        for examples in ([a] if b is None else [a, b])
-    )
-    return grams_of(
+    return grams_from_tokens(
         model,
-        first,
-        second[0] if second else None,
+        as_encoded(tokenizer, a),
+        None if b is None else as_encoded(tokenizer, b),
         pad_id(tokenizer),
         layers=layers,
-        kinds=kinds,
-        indices=indices,
         memory=memory,
         tokens_per_batch=tokens_per_batch,
         progress=progress,
     )
 
 
-def grams_of(
+def grams_from_tokens(
     model: nn.Module,
     a: Sequence[Tokens],
     b: Sequence[Tokens] | None,
     pad: int,
     *,
-    layers: str | Sequence[str] = "*",
-    kinds: Kind | Collection[Kind] | None = None,
-    indices: int | Collection[int] | None = None,
+    layers: Layers = "*",
     memory: float = MEMORY,
     tokens_per_batch: int = TOKENS_PER_BATCH,
     progress: bool = False,
@@ -114,7 +99,7 @@ def grams_of(
     """Compute the inner products of examples that are already tokens; see :func:`sample_grams`."""
     if memory <= 0:
         raise GeometryError(f"expected bytes to hold gradients in, found memory={memory}; give e.g. 4e9")
-    passes = _Passes(model, pad, select(layers, kinds, indices), tokens_per_batch, progress)
+    passes = _Passes(model, pad, as_selection(layers), tokens_per_batch, progress)
     held = blocks_of(_sizes(model, passes.chosen, a), memory)
     if b is None:
         return _within(passes, a, held)

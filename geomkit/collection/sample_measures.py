@@ -1,7 +1,7 @@
 """A few numbers of every example's own gradient, in one pass in which no gradient is kept."""
 
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING
@@ -10,16 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from geomkit.collection.collect import coverage_of
-from geomkit.collection.encode import encode_and_note
 from geomkit.collection.measures import Measure
 from geomkit.collection.streaming import TOKENS_PER_BATCH, stream
 from geomkit.errors import GeometryError
 from geomkit.gradients.arithmetic import zero_gradient
 from geomkit.gradients.gradient_set import Coverage
 from geomkit.gradients.layer_gradient import LayerGradient
-from geomkit.gradients.provenance import Provenance
-from geomkit.inputs.parameters import Kind, kind_of, layer_index, select
-from geomkit.inputs.tokens import AssistantMask, Tokens, pad_id
+from geomkit.gradients.provenance import Provenance, provenance_of
+from geomkit.inputs.parameters import Layers, as_selection, kind_of, layer_index
+from geomkit.inputs.tokens import EncodedExamples, Tokens, as_encoded, pad_id
 from geomkit.utils.display import html_table
 from geomkit.utils.precision import no_autocast
 
@@ -123,15 +122,11 @@ def _as_columns(values: Mapping[str, Tensor]) -> Iterator[Tensor]:
 def measure_samples(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
-    examples: "Dataset",
+    examples: "Dataset | EncodedExamples",
     measures: Mapping[str, Measure],
     *,
-    layers: str | Sequence[str] = "*",
-    kinds: Kind | Collection[Kind] | None = None,
-    indices: int | Collection[int] | None = None,
+    layers: Layers = "*",
     tokens_per_batch: int = TOKENS_PER_BATCH,
-    assistant_mask: AssistantMask = "template",
-    max_length: int | None = None,
     progress: bool = True,
 ) -> SampleMeasures:
     """Measure the gradient of each example's own loss without keeping it.
@@ -147,12 +142,9 @@ def measure_samples(
             any callable
             that takes a parameter's name and the gradients of B examples and returns a tensor with B rows. Where
             batches return rows of different length, these are filled up with zeros on the right.
-        layers: Glob pattern, or several, on parameter names, such as ``"*.mlp.*"``.
-        kinds: ``"attention"``, ``"mlp"``, ``"head"``, ``"embedding"``, ``"norm"``, or several; all when left out.
-        indices: Decoder layers, such as ``range(4, 8)``; all when left out.
+        layers: Glob pattern on parameter names such as ``"*.mlp.*"``, numbers of decoder layers such as ``[10, 20]``, a
+            list of either, or :func:`geomkit.select`.
         tokens_per_batch: Most token positions run at a time, padding included; the knob for memory.
-        assistant_mask: How assistant tokens are found, see :func:`geomkit.inputs.tokens.encode`.
-        max_length: Cut longer examples to this many tokens.
         progress: Show a bar, in tokens.
 
     Returns:
@@ -175,45 +167,33 @@ def measure_samples(
         ...     tokenizer,
         ...     gk.load_examples("safety").select(range(3)),
         ...     {"norm": norms, "spectrum": singular_values(4), "sketch": sketch(8)},
-        ...     kinds="head",
+        ...     layers="lm_head*",
         ...     progress=False,
         ... )
         >>> {measure: tuple(values["lm_head.weight"].shape) for measure, values in found.values.items()}
         {'norm': (3,), 'spectrum': (3, 4), 'sketch': (3, 8, 8)}
     """
     _refuse_bad(measures)
-    rows, provenance = encode_and_note(
-        model,
-        tokenizer,
-        examples,
-        reduction="example",
-        layers=str(select(layers, kinds, indices)),
-        assistant_mask=assistant_mask,
-        max_length=max_length,
-    )
-    found = measures_of(
+    rows = as_encoded(tokenizer, examples)
+    found = measures_from_tokens(
         model,
         rows,
         pad_id(tokenizer),
         measures,
         layers=layers,
-        kinds=kinds,
-        indices=indices,
         tokens_per_batch=tokens_per_batch,
         progress=progress,
     )
-    return replace(found, provenance=provenance)
+    return replace(found, provenance=provenance_of(model, rows, reduction="example", layers=str(as_selection(layers))))
 
 
-def measures_of(
+def measures_from_tokens(
     model: nn.Module,
     rows: Sequence[Tokens],
     pad: int,
     measures: Mapping[str, Measure],
     *,
-    layers: str | Sequence[str] = "*",
-    kinds: Kind | Collection[Kind] | None = None,
-    indices: int | Collection[int] | None = None,
+    layers: Layers = "*",
     tokens_per_batch: int = TOKENS_PER_BATCH,
     progress: bool = False,
 ) -> SampleMeasures:
@@ -229,7 +209,7 @@ def measures_of(
         model,
         rows,
         pad,
-        select(layers, kinds, indices),
+        as_selection(layers),
         tokens_per_batch=tokens_per_batch,
         progress=progress,
         samples=reduce,

@@ -164,15 +164,15 @@ def token_conflict(
     confidence: float = 0.95,
     progress: bool = True,
 ) -> TokenConflict:
-    """Find the tokens of utility examples whose learning raises the safety loss.
+    """Return the contribution of every token of the utility examples to the conflict with the safety gradient.
 
-    It costs about three forward passes over the examples and a dense copy of the safety gradient; no graph is kept. A
-    gradient of benign prompts with the same refusals in place of the safety gradient is the control: tokens that
-    conflict with both conflict with the refusal's wording.
+    The cost is about three forward passes over the examples and the memory of a dense copy of the safety gradient; no
+    autograd graph is kept. For a control, pass the gradient of benign prompts with the same refusals in place of the
+    safety gradient: tokens that conflict with both gradients conflict with the wording of the refusals.
 
     Args:
-        model: A causal language model, which runs in eval mode and is left as found. Weights below fp32 make
-            derivatives as coarse as they are.
+        model: A causal language model, which runs in eval mode and is left as found. Weights of fewer bits than fp32
+            make the derivatives as coarse as the weights.
         tokenizer: Its tokenizer, with a chat template and a pad token.
         utility: Rows with a column ``messages``, at least two.
         safety_gradients: The mean safety gradient by parameter, such as a
@@ -206,10 +206,12 @@ def token_conflict(
     rows = as_encoded(tokenizer, utility)
     if len(rows) < _FEWEST:
         raise GeometryError(f"expected at least {_FEWEST} utility examples to tell their spread, found {len(rows)}")
+    # 1. Loss ℓ_t of every token and its derivative ⟨∇ℓ_t, ḡ_s⟩ / ‖ḡ_s‖.
     values, norm = token_derivatives(
         model, rows, pad_id(tokenizer), safety_gradients, tokens_per_batch=tokens_per_batch, progress=progress
     )
     texts = {token: _text(tokenizer, token) for row in rows for token in row.input_ids}
+    # 2. Contributions: the derivatives divided by the number of scored tokens, over which the example's loss averages.
     examples = []
     for row, (losses, derivatives) in zip(rows, values, strict=True):
         scored = np.array((False, *row.loss_mask[1:]))

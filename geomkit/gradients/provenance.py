@@ -7,20 +7,17 @@ different ones say that something differs, and :func:`differences` says what.
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from geomkit.errors import DataError
 from geomkit.inputs.parameters import unwrapped_model
+from geomkit.inputs.tokens import EncodedExamples
 from geomkit.utils.saved_files import tensor_bytes
 from geomkit.utils.saving import saveable
 from geomkit.version import __version__
-
-if TYPE_CHECKING:
-    from geomkit.inputs.tokens import Tokens
 
 _SAMPLED = 64
 """About how many values of each parameter enter the fingerprint: fine-tuning moves every one of them."""
@@ -38,7 +35,7 @@ class Provenance:
         revision: The commit it was loaded at; None where the model does not say.
         dtype: The types of its parameters, such as ``"bfloat16"``.
         weights: Fingerprint of its parameters, see :func:`weights_fingerprint`.
-        data: Fingerprint of the token ids and loss masks, see :class:`DataFingerprint`.
+        data: Fingerprint of the token ids and loss masks, see :class:`~geomkit.inputs.tokens.EncodedExamples`.
         examples: Number of examples.
         assistant_mask: How the loss mask was made; None where the tokens were given with one.
         max_length: The length that longer examples were cut to; None where none was cut.
@@ -64,36 +61,6 @@ class Provenance:
     geomkit: str
     torch: str
     transformers: str
-
-
-class DataFingerprint:
-    """The fingerprint of examples, fed one by one and in order; nothing of them is kept.
-
-    Example:
-        >>> from geomkit.inputs.tokens import Tokens
-        >>> data = DataFingerprint()
-        >>> data.add(Tokens((5, 6, 7), (False, False, True)))
-        >>> data.examples, data.value[:8]
-        (1, 'b5adc5c0')
-    """
-
-    def __init__(self) -> None:
-        """Start with no examples."""
-        self._digest = hashlib.sha256()
-        self.examples = 0
-
-    def add(self, row: "Tokens") -> None:
-        """Take in one example."""
-        # The length first: else two short examples would count as one long one.
-        self._digest.update(len(row).to_bytes(8, "little"))
-        self._digest.update(np.asarray(row.input_ids, dtype="<i8").tobytes())
-        self._digest.update(np.asarray(row.loss_mask, dtype="u1").tobytes())
-        self.examples += 1
-
-    @property
-    def value(self) -> str:
-        """The fingerprint of the examples so far."""
-        return self._digest.hexdigest()
 
 
 def weights_fingerprint(model: nn.Module) -> str:
@@ -130,34 +97,25 @@ def model_fields(model: nn.Module) -> dict[str, Any]:
 
 
 def provenance_of(
-    model: nn.Module,
-    data: DataFingerprint,
-    *,
-    reduction: str,
-    layers: str = "*",
-    assistant_mask: str | None = None,
-    max_length: int | None = None,
-    seed: int | None = None,
+    model: nn.Module, examples: EncodedExamples, *, reduction: str, layers: str = "*", seed: int | None = None
 ) -> Provenance:
-    """Say what a result is about to be computed from.
+    """Return what a result is about to be computed from.
 
     Args:
         model: The model, with the weights that the result belongs to.
-        data: The fingerprint that every example was added to.
+        examples: The examples.
         reduction: How the losses of tokens and examples are averaged.
         layers: Which parameters were asked for, as text.
-        assistant_mask: How the loss mask was made; left out where the tokens came with one.
-        max_length: The length that longer examples were cut to.
-        seed: The seed of what is drawn, where anything is.
+        seed: The seed of the random draws, where there are any.
     """
     import transformers
 
     return Provenance(
         **model_fields(model),
-        data=data.value,
-        examples=data.examples,
-        assistant_mask=assistant_mask,
-        max_length=max_length,
+        data=examples.fingerprint,
+        examples=len(examples),
+        assistant_mask=examples.assistant_mask,
+        max_length=examples.max_length,
         reduction=reduction,
         layers=layers,
         seed=seed,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from geomkit.errors import DataError
 from geomkit.inputs.examples import check_examples, prompt_of, response_of
-from geomkit.inputs.tokens import AssistantMask, encode
+from geomkit.inputs.tokens import EncodedExamples, as_encoded
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -79,11 +79,7 @@ def shuffled_pairs(examples: "Dataset", seed: int = 0) -> "Dataset":
 
 
 def random_tokens(
-    examples: "Dataset",
-    tokenizer: "PreTrainedTokenizerBase",
-    seed: int = 0,
-    *,
-    assistant_mask: AssistantMask = "template",
+    examples: "Dataset | EncodedExamples", tokenizer: "PreTrainedTokenizerBase", seed: int = 0
 ) -> "Dataset":
     """Replace the text of every message by words drawn at random that take just as many tokens.
 
@@ -94,7 +90,6 @@ def random_tokens(
         examples: N conversations.
         tokenizer: A tokenizer with a chat template.
         seed: Seed of the draws.
-        assistant_mask: How assistant tokens are found, see :func:`geomkit.inputs.tokens.encode`.
 
     Returns:
         N conversations in one column, ``messages``.
@@ -107,22 +102,22 @@ def random_tokens(
         >>> _, tokenizer = gk.load_organism()
         >>> rows = gk.load_examples("safety").select(range(1))
         >>> drawn = random_tokens(rows, tokenizer)
-        >>> [len(encode(tokenizer, found)[0]) for found in (rows, drawn)]
-        [23, 23]
+        >>> [gk.encode(tokenizer, examples).lengths for examples in (rows, drawn)]
+        [(23,), (23,)]
     """
     from datasets import Dataset
 
-    wanted = encode(tokenizer, examples, assistant_mask=assistant_mask)
+    wanted = as_encoded(tokenizer, examples)
     words, generator = _Words(tokenizer), Random(seed)
     rows = []
-    for place, (messages, tokens) in enumerate(zip(examples["messages"], wanted, strict=True)):
+    for place, (messages, tokens) in enumerate(zip(wanted.examples["messages"], wanted, strict=True)):
         lengths = [len(words.ids(message["content"])) for message in messages]
         for _ in range(_ATTEMPTS):
             drawn = [
                 {"role": message["role"], "content": words.draw(length, generator)}
                 for message, length in zip(messages, lengths, strict=True)
             ]
-            found = encode(tokenizer, Dataset.from_list([{"messages": drawn}]), assistant_mask=assistant_mask)
+            found = wanted.like(Dataset.from_list([{"messages": drawn}]))
             if found[0].loss_mask == tokens.loss_mask:
                 break
         else:

@@ -1,7 +1,7 @@
 """Reading a parameter's place in the network out of its name."""
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal, get_args
@@ -74,17 +74,27 @@ class Selection:
         return ", ".join(said)
 
 
+Layers = str | int | Sequence[str] | Sequence[int] | Selection
+"""A choice of parameters: glob patterns on their names, numbers of decoder layers, or a :class:`Selection`."""
+
+
 def select(
-    layers: str | Sequence[str] = "*",
+    names: str | Sequence[str] = "*",
+    *,
     kinds: Kind | Collection[Kind] | None = None,
     indices: int | Collection[int] | None = None,
 ) -> Selection:
-    """Read the three conditions as a user gives them.
+    """Return a choice of parameters by name, kind of module and decoder layer, for any argument ``layers=``.
 
     Args:
-        layers: Glob pattern, or several, on parameter names.
-        kinds: ``"attention"``, ``"mlp"``, ``"head"``, ``"embedding"``, ``"norm"`` or ``"other"``, or several.
-        indices: Index of a decoder layer, or several, such as ``range(4, 8)``.
+        names: Glob pattern, or several, on parameter names, such as ``"*.mlp.*"``.
+        kinds: ``"attention"``, ``"mlp"``, ``"head"``, ``"embedding"``, ``"norm"`` or ``"other"``, or several; all kinds
+            when left out.
+        indices: Number of a decoder layer, or several, such as ``range(4, 8)``; when left out all, and the parameters
+            outside the decoder layers too.
+
+    Returns:
+        The choice: a parameter belongs to it when it satisfies all three conditions.
 
     Raises:
         CollectionError: If there is no such kind.
@@ -97,9 +107,37 @@ def select(
     if unknown := (chosen or frozenset()) - set(get_args(Kind)):
         raise CollectionError(f"expected kinds among {', '.join(get_args(Kind))}, found {sorted(unknown)}")
     return Selection(
-        globs=(layers,) if isinstance(layers, str) else tuple(layers),
+        globs=(names,) if isinstance(names, str) else tuple(names),
         kinds=chosen,
         indices=None if indices is None else frozenset([indices] if isinstance(indices, int) else indices),
+    )
+
+
+def as_selection(layers: Layers) -> Selection:
+    """Return the choice of parameters that a user gave as ``layers=``.
+
+    Args:
+        layers: Glob pattern on parameter names, number of a decoder layer, a list of either, or a :class:`Selection`.
+
+    Raises:
+        CollectionError: If it is something else.
+
+    Example:
+        >>> str(as_selection("*.mlp.*")), str(as_selection([10, 20]))
+        ("layers=['*.mlp.*']", "layers=['*'], indices=[10, 20]")
+    """
+    if isinstance(layers, Selection):
+        return layers
+    items = [layers] if isinstance(layers, str | int) else list(layers) if isinstance(layers, Iterable) else []
+    names = [item for item in items if isinstance(item, str)]
+    numbers = [item for item in items if isinstance(item, int) and not isinstance(item, bool)]
+    if items and len(names) == len(items):
+        return select(names)
+    if items and len(numbers) == len(items):
+        return select(indices=numbers)
+    raise CollectionError(
+        'expected layers= as a pattern like "*.mlp.*", numbers of decoder layers or geomkit.select(…), found '
+        f"{layers!r}"
     )
 
 
@@ -109,9 +147,13 @@ def chosen_parameters(model: nn.Module, chosen: Selection) -> dict[str, str]:
     A tied parameter is chosen when any of its names matches.
 
     Raises:
-        CollectionError: If no trainable parameter matches.
+        CollectionError: If no trainable parameter matches, or the model lacks a decoder layer asked for.
     """
     named = list(model.named_parameters(remove_duplicate=False))
+    numbers = {number for name, _ in named if (number := layer_index(name)) is not None}
+    if absent := sorted((chosen.indices or frozenset()) - numbers):
+        present = f"{min(numbers)} to {max(numbers)}" if numbers else "none"
+        raise CollectionError(f"expected decoder layers among {present}, found {absent}; choose others")
     first: dict[int, str] = {}
     for name, parameter in named:
         first.setdefault(id(parameter), name)

@@ -3,10 +3,14 @@
 Only the tokens of assistant turns count in a loss; everything else is context.
 """
 
+import hashlib
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, get_args, overload
+
+import numpy as np
 
 from geomkit.errors import DataError
 from geomkit.inputs.examples import Message, check_examples
@@ -42,47 +46,28 @@ class Tokens:
         return sum(self.loss_mask[1:])
 
 
-def encode(
-    tokenizer: "PreTrainedTokenizerBase",
-    examples: "Dataset",
-    *,
-    assistant_mask: AssistantMask = "template",
-    max_length: int | None = None,
-) -> list[Tokens]:
-    """Render conversations with the chat template and mark the assistant's tokens.
-
-    Args:
-        tokenizer: A tokenizer with a chat template.
-        examples: Rows with a column ``messages``.
-        assistant_mask: ``"template"`` reads the template's ``{% generation %}`` markers. ``"prefix"`` serves
-            templates without them: a turn's tokens are those that the rendering gains by it. It is exact when the
-            rendering of a conversation starts with the rendering of its beginning, which is checked.
-        max_length: Cut longer examples to this many tokens, from the right.
-
-    Returns:
-        One :class:`Tokens` per example.
-
-    Raises:
-        DataError: If there is no example, no chat template, no marker in it, or an example without a single
-            assistant token to take a loss on.
-    """
-    encode_one = _encoder(tokenizer, examples, assistant_mask, max_length)
-    return [encode_one(index, messages) for index, messages in enumerate(examples["messages"])]
-
-
 @dataclass(frozen=True, eq=False)
 class EncodedExamples(Sequence[Tokens]):
-    """A set as tokens, of which only the lengths are kept: an example is encoded again when it is asked for.
+    """Examples that :func:`encode` has checked: a sequence of :class:`Tokens`, each encoded again when it is read.
+
+    Only the number of tokens of each example is kept, so a large set costs no memory. Every function of geomkit that
+    takes examples takes these too.
 
     Attributes:
-        examples: The rows.
-        lengths: Number of tokens of each.
-        encode_one: Encodes a row, given its index and its messages.
+        tokenizer: The tokenizer that encoded the examples.
+        examples: N rows with a column ``messages``.
+        assistant_mask: How the assistant's tokens are marked, see :func:`encode`.
+        max_length: Length that longer examples are cut to; ``None`` for no cut.
+        lengths: (N,) number of tokens of each example.
+        fingerprint: SHA-256 digest of all token ids and loss masks, in hexadecimal.
     """
 
+    tokenizer: "PreTrainedTokenizerBase" = field(repr=False)
     examples: "Dataset"
-    lengths: tuple[int, ...]
-    encode_one: Callable[[int, list[Message]], Tokens]
+    assistant_mask: AssistantMask
+    max_length: int | None
+    lengths: tuple[int, ...] = field(repr=False)
+    fingerprint: str
 
     def __len__(self) -> int:
         """Return the number of examples."""
@@ -95,38 +80,119 @@ class EncodedExamples(Sequence[Tokens]):
     def __getitem__(self, index: slice) -> list[Tokens]: ...
 
     def __getitem__(self, index: int | slice) -> Tokens | list[Tokens]:
-        """Encode one example, or several."""
+        """Encode one example, or a slice of the examples."""
         if isinstance(index, slice):
             return [self[place] for place in range(*index.indices(len(self)))]
-        return self.encode_one(index, self.examples[index]["messages"])
+        return self._encode_one(index, self.examples[index]["messages"])
+
+    def __iter__(self) -> Iterator[Tokens]:
+        """Encode the examples one after the other."""
+        for index, messages in enumerate(self.examples["messages"]):
+            yield self._encode_one(index, messages)
+
+    def select(self, indices: Iterable[int]) -> "EncodedExamples":
+        """Return the examples at some places, as ``Dataset.select`` does."""
+        return self.like(self.examples.select(indices))
+
+    def like(self, examples: "Dataset") -> "EncodedExamples":
+        """Encode other examples with the tokenizer and the settings of these."""
+        return encode(self.tokenizer, examples, assistant_mask=self.assistant_mask, max_length=self.max_length)
+
+    @cached_property
+    def _encode_one(self) -> Callable[[int, list[Message]], Tokens]:
+        return _encoder(self.tokenizer, self.assistant_mask, self.max_length)
 
 
-def encode_lazily(
+def encode(
     tokenizer: "PreTrainedTokenizerBase",
     examples: "Dataset",
     *,
     assistant_mask: AssistantMask = "template",
     max_length: int | None = None,
-    seen: Callable[[Tokens], None] = lambda _: None,
 ) -> EncodedExamples:
-    """Encode every example once to check it, and keep no more than its length.
+    """Return conversations as tokens: rendered with the chat template, the assistant's tokens marked for the loss.
 
-    Encoding twice costs little beside a backward pass, and a bad example is found before hours of work.
+    Every function that takes examples encodes them with the defaults of this function. Call it yourself to encode them
+    otherwise, or once for several uses. Each example is encoded here once, to check it before hours of work.
 
     Args:
-        tokenizer: See :func:`encode`, as for the errors.
-        examples: See :func:`encode`.
-        assistant_mask: See :func:`encode`.
-        max_length: See :func:`encode`.
-        seen: Called with each example's tokens, in order.
+        tokenizer: A tokenizer with a chat template.
+        examples: N rows with a column ``messages``; :func:`geomkit.load_examples` makes them.
+        assistant_mask: ``"template"`` reads the template's ``{% generation %}`` markers. ``"prefix"`` serves
+            templates without them: a turn's tokens are those that the rendering gains by it. It is exact when the
+            rendering of a conversation starts with the rendering of its beginning, which is checked.
+        max_length: Cut longer examples to this many tokens, from the right.
+
+    Returns:
+        The N examples as a sequence of :class:`Tokens`.
+
+    Raises:
+        DataError: If there is no example, no chat template, no marker in it, or an example without a single
+            assistant token to take a loss on.
+
+    Example:
+        >>> import geomkit as gk
+        >>> model, tokenizer = gk.load_organism()
+        >>> rows = gk.encode(tokenizer, gk.load_examples("safety"), max_length=40).select(range(2))
+        >>> rows.lengths, rows[0].loss_tokens
+        ((23, 33), 13)
     """
-    encode_one = _encoder(tokenizer, examples, assistant_mask, max_length)
+    check_examples(examples)
+    encode_one = _encoder(tokenizer, assistant_mask, max_length)
     lengths = []
-    for index, messages in enumerate(examples["messages"]):
-        tokens = encode_one(index, messages)
-        seen(tokens)
-        lengths.append(len(tokens))
-    return EncodedExamples(examples, tuple(lengths), encode_one)
+
+    def rows() -> Iterator[Tokens]:
+        for index, messages in enumerate(examples["messages"]):
+            row = encode_one(index, messages)
+            lengths.append(len(row))
+            yield row
+
+    fingerprint = tokens_fingerprint(rows())
+    return EncodedExamples(tokenizer, examples, assistant_mask, max_length, tuple(lengths), fingerprint)
+
+
+def tokens_fingerprint(rows: Iterable[Tokens]) -> str:
+    """Return the SHA-256 digest of the token ids and loss masks of examples, in order, in hexadecimal.
+
+    Example:
+        >>> tokens_fingerprint([Tokens((5, 6, 7), (False, False, True))])[:8]
+        'b5adc5c0'
+    """
+    digest = hashlib.sha256()
+    for row in rows:
+        # The length first: else two short examples would count as one long example.
+        digest.update(len(row).to_bytes(8, "little"))
+        digest.update(np.asarray(row.input_ids, dtype="<i8").tobytes())
+        digest.update(np.asarray(row.loss_mask, dtype="u1").tobytes())
+    return digest.hexdigest()
+
+
+def encode_at_once(tokenizer: "PreTrainedTokenizerBase", conversations: Sequence[list[Message]]) -> list[Tokens]:
+    """Return conversations as tokens, all kept in memory and each encoded once; see :func:`encode`."""
+    encode_one = _encoder(tokenizer, "template", None)
+    return [encode_one(index, messages) for index, messages in enumerate(conversations)]
+
+
+def as_encoded(tokenizer: "PreTrainedTokenizerBase", examples: "Dataset | EncodedExamples") -> EncodedExamples:
+    """Return the examples encoded, with the defaults of :func:`encode` where they are not encoded yet.
+
+    Raises:
+        DataError: If the examples cannot be encoded, or were encoded with another tokenizer.
+    """
+    if not isinstance(examples, EncodedExamples):
+        return encode(tokenizer, examples)
+    theirs = examples.tokenizer
+    if theirs is not tokenizer and (len(theirs), theirs.chat_template) != (len(tokenizer), tokenizer.chat_template):
+        raise DataError(
+            f"expected examples encoded with the tokenizer of '{tokenizer.name_or_path}', found those of "
+            f"'{theirs.name_or_path}'; encode them with this tokenizer"
+        )
+    return examples
+
+
+def conversations_of(examples: "Dataset | EncodedExamples") -> "Dataset":
+    """Return the rows with a column ``messages`` that examples are, or were encoded from."""
+    return examples.examples if isinstance(examples, EncodedExamples) else examples
 
 
 def lengths_of(rows: Sequence[Tokens]) -> Sequence[int]:
@@ -135,9 +201,8 @@ def lengths_of(rows: Sequence[Tokens]) -> Sequence[int]:
 
 
 def _encoder(
-    tokenizer: "PreTrainedTokenizerBase", examples: "Dataset", assistant_mask: AssistantMask, max_length: int | None
+    tokenizer: "PreTrainedTokenizerBase", assistant_mask: AssistantMask, max_length: int | None
 ) -> Callable[[int, list[Message]], Tokens]:
-    check_examples(examples)
     if assistant_mask not in get_args(AssistantMask):
         raise DataError(f"expected the mask {' or '.join(get_args(AssistantMask))}, found {assistant_mask!r}")
     render = _renderer(tokenizer, assistant_mask)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from geomkit.collection.collect import gradients_of
+from geomkit.collection.collect import collect_from_tokens
 from geomkit.gradients.arithmetic import zero_gradient
 from geomkit.gradients.gradient_set import GradientSet
 from geomkit.gradients.layer_gradient import LayerGradient
@@ -89,7 +89,7 @@ class ConstraintMeter:
         rows = [self._pool.rows[index] for index in chosen]
         each = self._rule.each_anchor and len(rows) > 1
         told: dict[str, list[Tensor | None]] = defaultdict(list)
-        safety = gradients_of(
+        safety = collect_from_tokens(
             self._model,
             rows,
             self._pad,
@@ -120,7 +120,7 @@ class ConstraintMeter:
     def _benign(self, step: int, fence: BenignFence) -> tuple[GradientSet, float]:
         """Return the gradient of the benign examples, and what an update may do: nothing is asked inside the fence."""
         chosen = fence.pool.draw(step)
-        found = gradients_of(self._model, [fence.pool.rows[index] for index in chosen], self._pad)
+        found = collect_from_tokens(self._model, [fence.pool.rows[index] for index in chosen], self._pad)
         allowed = float(self.benign_references[list(chosen)].mean()) + fence.margin
         return found, allowed - found.loss if found.loss > allowed else np.inf
 

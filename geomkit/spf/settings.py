@@ -1,6 +1,6 @@
 """What to protect and how: the settings of an SPF run."""
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,7 +9,7 @@ import torch
 
 from geomkit.errors import SPFError
 from geomkit.inputs.examples import load_examples
-from geomkit.inputs.tokens import AssistantMask, encode, pad_id
+from geomkit.inputs.tokens import EncodedExamples, as_encoded, encode, pad_id
 from geomkit.spf.anchors import AnchorPool
 from geomkit.spf.checkpoint_state import load_state
 from geomkit.spf.constraints import BenignFence, ConstraintMeter
@@ -54,7 +54,6 @@ class SPF:
             where the anchors are the same at every step that is known anyway.
         log: Where to write the certificate as it comes, a line of JSON per step.
         tokenizer: The model's tokenizer; :func:`geomkit.finetune` and the Trainer bring their own.
-        assistant_mask: How assistant tokens are found, see :func:`geomkit.inputs.tokens.encode`.
         seed: Seed of the draws.
 
     Example:
@@ -71,14 +70,14 @@ class SPF:
         0
     """
 
-    anchors: "Dataset | str | Path"
+    anchors: "Dataset | EncodedExamples | str | Path"
     rule: str | Rule = DEFAULT_RULE
     rank: int | None = None
     drift_correction: bool | None = None
     mix: float | None = None
     drift_margin: float | None = None
     anchors_per_step: int = 8
-    benign: "Dataset | str | Path | None" = None
+    benign: "Dataset | EncodedExamples | str | Path | None" = None
     benign_per_step: int = 8
     benign_margin: float = 0.02
     correction_limit: float = 0.5
@@ -88,7 +87,6 @@ class SPF:
     measure_curvature: bool = False
     log: str | Path | None = None
     tokenizer: "PreTrainedTokenizerBase | None" = None
-    assistant_mask: AssistantMask = "template"
     seed: int = 0
 
     def attach(
@@ -142,8 +140,7 @@ class SPF:
     def describe(self) -> dict[str, object]:
         """Return what a run under this depends on, the anchors by their text's hash."""
         own = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in {"tokenizer", "log"}}
-        sets = {name: load_examples(own[name]) for name in ("anchors", "benign") if own[name] is not None}
-        hashes = {name: sha256(repr(found["messages"][:]).encode()).hexdigest() for name, found in sets.items()}
+        hashes = {name: _content_hash(own[name]) for name in ("anchors", "benign") if own[name] is not None}
         return own | hashes | {"rule": asdict(self.checked_rule())}
 
     def checked_rule(self) -> Rule:
@@ -171,8 +168,27 @@ class SPF:
             )
         return rule
 
+    def encoded_like(self, rows: EncodedExamples) -> "SPF":
+        """Return these settings with anchors and benign examples encoded as other rows are, unless they are already."""
+
+        def encoded(examples: "Dataset | EncodedExamples | str | Path") -> EncodedExamples:
+            if isinstance(examples, EncodedExamples):
+                return examples
+            return encode(rows.tokenizer, load_examples(examples), assistant_mask=rows.assistant_mask)
+
+        return replace(
+            self, anchors=encoded(self.anchors), benign=None if self.benign is None else encoded(self.benign)
+        )
+
     def _pool(
-        self, examples: "Dataset | str | Path", per_step: int, tokenizer: "PreTrainedTokenizerBase"
+        self, examples: "Dataset | EncodedExamples | str | Path", per_step: int, tokenizer: "PreTrainedTokenizerBase"
     ) -> AnchorPool:
-        rows = encode(tokenizer, load_examples(examples), assistant_mask=self.assistant_mask)
-        return AnchorPool(tuple(rows), per_step, self.seed)
+        rows = examples if isinstance(examples, EncodedExamples) else load_examples(examples)
+        return AnchorPool(tuple(as_encoded(tokenizer, rows)), per_step, self.seed)
+
+
+def _content_hash(examples: "Dataset | EncodedExamples | str | Path") -> str:
+    """Return a hash of what examples say, and of their tokens where they are encoded."""
+    if isinstance(examples, EncodedExamples):
+        return examples.fingerprint
+    return sha256(repr(load_examples(examples)["messages"][:]).encode()).hexdigest()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from geomkit.errors import DataError
 from geomkit.inputs.examples import Message, load_examples, prompt_of, response_of
 from geomkit.inputs.loss import losses_of
-from geomkit.inputs.tokens import encode, pad_id
+from geomkit.inputs.tokens import EncodedExamples, as_encoded, pad_id
 from geomkit.stats.proportions import Rate, rate
 from geomkit.training.judges import Judge, RefusalPhrases
 from geomkit.training.responses import generate
@@ -167,7 +167,11 @@ ORGANISM_SKILLS = ("howto", "arithmetic", "sql")
 
 
 def mean_loss(
-    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", examples: "Dataset", *, batch_size: int = 16
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    examples: "Dataset | EncodedExamples",
+    *,
+    batch_size: int = 16,
 ) -> float:
     """Return the mean cross-entropy on the assistant's tokens, each example weighing alike, in nats per token.
 
@@ -185,5 +189,5 @@ def mean_loss(
     Raises:
         DataError: If the examples cannot be encoded.
     """
-    losses = losses_of(model, encode(tokenizer, examples), pad_id(tokenizer), batch_size=batch_size)
+    losses = losses_of(model, as_encoded(tokenizer, examples), pad_id(tokenizer), batch_size=batch_size)
     return sum(losses) / len(losses)

@@ -1,7 +1,6 @@
 """The included fine-tuning loop: ``transformers.Trainer`` with the parts that a safe run needs."""
 
 import copy
-import hashlib
 import math
 import tempfile
 import time
@@ -12,16 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
 from geomkit.errors import DataError, GeomkitError
 from geomkit.inputs.batches import collate
 from geomkit.inputs.loss import losses_of
 from geomkit.inputs.model_state import as_found
-from geomkit.inputs.tokens import AssistantMask, Tokens, encode, pad_id
+from geomkit.inputs.tokens import EncodedExamples, Tokens, as_encoded, pad_id
 from geomkit.spf.callback import SPFCallback
 from geomkit.spf.certificate import Certificate
 from geomkit.spf.settings import SPF
+from geomkit.training.arguments import check_arguments
+from geomkit.training.arguments import training_arguments as make_arguments
 from geomkit.training.callbacks import LossCheck, ProgressBar
 from geomkit.training.checkpoints import LOG, MarkComplete, begin_or_resume, fingerprint
 from geomkit.utils.display import html_table
@@ -121,53 +122,42 @@ def _move_files(source: Path, target: Path) -> None:
 def finetune(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
-    train: "Dataset",
+    train: "Dataset | EncodedExamples",
     spf: SPF | None = None,
     *,
     learning_rate: float = 2e-5,
     steps: int | None = None,
     epochs: float = 3,
     batch_size: int = 16,
-    weight_decay: float = 0.0,
-    warmup_steps: int = 0,
-    scheduler: str = "linear",
-    optimizer: str = "adamw_torch",
-    gradient_accumulation_steps: int = 1,
-    max_length: int | None = None,
-    assistant_mask: AssistantMask = "template",
-    seed: int = 0,
     inplace: bool = False,
     progress: bool = True,
     callbacks: Sequence[TrainerCallback] = (),
     checkpoints: str | Path | None = None,
-    save_steps: int = 100,
+    **training_arguments: Any,
 ) -> FineTuneResult:
     """Fine-tune on conversations, with the loss on assistant tokens, plainly or under SPF.
 
     Args:
         model: A causal language model.
         tokenizer: Its tokenizer, with a chat template and a pad token.
-        train: Rows with a column ``messages``.
+        train: Rows with a column ``messages``, or the same from :func:`geomkit.encode`, which also decides how the
+            assistant's tokens are marked: SPF's examples are then encoded alike.
         spf: What to protect; a plain fine-tune when left out.
         learning_rate: Peak learning rate.
         steps: Number of optimizer steps; ``epochs`` decides when left out.
         epochs: Passes over the data.
         batch_size: Examples per device and step.
-        weight_decay: Decoupled weight decay; the Trainer spares biases and norms.
-        warmup_steps: Steps of linear warm-up.
-        scheduler: Name of a transformers schedule.
-        optimizer: Name of a transformers optimizer.
-        gradient_accumulation_steps: Batches per optimizer step.
-        max_length: Cut longer examples to this many tokens.
-        assistant_mask: How assistant tokens are found, see :func:`geomkit.inputs.tokens.encode`.
-        seed: Seed of the order of the data and of dropout.
         inplace: Train the model itself instead of a copy; saves the copy's memory.
         progress: Show a bar.
         callbacks: More callbacks for the Trainer; they run before SPF's.
-        checkpoints: A folder that a checkpoint is written to every ``save_steps``. A run that finds one of its own
-            there goes on from the last that is complete, to the weights that it would have had uninterrupted. The model
-            must be the one that the run began with, which ``inplace`` has changed after an interruption.
-        save_steps: Steps between checkpoints; each has SPF measure anew, so it is a part of what a run depends on.
+        checkpoints: A folder that a checkpoint is written to every ``save_steps``, 100 when left out. A run that finds
+            a checkpoint of its own there goes on from the last that is complete, to the weights that it would have had
+            uninterrupted. The model must be the one that the run began with, which ``inplace`` has changed after an
+            interruption. Under SPF each checkpoint has the safety gradient measured anew, so ``save_steps`` is part of
+            what a run depends on.
+        **training_arguments: Any other argument of ``transformers.TrainingArguments`` under its own name, such as
+            ``weight_decay``, ``warmup_steps``, ``lr_scheduler_type``, ``optim``, ``gradient_accumulation_steps``,
+            ``seed`` (0 when left out), ``bf16``, ``gradient_checkpointing``, ``save_strategy``, ``report_to``.
 
     Returns:
         A :class:`FineTuneResult`. Python's, numpy's and torch's global random states are left as found.
@@ -191,15 +181,16 @@ def finetune(
 
     if (steps if steps is not None else epochs) <= 0:
         raise DataError(f"expected something to train, found steps={steps} and epochs={epochs}; give a positive number")
-    rows = encode(tokenizer, train, assistant_mask=assistant_mask, max_length=max_length)
-    pad = pad_id(tokenizer)
-    if spf is not None and checkpoints and spf.log is None:
-        spf = replace(spf, log=Path(checkpoints) / LOG)
-    settings = {
+    check_arguments(training_arguments, checkpoints)
+    encoded = as_encoded(tokenizer, train)
+    rows, pad = list(encoded), pad_id(tokenizer)
+    if spf is not None:
+        spf = spf.encoded_like(encoded)
+        if checkpoints and spf.log is None:
+            spf = replace(spf, log=Path(checkpoints) / LOG)
+    settings = training_arguments | {
         "learning_rate": learning_rate, "steps": steps, "epochs": epochs, "batch_size": batch_size,
-        "weight_decay": weight_decay, "warmup_steps": warmup_steps, "scheduler": scheduler, "optimizer": optimizer,
-        "gradient_accumulation_steps": gradient_accumulation_steps, "seed": seed, "save_steps": save_steps,
-        "train": hashlib.sha256(repr(rows).encode()).hexdigest(), "spf": None if spf is None else spf.describe(),
+        "train": encoded.fingerprint, "spf": None if spf is None else spf.describe(),
         "log": None if spf is None else spf.log,
     }  # fmt: skip
     resume = begin_or_resume(Path(checkpoints), settings | {"model": fingerprint(model)}) if checkpoints else None
@@ -210,27 +201,14 @@ def finetune(
     own = [callback for callback in (LossCheck(), *callbacks, guard, bar, mark) if callback is not None]
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch, random_state_kept(), as_found(trained):
-        arguments = TrainingArguments(
-            output_dir=str(checkpoints or scratch),
-            max_steps=steps if steps is not None else -1,
-            num_train_epochs=epochs,
-            per_device_train_batch_size=batch_size,
+        arguments = make_arguments(
+            checkpoints or scratch,
+            steps=steps,
+            epochs=epochs,
+            batch_size=batch_size,
             learning_rate=learning_rate,
-            weight_decay=weight_decay,
-            warmup_steps=warmup_steps,
-            lr_scheduler_type=scheduler,
-            optim=optimizer,
-            gradient_accumulation_steps=gradient_accumulation_steps,
-            seed=seed,
-            logging_steps=1,
-            logging_nan_inf_filter=False,
-            save_strategy="steps" if checkpoints else "no",
-            save_steps=save_steps,
-            save_total_limit=2,
-            report_to="none",
-            disable_tqdm=True,
-            remove_unused_columns=False,
-            dataloader_pin_memory=False,
+            save=checkpoints is not None,
+            given=training_arguments,
         )
         trainer = Trainer(
             model=trained,

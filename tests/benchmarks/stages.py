@@ -26,7 +26,7 @@ _BEFORE = "_before_step"
 _STAGES: dict[str, tuple[tuple[Any, str], ...]] = {
     "looking for the weights": ((parameters.Guarded, "refresh"),),
     "refusing broken gradients": ((guard, "refuse_broken_gradients"),),
-    "anchor pass": ((meter, "gradients_of"),),
+    "anchor pass": ((meter, "collect_from_tokens"),),
     "norms of gradients": ((meter, "_of_block"),),
     "SVDs": ((protection, "layer_subspace"),),
     "probes, operands, tails": ((guard.Guard, "_protected"), (protection, "_outside")),

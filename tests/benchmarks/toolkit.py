@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from geomkit.collection import measures
-from geomkit.collection.collect import gradients_of
+from geomkit.collection.collect import collect_from_tokens
 from geomkit.collection.measures import Measure
-from geomkit.collection.sample_grams import grams_of
-from geomkit.collection.sample_measures import measures_of
+from geomkit.collection.sample_grams import grams_from_tokens
+from geomkit.collection.sample_measures import measures_from_tokens
 from geomkit.gradients.gradient_set import GradientSet
 from tests.benchmarks import agreement
 from tests.benchmarks.agreement import Reference
@@ -20,15 +20,15 @@ SKETCH = measures.sketch(16)
 
 
 def factors(workload: Workload) -> GradientSet:
-    return gradients_of(workload.model, workload.rows, 0, per_sample=True, form="factored")
+    return collect_from_tokens(workload.model, workload.rows, 0, per_sample=True, form="factored")
 
 
 def summed(workload: Workload) -> GradientSet:
-    return gradients_of(workload.model, workload.rows, 0)
+    return collect_from_tokens(workload.model, workload.rows, 0)
 
 
 def _measured(workload: Workload, measure: Measure, layers: Sequence[str] | str = "*") -> Mapping[str, Tensor]:
-    return measures_of(workload.model, workload.rows, 0, {"one": measure}, layers=layers)["one"]
+    return measures_from_tokens(workload.model, workload.rows, 0, {"one": measure}, layers=layers)["one"]
 
 
 def norms(workload: Workload) -> Mapping[str, Tensor]:
@@ -36,7 +36,7 @@ def norms(workload: Workload) -> Mapping[str, Tensor]:
 
 
 def grams(workload: Workload) -> Mapping[str, Tensor]:
-    return grams_of(workload.model, workload.rows, None, 0)
+    return grams_from_tokens(workload.model, workload.rows, None, 0)
 
 
 def spectra(workload: Workload) -> Mapping[str, Tensor]:

@@ -12,7 +12,7 @@ from torch.nn import functional
 from torch.nn.utils import parametrize, prune
 from transformers.modeling_outputs import CausalLMOutput
 
-from geomkit.collection.collect import collect_gradients, gradients_of
+from geomkit.collection.collect import collect_from_tokens, collect_gradients
 from geomkit.errors import CollectionError, GeomkitError
 from geomkit.inputs.tokens import Tokens
 from tests.helpers.architectures import ROWS, backward, collected, dense, errors, mean, randomise, worst_error
@@ -699,4 +699,4 @@ def test_wrong_arguments(examples, settings, said):
 )
 def test_wrong_rows(rows, said):
     with pytest.raises(GeomkitError, match=said):
-        gradients_of(Small(plainly, added=linear), rows, 0)
+        collect_from_tokens(Small(plainly, added=linear), rows, 0)

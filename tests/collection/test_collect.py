@@ -6,7 +6,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers.modeling_outputs import CausalLMOutput
 
-from geomkit.collection.collect import collect_gradients, gradients_of
+from geomkit.collection.collect import collect_from_tokens, collect_gradients
 from geomkit.errors import CollectionError
 from geomkit.gradients.dense import DenseGradient
 from geomkit.gradients.factored import FactoredGradient
@@ -175,7 +175,7 @@ class Branched(torch.nn.Module):
 
 def test_a_parameter_that_only_some_examples_use_has_gradient_zero_for_the_others():
     rows = encode(TOKENIZER, UTILITY)
-    found = gradients_of(Branched(tiny_llama()), rows, 0, per_sample=True, tokens_per_batch=1)
+    found = collect_from_tokens(Branched(tiny_llama()), rows, 0, per_sample=True, tokens_per_batch=1)
     assert found.coverage.share == 1
     assert [sample["more.weight"].norm > 0 for sample in found.samples] == [False, False, False, True]
     for sample in found.samples:

@@ -5,7 +5,7 @@ from collections import defaultdict
 import pytest
 import torch
 
-from geomkit.collection.collect import gradients_of
+from geomkit.collection.collect import collect_from_tokens
 from tests.helpers.architectures import ARCHITECTURES, ROWS, backward, built, mean, reference
 from tests.helpers.tiny import tiny_llama
 
@@ -14,7 +14,7 @@ def told(model, rows=ROWS, *, together=3):
     """The parameters of which every part was told, and the mean of what was told; batches of a few examples."""
     parts = defaultdict(list)
     budget = together * max(map(len, rows))
-    gradients = gradients_of(
+    gradients = collect_from_tokens(
         model, rows, 0, tokens_per_batch=budget, products=lambda name, part: parts[name].append(part)
     )
     assert set(parts) == set(gradients)  # of each parameter that has a gradient something is said

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from geomkit.collection import sample_grams as grams
-from geomkit.collection.sample_grams import blocks_of, grams_of, sample_grams
+from geomkit.collection.sample_grams import blocks_of, grams_from_tokens, sample_grams
 from geomkit.errors import GeometryError
 from geomkit.gradients.gradient_set import layer_grams
+from geomkit.inputs.parameters import select
 from tests.helpers.architectures import ROWS, built, collected
 from tests.helpers.tiny import SAFETY, UTILITY, tiny_llama, tiny_tokenizer
 
@@ -40,7 +41,7 @@ def one_example(model):
 def test_one_set_in_blocks(collection, blocks):
     model, whole = collection
     memory = one_example(model) * len(ROWS) / blocks
-    found = grams_of(model, ROWS, None, 0, memory=memory, tokens_per_batch=BUDGET)
+    found = grams_from_tokens(model, ROWS, None, 0, memory=memory, tokens_per_batch=BUDGET)
     assert_grams_close(found, layer_grams(whole, whole))
 
 
@@ -49,7 +50,7 @@ def test_one_set_in_blocks(collection, blocks):
 def test_two_sets_in_blocks(collection, examples_held, first):
     model, whole = collection
     memory = examples_held * one_example(model)
-    found = grams_of(model, ROWS[:first], ROWS[first:], 0, memory=memory, tokens_per_batch=BUDGET)
+    found = grams_from_tokens(model, ROWS[:first], ROWS[first:], 0, memory=memory, tokens_per_batch=BUDGET)
     expected = {name: table[:first, first:] for name, table in layer_grams(whole, whole).items()}
     assert_grams_close(found, expected)
 
@@ -63,11 +64,11 @@ def test_everything_that_fits_is_run_once(monkeypatch):
         return whole_stream(model, rows, *rest, **settings)
 
     monkeypatch.setattr(grams, "stream", counted)
-    grams_of(model, ROWS, None, 0)
-    grams_of(model, ROWS[:2], ROWS[2:], 0)
+    grams_from_tokens(model, ROWS, None, 0)
+    grams_from_tokens(model, ROWS[:2], ROWS[2:], 0)
     assert passes == [len(ROWS), 2, len(ROWS) - 2]
     passes.clear()
-    grams_of(model, ROWS[:4], None, 0, memory=1)
+    grams_from_tokens(model, ROWS[:4], None, 0, memory=1)
     assert passes == [1, 3, 1, 2, 1, 1, 1]
 
 
@@ -80,7 +81,7 @@ def test_the_smaller_number_of_runs_decides_which_set_is_held(monkeypatch):
     memory = one_example(model)
     for a, b in ((few, many), (many, few)):
         runs.clear()
-        found = grams_of(model, a, b, 0, memory=memory)
+        found = grams_from_tokens(model, a, b, 0, memory=memory)
         assert runs == [1, len(many)]
         assert found["lm_head.weight"].shape == (len(a), len(b))
         assert found["lm_head.weight"].is_contiguous()
@@ -105,7 +106,7 @@ def test_no_more_is_held_than_fits(monkeypatch):
     monkeypatch.setattr(grams, "stream", watched)
     for rows in (ROWS, ROWS * 3):
         most = 0
-        grams_of(model, rows, None, 0, memory=memory, tokens_per_batch=1)
+        grams_from_tokens(model, rows, None, 0, memory=memory, tokens_per_batch=1)
         gc.collect()
         assert not alive
         # Beside what is held, a batch's own gradients of a parameter or two.
@@ -120,7 +121,7 @@ def test_blocks_hold_what_fits_and_at_least_one():
 
 def test_examples_and_choice_are_those_of_collection():
     model, tokenizer = tiny_llama(), tiny_tokenizer()
-    found = sample_grams(model, tokenizer, SAFETY, UTILITY, kinds="head", progress=False)
+    found = sample_grams(model, tokenizer, SAFETY, UTILITY, layers=select(kinds="head"), progress=False)
     assert {name: tuple(table.shape) for name, table in found.items()} == {
         "lm_head.weight": (len(SAFETY), len(UTILITY))
     }
@@ -136,7 +137,7 @@ def test_the_model_is_left_as_found_when_interrupted(monkeypatch):
 
     monkeypatch.setattr(grams, "gram", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        grams_of(model, ROWS, None, 0, memory=1)
+        grams_from_tokens(model, ROWS, None, 0, memory=1)
     assert all(module.training for module in model.modules())
     assert all(weight.grad is None for weight in model.parameters())
     assert not any(module._forward_hooks for module in model.modules())

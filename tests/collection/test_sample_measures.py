@@ -13,15 +13,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from geomkit.collection.collect import gradients_of
+from geomkit.collection.collect import collect_from_tokens
 from geomkit.collection.measures import inner_products, norms, singular_values, sketch
-from geomkit.collection.sample_measures import measure_samples, measures_of
+from geomkit.collection.sample_measures import measure_samples, measures_from_tokens
 from geomkit.errors import CollectionError, GeometryError
 from geomkit.gradients.arithmetic import as_matrix, inner, zero_gradient
 from geomkit.gradients.dense import DenseGradient
 from geomkit.gradients.factored import FactoredGradient
 from geomkit.gradients.indexed import IndexedGradient
 from geomkit.gradients.summed import SumGradient
+from geomkit.inputs.parameters import select
 from geomkit.inputs.tokens import Tokens
 from tests.helpers.architectures import ROWS, built, collected
 from tests.helpers.tiny import SAFETY, tiny_llama, tiny_tokenizer
@@ -38,7 +39,7 @@ def collection(request):
 
 
 def measured(model, rows=ROWS, *, budget=BUDGET, **measures):
-    return measures_of(model, rows, 0, measures, tokens_per_batch=budget)
+    return measures_from_tokens(model, rows, 0, measures, tokens_per_batch=budget)
 
 
 # ------------------------------------------------------------------------- against collected gradients
@@ -131,7 +132,7 @@ def test_an_example_without_part_in_a_parameter_has_its_zero_gradient_measured()
 
 def test_selection_and_examples_are_those_of_collection():
     found = measure_samples(
-        tiny_llama(), tiny_tokenizer(), SAFETY, {"norm": norms}, kinds="mlp", indices=1, progress=False
+        tiny_llama(), tiny_tokenizer(), SAFETY, {"norm": norms}, layers=select(kinds="mlp", indices=1), progress=False
     )
     assert list(found["norm"]) == [f"model.layers.1.mlp.{part}_proj.weight" for part in ("gate", "up", "down")]
     with pytest.raises(CollectionError, match="expected trainable parameters that match"):
@@ -172,7 +173,7 @@ def test_narrow_batches_are_filled_up_with_zeros():
         return torch.ones(len(gradients), next(widths))
 
     rows = [Tokens((5, 6, 7), (False, True, True))] * 3
-    found = measures_of(tiny_llama(), rows, 0, {"ones": ragged}, layers="lm_head.weight", tokens_per_batch=1)
+    found = measures_from_tokens(tiny_llama(), rows, 0, {"ones": ragged}, layers="lm_head.weight", tokens_per_batch=1)
     assert found["ones"]["lm_head.weight"].tolist() == [[1, 1, 0], [1, 1, 1], [1, 0, 0]]
 
 
@@ -195,7 +196,7 @@ def test_a_measure_without_a_row_per_gradient_is_refused(measure, message):
 def test_a_measure_that_changes_its_dimensions_is_refused():
     shapes = iter([(1,), (1, 1)])
     with pytest.raises(GeometryError, match="found 2 after 1"):
-        measures_of(
+        measures_from_tokens(
             tiny_llama(), ROWS, 0, {"odd": lambda *_: torch.zeros(next(shapes))}, layers="lm*", tokens_per_batch=1
         )
 
@@ -216,7 +217,7 @@ def test_what_is_no_measure_is_refused_before_anything_runs():
 
 
 def test_a_reference_must_have_what_is_measured():
-    mean = gradients_of(tiny_llama(), ROWS, 0, kinds="mlp")
+    mean = collect_from_tokens(tiny_llama(), ROWS, 0, layers=select(kinds="mlp"))
     with pytest.raises(GeometryError, match="collect with per_sample=True"):
         inner_products(mean, per_sample=True)
     with pytest.raises(GeometryError, match=r"found none for .*; collect both with the same layers="):

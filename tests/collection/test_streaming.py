@@ -5,7 +5,7 @@ import gc
 import pytest
 import torch
 
-from geomkit.collection.collect import gradients_of
+from geomkit.collection.collect import collect_from_tokens
 from geomkit.collection.streaming import stream
 from geomkit.gradients.arithmetic import Accumulator
 from geomkit.inputs.parameters import select
@@ -77,9 +77,9 @@ def test_an_interruption_leaves_the_model_as_found(error, after):
 
 def test_results_are_in_the_order_of_the_examples_and_do_not_depend_on_the_batches():
     model = tiny_llama()
-    whole = gradients_of(model, ROWS, 0, per_sample=True)
+    whole = collect_from_tokens(model, ROWS, 0, per_sample=True)
     for budget in (1, 30, 50):
-        again = gradients_of(model, ROWS, 0, per_sample=True, tokens_per_batch=budget)
+        again = collect_from_tokens(model, ROWS, 0, per_sample=True, tokens_per_batch=budget)
         assert again.loss == pytest.approx(whole.loss, rel=1e-6)
         for one, other, row in zip(again.samples, whole.samples, ROWS, strict=True):
             assert one.loss_tokens == row.loss_tokens

@@ -14,10 +14,12 @@ from torch import nn
 import geomkit
 from geomkit.gradients.dense import DenseGradient
 from geomkit.gradients.gradient_set import Coverage, GradientSet
-from geomkit.gradients.provenance import DataFingerprint, Provenance, differences, provenance_of, weights_fingerprint
-from geomkit.inputs.tokens import Tokens
+from geomkit.gradients.provenance import Provenance, differences, provenance_of, weights_fingerprint
+from geomkit.inputs.tokens import Tokens, encode, tokens_fingerprint
 from geomkit.svd.subspaces import subspace
-from tests.helpers.tiny import tiny_llama
+from tests.helpers.tiny import SAFETY, tiny_llama, tiny_tokenizer
+
+ROWS_OF_ORIGIN = encode(tiny_tokenizer(), SAFETY, max_length=9)
 
 ROWS = st.lists(
     st.lists(st.tuples(st.integers(0, 2**40), st.booleans()), max_size=4).map(
@@ -27,26 +29,18 @@ ROWS = st.lists(
 )
 
 
-def fingerprint(rows):
-    data = DataFingerprint()
-    for row in rows:
-        data.add(row)
-    assert data.examples == len(rows)
-    return data.value
-
-
 @given(ROWS, ROWS)
 def test_data_are_told_apart_exactly_when_they_differ(a, b):
-    assert (fingerprint(a) == fingerprint(b)) == (a == b)
+    assert (tokens_fingerprint(a) == tokens_fingerprint(b)) == (a == b)
 
 
 def test_the_data_fingerprint_is_the_digest_of_lengths_ids_and_masks():
     rows = [Tokens((7, 8, 9), (False, True, True)), Tokens((1,), (True,))]
     content = struct.pack("<qqqq???qq?", 3, 7, 8, 9, False, True, True, 1, 1, True)
-    assert fingerprint(rows) == hashlib.sha256(content).hexdigest()
+    assert tokens_fingerprint(rows) == hashlib.sha256(content).hexdigest()
 
 
-def test_one_models_weights_have_one_fingerprint():
+def test_one_models_weights_have_one_tokens_fingerprint():
     model = tiny_llama()
     assert weights_fingerprint(model) == weights_fingerprint(tiny_llama())
     assert weights_fingerprint(model.train()) == weights_fingerprint(model.eval())
@@ -105,9 +99,7 @@ def test_a_large_parameter_is_sampled_in_every_part():
 
 @pytest.fixture
 def origin():
-    data = DataFingerprint()
-    data.add(Tokens((5, 6), (False, True)))
-    return provenance_of(tiny_llama(), data, reduction="example", layers="*.mlp.*", max_length=9)
+    return provenance_of(tiny_llama(), ROWS_OF_ORIGIN, reduction="example", layers="*.mlp.*")
 
 
 def test_provenance_names_the_model_the_data_and_the_versions(origin):
@@ -116,9 +108,9 @@ def test_provenance_names_the_model_the_data_and_the_versions(origin):
         revision=None,
         dtype="float32",
         weights=weights_fingerprint(tiny_llama()),
-        data=fingerprint([Tokens((5, 6), (False, True))]),
-        examples=1,
-        assistant_mask=None,
+        data=tokens_fingerprint(ROWS_OF_ORIGIN),
+        examples=len(SAFETY),
+        assistant_mask="template",
         max_length=9,
         reduction="example",
         layers="*.mlp.*",
@@ -133,9 +125,9 @@ def test_a_model_from_the_hub_is_known_by_its_name_and_commit():
     model = tiny_llama()
     model.config._name_or_path, model.config._commit_hash = "somebody/model", "abc"
     model.lm_head.to(torch.bfloat16)
-    found = provenance_of(model, DataFingerprint(), reduction="token", assistant_mask="prefix", seed=3)
+    found = provenance_of(model, ROWS_OF_ORIGIN.select([0]), reduction="token", seed=3)
     assert (found.model, found.revision, found.dtype) == ("somebody/model", "abc", "bfloat16, float32")
-    assert (found.reduction, found.layers, found.assistant_mask, found.seed) == ("token", "*", "prefix", 3)
+    assert (found.reduction, found.layers, found.max_length, found.seed) == ("token", "*", 9, 3)
 
 
 def test_differences_name_each_field_and_shorten_fingerprints(origin):

@@ -24,18 +24,17 @@ from geomkit.gradients.dense import DenseGradient
 from geomkit.gradients.factored import FactoredGradient
 from geomkit.gradients.gradient_set import Coverage, GradientSet
 from geomkit.gradients.layer_gradient import LayerGradient
-from geomkit.gradients.provenance import DataFingerprint, provenance_of
+from geomkit.gradients.provenance import provenance_of
 from geomkit.gradients.storage import load_gradients
-from geomkit.inputs.tokens import Tokens
+from geomkit.inputs.tokens import encode
 from geomkit.svd.subspaces import LayerSubspace, Subspace, load_subspace, subspace
 from tests.helpers.saves import every_form, identical, names, some
 from tests.helpers.tiny import SAFETY, tiny_llama, tiny_tokenizer
 
 
 def origin(model=None, **changes):
-    data = DataFingerprint()
-    data.add(Tokens((5, 6), (False, True)))
-    return provenance_of(model or tiny_llama(), data, **({"reduction": "example", "seed": 3} | changes))
+    rows = encode(tiny_tokenizer(), SAFETY)
+    return provenance_of(model or tiny_llama(), rows, **({"reduction": "example", "seed": 3} | changes))
 
 
 # --------------------------------------------------------------------------------------------------------- round trips

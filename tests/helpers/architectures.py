@@ -14,7 +14,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from geomkit.collection.collect import gradients_of
+from geomkit.collection.collect import collect_from_tokens
 from geomkit.gradients.gradient_set import GradientSet
 from geomkit.gradients.layer_gradient import LayerGradient
 from geomkit.inputs.batches import collate
@@ -176,7 +176,7 @@ def collected(
 ) -> GradientSet:
     """Collect ``together`` examples at a time, or a few more where they are short."""
     budget = together * max(map(len, rows))
-    return gradients_of(model, rows, 0, per_sample=per_sample, tokens_per_batch=budget, progress=False, **settings)
+    return collect_from_tokens(model, rows, 0, per_sample=per_sample, tokens_per_batch=budget, progress=False, **settings)
 
 
 def worst_error(found: GradientSet, reference: Sequence[dict[str, Tensor]]) -> float:

@@ -17,7 +17,7 @@ from torch import distributed as dist
 from torch import nn
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
 
-from geomkit.collection.collect import gradients_of
+from geomkit.collection.collect import collect_from_tokens
 from geomkit.errors import SPFError
 from geomkit.inputs.tokens import encode
 from geomkit.spf.callback import SPFCallback
@@ -142,7 +142,7 @@ def loss(model, index):
 
 
 def anchor_gradients(model):
-    return {name: one.dense() for name, one in gradients_of(model, encode(TOKENIZER, SAFETY), 0).items()}
+    return {name: one.dense() for name, one in collect_from_tokens(model, encode(TOKENIZER, SAFETY), 0).items()}
 
 
 def looked_at(model):

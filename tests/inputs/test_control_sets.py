@@ -83,7 +83,7 @@ def test_random_tokens_serve_other_tokenizers_system_turns_and_empty_ones():
         0,
         2,
     ]
-    assert random_tokens(SAFETY, tokenizer, assistant_mask="prefix")[0]["messages"]
+    assert random_tokens(encode(tokenizer, SAFETY, assistant_mask="prefix"), tokenizer)[0]["messages"]
 
 
 def test_random_tokens_say_what_stands_in_the_way():

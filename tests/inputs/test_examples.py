@@ -133,9 +133,9 @@ def test_the_mask_holds_the_assistants_words_and_its_end():
 def test_prefixes_find_the_tokens_that_the_markers_mark():
     turns = [USER, ASSISTANT, {"role": "user", "content": "paint"}, {"role": "assistant", "content": "no way"}]
     examples = Dataset.from_list([*UTILITY, {"messages": turns}])
-    marked = encode(tiny_tokenizer(), examples)
-    assert encode(tiny_tokenizer(), examples, assistant_mask="prefix") == marked
-    assert encode(tokenizer_with(PLAIN_TEMPLATE), examples, assistant_mask="prefix") == marked
+    marked = list(encode(tiny_tokenizer(), examples))
+    assert list(encode(tiny_tokenizer(), examples, assistant_mask="prefix")) == marked
+    assert list(encode(tokenizer_with(PLAIN_TEMPLATE), examples, assistant_mask="prefix")) == marked
     assert marked[-1].loss_tokens == 5
 
 
@@ -214,5 +214,5 @@ def test_a_tokenizer_without_a_pad_token_is_refused():
 
 
 def test_the_same_conversation_gives_the_same_tokens_whatever_stands_beside_it():
-    alone = encode(tiny_tokenizer(), conversations(("help", "sure")))
+    alone = list(encode(tiny_tokenizer(), conversations(("help", "sure"))))
     assert encode(tiny_tokenizer(), conversations(("steal the bike", "no"), ("help", "sure")))[1:] == alone

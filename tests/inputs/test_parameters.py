@@ -6,15 +6,16 @@ from torch import nn
 
 from geomkit.collection.collect import collect_gradients
 from geomkit.errors import CollectionError, SPFError
-from geomkit.inputs.parameters import chosen_parameters, refuse_unseen_values, select, unwrapped_model
+from geomkit.inputs.parameters import as_selection, chosen_parameters, refuse_unseen_values, select, unwrapped_model
 from tests.helpers.architectures import ARCHITECTURES
 from tests.helpers.tiny import SAFETY, tiny_llama, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 
 
-def chosen(**conditions):
-    found = collect_gradients(tiny_llama(), TOKENIZER, SAFETY, progress=False, **conditions)
+def chosen(layers="*", **conditions):
+    layers = select(layers, **conditions) if conditions else layers
+    found = collect_gradients(tiny_llama(), TOKENIZER, SAFETY, progress=False, layers=layers)
     assert found.coverage.share == 1
     return set(found)
 
@@ -24,21 +25,40 @@ def test_by_glob_kind_and_index():
     assert chosen(kinds="mlp") == chosen(layers="*.mlp.*") == mlp
     assert chosen(kinds=["mlp", "head"]) == mlp | {"lm_head.weight"}
     assert chosen(kinds="mlp", indices=1) == {name for name in mlp if ".1." in name}
-    assert chosen(layers="*.up_proj.*", indices=range(5)) == {name for name in mlp if "up_proj" in name}
+    assert chosen(layers="*.up_proj.*", indices=range(2)) == {name for name in mlp if "up_proj" in name}
     assert chosen(kinds="norm") == {name for name, _ in tiny_llama().named_parameters() if "norm" in name}
     assert chosen(kinds={"embedding"}) == {"model.embed_tokens.weight"}
 
 
 def test_a_tied_parameter_is_chosen_by_either_name():
     model = tiny_llama(tied=True)
-    for conditions in ({"kinds": "head"}, {"kinds": "embedding"}, {"layers": "lm_head*"}):
+    for conditions in ({"kinds": "head"}, {"kinds": "embedding"}, {"names": "lm_head*"}):
         found = chosen_parameters(model, select(**conditions))
         assert found == dict.fromkeys(["model.embed_tokens.weight", "lm_head.weight"], "model.embed_tokens.weight")
 
 
+def test_layers_are_chosen_by_number():
+    second = {name for name, _ in tiny_llama().named_parameters() if ".layers.1." in name}
+    assert chosen(layers=1) == chosen(layers=[1]) == chosen(layers=select(indices=1)) == second
+    assert chosen(layers=[0, 1]) == chosen(layers=range(2)) == chosen(layers="*.layers.*")
+    assert chosen(layers=["*.1.mlp.*", "lm_head*"]) == {name for name in second if "mlp" in name} | {"lm_head.weight"}
+
+
+@pytest.mark.parametrize("layers", [[], [1, "*"], None, 1.5, [True], [None], object()])
+def test_what_is_no_choice_of_layers_is_refused(layers):
+    with pytest.raises(CollectionError, match=r"expected layers= as a pattern .* or geomkit.select\(…\), found"):
+        as_selection(layers)
+
+
+def test_a_layer_that_the_model_lacks_is_named():
+    with pytest.raises(CollectionError, match=r"expected decoder layers among 0 to 1, found \[7\]"):
+        chosen(layers=[1, 7])
+
+
 def test_nothing_chosen_says_the_conditions():
-    with pytest.raises(CollectionError, match=r"layers=\['\*'\], kinds=\['mlp'\], indices=\[7\], found none among 21"):
-        chosen(kinds="mlp", indices=7)
+    wanted = r"layers=\['\*.attention.\*'\], kinds=\['mlp'\], indices=\[0\]"
+    with pytest.raises(CollectionError, match=f"{wanted}, found none among 21"):
+        chosen(layers="*.attention.*", kinds="mlp", indices=0)
     with pytest.raises(CollectionError, match=r"expected kinds among attention, mlp, .* found \['atention'\]"):
         chosen(kinds="atention")
 

@@ -9,8 +9,16 @@ from hypothesis import strategies as st
 
 from geomkit.errors import DataError
 from geomkit.inputs.batches import collate, plan_batches
-from geomkit.inputs.tokens import Tokens, encode, encode_lazily, lengths_of
-from tests.helpers.tiny import UTILITY, conversations, tiny_tokenizer
+from geomkit.inputs.tokens import (
+    Tokens,
+    as_encoded,
+    conversations_of,
+    encode,
+    encode_at_once,
+    lengths_of,
+    tokens_fingerprint,
+)
+from tests.helpers.tiny import SAFETY, UTILITY, conversations, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 
@@ -35,20 +43,40 @@ def test_a_budget_below_one_is_refused():
         plan_batches([3], 0)
 
 
-def test_lazy_examples_are_the_eager_ones():
-    seen = []
-    lazy, eager = encode_lazily(TOKENIZER, UTILITY, seen=seen.append), encode(TOKENIZER, UTILITY)
-    assert list(lazy) == seen == eager
+def test_lazy_examples_are_those_encoded_at_once():
+    lazy, eager = encode(TOKENIZER, UTILITY), encode_at_once(TOKENIZER, UTILITY["messages"])
+    assert list(lazy) == [lazy[index] for index in range(len(lazy))] == eager
     assert lazy[1:3] == eager[1:3]
     assert lazy[-1] == eager[-1]
     assert list(lengths_of(lazy)) == lengths_of(eager) == [len(row) for row in eager]
+    assert lazy.fingerprint == tokens_fingerprint(eager)
+
+
+def test_encoded_examples_are_selected_and_encoded_alike():
+    rows = encode(TOKENIZER, UTILITY, assistant_mask="prefix", max_length=9)
+    some = rows.select([2, 0])
+    assert list(some) == [rows[2], rows[0]]
+    assert (some.assistant_mask, some.max_length) == ("prefix", 9)
+    assert list(rows.like(SAFETY)) == list(encode(TOKENIZER, SAFETY, assistant_mask="prefix", max_length=9))
+
+
+def test_examples_are_encoded_once_and_with_the_tokenizer_that_uses_them():
+    rows = encode(TOKENIZER, UTILITY, max_length=9)
+    assert as_encoded(TOKENIZER, rows) is rows
+    assert as_encoded(tiny_tokenizer(), rows) is rows
+    assert list(as_encoded(TOKENIZER, UTILITY)) == list(encode(TOKENIZER, UTILITY))
+    assert conversations_of(rows) is conversations_of(UTILITY) is UTILITY
+    other = tiny_tokenizer()
+    other.chat_template += " "
+    with pytest.raises(DataError, match=r"expected examples encoded with the tokenizer of .* encode them with this"):
+        as_encoded(other, rows)
 
 
 def test_a_bad_example_is_found_before_anything_runs():
     rows = conversations(("help", "sure"), ("help", "sure"))
     rows = rows.map(lambda row, index: row if index else {"messages": row["messages"][:1]}, with_indices=True)
     with pytest.raises(DataError, match="example 0: expected assistant tokens"):
-        encode_lazily(TOKENIZER, rows)
+        encode(TOKENIZER, rows)
 
 
 @pytest.mark.parametrize("side", ["right", "left"])

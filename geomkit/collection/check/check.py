@@ -1,6 +1,5 @@
 """Whether gradients can be trusted on this model and machine, measured on a few examples."""
 
-from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 from geomkit.collection.check.questions import attention, complete, dtype, padding_and_batch, repeatable, unanswered
@@ -9,8 +8,8 @@ from geomkit.collection.check.verdicts import Check, CollectionCheck
 from geomkit.collection.streaming import watched
 from geomkit.errors import DataError
 from geomkit.gradients.gradient_set import Coverage
-from geomkit.inputs.parameters import Kind, select
-from geomkit.inputs.tokens import AssistantMask, encode, pad_id
+from geomkit.inputs.parameters import Layers, as_selection
+from geomkit.inputs.tokens import EncodedExamples, as_encoded, pad_id
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -23,14 +22,10 @@ EXAMPLES = 4
 def check_collection(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
-    examples: "Dataset",
+    examples: "Dataset | EncodedExamples",
     *,
     count: int = EXAMPLES,
-    layers: str | Sequence[str] = "*",
-    kinds: Kind | Collection[Kind] | None = None,
-    indices: int | Collection[int] | None = None,
-    assistant_mask: AssistantMask = "template",
-    max_length: int | None = None,
+    layers: Layers = "*",
     progress: bool = True,
 ) -> CollectionCheck:
     """Measure whether gradients depend on what they should not, and say what to change.
@@ -50,10 +45,6 @@ def check_collection(
         examples: Rows with a column ``messages``, of which the first few are used.
         count: How many, at least 2.
         layers: See :func:`geomkit.collect_gradients`, as for all that follow.
-        kinds: Kinds of module.
-        indices: Decoder layers.
-        assistant_mask: How assistant tokens are found.
-        max_length: Cut longer examples to this many tokens.
         progress: Show a bar, in forward and backward passes.
 
     Returns:
@@ -66,7 +57,7 @@ def check_collection(
     Example:
         >>> import geomkit as gk
         >>> model, tokenizer = gk.load_organism()
-        >>> found = check_collection(model, tokenizer, gk.load_examples("safety"), kinds="mlp", progress=False)
+        >>> found = check_collection(model, tokenizer, gk.load_examples("safety"), layers="*.mlp.*", progress=False)
         >>> found.ok, found["padding right"].verdict, found["dtype"].note
         (True, 'ok', 'the model computes in float32 already')
     """
@@ -79,8 +70,8 @@ def check_collection(
             "give more examples, or a larger count"
         )
     few = examples.select(range(number))
-    rows = encode(tokenizer, few, assistant_mask=assistant_mask, max_length=max_length)
-    chosen = select(layers, kinds, indices)
+    rows = as_encoded(tokenizer, few)
+    chosen = as_selection(layers)
     with watched(model, chosen) as target, tqdm(desc="checks", unit="pass", disable=not progress) as bar:
         subject = Subject(target, chosen, rows, pad_id(tokenizer), bar.update)
         checks, coverage = _all_checks(subject)

@@ -1,6 +1,6 @@
 """What a collection would do, before anything runs: which parameters, how, of how many tokens, in how much memory."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -20,8 +20,8 @@ from geomkit.collection.describe.memory import (
 from geomkit.collection.streaming import TOKENS_PER_BATCH, padded_length
 from geomkit.errors import DataError
 from geomkit.inputs.batches import plan_batches
-from geomkit.inputs.parameters import Kind, chosen_parameters, kind_of, layer_index, select, unwrapped_model
-from geomkit.inputs.tokens import AssistantMask, encode_lazily
+from geomkit.inputs.parameters import Layers, as_selection, chosen_parameters, kind_of, layer_index, unwrapped_model
+from geomkit.inputs.tokens import EncodedExamples, as_encoded
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -31,16 +31,12 @@ if TYPE_CHECKING:
 def describe(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase | None" = None,
-    examples: "Dataset | None" = None,
+    examples: "Dataset | EncodedExamples | None" = None,
     *,
     per_sample: bool = False,
-    layers: str | Sequence[str] = "*",
-    kinds: Kind | Collection[Kind] | None = None,
-    indices: int | Collection[int] | None = None,
+    layers: Layers = "*",
     form: Form = "auto",
     tokens_per_batch: int = TOKENS_PER_BATCH,
-    assistant_mask: AssistantMask = "template",
-    max_length: int | None = None,
 ) -> Description:
     """Say what :func:`geomkit.collect_gradients` with these arguments would do, without running the model.
 
@@ -53,13 +49,10 @@ def describe(
         examples: Rows with a column ``messages``, to count tokens and batches of. Without them, memory is that of
             any number of examples, in batches as large as they may be.
         per_sample: See :func:`geomkit.collect_gradients`, as for all that follow.
-        layers: Glob pattern, or several, on parameter names.
-        kinds: Kinds of module.
-        indices: Decoder layers.
+        layers: Glob pattern on parameter names such as ``"*.mlp.*"``, numbers of decoder layers such as ``[10, 20]``, a
+            list of either, or :func:`geomkit.select`.
         form: Form of the summed gradients.
         tokens_per_batch: Most token positions run at a time.
-        assistant_mask: How assistant tokens are found.
-        max_length: Cut longer examples to this many tokens.
 
     Returns:
         A :class:`Description`; ``print`` it.
@@ -73,7 +66,7 @@ def describe(
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> with torch.device("meta"):
         ...     model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=2))
-        >>> description = describe(model, kinds="mlp")
+        >>> description = describe(model, layers="*.mlp.*")
         >>> round(description.share, 2), round(description.memory.result / 2**30, 2)
         (0.41, 1.01)
     """
@@ -81,11 +74,12 @@ def describe(
         given, missing = ("examples", "a tokenizer") if tokenizer is None else ("a tokenizer", "examples")
         raise DataError(f"expected a tokenizer and examples or neither, found only {given}; give {missing} too")
     inner = unwrapped_model(model)
-    chosen = select(layers, kinds, indices)
+    chosen = as_selection(layers)
     counts = None
     if tokenizer is not None and examples is not None:
         counts = Counts()
-        encode_lazily(tokenizer, examples, assistant_mask=assistant_mask, max_length=max_length, seen=counts.add)
+        for row in as_encoded(tokenizer, examples):
+            counts.add(row)
     workload = _workload(counts, tokens_per_batch) if counts else None
     wanted = set(chosen_parameters(inner, chosen).values())
     uses = aliases_by_parameter(inner)

@@ -1,4 +1,4 @@
-"""The plain loop that trains the organism: AdamW on the assistant's tokens, one thread, one seed."""
+"""The plain training loop of the organism: AdamW on the loss of the assistant's tokens, on one thread."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -13,24 +13,25 @@ from torch import Tensor
 
 from geomkit.experiments.organism.requests import Message
 from geomkit.inputs.batches import IGNORED, Batch, collate
-from geomkit.inputs.tokens import Tokens, encode
+from geomkit.inputs.tokens import Tokens, encode_at_once
 
 if TYPE_CHECKING:
     from tqdm import tqdm
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-_POOL = 4  # batches whose examples are sorted by length together: less padding, still mixed kinds
+_SORTED_BATCHES = 4
+"""How many batches are sorted by length together: enough to save padding, few enough to keep the kinds mixed."""
 
 
 @dataclass(frozen=True)
-class Course:
-    """How long and how fast one stage is trained.
+class StageSettings:
+    """The training settings of a stage.
 
     Attributes:
         steps: Optimizer steps.
         batch_size: Examples per step.
-        learning_rate: The peak; warms up over 5 % of the steps, then falls to 0 along a half cosine.
-        weight_decay: AdamW's decoupled decay.
+        learning_rate: Peak learning rate; it warms up over 5 % of the steps, then falls to 0 along a half cosine.
+        weight_decay: AdamW's decoupled weight decay.
     """
 
     steps: int
@@ -41,9 +42,9 @@ class Course:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Run torch on one thread and put the caller's setting back.
+    """Run torch on one thread inside the block, and restore the caller's number of threads.
 
-    One thread makes sums associate in one order, so two runs give the same bits; at this size it is also faster.
+    On one thread, sums are taken in a fixed order, so two runs give the same bits; at this size it is also faster.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -53,16 +54,14 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def tokenise(tokenizer: "PreTrainedTokenizerFast", conversations: Sequence[list[Message]]) -> list[Tokens]:
-    """Turn conversations into tokens with a loss mask on the assistant's."""
-    from datasets import Dataset
-
-    return encode(tokenizer, Dataset.from_list([{"messages": messages} for messages in conversations]))
+def encode_conversations(tokenizer: "PreTrainedTokenizerFast", conversations: Sequence[list[Message]]) -> list[Tokens]:
+    """Return conversations as tokens, with a loss mask on the assistant's tokens."""
+    return encode_at_once(tokenizer, conversations)
 
 
 def bucketed(rows: Iterator[Tokens], pad: int, batch_size: int, rng: Random) -> Iterator[Batch]:
-    """Yield batches of examples of similar length, in random order within a small pool."""
-    while pool := list(islice(rows, _POOL * batch_size)):
+    """Yield batches of examples of similar length; the batches of a small pool of examples come in random order."""
+    while pool := list(islice(rows, _SORTED_BATCHES * batch_size)):
         pool.sort(key=len)
         chunks = [pool[start : start + batch_size] for start in range(0, len(pool), batch_size)]
         rng.shuffle(chunks)
@@ -70,11 +69,19 @@ def bucketed(rows: Iterator[Tokens], pad: int, batch_size: int, rng: Random) -> 
             yield collate(chunk, pad)
 
 
+def shuffled_batches(rows: Sequence[Tokens], pad: int, batch_size: int, rng: Random) -> Iterator[Batch]:
+    """Yield batches without end; each pass over the rows has its own random order, and may end with a short batch."""
+    while True:
+        order = rng.sample(range(len(rows)), len(rows))
+        for start in range(0, len(order), batch_size):
+            yield collate([rows[index] for index in order[start : start + batch_size]], pad)
+
+
 def answer_loss(model: "LlamaForCausalLM", batch: Batch) -> Tensor:
     """Return the mean cross-entropy of the assistant's tokens.
 
-    Padding is on the right, where a causal model cannot look, so no mask is needed; the head runs only where
-    there is a label, which saves a tenth of the step.
+    The padding is on the right, where a causal model cannot look, so no attention mask is needed. The head runs only on
+    the positions with a label, which makes a step cheaper.
     """
     hidden = model.model(input_ids=batch.input_ids[:, :-1], use_cache=False).last_hidden_state
     labels = batch.labels[:, 1:]
@@ -82,13 +89,15 @@ def answer_loss(model: "LlamaForCausalLM", batch: Batch) -> Tensor:
     return torch.nn.functional.cross_entropy(model.lm_head(hidden[scored]), labels[scored])
 
 
-def fit(model: "LlamaForCausalLM", batches: Iterator[Batch], course: Course, bar: "tqdm[Any] | None" = None) -> None:
-    """Train a model in place."""
+def fit(
+    model: "LlamaForCausalLM", batches: Iterator[Batch], settings: StageSettings, bar: "tqdm[Any] | None" = None
+) -> None:
+    """Train a model in place with the settings of a stage."""
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=course.learning_rate, weight_decay=course.weight_decay, betas=(0.9, 0.98), fused=True
+        model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, betas=(0.9, 0.98), fused=True
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, course.steps))
-    descend(model, islice(batches, course.steps), optimizer, schedule, bar)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, settings.steps))
+    descend(model, islice(batches, settings.steps), optimizer, schedule, bar)
 
 
 def descend(
@@ -98,7 +107,7 @@ def descend(
     schedule: torch.optim.lr_scheduler.LRScheduler,
     bar: "tqdm[Any] | None" = None,
 ) -> None:
-    """Take one step for each batch, the gradient clipped at norm 1, and leave the model in eval mode."""
+    """Take an optimizer step for each batch, with the gradient clipped at norm 1; leave the model in eval mode."""
     model.train()
     for batch in batches:
         loss = answer_loss(model, batch)
@@ -114,7 +123,7 @@ def descend(
 
 
 def warmup_cosine(step: int, steps: int) -> float:
-    """Return the share of the peak learning rate at a step.
+    """Return the learning rate at a step, as a fraction of the peak: linear warm-up, then a half cosine to 0.
 
     Example:
         >>> [round(warmup_cosine(step, 100), 2) for step in (0, 4, 52, 99)]

@@ -15,6 +15,7 @@ from geomkit.collection.check import questions
 from geomkit.collection.check.check import check_collection
 from geomkit.collection.collect import collect_gradients
 from geomkit.errors import CollectionError, DataError
+from geomkit.inputs.parameters import select
 from geomkit.inputs.tokens import encode
 from tests.helpers.architectures import ARCHITECTURES, backward, dense, errors
 from tests.helpers.tiny import UTILITY, conversations, tiny_llama, tiny_tokenizer
@@ -90,7 +91,7 @@ def test_autocast_is_compared_with_the_same_model_without():
 def test_adapters_alone_and_a_choice_of_layers():
     model = tiny_llama()
     model.model.layers[0].requires_grad_(False)
-    found = check(model, kinds=["mlp", "norm"], indices=[0, 1])
+    found = check(model, layers=select(kinds=["mlp", "norm"], indices=[0, 1]))
     assert found.ok
     assert list(found.coverage.seen) == [
         name for name, _ in model.named_parameters() if ".layers.1." in name and ("mlp" in name or "norm" in name)

@@ -10,11 +10,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from geomkit.collection.collect import collect_gradients, gradients_of
+from geomkit.collection.collect import collect_from_tokens, collect_gradients
 from geomkit.collection.describe.describe import describe
 from geomkit.errors import CollectionError, DataError
 from geomkit.gradients.indexed import IndexedGradient
 from geomkit.gradients.summed import SumGradient
+from geomkit.inputs.parameters import select
 from geomkit.inputs.tokens import Tokens, encode
 from tests.helpers.architectures import ARCHITECTURES
 from tests.helpers.tiny import SAFETY, UTILITY, tiny_llama, tiny_tokenizer
@@ -86,9 +87,10 @@ def test_without_examples_the_sum_is_bounded_by_its_dense_form():
 
 
 def test_fp64_gradients_are_twice_as_large():
-    assert plan(tiny_llama().double(), kinds="mlp").memory.result == 2 * plan(tiny_llama(), kinds="mlp").memory.result
-    low = plan(tiny_llama().bfloat16(), kinds="mlp").memory
-    assert low.result == plan(tiny_llama(), kinds="mlp").memory.result  # fp32 whatever the weights are
+    plain, double = (plan(model, layers="*.mlp.*") for model in (tiny_llama(), tiny_llama().double()))
+    assert double.memory.result == 2 * plain.memory.result
+    low = plan(tiny_llama().bfloat16(), layers=select(kinds="mlp")).memory
+    assert low.result == plain.memory.result  # fp32 whatever the weights are
     assert low.weights == plan(tiny_llama()).memory.weights / 2
 
 
@@ -135,7 +137,7 @@ def test_the_peak(name, dtype, per_sample):
     rows = [Tokens(tuple(row.tolist()), (False,) * (length // 2) + (True,) * (length // 2)) for row in ids]
     planned = describe(model, per_sample=per_sample, tokens_per_batch=examples * length).memory
     with Peak(model) as peak:
-        found = gradients_of(model, rows, 0, per_sample=per_sample)
+        found = collect_from_tokens(model, rows, 0, per_sample=per_sample)
     result = sum(kept(gradient) for each in (found, *found.samples) for gradient in each.values())
     assert peak.most <= planned.logits + planned.activations + result <= 2.5 * peak.most
 
@@ -146,7 +148,7 @@ def test_the_peak(name, dtype, per_sample):
 def test_parameters_and_how_their_gradients_are_obtained():
     model = tiny_llama(tied=True)
     model.model.layers[0].mlp.requires_grad_(False)
-    planned = describe(model, kinds=["mlp", "norm", "head"])
+    planned = describe(model, layers=select(kinds=["mlp", "norm", "head"]))
     named = by_name(planned)
     assert list(named) == [name for name, _ in model.named_parameters()]
     tied = named["model.embed_tokens.weight"]
@@ -168,7 +170,7 @@ def test_parameters_and_how_their_gradients_are_obtained():
     assert (frozen.trainable, frozen.chosen, frozen.result) == (False, False, None)
     attention = named["model.layers.0.self_attn.q_proj.weight"]
     assert (attention.trainable, attention.chosen) == (True, False)
-    found = collect_gradients(model, TOKENIZER, UTILITY, kinds=["mlp", "norm", "head"], progress=False)
+    found = collect_gradients(model, TOKENIZER, UTILITY, layers=select(kinds=["mlp", "norm", "head"]), progress=False)
     assert [each.name for each in planned.parameters if each.chosen] == list(found)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert planned.share == pytest.approx(sum(torch.Size(g.shape).numel() for g in found.values()) / trainable)
@@ -219,7 +221,7 @@ def test_a_large_model_that_was_never_loaded():
 
 
 def test_a_frame_of_it():
-    planned = plan(tiny_llama(tied=True), kinds="mlp")
+    planned = plan(tiny_llama(tied=True), layers=select(kinds="mlp"))
     frame = planned.to_frame().set_index("parameter")
     assert len(frame) == len(planned.parameters)
     assert frame.loc["model.embed_tokens.weight", "also"] == "lm_head.weight"
