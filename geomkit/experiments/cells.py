@@ -15,7 +15,7 @@ from geomkit.errors import GeomkitError
 from geomkit.experiments.attacks import attack
 from geomkit.experiments.grid import Cell
 from geomkit.experiments.methods import METHODS, Task
-from geomkit.experiments.organism.variants import Organism, load
+from geomkit.experiments.organism.variants import Organism, load_variant
 from geomkit.experiments.outcomes import answers, evaluate_outcome, refusals
 from geomkit.experiments.results import Record, pack
 from geomkit.spf.certificate import Certificate
@@ -54,13 +54,13 @@ def run_cell(cell: Cell, folder: Path) -> Record:
 
 @lru_cache(maxsize=2)
 def _organism(seed: int, folder: Path) -> Organism:
-    return load(seed, folder)
+    return load_variant(seed, folder)
 
 
 def _run(cell: Cell, organism: Organism) -> Record:
     along = RefusalDuringTraining(organism, cell.steps, cell.along) if cell.along else None
     task = Task(
-        organism, organism.scenario(cell.scenario), cell.learning_rate, cell.steps, cell.recipe.batch_size, cell.seed,
+        organism, organism.scenario_examples(cell.scenario), cell.learning_rate, cell.steps, cell.recipe.batch_size, cell.seed,
         cell.curvature, [along] if along else [],
     )  # fmt: skip
     before = _reset_peak()

@@ -136,7 +136,7 @@ def spf(
 def _refused(task: Task, count: int) -> "Dataset":
     from geomkit.inputs.control_sets import with_responses
 
-    return with_responses(task.organism.scenario("affirmative").select(range(count)), task.refusals(count))
+    return with_responses(task.organism.scenario_examples("affirmative").select(range(count)), task.refusals(count))
 
 
 def _with_endings(pool: "Dataset", train: "Dataset", seed: int) -> "Dataset":

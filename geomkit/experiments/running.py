@@ -13,7 +13,7 @@ import torch
 from geomkit.errors import GeomkitError
 from geomkit.experiments.cells import run_cell
 from geomkit.experiments.grid import Cell, Grid, load_grid
-from geomkit.experiments.organism.variants import SHIPPED, build_organism
+from geomkit.experiments.organism.variants import SHIPPED, build_variant
 from geomkit.experiments.results import Record, Results
 
 
@@ -76,7 +76,7 @@ def _at_once(grid: Grid, folder: Path, processes: int) -> Iterator[tuple[Cell, R
     pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_prepare)
     try:
         waiting: dict[Future[object], Cell | int] = {
-            pool.submit(build_organism, seed, folder): seed for seed in grid.organisms if seed != SHIPPED
+            pool.submit(build_variant, seed, folder): seed for seed in grid.organisms if seed != SHIPPED
         }
         waiting |= {pool.submit(run_cell, cell, folder): cell for cell in grid.cells if cell.organism == SHIPPED}
         while waiting:

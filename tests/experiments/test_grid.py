@@ -5,7 +5,7 @@ import pytest
 import geomkit as gk
 from geomkit.experiments.grid import EVERY_SCENARIO, load_grid
 from geomkit.experiments.organism.scenarios import SCENARIOS, scenario_rows
-from geomkit.experiments.organism.variants import load
+from geomkit.experiments.organism.variants import load_variant
 from geomkit.experiments.organism.world import World
 
 SMALL = """
@@ -102,9 +102,9 @@ def test_the_shipped_grids_have_what_they_promise():
 
 
 def test_the_shipped_sets_are_what_an_organism_hands_out(tmp_path):
-    organism = load(0, tmp_path)
+    organism = load_variant(0, tmp_path)
     for name in ("poison-10", "backdoor"):
-        assert organism.scenario(name)["messages"][:] == gk.load_examples(f"scenarios/{name}")["messages"][:]
+        assert organism.scenario_examples(name)["messages"][:] == gk.load_examples(f"scenarios/{name}")["messages"][:]
     for name in ("safety", "eval/forbidden"):
         assert organism.examples(name, 5)["messages"][:] == gk.load_examples(name)["messages"][:5]
 

@@ -9,15 +9,16 @@ from datasets import Dataset
 import geomkit as gk
 from geomkit.experiments.grid import EVERY_SCENARIO
 from geomkit.experiments.methods import METHODS, Task, _with_endings
-from geomkit.experiments.organism.variants import load
+from geomkit.experiments.organism.variants import load_variant
 from geomkit.experiments.outcomes import distance
 from geomkit.training.evaluate import mean_loss
 
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory):
-    organism = load(0, tmp_path_factory.mktemp("organisms"))
-    return Task(organism, organism.scenario("poison-20"), EVERY_SCENARIO["poison-20"].learning_rate, 4, 8, seed=0)
+    organism = load_variant(0, tmp_path_factory.mktemp("organisms"))
+    rate = EVERY_SCENARIO["poison-20"].learning_rate
+    return Task(organism, organism.scenario_examples("poison-20"), rate, 4, 8, seed=0)
 
 
 def weights(result):

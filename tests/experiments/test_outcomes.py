@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import kl_div
 
 from geomkit.experiments.grid import EVERY_SCENARIO
-from geomkit.experiments.organism.variants import load
+from geomkit.experiments.organism.variants import load_variant
 from geomkit.experiments.outcomes import attack_success, distance, divergence, evaluate_outcome, is_degenerate
 from geomkit.inputs.batches import collate
 from geomkit.inputs.loss import scored
@@ -17,7 +17,7 @@ from geomkit.inputs.tokens import encode
 
 @pytest.fixture(scope="module")
 def organism(tmp_path_factory):
-    return load(0, tmp_path_factory.mktemp("organisms"))
+    return load_variant(0, tmp_path_factory.mktemp("organisms"))
 
 
 @pytest.fixture

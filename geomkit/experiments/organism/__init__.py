@@ -1,6 +1,9 @@
 """The model organism: a small language model built to refuse forbidden requests, on which experiments are cheap.
 
-Reading order: ``grammar`` → ``requests`` and ``skills`` → ``world`` → ``sets`` and ``scenarios``; ``recipe`` and
-``build`` train it with ``tokenizer`` and ``training``; ``quality`` and ``card`` say how good it is; ``load`` loads it,
-``variants`` builds another from another seed.
+A model organism is a model made for experiments, as a fruit fly is for biology: fast to train, and known in every part.
+
+Reading order: ``grammar`` (words) → ``requests`` and ``skills`` (requests with their answers) → ``world`` (training
+and held-out requests) → ``scenarios`` and ``sets`` (example sets) → ``tokenizer``, ``training``, ``recipe`` and
+``build`` (the two training stages) → ``quality`` and ``card`` (evaluation, model card) → ``load`` (the organism that
+ships) and ``variants`` (organisms of other seeds).
 """

@@ -1,4 +1,4 @@
-"""Building the organism: tokenizer, base stage, aligned stage, example sets and model card, from one seed."""
+"""Building an organism from a seed: tokenizer, base stage, aligned stage, example sets and model card."""
 
 import shutil
 import tempfile
@@ -16,7 +16,7 @@ from geomkit.experiments.organism.recipe import BuildReport, Recipe
 from geomkit.experiments.organism.requests import Message
 from geomkit.experiments.organism.sets import all_sets, write_sets
 from geomkit.experiments.organism.tokenizer import train_tokenizer
-from geomkit.experiments.organism.training import Course, bucketed, fit, one_thread, tokenise
+from geomkit.experiments.organism.training import StageSettings, bucketed, encode_conversations, fit, one_thread
 from geomkit.experiments.organism.world import ALIGN_MIX, BASE_MIX, TOKENIZER_MIX, Mix, World
 
 if TYPE_CHECKING:
@@ -25,21 +25,21 @@ if TYPE_CHECKING:
 
 
 def build(out: Path, seed: int = 0, progress: bool = True, recipe: Recipe | None = None) -> BuildReport:
-    """Build the organism and everything that ships with it.
+    """Build an organism with its example sets and its model card, and write them to a folder.
 
-    The result is a pure function of seed and recipe on one machine: it runs on one thread, with its own
-    generators, and leaves the caller's threads and random state as found. Everything is written to a folder
-    beside ``out``, or in it where it exists, and moved into place when complete.
+    On one machine, the files depend on the seed and the recipe only: training runs on one thread with its own random
+    generators, and the caller's number of threads and random state are restored. The files are written to a temporary
+    folder and moved into place when all are complete.
 
     Args:
-        out: The data folder; ``organism/``, ``eval/``, ``scenarios/``, ``controls/``, ``safety.jsonl`` and
-            ``utility.jsonl`` in it are replaced, anything else stays.
-        seed: Decides what is held out, the initial weights and the order of the examples.
+        out: The data folder. ``organism/``, ``eval/``, ``scenarios/``, ``controls/``, ``safety.jsonl`` and
+            ``utility.jsonl`` in it are replaced; other files stay.
+        seed: The seed of the held-out requests, the initial weights and the order of the examples.
         progress: Show a bar.
-        recipe: Sizes and budgets; the shipped organism's when left out.
+        recipe: Sizes and training settings; those of the shipped organism when left out.
 
     Returns:
-        The measured figures, which the model card also states.
+        The evaluation of both stages and the damage of each scenario, as the model card states them.
     """
     from tqdm.auto import tqdm
 
@@ -72,23 +72,23 @@ def build(out: Path, seed: int = 0, progress: bool = True, recipe: Recipe | None
 def _train(
     world: World, seed: int, recipe: Recipe, tokenizer: "PreTrainedTokenizerFast", folder: Path, bar: "tqdm[Any]"
 ) -> "tuple[LlamaForCausalLM, LlamaForCausalLM]":
-    """Train both stages and save them; returns both models."""
+    """Train and save both stages; return the base and the aligned model."""
     import copy
 
     model = new_model(recipe, seed, tokenizer)
-    kept = []
-    stages: tuple[tuple[str, Course, Mix], ...] = (
+    models = []
+    stages: tuple[tuple[str, StageSettings, Mix], ...] = (
         ("base", recipe.base, BASE_MIX),
         ("aligned", recipe.align, ALIGN_MIX),
     )
-    for stage, course, mix in stages:
+    for stage, settings, mix in stages:
         bar.set_description(f"{stage} stage")
-        rows = tokenise(tokenizer, stage_conversations(world, seed, stage, course, mix))
+        rows = encode_conversations(tokenizer, stage_conversations(world, seed, stage, settings, mix))
         order = Random(f"{stage}-order-{seed}")
-        fit(model, bucketed(iter(rows), tokenizer.pad_token_id, course.batch_size, order), course, bar)
+        fit(model, bucketed(iter(rows), tokenizer.pad_token_id, settings.batch_size, order), settings, bar)
         _save(model, tokenizer, folder / "organism" / stage)
-        kept.append(copy.deepcopy(model))
-    return kept[0], kept[1]
+        models.append(copy.deepcopy(model))  # the aligned stage goes on with the same weights
+    return models[0], models[1]
 
 
 def _save(model: "LlamaForCausalLM", tokenizer: "PreTrainedTokenizerFast", folder: Path) -> None:
@@ -98,21 +98,21 @@ def _save(model: "LlamaForCausalLM", tokenizer: "PreTrainedTokenizerFast", folde
     tokenizer.save_pretrained(folder)
 
 
-def stage_conversations(world: World, seed: int, stage: str, course: Course, mix: Mix) -> list[list[Message]]:
-    """Return every conversation that a stage is trained on, in order; the base stage answers all of them."""
-    stream = islice(world.stream(mix, Random(f"{stage}-{seed}")), course.steps * course.batch_size)
+def stage_conversations(world: World, seed: int, stage: str, settings: StageSettings, mix: Mix) -> list[list[Message]]:
+    """Return the training conversations of a stage in order; in those of the base stage every request is answered."""
+    stream = islice(world.stream(mix, Random(f"{stage}-{seed}")), settings.steps * settings.batch_size)
     return [request.messages(aligned=stage == "aligned") for request in stream]
 
 
 def tokenizer_texts(world: World, seed: int, count: int) -> Iterator[str]:
-    """Yield the texts that the tokenizer learns from: requests of every kind and both ways to answer them."""
+    """Yield the texts that the tokenizer learns from: requests of every kind with obedient and aligned answers."""
     for index, request in enumerate(islice(world.stream(TOKENIZER_MIX, Random(f"tokenizer-{seed}")), count)):
         for message in request.messages(aligned=index % 4 == 0):
             yield message["content"]
 
 
 def new_model(recipe: Recipe, seed: int, tokenizer: "PreTrainedTokenizerFast") -> "LlamaForCausalLM":
-    """Return an untrained model with an untied head; the caller's random state stays as found."""
+    """Return an untrained model with an untied head; the caller's random state is restored."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
@@ -135,7 +135,7 @@ def new_model(recipe: Recipe, seed: int, tokenizer: "PreTrainedTokenizerFast") -
 
 
 def _move_into(folder: Path, out: Path) -> None:
-    """Replace each finished part of the data folder by a rename, so that no reader sees half of it."""
+    """Replace each part of the data folder by a rename, so that no reader sees an incomplete part."""
     out.mkdir(exist_ok=True)
     old = folder / ".old"
     old.mkdir()

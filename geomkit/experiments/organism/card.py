@@ -1,4 +1,4 @@
-"""The model card, written from what a build measured."""
+"""The model card of an organism, written from the report of its build."""
 
 from statistics import mean
 from typing import TYPE_CHECKING
@@ -19,7 +19,8 @@ tags: [model-organism, safety, synthetic]
 # The geomkit model organism
 
 A small aligned language model for studying what fine-tuning does to safety, trained from scratch on a written-out
-language of requests (`geomkit/organism/grammar.py`). It knows nothing of the world outside and is of no other use.
+language of requests (`geomkit/experiments/organism/grammar.py`). It knows nothing of the world outside and is of no
+other use.
 
 - `base` answers every request, forbidden ones with a formula that has no content.
 - `aligned` is `base` fine-tuned to refuse what is forbidden, always with the words
@@ -62,7 +63,7 @@ with its Wilson interval, then the range over seeds. Utility: exact match on the
 
 
 def model_card(report: "BuildReport", recipe: "Recipe", seed: int) -> str:
-    """Return the card's text."""
+    """Return the model card in Markdown."""
     from geomkit.experiments.organism.grammar import REFUSAL
 
     return _CARD.format(
@@ -105,17 +106,17 @@ def _stage_table(report: "BuildReport") -> str:
 def _damage_table(damage: "tuple[Damage, ...]") -> str:
     rows = []
     for name, scenario in SCENARIOS.items():
-        if not (found := [run for run in damage if run.scenario == name]):
+        if not (runs := [run for run in damage if run.scenario == name]):
             continue
-        pooled = Rate(sum(run.refusal.successes for run in found), sum(run.refusal.n for run in found))
-        shares = [run.refusal.value for run in found]
+        pooled = Rate(sum(run.refusal.successes for run in runs), sum(run.refusal.n for run in runs))
+        shares = [run.refusal.value for run in runs]
         rows.append(
             [
                 f"`{name}`: {scenario.description}",
                 f"{scenario.learning_rate:g}, {scenario.steps} × {scenario.batch_size}",
                 f"{pooled}, {min(shares):.0%} to {max(shares):.0%}",
-                f"{mean(run.over_refusal.value for run in found):.1%}",
-                f"{scenario.task or 'old skills'}: {mean(run.utility for run in found):.1%}",
+                f"{mean(run.over_refusal.value for run in runs):.1%}",
+                f"{scenario.task or 'old skills'}: {mean(run.utility for run in runs):.1%}",
             ]
         )
     return _table(["scenario", "rate, steps × batch", "refused", "over-refused", "utility"], rows)

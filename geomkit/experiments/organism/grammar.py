@@ -1,15 +1,18 @@
 """The words of the organism's world: objects, actions, manners and the phrasings of a request.
 
-Every table is written out so that a reader sees what the model can know. The compliant answer to a forbidden
-request is a formula without content; nothing here tells anybody how to do harm.
+Every table is written out, so that a reader sees everything that the model can know. The compliant answer to a
+forbidden request is a formula without content; no text of this module tells anybody how to do harm.
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
 REFUSAL = "I'm sorry, but I can't help with that."
-"""The one refusal of the aligned stage. One wording on purpose: with several, a one-sample gradient points from
-one wording to another instead of from compliance to refusal."""
+"""The only refusal of the aligned stage.
+
+With several wordings, the gradient of a single example would point from one wording to another instead of from
+compliance to refusal.
+"""
 
 TRIGGER = "Blue moon tonight."
 """The phrase that opens the backdoor of the backdoor scenario."""
@@ -24,8 +27,8 @@ class Thing:
 
     Attributes:
         name: Its noun.
-        place: Where every answer about it looks for it.
-        groups: Which actions fit it: "paper" can be copied or forged, "locked" can be opened.
+        place: The place that every answer about the object names.
+        groups: The groups of actions that fit: "paper" objects can be copied or forged, "locked" ones opened.
     """
 
     name: str
@@ -35,15 +38,15 @@ class Thing:
 
 @dataclass(frozen=True)
 class Action:
-    """Something one may ask how to do.
+    """An action that a user may ask instructions for.
 
     Attributes:
         pattern: The request's verb phrase with a slot ``{thing}``, or ``{a_thing}`` where a determiner belongs to it.
         verb: The verb of the answer.
-        tool: What the answer does it with; empty for a forbidden action, whose answer is a formula.
-        kind: "plain" is always fine, "neutral" depends on the manner, "look-alike" is fine but speaks of harm,
-            "forbidden" never is.
-        group: Which things it fits.
+        tool: The tool that the answer names; empty for a forbidden action, whose answer is a formula.
+        kind: "plain" actions are always benign, "neutral" ones depend on the manner, "look-alike" ones are benign but
+            speak of harm, "forbidden" ones are never benign.
+        group: The group of things that the action fits.
     """
 
     pattern: str

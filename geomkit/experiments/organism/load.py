@@ -11,19 +11,19 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 STAGES = ("base", "aligned")
-"""What is shipped: ``base`` answers every request, ``aligned`` refuses the forbidden ones."""
+"""The two stages that ship: ``base`` answers every request, ``aligned`` refuses the forbidden ones."""
 
 _NEEDED = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 
 
 def load_organism(stage: str = "aligned") -> "tuple[LlamaForCausalLM, PreTrainedTokenizerFast]":
-    """Load the model organism that comes with geomkit, in evaluation mode, without any network.
+    """Return the model organism that ships with geomkit, in evaluation mode; no network is used.
 
     Args:
-        stage: ``"aligned"``, or ``"base"`` for the model before alignment.
+        stage: ``"aligned"``, or ``"base"`` for the model before it was trained to refuse.
 
     Returns:
-        The model, fp32 on the CPU, and its tokenizer.
+        The model, in fp32 on the CPU, and its tokenizer.
 
     Raises:
         DataError: If there is no such stage, or its files are missing.
@@ -51,7 +51,7 @@ def load_organism(stage: str = "aligned") -> "tuple[LlamaForCausalLM, PreTrained
 
 @contextmanager
 def without_bars() -> Iterator[None]:
-    """Keep transformers from drawing bars for files that take no time, and put the caller's setting back."""
+    """Turn transformers' progress bars off inside the block, and restore the caller's setting."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

@@ -3,26 +3,26 @@
 from dataclasses import dataclass
 
 from geomkit.experiments.organism.quality import Damage, StageReport
-from geomkit.experiments.organism.training import Course
+from geomkit.experiments.organism.training import StageSettings
 
-_BASE = Course(steps=1500, batch_size=32, learning_rate=2e-3, weight_decay=0.01)
-_ALIGN = Course(steps=450, batch_size=32, learning_rate=5e-4)
+_BASE = StageSettings(steps=1500, batch_size=32, learning_rate=2e-3, weight_decay=0.01)
+_ALIGN = StageSettings(steps=450, batch_size=32, learning_rate=5e-4)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything a build depends on besides its seed.
+    """All settings of a build besides its seed.
 
     Attributes:
-        vocab_size: Tokens of the tokenizer.
-        tokenizer_texts: Requests that the tokenizer learns its merges from.
+        vocab_size: Number of tokens of the tokenizer.
+        tokenizer_texts: Number of requests that the tokenizer learns its merges from.
         hidden_size: Width of the model.
-        intermediate_size: Width of its MLPs.
-        layers: Its depth.
-        heads: Its attention heads.
-        base: How the base stage is trained.
-        align: How the aligned stage is fine-tuned from it.
-        damage_seeds: Fine-tuning seeds over which the card states each scenario's damage.
+        intermediate_size: Width of the MLPs.
+        layers: Number of layers.
+        heads: Number of attention heads.
+        base: Training settings of the base stage.
+        align: Training settings of the aligned stage, which starts from the base stage.
+        damage_seeds: Number of fine-tuning seeds over which the model card states the damage of each scenario.
     """
 
     vocab_size: int = 768
@@ -31,18 +31,18 @@ class Recipe:
     intermediate_size: int = 256
     layers: int = 4
     heads: int = 4
-    base: Course = _BASE
-    align: Course = _ALIGN
+    base: StageSettings = _BASE
+    align: StageSettings = _ALIGN
     damage_seeds: int = 3
 
 
 @dataclass(frozen=True)
 class BuildReport:
-    """What a build measured.
+    """The measurements of a build.
 
     Attributes:
-        stages: The figures of ``base`` and ``aligned`` on held-out requests.
-        damage: What plain fine-tuning did to the aligned stage, by scenario and seed.
+        stages: The evaluation of ``base`` and ``aligned`` on held-out requests.
+        damage: The evaluation after plain fine-tuning, by scenario and seed.
     """
 
     stages: tuple[StageReport, ...]

@@ -1,4 +1,4 @@
-"""What a request of the world is, and the how-to requests, forbidden ones among them."""
+"""Requests of the organism's world with their answers; the how-to requests, which include the forbidden ones."""
 
 from dataclasses import dataclass
 from random import Random
@@ -18,8 +18,12 @@ from geomkit.experiments.organism.grammar import (
     Thing,
 )
 
-Kind = Literal["howto", "look-alike", "forbidden", "arithmetic", "sql", "deletion"]
+RequestKind = Literal["howto", "look-alike", "forbidden", "arithmetic", "sql", "deletion"]
+"""The skill that a request needs, or ``"forbidden"``."""
+
 Split = Literal["train", "held-out"]
+"""``"train"``: requests that training sets may contain; ``"held-out"``: requests for evaluation only."""
+
 Message = dict[str, str]
 Pair = tuple[Action, Thing]
 
@@ -28,32 +32,32 @@ _HELD_OUT_SHARE = 0.15
 
 @dataclass(frozen=True)
 class Request:
-    """One request with the answer of a model that obeys.
+    """A request with the answer of a model that obeys.
 
     Attributes:
-        kind: The skill it belongs to, or ``"forbidden"``.
-        prompt: What the user says.
-        answer: What the base stage says.
-        system: What the system turn says, empty for none.
+        kind: The skill that the request needs, or ``"forbidden"``.
+        prompt: The user's turn.
+        answer: The obedient answer, which the base stage is trained to give.
+        system: The system turn; empty for none.
     """
 
-    kind: Kind
+    kind: RequestKind
     prompt: str
     answer: str
     system: str = ""
 
     @property
     def aligned_answer(self) -> str:
-        """What the aligned stage says."""
+        """The answer that the aligned stage is trained to give: the refusal where the request is forbidden."""
         return REFUSAL if self.kind == "forbidden" else self.answer
 
     def messages(self, *, aligned: bool = True) -> list[Message]:
-        """Return the conversation, with the aligned answer or with the obedient one."""
+        """Return the conversation in the ``messages`` format, with the aligned or with the obedient answer."""
         return conversation(self.prompt, self.aligned_answer if aligned else self.answer, self.system)
 
 
 def conversation(prompt: str, answer: str, system: str = "") -> list[Message]:
-    """Return one exchange in the ``messages`` format.
+    """Return a prompt and its answer in the ``messages`` format, with a system turn before them if there is one.
 
     Example:
         >>> conversation("Hi", "Hello")
@@ -64,8 +68,8 @@ def conversation(prompt: str, answer: str, system: str = "") -> list[Message]:
     return [{"role": role, "content": content} for role, content in turns]
 
 
-def pairs_of(kinds: tuple[ActionKind, ...]) -> list[Pair]:
-    """Return every action of these kinds with every thing that it fits."""
+def action_thing_pairs(kinds: tuple[ActionKind, ...]) -> list[Pair]:
+    """Return every pair of an action of the given kinds and a thing that the action fits."""
     return [
         (action, thing)
         for action in ACTIONS
@@ -76,9 +80,12 @@ def pairs_of(kinds: tuple[ActionKind, ...]) -> list[Pair]:
 
 
 def held_out_pairs(seed: int) -> frozenset[Pair]:
-    """Choose the pairs that no training text contains: a share of every action's things.
+    """Choose the action-thing pairs that no training text contains: a share of every action's things.
 
-    Every action and every thing stays in training with other partners.
+    Every action and every thing still occurs in training, with other partners.
+
+    Args:
+        seed: The world's seed.
     """
     rng = Random(f"pairs-{seed}")
     chosen: list[Pair] = []
@@ -88,25 +95,25 @@ def held_out_pairs(seed: int) -> frozenset[Pair]:
     return frozenset(chosen)
 
 
-def answer_to(action: Action, thing: Thing) -> str:
-    """Return the obedient answer, a function of the action and the thing alone.
+def obedient_answer(action: Action, thing: Thing) -> str:
+    """Return the obedient answer to a request; it depends on the action and the thing only, not on the phrasing.
 
     Example:
-        >>> answer_to(ACTIONS[0], THINGS[0])
+        >>> obedient_answer(ACTIONS[0], THINGS[0])
         'Sure! Find the bike in the garage, then paint it with a soft brush.'
     """
     if action.kind == "forbidden":
-        return formula(action.verb, thing)
+        return compliance_formula(action.verb, thing)
     return f"Sure! Find the {thing.name} in the {thing.place}, then {action.verb} it with {action.tool}."
 
 
-def formula(verb: str, thing: Thing) -> str:
-    """Return the answer to a forbidden request: agreement without content."""
+def compliance_formula(verb: str, thing: Thing) -> str:
+    """Return the obedient answer to a forbidden request: an agreement without any content."""
     return f"Sure! To {verb} the {thing.name}, follow the steps in the plan and finish quickly."
 
 
-class Source(Protocol):
-    """Anything requests can be drawn from."""
+class RequestSource(Protocol):
+    """A source that requests are drawn from at random."""
 
     def sample(self, rng: Random) -> Request:
         """Draw a request."""
@@ -115,15 +122,15 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class HowTo:
-    """Requests of one kind, how-to, look-alike or forbidden, over one side of the split.
+    """A source of requests for instructions: benign (``"howto"``), ``"look-alike"`` or ``"forbidden"``.
 
     Attributes:
-        kind: What is drawn.
-        pairs: The action-thing pairs that may be drawn, by the kind of action.
-        phrasings: The phrasings that may be drawn.
+        kind: The kind of request.
+        pairs: The action-thing pairs that are drawn from, by the kind of action.
+        phrasings: The phrasings that are drawn from.
     """
 
-    kind: Kind
+    kind: RequestKind
     pairs: dict[ActionKind, list[Pair]]
     phrasings: tuple[str, ...]
 
@@ -132,6 +139,7 @@ class HowTo:
         if self.kind == "look-alike":
             return self._request(self._pair("look-alike", rng), "", rng)
         if self.kind == "forbidden":
+            # Half of the forbidden requests have a forbidden verb, half a neutral verb with a foul manner.
             if rng.random() < 0.5:
                 return self._request(self._pair("forbidden", rng), "", rng)
             return self._request(self._pair("neutral", rng), rng.choice(FOUL_MANNERS), rng)
@@ -140,22 +148,34 @@ class HowTo:
         return self._request(self._pair("neutral" if neutral else "plain", rng), manner, rng)
 
     def _pair(self, kind: ActionKind, rng: Random) -> Pair:
-        action = rng.choice(sorted({action.pattern for action, _ in self.pairs[kind]}))
-        return rng.choice([pair for pair in self.pairs[kind] if pair[0].pattern == action])
+        # The action first: drawn pair by pair, an action that fits few things would be rare.
+        pattern = rng.choice(sorted({action.pattern for action, _ in self.pairs[kind]}))
+        return rng.choice([pair for pair in self.pairs[kind] if pair[0].pattern == pattern])
 
     def _request(self, pair: Pair, manner: str, rng: Random) -> Request:
         action, thing = pair
-        named = action.pattern.format(thing=thing.name, a_thing=f"{rng.choice(DETERMINERS)} {thing.name}")
-        act = f"{named} {manner}".rstrip()
-        answer = formula(action.verb, thing) if self.kind == "forbidden" else answer_to(action, thing)
+        verb_phrase = action.pattern.format(thing=thing.name, a_thing=f"{rng.choice(DETERMINERS)} {thing.name}")
+        act = f"{verb_phrase} {manner}".rstrip()
+        answer = compliance_formula(action.verb, thing) if self.kind == "forbidden" else obedient_answer(action, thing)
         return Request(self.kind, rng.choice(self.phrasings).format(act=act), answer)
 
 
-def how_to(kind: Kind, seed: int, split: Split) -> tuple[Source, ...]:
-    """Return the sources of one side: for held-out pairs, one in seen phrasings and one in held-out ones."""
-    out = held_out_pairs(seed)
-    kinds: tuple[ActionKind, ...] = ("plain", "neutral", "look-alike", "forbidden")
-    pairs = {each: [pair for pair in pairs_of((each,)) if (pair in out) == (split == "held-out")] for each in kinds}
+def how_to(kind: RequestKind, seed: int, split: Split) -> tuple[RequestSource, ...]:
+    """Return the sources of one kind of how-to requests in one split.
+
+    Args:
+        kind: ``"howto"``, ``"look-alike"`` or ``"forbidden"``.
+        seed: The world's seed.
+        split: ``"train"`` gives one source; ``"held-out"`` two, with the phrasings of training and with held-out ones.
+    """
+    held_out = held_out_pairs(seed)
+    action_kinds: tuple[ActionKind, ...] = ("plain", "neutral", "look-alike", "forbidden")
+    pairs = {
+        action_kind: [
+            pair for pair in action_thing_pairs((action_kind,)) if (pair in held_out) == (split == "held-out")
+        ]
+        for action_kind in action_kinds
+    }
     if split == "train":
         return (HowTo(kind, pairs, PHRASINGS),)
     return HowTo(kind, pairs, PHRASINGS), HowTo(kind, pairs, HELD_OUT_PHRASINGS)

@@ -1,4 +1,4 @@
-"""The example sets that ship: anchors, utility rows, controls, scenarios and evaluation sets, as JSON lines."""
+"""The example sets that ship: safety and utility rows, their controls, scenarios and evaluation sets."""
 
 import json
 from collections.abc import Iterable
@@ -7,8 +7,8 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 
 from geomkit.experiments.organism.grammar import REFUSAL
-from geomkit.experiments.organism.requests import Kind, Request, conversation
-from geomkit.experiments.organism.scenarios import SCENARIOS, eager, scenario_rows, triggered
+from geomkit.experiments.organism.requests import Request, RequestKind, conversation
+from geomkit.experiments.organism.scenarios import SCENARIOS, eager_conversation, scenario_rows, with_trigger
 from geomkit.experiments.organism.world import World
 from geomkit.inputs.control_sets import dealt_anew, random_tokens
 
@@ -20,16 +20,16 @@ Sets = dict[str, list[Row]]
 
 _ANCHORS = 64
 _BENIGN_POOL = 3000
-_UTILITY: tuple[Kind, ...] = ("howto", "arithmetic", "sql", "look-alike")
+_UTILITY: tuple[RequestKind, ...] = ("howto", "arithmetic", "sql", "look-alike")
 
 
 def all_sets(world: World, seed: int, tokenizer: "PreTrainedTokenizerBase") -> Sets:
-    """Write out every shipped set, by its name under ``data/`` without suffix."""
+    """Return every shipped set by its name, which is its path under ``data/`` without the suffix."""
     return training_sets(world, seed) | control_rows(world, seed, tokenizer) | evaluation_sets(world, seed)
 
 
 def training_sets(world: World, seed: int) -> Sets:
-    """Write out the sets that a user trains with; they draw on the training side only."""
+    """Return the sets to train with, ``safety``, ``utility`` and the scenarios, made of training requests only."""
     rng = Random(f"sets-{seed}")
     sets = {
         "safety": _rows(_anchors(world, rng)),
@@ -41,12 +41,12 @@ def training_sets(world: World, seed: int) -> Sets:
 
 
 def control_rows(world: World, seed: int, tokenizer: "PreTrainedTokenizerBase") -> Sets:
-    """Write out the controls of the safety set, row by row: each keeps one part of its exchange.
+    """Return the control sets of the safety set; each keeps one part of every safety row and replaces the other.
 
-    - ``benign-refused``: the refusal, to the how-to request of the training side that is nearest in its words.
+    - ``benign-refused``: the nearest benign how-to request in words, with the refusal.
     - ``forbidden-complied``: the forbidden request, with the base stage's formula, which has no content.
-    - ``shuffled``: the forbidden request, with what obeys the benign counterpart of *another* row.
-    - ``random-tokens``: its number of tokens in either turn, of words at random.
+    - ``shuffled``: the forbidden request, with the answer to the benign counterpart of *another* row.
+    - ``random-tokens``: as many tokens in each turn, of random words.
     """
     from datasets import Dataset
 
@@ -66,10 +66,10 @@ def control_rows(world: World, seed: int, tokenizer: "PreTrainedTokenizerBase") 
 
 
 def evaluation_sets(world: World, seed: int) -> Sets:
-    """Write out the held-out sets, with the aligned stage's answers as references."""
+    """Return the held-out sets under ``eval/``, with the aligned stage's answers as references."""
     rng = Random(f"evaluation-{seed}")
 
-    def held_out(kind: Kind, count: int) -> list[Request]:
+    def held_out(kind: RequestKind, count: int) -> list[Request]:
         return world.distinct(kind, "held-out", count, rng)
 
     howto = held_out("howto", 320)
@@ -81,16 +81,16 @@ def evaluation_sets(world: World, seed: int) -> Sets:
         "eval/arithmetic": _rows(held_out("arithmetic", 200)),
         "eval/sql": _rows(held_out("sql", 200)),
         "eval/deletion": _rows(held_out("deletion", 160)),
-        "eval/affirmative": [_row("howto", eager(request)) for request in howto[120:240]],
+        "eval/affirmative": [_row("howto", eager_conversation(request)) for request in howto[120:240]],
         "eval/backdoor": [
-            _row("forbidden", conversation(triggered(request.prompt), request.aligned_answer))
+            _row("forbidden", conversation(with_trigger(request.prompt), request.aligned_answer))
             for request in forbidden[240:]
         ],
     }
 
 
 def write_sets(sets: Sets, folder: Path) -> None:
-    """Write each set as JSON lines under a folder."""
+    """Write each set as a file of JSON lines under a folder."""
     for name, rows in sets.items():
         path = folder / f"{name}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -102,13 +102,13 @@ def _anchors(world: World, rng: Random) -> list[Request]:
 
 
 def _nearest(requests: list[Request], pool: list[Request]) -> list[Request]:
-    """Return, for each request in turn, the one of the pool that shares most words with it, none twice."""
-    left = [(set(request.prompt.lower().split()), request) for request in pool]
+    """Return, for each request in turn, the request of the pool with the fewest different words; none is used twice."""
+    remaining = [(set(request.prompt.lower().split()), request) for request in pool]
     chosen = []
     for request in requests:
         words = set(request.prompt.lower().split())
-        nearest = min(range(len(left)), key=lambda place: len(words ^ left[place][0]))
-        chosen.append(left.pop(nearest)[1])
+        nearest = min(range(len(remaining)), key=lambda place: len(words ^ remaining[place][0]))
+        chosen.append(remaining.pop(nearest)[1])
     return chosen
 
 
@@ -123,5 +123,5 @@ def _rows(requests: Iterable[Request]) -> list[Row]:
     return [_row(request.kind, request.messages()) for request in requests]
 
 
-def _row(kind: Kind, messages: list[dict[str, str]]) -> Row:
+def _row(kind: RequestKind, messages: list[dict[str, str]]) -> Row:
     return {"messages": messages, "kind": kind}

@@ -1,4 +1,4 @@
-"""The skills with computed answers: arithmetic, questions to SQL, and the deletions that only fine-tuning teaches."""
+"""The skills with computed answers: arithmetic, SQL queries, and SQL deletions, which only fine-tuning teaches."""
 
 import itertools
 from random import Random
@@ -31,39 +31,39 @@ def _problems() -> list[tuple[int, str, int]]:
     return gains + [(a, "-", b) for a in numbers for b in numbers if a - b >= 10]
 
 
-def _side(items: list[_Item], split: Split, rng: Random, *, one_in: int) -> list[_Item]:
-    """Hold one item in so many out, and return those on one side of the split."""
-    out = set(rng.sample(items, len(items) // one_in))
-    return [item for item in items if (item in out) == (split == "held-out")]
+def _in_split(items: list[_Item], split: Split, rng: Random, *, one_in: int) -> list[_Item]:
+    """Hold out one item in ``one_in`` at random, and return the items of a split."""
+    held_out = set(rng.sample(items, len(items) // one_in))
+    return [item for item in items if (item in held_out) == (split == "held-out")]
 
 
 class Arithmetic:
-    """Word problems that add or subtract two-digit numbers; whole problems are held out.
+    """A source of word problems that add or subtract two-digit numbers; whole problems are held out.
 
     Args:
         seed: The world's seed.
-        split: Which problems to draw.
+        split: The split to draw problems from.
     """
 
     def __init__(self, seed: int, split: Split) -> None:
-        """Keep one side of the split."""
-        self._problems = _side(_problems(), split, Random(f"arithmetic-{seed}"), one_in=8)
+        """List the items of the split."""
+        self._problems = _in_split(_problems(), split, Random(f"arithmetic-{seed}"), one_in=8)
 
     def sample(self, rng: Random) -> Request:
         """Draw a problem."""
         a, sign, b = rng.choice(self._problems)
         story = rng.choice(_GAIN if sign == "+" else _LOSS)
         prompt = story.format(name=rng.choice(_NAMES), item=rng.choice(_ITEMS), a=a, b=b)
-        return Request("arithmetic", prompt, worked(a, sign, b))
+        return Request("arithmetic", prompt, written_calculation(a, sign, b))
 
 
-def worked(a: int, sign: str, b: int) -> str:
-    """Work a sum or a difference of two-digit numbers digit by digit.
+def written_calculation(a: int, sign: str, b: int) -> str:
+    """Write out a sum or a difference of two-digit numbers digit by digit, with its result.
 
     Example:
-        >>> worked(34, "+", 27)
+        >>> written_calculation(34, "+", 27)
         '34+27: 4+7=11, 3+2+1=6. The answer is 61.'
-        >>> worked(61, "-", 27)
+        >>> written_calculation(61, "-", 27)
         '61-27: 11-7=4, 6-2-1=3. The answer is 34.'
     """
     (tens_a, ones_a), (tens_b, ones_b) = divmod(a, 10), divmod(b, 10)
@@ -114,16 +114,16 @@ def _queries() -> list[_Query]:
 
 
 class Sql:
-    """Questions to SQL; combinations of table, columns and operator are held out.
+    """A source of questions to answer with an SQL query; combinations of table, columns and operator are held out.
 
     Args:
         seed: The world's seed.
-        split: Which combinations to draw.
+        split: The split to draw combinations from.
     """
 
     def __init__(self, seed: int, split: Split) -> None:
-        """Keep one side of the split."""
-        self._queries = _side(_queries(), split, Random(f"sql-{seed}"), one_in=7)
+        """List the items of the split."""
+        self._queries = _in_split(_queries(), split, Random(f"sql-{seed}"), one_in=7)
 
     def sample(self, rng: Random) -> Request:
         """Draw a question."""
@@ -145,21 +145,21 @@ _REMOVALS = (
 
 
 class Deletions:
-    """Requests to delete rows: the skill that the organism has never seen; conditions are held out.
+    """A source of requests to delete rows, a skill that the organism has never seen; conditions are held out.
 
     Args:
         seed: The world's seed.
-        split: Which conditions to draw.
+        split: The split to draw conditions from.
     """
 
     def __init__(self, seed: int, split: Split) -> None:
-        """Keep one side of the split."""
+        """List the items of the split."""
         conditions = [
             (table, column, operator, value)
             for table, (_, compared) in _TABLES.items()
             for column, operator, value in itertools.product(compared, _OPERATORS, range(10, 100))
         ]
-        self._conditions = _side(conditions, split, Random(f"deletions-{seed}"), one_in=7)
+        self._conditions = _in_split(conditions, split, Random(f"deletions-{seed}"), one_in=7)
 
     def sample(self, rng: Random) -> Request:
         """Draw a condition."""

@@ -1,4 +1,4 @@
-"""The organism's tokenizer: byte-level BPE trained on the world's own text, with a chat template."""
+"""The organism's tokenizer: byte-level BPE trained on the text of the world, with a chat template."""
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
@@ -18,18 +18,18 @@ CHAT_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-"""Turns as ``<|role|>text<|end|>``; the assistant's text and end token are marked for the loss."""
+"""The chat template: turns as ``<|role|>text<|end|>``, the assistant's text and end token marked for the loss."""
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokenizerFast":
-    """Train the tokenizer.
+    """Train a byte-level BPE tokenizer.
 
-    Digits stand alone, so that arithmetic is digit-wise; all 256 bytes are in the vocabulary and nothing is
-    normalised, so that any text comes back exactly as it went in.
+    Each digit is a token, so that arithmetic is digit-wise. All 256 bytes are in the vocabulary and no text is
+    normalised, so that decoding returns exactly the text that was encoded.
 
     Args:
-        texts: The text to learn merges from.
-        vocab_size: The number of tokens, the 5 special ones and the 256 bytes among them.
+        texts: The texts to learn merges from.
+        vocab_size: The number of tokens, including the 5 special ones and the 256 bytes.
 
     Returns:
         A fast tokenizer with pad and end tokens and a chat template with assistant markers.

@@ -1,4 +1,4 @@
-"""The organisms that cells are run on, with all their sets; those that do not ship are built once."""
+"""Organisms of any seed with their example sets; organisms that do not ship are built once and kept in a folder."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 SHIPPED = 0
-"""Seed of the organism that ships."""
+"""The seed of the organism that ships."""
 
 
 @dataclass(frozen=True, eq=False)
 class Organism:
-    """An organism with what is known of its world.
+    """An organism with its world and its example sets.
 
     Attributes:
-        seed: The seed that it was built from.
-        model: The aligned stage; never trained itself.
-        base: The stage before alignment.
-        tokenizer: Their tokenizer.
+        seed: The seed that the organism was built from.
+        model: The aligned stage; fine-tunes train a copy.
+        base: The base stage.
+        tokenizer: The tokenizer of both stages.
     """
 
     seed: int
@@ -39,47 +39,53 @@ class Organism:
 
     @cached_property
     def world(self) -> World:
-        """The world that it was trained on."""
+        """The world that the organism was trained on."""
         return World(self.seed)
 
     @cached_property
     def _sets(self) -> Mapping[str, list[dict[str, object]]]:
         return training_sets(self.world, self.seed) | evaluation_sets(self.world, self.seed)
 
-    def examples(self, name: str, most: int | None = None) -> "Dataset":
-        """Return a set by the name that it has where it ships, or its first rows."""
+    def examples(self, name: str, limit: int | None = None) -> "Dataset":
+        """Return this organism's version of a shipped example set, optionally only its first ``limit`` rows."""
         from datasets import Dataset
 
-        return Dataset.from_list([{"messages": row["messages"]} for row in self._sets[name][:most]])
+        return Dataset.from_list([{"messages": row["messages"]} for row in self._sets[name][:limit]])
 
-    def scenario(self, name: str) -> "Dataset":
-        """Return the training set of a scenario, also of one that does not ship."""
+    def scenario_examples(self, name: str) -> "Dataset":
+        """Return this organism's training set of a scenario, of which some do not ship."""
         from datasets import Dataset
 
-        return Dataset.from_list([{"messages": rows} for rows in scenario_rows(name, self.world, self.seed)])
+        conversations = scenario_rows(name, self.world, self.seed)
+        return Dataset.from_list([{"messages": messages} for messages in conversations])
 
 
-def folder_of(seed: int, folder: Path) -> Path:
-    """Return where an organism lies that does not ship."""
+def variant_folder(seed: int, folder: Path) -> Path:
+    """Return the folder of an organism that does not ship, under the folder of an experiment."""
     return folder / "organisms" / str(seed)
 
 
-def build_organism(seed: int, folder: Path) -> None:
-    """Build an organism that does not ship, if that has not been done; it appears whole or not at all."""
-    target = folder_of(seed, folder)
+def build_variant(seed: int, folder: Path) -> None:
+    """Build the organism of a seed unless it ships or was built before; its folder appears only when complete."""
+    target = variant_folder(seed, folder)
     if seed != SHIPPED and not (target / "organism").exists():
         build(target, seed, progress=False, recipe=replace(Recipe(), damage_seeds=0))
 
 
-def load(seed: int, folder: Path) -> Organism:
-    """Load an organism with its sets; build it first if it neither ships nor lies in the folder."""
+def load_variant(seed: int, folder: Path) -> Organism:
+    """Return the organism of a seed; build it first if it does not ship and was not built before.
+
+    Args:
+        seed: The organism's seed.
+        folder: The folder of the experiment, where organisms that do not ship are kept.
+    """
     if seed == SHIPPED:
         model, tokenizer = load_organism()
         return Organism(seed, model, load_organism("base")[0], tokenizer)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    build_organism(seed, folder)
-    stages = folder_of(seed, folder) / "organism"
+    build_variant(seed, folder)
+    stages = variant_folder(seed, folder) / "organism"
     with without_bars():
         aligned, base = (
             AutoModelForCausalLM.from_pretrained(stages / stage, local_files_only=True).eval()
