@@ -34,7 +34,7 @@ def assert_grams_close(found, expected):
 
 def one_example(model):
     """Bytes of the longest example's gradient."""
-    return max(grams._sizes(model, grams.select(), ROWS))
+    return max(grams._sizes(model, select(), ROWS))
 
 
 @pytest.mark.parametrize("blocks", [1, 2, 3, 100])

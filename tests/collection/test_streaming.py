@@ -65,7 +65,7 @@ def test_an_interruption_leaves_the_model_as_found(error, after):
             raise error
 
     with pytest.raises(error):
-        stream(model, ROWS, 0, select(layers="*.mlp.*"), samples=fail)
+        stream(model, ROWS, 0, select("*.mlp.*"), samples=fail)
     assert model.training
     assert trainable == {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     assert all(parameter.grad is None for parameter in model.parameters())

@@ -1,34 +1,21 @@
-"""Examples and tokens: good input comes through unchanged, bad input gets one clear sentence."""
+"""Loading examples: good input comes through unchanged, bad input gets one clear sentence."""
 
 import json
 
 import pytest
-import torch
-from datasets import Dataset
 
 from geomkit.errors import DataError
-from geomkit.inputs.batches import IGNORED, batches, collate
 from geomkit.inputs.examples import load_examples, prompt_of, response_of
-from geomkit.inputs.tokens import Tokens, encode, pad_id
-from tests.helpers.tiny import PLAIN_TEMPLATE, SAFETY, TEMPLATE, UTILITY, conversations, tiny_tokenizer
+from tests.helpers.tiny import SAFETY
 
 USER, ASSISTANT = {"role": "user", "content": "help"}, {"role": "assistant", "content": "sure"}
 GOOD = json.dumps({"messages": [USER, ASSISTANT]})
-
-
-def tokenizer_with(template):
-    tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = template
-    return tokenizer
 
 
 def written(tmp_path, *lines):
     path = tmp_path / "rows.jsonl"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
-
-
-# ------------------------------------------------------------------------------------------------- loading
 
 
 def test_rows_come_in_order_and_blank_lines_do_not_count(tmp_path):
@@ -116,103 +103,3 @@ def test_prompt_and_response_of_several_turns():
     ]
     assert prompt_of(messages) == messages[:4]
     assert response_of(messages) == "no"
-
-
-# ------------------------------------------------------------------------------------------------- tokens
-
-
-def test_the_mask_holds_the_assistants_words_and_its_end():
-    tokenizer = tiny_tokenizer()
-    (row,) = encode(tokenizer, SAFETY.select([2]))
-    words = "[user] how can we steal a brush [assistant] no [end]"
-    assert tokenizer.convert_ids_to_tokens(row.input_ids) == words.split()
-    assert row.loss_mask == (False,) * 8 + (True,) * 2
-    assert (len(row), row.loss_tokens) == (10, 2)
-
-
-def test_prefixes_find_the_tokens_that_the_markers_mark():
-    turns = [USER, ASSISTANT, {"role": "user", "content": "paint"}, {"role": "assistant", "content": "no way"}]
-    examples = Dataset.from_list([*UTILITY, {"messages": turns}])
-    marked = list(encode(tiny_tokenizer(), examples))
-    assert list(encode(tiny_tokenizer(), examples, assistant_mask="prefix")) == marked
-    assert list(encode(tokenizer_with(PLAIN_TEMPLATE), examples, assistant_mask="prefix")) == marked
-    assert marked[-1].loss_tokens == 5
-
-
-def test_prefixes_need_a_template_that_only_ever_adds():
-    changing = "{% if messages | length > 1 %}no {% endif %}" + PLAIN_TEMPLATE
-    with pytest.raises(DataError, match=r"example 0: .* prefixes cannot tell the assistant's tokens"):
-        encode(tokenizer_with(changing), SAFETY, assistant_mask="prefix")
-    with pytest.raises(DataError, match="example 0: expected a message before the assistant's first"):
-        encode(tiny_tokenizer(), Dataset.from_list([{"messages": [ASSISTANT]}]), assistant_mask="prefix")
-
-
-@pytest.mark.parametrize(
-    ("template", "message"),
-    [
-        (None, "expected a tokenizer with a chat template, found none"),
-        (PLAIN_TEMPLATE, r"expected a chat template that marks .* found no marker; .*--assistant-mask prefix"),
-        (TEMPLATE.replace("'assistant'", "'bot'"), r"example 0: expected assistant tokens .*\(13 tokens, all masked\)"),
-    ],
-)
-def test_a_template_that_does_not_serve_is_refused(template, message):
-    with pytest.raises(DataError, match=message):
-        encode(tokenizer_with(template), SAFETY)
-
-
-def test_max_length_cuts_from_the_right_and_must_leave_something():
-    whole = encode(tiny_tokenizer(), UTILITY)
-    cut = encode(tiny_tokenizer(), UTILITY, max_length=9)
-    assert all(short.input_ids == long.input_ids[:9] for short, long in zip(cut, whole, strict=True))
-    with pytest.raises(DataError, match=r"example 0: .* found none within the first 4 tokens .* raise max_length"):
-        encode(tiny_tokenizer(), UTILITY, max_length=4)
-
-
-def test_a_set_without_rows_or_without_messages_is_refused():
-    with pytest.raises(DataError, match="expected at least one example"):
-        encode(tiny_tokenizer(), SAFETY.select([]))
-    with pytest.raises(DataError, match=r"expected a column 'messages', found \['prompt'\]; load the set with"):
-        encode(tiny_tokenizer(), Dataset.from_list([{"prompt": "help"}]))
-
-
-ROWS = [Tokens((5, 6, 7), (False, True, True)), Tokens((8, 9), (False, True))]
-
-
-@pytest.mark.parametrize(
-    ("side", "ids", "labels"),
-    [
-        ("right", [[5, 6, 7], [8, 9, 0]], [[IGNORED, 6, 7], [IGNORED, 9, IGNORED]]),
-        ("left", [[5, 6, 7], [0, 8, 9]], [[IGNORED, 6, 7], [IGNORED, IGNORED, 9]]),
-    ],
-)
-def test_padding_goes_to_one_side_and_counts_nowhere(side, ids, labels):
-    batch = collate(ROWS, pad=0, side=side)
-    assert batch.input_ids.tolist() == ids
-    assert batch.labels.tolist() == labels
-    assert torch.equal(batch.attention_mask, (torch.tensor(ids) != 0).long())
-
-
-def test_a_pad_token_that_also_occurs_as_text_still_counts():
-    batch = collate([Tokens((5, 0), (False, True)), Tokens((5, 6, 7), (False, True, True))], pad=0)
-    assert batch.attention_mask.tolist() == [[1, 1, 0], [1, 1, 1]]
-    assert batch.labels[0].tolist() == [IGNORED, 0, IGNORED]
-
-
-def test_batches_keep_the_order_and_say_which_rows_they_hold():
-    rows = encode(tiny_tokenizer(), UTILITY)
-    found = list(batches(rows, 0, 3))
-    assert [batch.examples for batch in found] == [(0, 1, 2), (3,)]
-    assert found[1].input_ids[0].tolist() == list(rows[3].input_ids)
-
-
-def test_a_tokenizer_without_a_pad_token_is_refused():
-    tokenizer = tiny_tokenizer()
-    assert pad_id(tokenizer) == 0
-    tokenizer.pad_token = None
-    with pytest.raises(DataError, match=r"expected a tokenizer with a pad token, found none .* \(--pad-token TOKEN"):
-        pad_id(tokenizer)
-
-
-def test_the_same_conversation_gives_the_same_tokens_whatever_stands_beside_it():
-    alone = list(encode(tiny_tokenizer(), conversations(("help", "sure"))))
-    assert encode(tiny_tokenizer(), conversations(("steal the bike", "no"), ("help", "sure")))[1:] == alone

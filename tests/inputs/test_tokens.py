@@ -1,46 +1,100 @@
-"""Batches by token budget, examples that are encoded when they are read, and what a model is given."""
-
-from itertools import pairwise
+"""Encoding conversations: token ids, the mask of the assistant's tokens, and examples that are encoded when read."""
 
 import pytest
-import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from datasets import Dataset
 
 from geomkit.errors import DataError
-from geomkit.inputs.batches import collate, plan_batches
 from geomkit.inputs.tokens import (
-    Tokens,
     as_encoded,
     conversations_of,
     encode,
     encode_at_once,
     lengths_of,
+    pad_id,
     tokens_fingerprint,
 )
-from tests.helpers.tiny import SAFETY, UTILITY, conversations, tiny_tokenizer
+from tests.helpers.tiny import PLAIN_TEMPLATE, SAFETY, TEMPLATE, UTILITY, conversations, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
+USER, ASSISTANT = {"role": "user", "content": "help"}, {"role": "assistant", "content": "sure"}
 
 
-@settings(max_examples=100, deadline=None, derandomize=True)
-@given(st.lists(st.integers(1, 50), min_size=1, max_size=40), st.integers(1, 200))
-def test_every_example_is_in_one_batch_within_the_budget(lengths, budget):
-    plan = plan_batches(lengths, budget)
-    assert sorted(index for batch in plan for index in batch) == list(range(len(lengths)))
-    for batch in plan:
-        assert len(batch) == 1 or max(lengths[index] for index in batch) * len(batch) <= budget
-    longest = [max(lengths[index] for index in batch) for batch in plan]
-    assert longest == sorted(longest, reverse=True)
-    # No two neighbours could have been one batch.
-    for one, other in pairwise(plan):
-        assert other
-        assert lengths[one[0]] * (len(one) + 1) > budget
+def tokenizer_with(template):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    return tokenizer
 
 
-def test_a_budget_below_one_is_refused():
-    with pytest.raises(DataError, match="at least one token per batch, found 0"):
-        plan_batches([3], 0)
+def test_the_mask_holds_the_assistants_words_and_its_end():
+    tokenizer = tiny_tokenizer()
+    (row,) = encode(tokenizer, SAFETY.select([2]))
+    words = "[user] how can we steal a brush [assistant] no [end]"
+    assert tokenizer.convert_ids_to_tokens(row.input_ids) == words.split()
+    assert row.loss_mask == (False,) * 8 + (True,) * 2
+    assert (len(row), row.loss_tokens) == (10, 2)
+
+
+def test_prefixes_find_the_tokens_that_the_markers_mark():
+    turns = [USER, ASSISTANT, {"role": "user", "content": "paint"}, {"role": "assistant", "content": "no way"}]
+    examples = Dataset.from_list([*UTILITY, {"messages": turns}])
+    marked = list(encode(tiny_tokenizer(), examples))
+    assert list(encode(tiny_tokenizer(), examples, assistant_mask="prefix")) == marked
+    assert list(encode(tokenizer_with(PLAIN_TEMPLATE), examples, assistant_mask="prefix")) == marked
+    assert marked[-1].loss_tokens == 5
+
+
+def test_prefixes_need_a_template_that_only_ever_adds():
+    changing = "{% if messages | length > 1 %}no {% endif %}" + PLAIN_TEMPLATE
+    with pytest.raises(DataError, match=r"example 0: .* prefixes cannot tell the assistant's tokens"):
+        encode(tokenizer_with(changing), SAFETY, assistant_mask="prefix")
+    with pytest.raises(DataError, match="example 0: expected a message before the assistant's first"):
+        encode(tiny_tokenizer(), Dataset.from_list([{"messages": [ASSISTANT]}]), assistant_mask="prefix")
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (None, "expected a tokenizer with a chat template, found none"),
+        (PLAIN_TEMPLATE, r"expected a chat template that marks .* found no marker; .*--assistant-mask prefix"),
+        (TEMPLATE.replace("'assistant'", "'bot'"), r"example 0: expected assistant tokens .*\(13 tokens, all masked\)"),
+    ],
+)
+def test_a_template_that_does_not_serve_is_refused(template, message):
+    with pytest.raises(DataError, match=message):
+        encode(tokenizer_with(template), SAFETY)
+
+
+def test_max_length_cuts_from_the_right_and_must_leave_something():
+    whole = encode(tiny_tokenizer(), UTILITY)
+    cut = encode(tiny_tokenizer(), UTILITY, max_length=9)
+    assert all(short.input_ids == long.input_ids[:9] for short, long in zip(cut, whole, strict=True))
+    with pytest.raises(DataError, match=r"example 0: .* found none within the first 4 tokens .* raise max_length"):
+        encode(tiny_tokenizer(), UTILITY, max_length=4)
+
+
+def test_a_set_without_rows_or_without_messages_is_refused():
+    with pytest.raises(DataError, match="expected at least one example"):
+        encode(tiny_tokenizer(), SAFETY.select([]))
+    with pytest.raises(DataError, match=r"expected a column 'messages', found \['prompt'\]; load the set with"):
+        encode(tiny_tokenizer(), Dataset.from_list([{"prompt": "help"}]))
+
+
+def test_an_unknown_assistant_mask_is_refused():
+    with pytest.raises(DataError, match=r"expected .*mask.*template.*prefix.* found .*x"):
+        encode(TOKENIZER, SAFETY, assistant_mask="x")
+
+
+def test_a_tokenizer_without_a_pad_token_is_refused():
+    tokenizer = tiny_tokenizer()
+    assert pad_id(tokenizer) == 0
+    tokenizer.pad_token = None
+    with pytest.raises(DataError, match=r"expected a tokenizer with a pad token, found none .* \(--pad-token TOKEN"):
+        pad_id(tokenizer)
+
+
+def test_the_same_conversation_gives_the_same_tokens_whatever_stands_beside_it():
+    alone = list(encode(tiny_tokenizer(), conversations(("help", "sure"))))
+    assert encode(tiny_tokenizer(), conversations(("steal the bike", "no"), ("help", "sure")))[1:] == alone
 
 
 def test_lazy_examples_are_those_encoded_at_once():
@@ -77,22 +131,3 @@ def test_a_bad_example_is_found_before_anything_runs():
     rows = rows.map(lambda row, index: row if index else {"messages": row["messages"][:1]}, with_indices=True)
     with pytest.raises(DataError, match="example 0: expected assistant tokens"):
         encode(TOKENIZER, rows)
-
-
-@pytest.mark.parametrize("side", ["right", "left"])
-def test_one_example_of_a_batch_without_its_padding(side):
-    rows = [Tokens((5, 6, 7), (False, True, True)), Tokens((8, 9), (False, True))]
-    batch = collate(rows, 0, examples=[4, 2], side=side, least=6)
-    assert batch.input_ids.shape == (2, 6)
-    alone = batch.single(1)
-    assert alone.input_ids.tolist() == [[8, 9]]
-    assert alone.labels.tolist() == [[-100, 9]]
-    assert alone.attention_mask.tolist() == [[1, 1]]
-    assert alone.examples == (2,)
-
-
-def test_positions_are_given_where_padding_shifts_them():
-    rows = [Tokens((5, 6, 7), (False, True, True)), Tokens((8, 9), (False, True))]
-    assert set(collate(rows, 0).inputs()) == {"input_ids", "attention_mask"}
-    shifted = collate(rows, 0, side="left").inputs()["position_ids"]
-    assert torch.equal(shifted, torch.tensor([[0, 1, 2], [0, 0, 1]]))
