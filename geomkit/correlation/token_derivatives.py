@@ -1,7 +1,7 @@
-"""The exact derivative of every token's loss along one direction in weight space, in one forward pass.
+"""Exact derivative of every token's loss along one direction in weight space, in one forward pass.
 
-Forward-mode differentiation carries, beside each activation, how fast it changes when the weights move along the
-direction; a backward pass per token would give the same numbers.
+Forward-mode differentiation computes, together with each activation, the derivative of this activation when the weights
+move along the direction. A backward pass for every single token would give the same numbers.
 """
 
 import warnings
@@ -26,7 +26,7 @@ from geomkit.inputs.tokens import Tokens
 from geomkit.utils.precision import full_precision
 
 TokenValues = tuple[Tensor, Tensor]
-"""(T,) losses in nats and (T,) derivatives of one example's tokens, fp64 on the CPU; zero where none is scored."""
+"""(T,) losses in nats and (T,) derivatives of one example's tokens, fp64 on the CPU; zero for tokens without a loss."""
 
 
 def token_derivatives(
@@ -38,48 +38,52 @@ def token_derivatives(
     tokens_per_batch: int,
     progress: bool = False,
 ) -> tuple[list[TokenValues], float]:
-    """Differentiate each token's loss along the unit vector of a gradient.
+    """Return the derivative of each token's loss along the unit vector of a gradient, and each token's loss.
 
-    The model runs in eval mode and is left as found. For the shortest example, the sum over tokens is compared with
-    what a backward pass says: an operation that forward mode passes by unseen would show there.
+    The model runs in eval mode and is left as found. For the shortest example, the sum over tokens is compared with a
+    backward pass, which reveals operations that forward mode does not see.
 
     Args:
         model: A causal language model.
-        rows: The examples, each with a scored token.
-        pad: The id that fills short rows.
-        direction: By parameter; parameters without one do not move. A tied parameter moves wherever it is used.
-        tokens_per_batch: Most positions run at a time.
-        progress: Show a bar, in tokens.
+        rows: The examples, each with at least one scored token.
+        pad: Id of the token that fills short rows of a batch.
+        direction: The gradient by parameter; parameters without a gradient do not move. A tied parameter moves
+            wherever it is used.
+        tokens_per_batch: Largest number of token positions in a batch, padding included.
+        progress: Show a progress bar, in tokens.
 
     Returns:
-        Losses and derivatives of every example, in order, and the norm of the direction before it was scaled to one.
+        Losses and derivatives of every example, in order, and the norm of the direction before scaling to norm one.
 
     Raises:
         CollectionError: If the direction has parameters that the model lacks or of another shape, or is zero; if an
-            operation has no forward-mode derivative, or one that disagrees with the backward pass; or if a value is
-            not finite.
+            operation has no forward-mode derivative, or a derivative that disagrees with the backward pass; or if a
+            value is not finite.
     """
-    inner = unwrapped_model(model)
-    found: list[TokenValues | None] = [None] * len(rows)
-    with _at_rest(inner):
-        tangents, norm = _tangents(inner, direction)
+    base_model = unwrapped_model(model)
+    values: list[TokenValues | None] = [None] * len(rows)
+    with _forward_mode(base_model):
+        # 1. The unit direction ḡ / ‖ḡ‖, dense: the tangent of every parameter that moves.
+        tangents, norm = _unit_tangents(base_model, direction)
         lengths = [len(row) for row in rows]
-        device = next(inner.parameters()).device
+        device = next(base_model.parameters()).device
+        # 2. A forward pass per batch with dual numbers: activations with their derivatives along the tangents.
         with tqdm(total=sum(lengths), desc="tokens", unit="token", unit_scale=True, disable=not progress) as bar:
             for plan in plan_batches(lengths, tokens_per_batch):
                 batch = collate([rows[index] for index in plan], pad, examples=plan).to(device)
-                losses, derivatives = _differentiated(inner, batch, tangents)
+                losses, derivatives = _losses_and_derivatives(base_model, batch, tangents)
                 for row, index in enumerate(plan):
-                    found[index] = tuple(_placed(values[row], lengths[index]) for values in (losses, derivatives))  # type: ignore[assignment]
+                    values[index] = (_aligned(losses[row], lengths[index]), _aligned(derivatives[row], lengths[index]))
                 bar.update(sum(lengths[index] for index in plan))
+        # 3. Check: the derivatives of one example add up to the inner product from a backward pass.
         shortest = min(range(len(rows)), key=lengths.__getitem__)
-        _compare(inner, collate([rows[shortest]], pad).to(device), tangents, found[shortest])
-    return [values for values in found if values is not None], norm
+        _check_against_backward(base_model, collate([rows[shortest]], pad).to(device), tangents, values[shortest])
+    return [pair for pair in values if pair is not None], norm
 
 
 @contextmanager
-def _at_rest(model: nn.Module) -> Iterator[None]:
-    """Let a model run in eval mode, as written and in full precision, with operations that have derivatives."""
+def _forward_mode(model: nn.Module) -> Iterator[None]:
+    """Run a model in eval mode and full precision, with operations that have forward-mode derivatives."""
     with ExitStack() as stack:
         for context in (
             torch.inference_mode(False),
@@ -88,38 +92,38 @@ def _at_rest(model: nn.Module) -> Iterator[None]:
             differentiated_as_written(model),
             full_precision(),
             sdpa_kernel(SDPBackend.MATH),  # the fused kernels have no forward-mode derivative
-            _experts_one_by_one(model),
+            _eager_experts(model),
         ):
             stack.enter_context(context)
-        for module in model.modules():  # eval() may be overridden, and do more than that
+        for module in model.modules():  # eval() may be overridden and have side effects
             module.training = False
-        _load_rules()
+        _load_forward_rules()
         yield
 
 
-def _load_rules() -> None:
-    """Let torch load its rules for forward mode, which it does on first use with a deprecation warning of its own."""
+def _load_forward_rules() -> None:
+    """Let torch load its forward-mode rules, which happens at their first use with a DeprecationWarning of torch."""
     with warnings.catch_warnings(), forward_ad.dual_level():
         warnings.simplefilter("ignore", DeprecationWarning)
         forward_ad.make_dual(torch.zeros(1), torch.zeros(1))  # type: ignore[no-untyped-call]
 
 
 @contextmanager
-def _experts_one_by_one(model: Any) -> Iterator[None]:
-    """Run experts as separate products: the grouped product has no forward-mode derivative."""
+def _eager_experts(model: Any) -> Iterator[None]:
+    """Run experts as separate products, because the grouped product has no forward-mode derivative."""
     if not hasattr(model, "get_experts_implementation") or not hasattr(model, "set_experts_implementation"):
         yield
         return
-    found = model.get_experts_implementation()
+    implementation = model.get_experts_implementation()
     model.set_experts_implementation("eager")
     try:
         yield
     finally:
-        model.set_experts_implementation(found)
+        model.set_experts_implementation(implementation)
 
 
-def _tangents(model: nn.Module, direction: Mapping[str, LayerGradient]) -> tuple[dict[str, Tensor], float]:
-    """Return the unit direction by parameter, dense and in the parameters' own types, and its norm."""
+def _unit_tangents(model: nn.Module, direction: Mapping[str, LayerGradient]) -> tuple[dict[str, Tensor], float]:
+    """Return the direction scaled to norm one, dense and by parameter in the parameter's dtype, and its norm before."""
     parameters = dict(model.named_parameters())
     if unknown := [name for name in direction if name not in parameters]:
         raise CollectionError(
@@ -143,8 +147,8 @@ def _tangents(model: nn.Module, direction: Mapping[str, LayerGradient]) -> tuple
     }, float(norm)
 
 
-def _differentiated(model: nn.Module, batch: Batch, tangents: Mapping[str, Tensor]) -> TokenValues:
-    """Return the (B, L − 1) losses of next tokens and their derivatives along the direction."""
+def _losses_and_derivatives(model: nn.Module, batch: Batch, tangents: Mapping[str, Tensor]) -> TokenValues:
+    """Return the (B, L − 1) losses of the next tokens and the derivatives of these losses along the tangents."""
     parameters = dict(model.named_parameters())
     try:
         with torch.no_grad(), forward_ad.dual_level():
@@ -152,7 +156,7 @@ def _differentiated(model: nn.Module, batch: Batch, tangents: Mapping[str, Tenso
                 name: forward_ad.make_dual(parameters[name].detach(), tangent)  # type: ignore[no-untyped-call]
                 for name, tangent in tangents.items()
             }
-            dual = token_losses(_Moving(model, moving), batch)
+            dual = token_losses(_WithParameters(model, moving), batch)
             losses, derivatives = forward_ad.unpack_dual(dual)  # type: ignore[no-untyped-call]
     except (NotImplementedError, RuntimeError) as error:
         if "forward" not in str(error).lower():
@@ -172,24 +176,32 @@ def _differentiated(model: nn.Module, batch: Batch, tangents: Mapping[str, Tenso
     return losses.double().cpu(), derivatives.double().cpu()
 
 
-class _Moving(nn.Module):
-    """A model some of whose parameters are replaced while it runs, wherever they are used."""
+class _WithParameters(nn.Module):
+    """A model that runs with other tensors in the place of some of its parameters, wherever these are used."""
 
     def __init__(self, model: nn.Module, parameters: dict[str, Tensor]) -> None:
         super().__init__()
-        self._model = (model,)  # no submodule: its parameters are not this one's
-        self._moving = parameters
+        self._model = (model,)  # in a tuple, so that the model's parameters are not registered here as well
+        self._replacements = parameters
 
     def forward(self, **keywords: Any) -> Any:
-        return functional_call(self._model[0], self._moving, (), keywords)
+        return functional_call(self._model[0], self._replacements, (), keywords)
 
 
-def _placed(values: Tensor, length: int) -> Tensor:
-    """Put the value of each next token at its own position; the first token has none."""
+def _aligned(values: Tensor, length: int) -> Tensor:
+    """Return (T,) values of one example with the value of each next token at that token's position, zero at the first.
+
+    Args:
+        values: (L − 1,) values of the next tokens, padding included.
+        length: T, the number of tokens of the example.
+    """
     return torch.cat([values.new_zeros(1), values[: length - 1]])
 
 
-def _compare(model: nn.Module, batch: Batch, tangents: Mapping[str, Tensor], found: TokenValues | None) -> None:
+def _check_against_backward(
+    model: nn.Module, batch: Batch, tangents: Mapping[str, Tensor], values: TokenValues | None
+) -> None:
+    """Raise CollectionError if one example's derivatives do not add up to ⟨∇loss, tangent⟩ from a backward pass."""
     parameters = dict(model.named_parameters())
     moved = {name: parameters[name].requires_grad_(True) for name in tangents}
     with torch.enable_grad():
@@ -198,10 +210,12 @@ def _compare(model: nn.Module, batch: Batch, tangents: Mapping[str, Tensor], fou
     pairs = [(g.double(), t.double()) for g, t in zip(gradients, tangents.values(), strict=True) if g is not None]
     expected = sum(float((g * t).sum()) for g, t in pairs)
     norm = sum(float(g.square().sum()) for g, _ in pairs) ** 0.5
-    own = float(found[1].sum()) / int((batch.labels[:, 1:] >= 0).sum()) if found is not None else float("nan")
+    scored = int((batch.labels[:, 1:] >= 0).sum())
+    mean = float(values[1].sum()) / scored if values is not None else float("nan")
+    # Rounding of the parameters' dtype, relative to the gradient's norm: half of its digits.
     tolerance = max(torch.finfo(tangent.dtype).eps for tangent in tangents.values()) ** 0.5
-    if not abs(own - expected) <= tolerance * norm:
+    if not abs(mean - expected) <= tolerance * norm:
         raise CollectionError(
-            f"expected derivatives that add up to the backward pass's {expected:.4g}, found {own:.4g}: an operation is "
-            "not seen by forward mode; load the model with attn_implementation='eager' and without custom kernels"
+            f"expected derivatives that add up to the backward pass's {expected:.4g}, found {mean:.4g}: an operation "
+            "is not seen by forward mode; load the model with attn_implementation='eager' and without custom kernels"
         )

@@ -1,4 +1,5 @@
-"""How far the gradient of one example stands for the gradient of all: direction, subspace, and how many are enough.
+"""Agreement of single examples' gradients with the gradient of all: direction, subspace, and the number that is enough.
 
-Reading order: ``leave_one_out`` → ``study`` with its ``results`` → ``anchor_curve``, ``overlaps``, ``gradient_map``.
+Reading order: ``pooled`` → ``leave_one_out`` → ``study`` with its ``results`` → ``anchor_curve``, ``overlaps``,
+``gradient_map``.
 """

@@ -1,8 +1,8 @@
-"""How many anchors it takes to find the leading safety directions.
+"""Overlap of the mean gradient of n anchors with the mean gradient of all, as a function of n.
 
-Half of the examples are set aside as the reference; the mean of one, two, four … of the others is compared with the
-reference's mean. As many anchors as the reference has is the split-half reliability: no number of anchors can be
-expected to do better against a reference of that size.
+Half of the examples are set aside as the reference; the mean gradient of one, two, four … of the other examples is
+compared with the mean gradient of the reference. With as many anchors as the reference has examples, the overlap is the
+split-half reliability: no number of anchors can be expected to have a larger overlap with a reference of that size.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,33 +14,34 @@ from torch import Tensor
 
 from geomkit.errors import GeometryError
 from geomkit.gradients.checks import check_enough, counts_of, with_controls
-from geomkit.gradients.gradient_set import GradientSet, shared_layers
+from geomkit.gradients.gradient_set import GradientSet
 from geomkit.inputs.parameters import kind_of, layer_index
 from geomkit.svd.common_basis import CommonBasis, to_common_basis
 from geomkit.svd.nulls import haar_overlap
+from geomkit.svd.one_sample.pooled import is_matrix, no_subspaces, pooled_gradients, space_dimension
 from geomkit.svd.singular_vectors import Side
 from geomkit.utils.arguments import check_draws, check_rank, is_whole
-from geomkit.utils.display import html_table
+from geomkit.utils.display import Result
 from geomkit.utils.figures import draw
 
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
-_FEWEST = 4  # two on either side
-_BAND = (0.05, 0.95)
+_FEWEST = 4  # two in the reference and two anchors
+_BAND = (0.05, 0.95)  # quantiles: the central 90 % of the draws
 _ALL = "all parameters"
 
 
 @dataclass(frozen=True, eq=False)
 class LayerAnchorCurve:
-    """The overlaps in one parameter.
+    """Overlaps of means of anchors with the reference's mean in one parameter.
 
     Attributes:
         parameter: Name of the parameter.
-        rank: k, the same for every subspace.
-        dimension: d of the space.
-        draws: By group, (draws, counts) overlaps with the reference of the same draw.
+        rank: k, the same for every subspace of this parameter.
+        dimension: d, the dimension of the space of the singular vectors.
+        draws: (draws, counts) overlaps with the reference of the same draw, by group.
     """
 
     parameter: str
@@ -50,22 +51,22 @@ class LayerAnchorCurve:
 
     @property
     def expected(self) -> float:
-        """The overlap of uniformly random subspaces, k/d."""
+        """Expected overlap of uniformly random subspaces, k/d."""
         return haar_overlap(self.rank, self.rank, self.dimension)
 
 
 @dataclass(frozen=True, eq=False)
-class AnchorCurve:
-    """Overlap of the mean gradient of n anchors with that of a disjoint reference, over random splits.
+class AnchorCurve(Result):
+    """Overlap of the mean gradient of n anchors with the mean gradient of a disjoint reference, over random splits.
 
-    The spread over draws is that of splitting *these* examples; another set of examples may lie outside of it.
+    The spread over draws is the spread over splits of *these* examples; another set of examples may lie outside.
 
     Attributes:
-        side: Which singular vectors span the subspaces.
-        rank: The rank asked for; ``layers`` has the one each parameter allowed.
-        counts: n, ascending; the last is the size of the reference.
-        draws: By group, the anchors as ``"safety"`` first, (draws, counts) overlaps, mean over parameters.
-        layers: The same for each parameter.
+        side: Side whose singular vectors span the subspaces, ``"left"`` or ``"right"``.
+        rank: The requested rank; each of ``layers`` has the rank that its parameter allowed.
+        counts: Numbers of anchors n, ascending; the last is the size of the reference.
+        draws: (draws, counts) overlaps, mean over parameters, by group; the anchors come first, as ``"safety"``.
+        layers: The overlaps in each parameter.
     """
 
     side: Side
@@ -81,33 +82,33 @@ class AnchorCurve:
 
     @property
     def ceiling(self) -> float:
-        """The split-half reliability: mean overlap of as many anchors as the reference has."""
+        """Split-half reliability: mean overlap with as many anchors as the reference has examples."""
         return float(self.means("safety")[-1])
 
     @property
     def expected(self) -> float:
-        """Mean over parameters of what uniformly random subspaces would show."""
+        """Expected overlap of uniformly random subspaces, mean over parameters."""
         return float(np.mean([layer.expected for layer in self.layers.values()]))
 
     def means(self, group: str = "safety") -> np.ndarray:
-        """Return the mean overlap over draws at each count."""
+        """Return the mean overlap of a group over draws, for each number of anchors."""
         return np.asarray(self.draws[group].mean(0))
 
     def band(self, group: str = "safety") -> tuple[np.ndarray, np.ndarray]:
-        """Return where the central 90 % of the draws lie at each count."""
+        """Return the 5 % and the 95 % quantile of a group's overlaps over draws, for each number of anchors."""
         low, high = np.quantile(self.draws[group], _BAND, axis=0)
         return low, high
 
     def needed(self, overlap: float) -> int | None:
-        """Return the smallest count of anchors whose mean overlap reaches a value, or ``None`` if none does."""
+        """Return the smallest number of anchors whose mean overlap reaches a value, or ``None`` if no number does."""
         reached = self.means("safety") >= overlap
         return self.counts[int(np.argmax(reached))] if reached.any() else None
 
     def to_frame(self) -> "pd.DataFrame":
-        """Return a row per parameter, group and count, those of all parameters together first.
+        """Return one row per parameter, group and number of anchors, rows of all parameters together first.
 
-        ``value`` is the mean over draws, ``low`` to ``high`` holds the central 90 % of them, and ``null`` is what
-        uniformly random subspaces would show.
+        ``value`` is the mean over draws, ``low`` to ``high`` contains the central 90 % of the draws, and ``null`` is
+        the expected overlap of uniformly random subspaces.
         """
         import pandas as pd
 
@@ -129,16 +130,16 @@ class AnchorCurve:
                 "high": float(np.quantile(values, _BAND[1])),
                 "null": expected,
             }
-            for group, found in draws.items()
-            for count, values in zip(self.counts, found.T, strict=True)
+            for group, overlaps in draws.items()
+            for count, values in zip(self.counts, overlaps.T, strict=True)
         ]
 
     def plot(self) -> "go.Figure":
-        """Draw it, see :func:`geomkit.plots.one_sample.plot_anchor_curve`."""
+        """Draw the curve, see :func:`geomkit.plots.one_sample.plot_anchor_curve`."""
         return draw("plot_anchor_curve", self)
 
     def __str__(self) -> str:
-        """Say the overlap of one anchor and of as many as the reference has, and how many reach half of that."""
+        """Return the overlaps with the fewest and the most anchors, and the numbers that reach shares of the latter."""
         means, half = self.means(), self.ceiling / 2
         others = "".join(
             f", {name} {self.means(name)[0]:.3f} to {self.means(name)[-1]:.3f}"
@@ -151,9 +152,6 @@ class AnchorCurve:
             f"takes {self.needed(half)}, 90 % {self.needed(0.9 * self.ceiling)}; random subspaces {self.expected:.3f}"
         )
 
-    def _repr_html_(self) -> str:
-        return html_table(str(self), self.to_frame())
-
 
 def anchor_curve(
     safety: GradientSet,
@@ -165,35 +163,36 @@ def anchor_curve(
     draws: int = 20,
     seed: int = 0,
 ) -> AnchorCurve:
-    """Measure how the mean gradient of n anchors approaches that of a disjoint reference as n grows.
+    """Measure how the mean gradient of n anchors approaches the mean gradient of a disjoint reference as n grows.
 
-    Each draw splits the safety examples at random into a reference of half of them and the anchors, whose first n are
-    taken for every count. Controls are compared with the same references; a control with as many examples as there are
-    safety examples is taken from the anchors' places, so that no prompt meets itself in another wording.
+    Each draw splits the safety examples at random into a reference, half of the examples, and the anchors, of which the
+    first n are averaged for every n. Controls are compared with the same references. From a control with as many
+    examples as there are safety examples, only examples at the anchors' places are averaged, so that no prompt is
+    compared with another wording of itself.
 
     Args:
         safety: N ≥ 4 examples, collected with ``per_sample=True``.
-        control: Other examples, at least N/2, collected with ``per_sample=True``, or several such sets by name.
-        counts: Numbers of anchors between 1 and N/2; 1, 2, 4 … when left out. N/2 is always among them.
-        rank: How many directions to compare, at most; the same for all subspaces of a parameter, and no more than any
-            single example has there.
+        control: At least N/2 other examples, collected with ``per_sample=True``, or several such sets by name.
+        counts: Numbers of anchors between 1 and N/2; 1, 2, 4 … when left out. N/2 is always included.
+        rank: Largest number of directions to compare; the same for all subspaces of a parameter, and at most the rank
+            that every single example has in this parameter.
         side: ``"left"`` for the output space, ``"right"`` for the input space.
         draws: Number of random splits.
         seed: Seed of the splits.
 
     Returns:
-        The overlaps of every draw.
+        The overlaps of every draw, by group and number of anchors.
 
     Raises:
-        GeometryError: If a set lacks per-sample gradients or is too small, a control is called ``"safety"``, a count is
-            out of range, ``rank`` or ``draws`` is below 1, they cover other parameters, one is not finite, or no
-            parameter has a gradient in every example.
+        GeometryError: If a set lacks per-sample gradients, is too small, covers other parameters or has a value that
+            is not finite; if a control is called ``"safety"``; if a count is out of range, or ``rank`` or ``draws``
+            below 1; or if no parameter has a gradient in every example.
 
     Example:
         >>> import geomkit as gk
         >>> model, tokenizer = gk.load_organism()
         >>> rows = gk.load_examples("safety").select(range(8))
-        >>> safety = gk.collect_gradients(model, tokenizer, rows, per_sample=True, kinds="head", progress=False)
+        >>> safety = gk.collect_gradients(model, tokenizer, rows, per_sample=True, layers="lm_head*", progress=False)
         >>> curve = anchor_curve(safety, draws=4)
         >>> curve.counts, curve.needed(2.0)
         ((1, 2, 4), None)
@@ -204,25 +203,26 @@ def anchor_curve(
     half = len(safety.samples) // 2
     check_enough({"safety": len(safety.samples)}, _FEWEST)
     check_enough(counts_of(sets), half)
-    steps = _checked(counts, half)
+    steps = _anchor_counts(counts, half)
+    # 1. Random splits, the same for all parameters.
     generator = np.random.default_rng(seed)
     splits = [_split(sets, half, generator) for _ in range(draws)]
-    samples = [sample for found in sets.values() for sample in found.samples]
+    # 2. Overlaps of every draw in every matrix in which all examples have a gradient.
     layers = {}
-    for name in shared_layers(*samples):
-        shape = samples[0][name].matrix_shape
-        if min(shape) > 1:
-            stack = to_common_basis([sample[name] for sample in samples], side)
-            rank_there, found = _curve(stack, splits, steps, rank)
-            if rank_there:
-                layers[name] = LayerAnchorCurve(name, rank_there, shape[0 if side == "left" else 1], found)
+    for name, gradients in pooled_gradients(sets).items():
+        if is_matrix(gradients[0]):
+            layer_rank, overlaps = _layer_overlaps(to_common_basis(gradients, side), splits, steps, rank)
+            if layer_rank:
+                layers[name] = LayerAnchorCurve(name, layer_rank, space_dimension(gradients[0], side), overlaps)
     if not layers:
-        raise GeometryError("expected a matrix with a gradient in every example, found none; check the loss masks")
+        raise no_subspaces()
+    # 3. Means over parameters.
     whole = {name: np.mean([layer.draws[name] for layer in layers.values()], axis=0) for name in sets}
     return AnchorCurve(side, rank, steps, whole, layers)
 
 
-def _checked(counts: Sequence[int] | None, half: int) -> tuple[int, ...]:
+def _anchor_counts(counts: Sequence[int] | None, half: int) -> tuple[int, ...]:
+    """Return the numbers of anchors, ascending: the given ones or powers of two, and half of the examples."""
     wanted = [2**power for power in range(half.bit_length()) if 2**power <= half] if counts is None else list(counts)
     if not all(is_whole(count, 1) and count <= half for count in wanted):
         raise GeometryError(
@@ -236,40 +236,49 @@ _Split = tuple[list[int], dict[str, list[int]]]
 
 
 def _split(sets: Mapping[str, GradientSet], half: int, generator: np.random.Generator) -> _Split:
-    """Return the places of a reference and, by group, those of the anchors, in the order they are added in."""
+    """Return the places of a reference, and by group the places of its anchors in the order in which they are averaged.
+
+    Args:
+        sets: The safety set and the controls; places count their examples set after set.
+        half: Number of examples in the reference.
+        generator: Source of randomness.
+    """
     order = generator.permutation(len(sets["safety"].samples))
     start, groups = 0, {}
-    for name, found in sets.items():
-        size = len(found.samples)
+    for name, gradients in sets.items():
+        size = len(gradients.samples)
         places = order[half:] if size == len(order) else generator.permutation(size)
         groups[name] = (start + places).tolist()
         start += size
     return order[:half].tolist(), groups
 
 
-def _curve(
-    stack: CommonBasis, splits: Sequence[_Split], counts: Sequence[int], rank: int
+def _layer_overlaps(
+    common: CommonBasis, splits: Sequence[_Split], counts: Sequence[int], rank: int
 ) -> tuple[int, dict[str, np.ndarray]]:
-    """Return the rank that all examples of one parameter allow, and the overlaps of every draw at that rank."""
-    single = stack.bases(rank)
-    kept = min(basis.shape[1] for basis in single)
-    if not kept:
+    """Return the rank that all examples of one parameter have, and by group (draws, counts) overlaps at this rank."""
+    # 1. Subspaces of single examples, cut to the rank that all have.
+    single = common.bases_of_gradients(rank)
+    common_rank = min(basis.shape[1] for basis in single)
+    if not common_rank:
         return 0, {}
-    references = stack.bases_of([reference for reference, _ in splits], kept)
-    found = {}
+    # 2. Subspaces of the references' sums; a mean has the subspace of the sum.
+    references = common.bases_of_sums([reference for reference, _ in splits], common_rank)
+    overlaps = {}
     for name in splits[0][1]:
-        # One anchor is no sum, and there are far fewer examples than draws of one.
+        # 3. Subspaces of the sums of the first n anchors, all draws in one go. For n = 1 the subspace is that of a
+        #    single example, and there are far fewer examples than draws of one.
         sums = [groups[name][:count] for _, groups in splits for count in counts if count > 1]
-        several = iter(stack.bases_of(sums, kept))
-        found[name] = np.array(
-            [
-                _overlaps(fixed, [single[groups[name][0]] if count == 1 else next(several) for count in counts], kept)
-                for fixed, (_, groups) in zip(references, splits, strict=True)
-            ]
-        )
-    return kept, found
+        sum_bases = iter(common.bases_of_sums(sums, common_rank))
+        # 4. Overlaps with the reference of the same draw.
+        rows = []
+        for reference, (_, groups) in zip(references, splits, strict=True):
+            bases = [single[groups[name][0]] if count == 1 else next(sum_bases) for count in counts]
+            rows.append(_overlaps(reference, bases, common_rank))
+        overlaps[name] = np.array(rows)
+    return common_rank, overlaps
 
 
 def _overlaps(reference: Tensor, bases: Sequence[Tensor], rank: int) -> np.ndarray:
-    """Return the overlap of each basis with the reference; sums that cancel may have fewer directions than that."""
+    """Return the overlap ‖UᵀV‖_F²/rank of each basis with the reference; sums that cancel may have fewer columns."""
     return np.array([float((reference[:, :rank].T @ basis[:, :rank]).square().sum()) / rank for basis in bases])

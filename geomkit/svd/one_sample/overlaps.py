@@ -1,11 +1,12 @@
-"""Whether examples of one set share a subspace that examples of other sets do not.
+"""Overlaps between the leading subspaces of single examples, within sets and between sets.
 
-Each example's leading subspace is compared with every other example's, within its set and across sets. Gradients of one
-layer share their inputs' covariance and overlap without any common content, so it is not the overlap within a set that
-says something but by how much it is above that with another set.
+The leading subspace of each example's gradient is compared with every other example's. Gradients of the same layer
+share the covariance of the layer's inputs and overlap without any common content. Only the contrast, the mean overlap
+within a set minus the mean overlap with another set, shows that the examples of the first set share a subspace that the
+examples of the other set do not.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import permutations
 from typing import TYPE_CHECKING
@@ -14,14 +15,22 @@ import numpy as np
 
 from geomkit.errors import GeometryError
 from geomkit.gradients.checks import check_enough, check_sets, counts_of
-from geomkit.gradients.gradient_set import GradientSet, shared_layers
+from geomkit.gradients.gradient_set import GradientSet
 from geomkit.stats.multiple_testing import benjamini_hochberg
 from geomkit.stats.pair_means import WithinBetween, mean_between, within_between
-from geomkit.svd.common_basis import overlaps_between, to_common_basis
+from geomkit.svd.common_basis import to_common_basis
 from geomkit.svd.nulls import haar_overlap
+from geomkit.svd.one_sample.pooled import (
+    common_rank_overlaps,
+    is_matrix,
+    no_subspaces,
+    pooled_gradients,
+    pooled_places,
+    space_dimension,
+)
 from geomkit.svd.singular_vectors import Side
 from geomkit.utils.arguments import check_confidence, check_draws, check_rank
-from geomkit.utils.display import html_table
+from geomkit.utils.display import Result
 from geomkit.utils.figures import draw
 
 if TYPE_CHECKING:
@@ -33,21 +42,21 @@ Interval = tuple[float, float]
 
 
 @dataclass(frozen=True, eq=False)
-class Overlaps:
-    """Overlaps between the subspaces of single examples of several sets.
+class Overlaps(Result):
+    """Overlaps between the leading subspaces of single examples of several sets.
 
     Attributes:
-        side: Which singular vectors span the subspaces.
-        rank: The rank asked for; no parameter has more than its examples allow.
-        names: Of the sets.
-        counts: Number of examples of each.
+        side: Side whose singular vectors span the subspaces, ``"left"`` or ``"right"``.
+        rank: The requested rank; in a parameter, no rank is above the one that all its examples have.
+        names: Names of the sets.
+        counts: Number of examples of each set.
         pairs: (N, N) overlap ‖U_iᵀU_j‖_F²/k of every two examples, mean over parameters, set after set.
         matrix: (sets, sets) mean overlap of two different examples within a set, and between two sets.
-        intervals: The jackknife interval of each, over examples.
-        contrasts: For each ordered pair of sets, the mean within the first above that between the two.
-        expected: What uniformly random subspaces would show, mean over parameters.
-        parameters: Those in which every example has a gradient.
-        confidence: Of all intervals.
+        intervals: Jackknife interval of each entry of ``matrix``, over examples.
+        contrasts: For each ordered pair of sets, the mean within the first set minus the mean between the two sets.
+        expected: Expected overlap of uniformly random subspaces, mean over parameters.
+        parameters: Parameters in which every example has a gradient.
+        confidence: Nominal coverage of all intervals.
     """
 
     side: Side
@@ -63,11 +72,11 @@ class Overlaps:
     confidence: float = 0.95
 
     def to_frame(self) -> "pd.DataFrame":
-        """Return a row per ordered pair of sets.
+        """Return one row per ordered pair of sets.
 
-        ``value`` is the mean overlap with its interval ``low`` to ``high`` and the ``null`` of random subspaces;
-        ``contrast`` is the first set's mean overlap within itself less that, with its interval, permutation
-        ``p_value`` and ``q_value`` (Benjamini and Hochberg 1995, over pairs).
+        ``value`` is the mean overlap with its interval ``low`` to ``high``, and ``null`` the expected overlap of random
+        subspaces; ``contrast`` is the first set's mean overlap within itself minus ``value``, with its interval,
+        permutation ``p_value`` and ``q_value`` (Benjamini and Hochberg 1995, over pairs of sets).
         """
         import pandas as pd
 
@@ -78,7 +87,7 @@ class Overlaps:
         for row, first in enumerate(self.names):
             for column, second in enumerate(self.names):
                 low, high = self.intervals[first, second]
-                found = self.contrasts.get((first, second), WithinBetween())
+                contrast = self.contrasts.get((first, second), WithinBetween())
                 rows.append(
                     {
                         "first": first,
@@ -87,21 +96,21 @@ class Overlaps:
                         "low": low,
                         "high": high,
                         "null": self.expected,
-                        "contrast": found.value,
-                        "contrast_low": found.interval[0],
-                        "contrast_high": found.interval[1],
-                        "p_value": found.p_value,
+                        "contrast": contrast.value,
+                        "contrast_low": contrast.interval[0],
+                        "contrast_high": contrast.interval[1],
+                        "p_value": contrast.p_value,
                         "q_value": q_values.get((first, second), float("nan")),
                     }
                 )
         return pd.DataFrame(rows)
 
     def plot(self) -> "go.Figure":
-        """Draw it, see :func:`geomkit.plots.one_sample.plot_overlaps`."""
+        """Draw the overlaps, see :func:`geomkit.plots.one_sample.plot_overlaps`."""
         return draw("plot_overlaps", self)
 
     def __str__(self) -> str:
-        """Say the mean overlap within the first set beside that with each other set."""
+        """Return the mean overlap within the first set, and with each other set with the contrast, as text."""
         first, *others = self.names
         low, high = self.intervals[first, first]
         between = "; ".join(
@@ -113,9 +122,6 @@ class Overlaps:
             f"[{low:.3f}, {high:.3f}]; {between}; random subspaces {self.expected:.3f}"
         )
 
-    def _repr_html_(self) -> str:
-        return html_table(str(self), self.to_frame())
-
 
 def overlaps(
     sets: Mapping[str, GradientSet],
@@ -126,38 +132,38 @@ def overlaps(
     seed: int = 0,
     confidence: float = 0.95,
 ) -> Overlaps:
-    """Compare the leading subspaces of all examples of several sets, two by two.
+    """Compare the leading subspaces of every two examples, within and between several sets.
 
     Between sets of equal size, examples at the same place are not compared (they may be one prompt, answered in two
-    ways), leave together in the jackknife, and swap their labels together in the permutation test; all three are right
-    for independent rows as well. Intervals are jackknife intervals over examples; the one-sided p-value is that of a
-    contrast as high as this if the labels of the two sets meant nothing, (1 + #{permuted ≥ observed}) / (1 + draws). In
-    simulations 3.5 to 6.5 % of tests at 5 % rejected wrongly, and 93 to 97 % of 95 % intervals held the mean.
+    ways), are left out together in the jackknife, and swap their labels together in the permutation test; all three
+    rules are right for independent examples as well. Intervals are jackknife intervals over examples. The one-sided
+    p-value (1 + #{permuted ≥ observed}) / (1 + draws) is the probability of a contrast this high if the labels of the
+    two sets were exchangeable. Measured error rates and coverage: tests/benchmarks/README.md.
 
     Args:
         sets: Two sets or more by name, each of at least three examples collected with ``per_sample=True``.
-        rank: How many directions to compare, at most; no more in a parameter than all examples have there.
+        rank: Largest number of directions to compare; in a parameter, at most the rank that all examples have.
         side: ``"left"`` for the output space, ``"right"`` for the input space.
-        draws: Permutations of the labels of each pair of sets.
+        draws: Number of permutations of the labels, for each pair of sets.
         seed: Seed of the permutations.
-        confidence: Of all intervals.
+        confidence: Nominal coverage of all intervals, between 0 and 1.
 
     Returns:
         The overlaps within and between sets, and the contrasts.
 
     Raises:
-        GeometryError: If there are fewer than two sets, one has fewer than three per-sample gradients, they cover
-            other parameters, one is not finite, no parameter has a gradient in every example, or ``rank``, ``draws`` or
-            the confidence is out of range.
+        GeometryError: If there are fewer than two sets; if a set has fewer than three per-sample gradients, covers
+            other parameters or has a value that is not finite; if no parameter has a gradient in every example; or if
+            ``rank``, ``draws`` or the confidence is out of range.
 
     Example:
         >>> import geomkit as gk
         >>> model, tokenizer = gk.load_organism()
         >>> def head(name):
         ...     rows = gk.load_examples(name).select(range(4))
-        ...     return gk.collect_gradients(model, tokenizer, rows, per_sample=True, kinds="head", progress=False)
-        >>> found = overlaps({"safety": head("safety"), "skill": head("scenarios/new-skill")})
-        >>> bool(found.matrix[0, 0] > found.matrix[0, 1] > found.expected)
+        ...     return gk.collect_gradients(model, tokenizer, rows, per_sample=True, layers="lm_head*", progress=False)
+        >>> result = overlaps({"safety": head("safety"), "skill": head("scenarios/new-skill")})
+        >>> bool(result.matrix[0, 0] > result.matrix[0, 1] > result.expected)
         True
     """
     check_sets(sets)
@@ -167,12 +173,14 @@ def overlaps(
     if len(sets) < 2:
         raise GeometryError(f"expected two sets or more to compare, found {len(sets)}; give e.g. a control set as well")
     check_enough(counts_of(sets), _FEWEST)
+    # 1. Overlaps of every two examples, mean over parameters, and the place of every set among the examples.
     pairs, expected = _pair_overlaps(sets, rank, side)
-    names, counts = tuple(sets), tuple(len(found.samples) for found in sets.values())
-    ends = np.cumsum(counts)
-    places = {name: slice(end - count, end) for name, end, count in zip(names, ends, counts, strict=True)}
+    names, counts = tuple(sets), counts_of(sets)
+    places = pooled_places(counts)
+    # 2. Mean overlap of two different examples within a set a, and between a and b: one block of the pairs each.
     generator = np.random.default_rng(seed)
     means = {(a, b): mean_between(pairs[places[a], places[b]], a == b, confidence) for a in names for b in names}
+    # 3. Contrast: mean of the block (a, a) minus mean of the block (a, b). Permutations of the labels also need (b, b).
     contrasts = {
         (a, b): within_between(
             pairs[places[a], places[a]],
@@ -188,7 +196,7 @@ def overlaps(
         side=side,
         rank=rank,
         names=names,
-        counts=counts,
+        counts=tuple(counts.values()),
         pairs=pairs,
         matrix=np.array([[means[a, b][0] for b in names] for a in names]),
         intervals={pair: interval for pair, (_, interval) in means.items()},
@@ -200,18 +208,20 @@ def overlaps(
 
 
 def _pair_overlaps(sets: Mapping[str, GradientSet], rank: int, side: Side) -> tuple[np.ndarray, dict[str, float]]:
-    """Return (N, N) overlaps of single examples, mean over parameters, and each parameter's random expectation."""
-    samples: Sequence[GradientSet] = [sample for found in sets.values() for sample in found.samples]
-    total, expected = np.zeros((len(samples), len(samples))), {}
-    for name in shared_layers(*samples):
-        shape = samples[0][name].matrix_shape
-        if min(shape) == 1:
-            continue
-        bases = to_common_basis([sample[name] for sample in samples], side).bases(rank)
-        kept = min(basis.shape[1] for basis in bases)
-        if kept:
-            total += overlaps_between(bases, bases, kept).numpy()
-            expected[name] = haar_overlap(kept, kept, shape[0 if side == "left" else 1])
+    """Return (N, N) overlaps of single examples, mean over parameters, and each parameter's expected overlap.
+
+    The expected overlap is that of uniformly random subspaces. Parameters in which an example has no gradient are left
+    out.
+    """
+    examples = sum(counts_of(sets).values())
+    total, expected = np.zeros((examples, examples)), {}
+    for name, gradients in pooled_gradients(sets).items():
+        if is_matrix(gradients[0]):
+            bases = to_common_basis(gradients, side).bases_of_gradients(rank)
+            pairs, common_rank = common_rank_overlaps(bases, bases)
+            if common_rank:
+                total += pairs
+                expected[name] = haar_overlap(common_rank, common_rank, space_dimension(gradients[0], side))
     if not expected:
-        raise GeometryError("expected a matrix with a gradient in every example, found none; check the loss masks")
+        raise no_subspaces()
     return total / len(expected), expected

@@ -1,4 +1,4 @@
-"""What a study of single examples found: groups of examples against the mean safety gradient, and how they differ."""
+"""Results of a study of single examples: overlaps and cosines with the mean safety gradient, by group and parameter."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ from geomkit.inputs.parameters import kind_of, layer_index
 from geomkit.svd.nulls import haar_overlap
 from geomkit.svd.one_sample.leave_one_out import Estimate, Interval
 from geomkit.svd.singular_vectors import Side
-from geomkit.utils.display import html_table, signed
+from geomkit.utils.display import Result, signed
 from geomkit.utils.figures import draw
 
 if TYPE_CHECKING:
@@ -22,13 +22,14 @@ _ALL = "all parameters"
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """What the single examples of one set find of the mean safety gradient.
+    """Agreement of the single examples of one set with the mean safety gradient.
 
     Attributes:
-        overlaps: (M,) of each example's subspace with that of a mean, ‖UᵀV‖_F²/k.
-        cosines: (M,) of each example's gradient with that mean.
-        overlap: Their mean over examples, and by how much the anchors' is above it.
-        cosine: The same of the cosines.
+        overlaps: (M,) overlap ‖UᵀV‖_F²/k of each example's leading subspace with the leading subspace of the mean of
+            the other anchors.
+        cosines: (M,) cosine of each example's gradient with the mean gradient of the other anchors.
+        overlap: Mean of ``overlaps``, and its contrast to the anchors' mean overlap.
+        cosine: Mean of ``cosines``, and its contrast to the anchors' mean cosine.
     """
 
     overlaps: np.ndarray = field(repr=False)
@@ -39,12 +40,12 @@ class Group:
 
 @dataclass(frozen=True, eq=False)
 class LayerOneSample:
-    """Single examples against the mean safety gradient in one parameter.
+    """Agreement of single examples with the mean safety gradient in one parameter.
 
     Attributes:
         parameter: Name of the parameter.
-        rank: k, the same for every subspace of this parameter so that all overlaps compare.
-        dimension: d of the space.
+        rank: k, the same for every subspace of this parameter, so that all overlaps compare.
+        dimension: d, the dimension of the space of the singular vectors.
         groups: The anchors as ``"safety"``, then the controls.
     """
 
@@ -55,21 +56,21 @@ class LayerOneSample:
 
     @property
     def expected(self) -> float:
-        """The overlap of uniformly random subspaces, k/d."""
+        """Expected overlap of uniformly random subspaces, k/d."""
         return haar_overlap(self.rank, self.rank, self.dimension)
 
 
 @dataclass(frozen=True, eq=False)
-class OneSample:
-    """How much of the mean safety gradient single examples find.
+class OneSample(Result):
+    """Agreement of single examples with the mean safety gradient.
 
     Attributes:
-        side: Which singular vectors span the subspaces.
-        rank: The rank asked for; ``layers`` has the one each parameter allowed.
-        groups: The anchors as ``"safety"``, then the controls: overlaps as means over parameters, cosines of the whole
-            gradients.
-        layers: The same for each parameter.
-        confidence: Of all intervals.
+        side: Side whose singular vectors span the subspaces, ``"left"`` or ``"right"``.
+        rank: The requested rank; each of ``layers`` has the rank that its parameter allowed.
+        groups: The anchors as ``"safety"``, then the controls, with overlaps as means over parameters and cosines of
+            the whole gradients.
+        layers: The agreement in each parameter.
+        confidence: Nominal coverage of all intervals.
     """
 
     side: Side
@@ -85,7 +86,7 @@ class OneSample:
 
     @property
     def overlaps(self) -> np.ndarray:
-        """(N,) overlaps, one per anchor, mean over parameters."""
+        """(N,) overlap of each anchor, mean over parameters."""
         return self.groups["safety"].overlaps
 
     @property
@@ -95,48 +96,48 @@ class OneSample:
 
     @property
     def interval(self) -> Interval:
-        """Interval of the anchors' mean overlap."""
+        """Confidence interval of the anchors' mean overlap."""
         return self.groups["safety"].overlap.interval
 
     @property
     def null(self) -> np.ndarray:
-        """(M,) overlaps of the first control, one per example."""
-        return self._first.overlaps
+        """(M,) overlap of each example of the first control, mean over parameters."""
+        return self._first_control.overlaps
 
     @property
     def null_mean(self) -> float:
         """Mean overlap of the first control."""
-        return self._first.overlap.value
+        return self._first_control.overlap.value
 
     @property
     def null_interval(self) -> Interval:
-        """Interval of the first control's mean overlap."""
-        return self._first.overlap.interval
+        """Confidence interval of the first control's mean overlap."""
+        return self._first_control.overlap.interval
 
     @property
     def contrast(self) -> float:
-        """By how much the anchors' mean overlap is above the first control's."""
-        return self._first.overlap.contrast
+        """The anchors' mean overlap minus the first control's."""
+        return self._first_control.overlap.contrast
 
     @property
     def contrast_interval(self) -> Interval:
-        """Interval of that contrast."""
-        return self._first.overlap.contrast_interval
+        """Confidence interval of the contrast to the first control."""
+        return self._first_control.overlap.contrast_interval
 
     @property
     def expected(self) -> float:
-        """Mean over parameters of what uniformly random subspaces would show."""
+        """Expected overlap of uniformly random subspaces, mean over parameters."""
         return float(np.mean([layer.expected for layer in self.layers.values()]))
 
     @property
-    def _first(self) -> Group:
+    def _first_control(self) -> Group:
         return next(iter(self.controls.values()))
 
     def to_frame(self) -> "pd.DataFrame":
-        """Return a row per parameter, group and statistic, those of all parameters together first.
+        """Return one row per parameter, group and statistic, rows of all parameters together first.
 
-        ``value`` with its interval ``low`` to ``high``, ``contrast`` (safety − group) with ``contrast_low`` to
-        ``contrast_high``, and ``null``: what uniformly random subspaces or gradients would show.
+        ``value`` has the interval ``low`` to ``high``, ``contrast`` (safety − group) the interval ``contrast_low`` to
+        ``contrast_high``, and ``null`` is the expected value of uniformly random subspaces or gradients.
         """
         import pandas as pd
 
@@ -149,28 +150,27 @@ class OneSample:
         return pd.DataFrame(rows)
 
     def plot(self) -> "go.Figure":
-        """Draw it, see :func:`geomkit.plots.principal_angles.plot_one_sample`."""
+        """Draw the overlaps, see :func:`geomkit.plots.principal_angles.plot_one_sample`."""
         return draw("plot_one_sample", self)
 
     def __str__(self) -> str:
-        """Say the mean overlap beside that of each control with the contrasts, and the cosine beside the first's."""
+        """Return the overlaps of anchors and controls with contrasts, and the cosines of anchors and first control."""
         first = next(iter(self.controls))
         return (
             f"one of {len(self.overlaps)} anchors against the mean of the others, {self.side}-{self.rank}: overlap "
-            f"{self._said('overlap', list(self.controls))}; random subspaces {self.expected:.3f}; cosine "
-            f"{self._said('cosine', [first])}"
+            f"{self._text('overlap', list(self.controls))}; random subspaces {self.expected:.3f}; cosine "
+            f"{self._text('cosine', [first])}"
         )
 
-    def _said(self, statistic: str, controls: list[str]) -> str:
-        found: dict[str, Estimate] = {name: getattr(group, statistic) for name, group in self.groups.items()}
-        beside = [
-            f"{name} {found[name]}, contrast {found[name].contrast:+.3f} {signed(found[name].contrast_interval)}"
-            for name in controls
-        ]
-        return "; ".join([str(found["safety"]), *beside])
-
-    def _repr_html_(self) -> str:
-        return html_table(str(self), self.to_frame())
+    def _text(self, statistic: str, controls: list[str]) -> str:
+        """Return the anchors' estimate of a statistic and the estimates of controls, with contrasts, as text."""
+        estimates: dict[str, Estimate] = {name: getattr(group, statistic) for name, group in self.groups.items()}
+        parts = [str(estimates["safety"])]
+        for name in controls:
+            estimate = estimates[name]
+            contrast = f"contrast {estimate.contrast:+.3f} {signed(estimate.contrast_interval)}"
+            parts.append(f"{name} {estimate}, {contrast}")
+        return "; ".join(parts)
 
 
 def _rows(parameter: str, groups: Mapping[str, Group], expected: float) -> list[dict[str, object]]:
@@ -181,14 +181,14 @@ def _rows(parameter: str, groups: Mapping[str, Group], expected: float) -> list[
             "layer": layer_index(parameter),
             "group": name,
             "statistic": statistic,
-            "value": found.value,
-            "low": found.interval[0],
-            "high": found.interval[1],
-            "contrast": found.contrast,
-            "contrast_low": found.contrast_interval[0],
-            "contrast_high": found.contrast_interval[1],
+            "value": estimate.value,
+            "low": estimate.interval[0],
+            "high": estimate.interval[1],
+            "contrast": estimate.contrast,
+            "contrast_low": estimate.contrast_interval[0],
+            "contrast_high": estimate.contrast_interval[1],
             "null": null,
         }
         for name, group in groups.items()
-        for statistic, found, null in (("overlap", group.overlap, expected), ("cosine", group.cosine, 0.0))
+        for statistic, estimate, null in (("overlap", group.overlap, expected), ("cosine", group.cosine, 0.0))
     ]

@@ -37,8 +37,8 @@ def test_sums_in_one_go_are_the_sums_one_by_one(count: int) -> None:
     stack = to_common_basis(parts, "left")
     generator = np.random.default_rng(0)
     sums = [generator.choice(count, size=1 + place % count, replace=False).tolist() for place in range(12)]
-    for places, basis in zip(sums, stack.bases_of(sums, 3), strict=True):
-        (alone,) = stack.bases_of([places], 3)
+    for places, basis in zip(sums, stack.bases_of_sums(sums, 3), strict=True):
+        (alone,) = stack.bases_of_sums([places], 3)
         assert float((alone.T @ basis).square().sum()) == pytest.approx(3, abs=1e-9)
 
 

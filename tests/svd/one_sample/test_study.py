@@ -12,7 +12,7 @@ from geomkit.gradients.factored import FactoredGradient
 from geomkit.gradients.gradient_set import Coverage, GradientSet
 from geomkit.gradients.layer_gradient import LayerGradient
 from geomkit.svd.common_basis import overlaps_between, to_common_basis
-from geomkit.svd.one_sample.leave_one_out import singles_of_cosines, singles_of_overlaps
+from geomkit.svd.one_sample.leave_one_out import leave_one_out_cosines, leave_one_out_overlaps
 from geomkit.svd.one_sample.study import one_sample_study
 from tests.helpers.forms import dense, seeded
 from tests.helpers.forms import drawn as some_gradient
@@ -72,7 +72,7 @@ def check_partial_sums(parts: list[LayerGradient], rank: int, side: str) -> None
     """Every overlap between single gradients and sums without one, against those of dense SVDs."""
     matrices = [dense(part) for part in parts]
     stack = to_common_basis(parts, side)
-    single, others = stack.bases(rank), stack.bases_without_each(len(parts), rank)
+    single, others = stack.bases_of_gradients(rank), stack.leave_one_out_bases(len(parts), rank)
     expected_single = [leading(matrix, rank, side) for matrix in matrices]
     expected_others = [leading(sum(matrices) - own, rank, side) for own in [*matrices, 0 * matrices[0]]]
     assert [basis.shape[1] for basis in single] == [basis.shape[1] for basis in expected_single]
@@ -80,7 +80,7 @@ def check_partial_sums(parts: list[LayerGradient], rank: int, side: str) -> None
     for a, exact_a in zip([*single, *others], [*expected_single, *expected_others], strict=True):
         for b, exact_b in zip(others, expected_others, strict=True):
             assert float((a.T @ b).square().sum()) == pytest.approx(((exact_a.T @ exact_b) ** 2).sum(), abs=1e-5)
-    assert stack.basis([1, 2], rank).shape[1] == leading(matrices[1] + matrices[2], rank, side).shape[1]
+    assert stack.basis_of_sum([1, 2], rank).shape[1] == leading(matrices[1] + matrices[2], rank, side).shape[1]
     products = stack.gram()
     assert products is not None
     flat = np.stack(matrices).reshape(len(parts), -1)
@@ -109,7 +109,7 @@ def test_rows_that_nobody_looked_up_are_left_away() -> None:
     generator = seeded(3)
     parts = [some_gradient("indexed", (900, 40), generator) for _ in range(4)]
     check_partial_sums(parts, 3, "left")
-    assert to_common_basis(parts, "left").own[0].shape[1] <= 24
+    assert to_common_basis(parts, "left").left[0].shape[1] <= 24
 
 
 def test_large_matrices_are_decomposed_for_their_leading_vectors_only() -> None:
@@ -119,11 +119,11 @@ def test_large_matrices_are_decomposed_for_their_leading_vectors_only() -> None:
 
 def test_without_room_to_keep_the_gradients_the_result_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     parts = [sample[NAME] for sample in drawn(6, 3, shared=2).samples]
-    kept = to_common_basis(parts, "left").bases_without_each(6, 3)
-    monkeypatch.setattr("geomkit.svd.common_basis._KEPT", 0)
+    kept = to_common_basis(parts, "left").leave_one_out_bases(6, 3)
+    monkeypatch.setattr("geomkit.svd.common_basis._FORMED", 0)
     stack = to_common_basis(parts, "left")
     assert stack.gram() is None
-    for a, b in zip(kept, stack.bases_without_each(6, 3), strict=True):
+    for a, b in zip(kept, stack.leave_one_out_bases(6, 3), strict=True):
         assert float(overlaps_between([a], [b], 3)) == pytest.approx(1, abs=1e-9)
     found = one_sample_study(drawn(4, 0), drawn(4, 1), rank=3)
     monkeypatch.undo()
@@ -134,7 +134,7 @@ def test_without_room_to_keep_the_gradients_the_result_is_the_same(monkeypatch: 
 
 def test_no_direction_beyond_the_rank_of_the_others() -> None:
     parts = [FactoredGradient(torch.eye(1, ROWS), torch.eye(1, COLUMNS))] * 3
-    assert [basis.shape[1] for basis in to_common_basis(parts, "left").bases_without_each(3, 5)] == [1] * 4
+    assert [basis.shape[1] for basis in to_common_basis(parts, "left").leave_one_out_bases(3, 5)] == [1] * 4
 
 
 # -------------------------------------------------------------------------------------------------- cosines
@@ -164,7 +164,7 @@ def test_cosines_are_those_with_the_mean_of_the_others_over_all_parameters() -> 
 def test_pairs_of_cosines_lack_both_anchors() -> None:
     generator = np.random.default_rng(0)
     anchors, others = generator.normal(size=(5, 9)), generator.normal(size=(7, 9))
-    found = singles_of_cosines(
+    found = leave_one_out_cosines(
         (anchors @ anchors.T)[..., None], (anchors @ others.T)[..., None], (others**2).sum(1)[:, None]
     )
     for c in range(7):
@@ -172,7 +172,7 @@ def test_pairs_of_cosines_lack_both_anchors() -> None:
             if j != c % 5:
                 mean = anchors.sum(0) - anchors[c % 5] - anchors[j]
                 expected = others[c] @ mean / np.linalg.norm(others[c]) / np.linalg.norm(mean)
-                assert found.pairs[c, j, 0] == pytest.approx(expected, abs=1e-12)
+                assert found.without_two[c, j, 0] == pytest.approx(expected, abs=1e-12)
 
 
 # ------------------------------------------------------------------------------------------------ intervals
@@ -186,20 +186,20 @@ def test_leaving_out_is_what_a_study_without_that_example_finds() -> None:
         own, other = (np.stack([dense(s[NAME]).ravel() for s in side.samples[:rows]]) for side in (safety, control))
         return (own @ own.T)[..., None], (own @ other.T)[..., None], (other**2).sum(1)[:, None]
 
-    (without,) = singles_of_cosines(*products(5)).without()
-    assert without[4] == pytest.approx(singles_of_cosines(*products(4)).values.mean(0), abs=1e-12)
+    (without,) = leave_one_out_cosines(*products(5)).replicates()
+    assert without[4] == pytest.approx(leave_one_out_cosines(*products(4)).values.mean(0), abs=1e-12)
 
 
 def test_overlaps_with_two_anchors_left_out_are_nearly_the_sum_of_leaving_out_either() -> None:
     parts = [sample[NAME] for sample in drawn(16, 0, shared=3, strength=3.0).samples]
     stack = to_common_basis(parts, "left")
-    single, others = stack.bases(3), stack.bases_without_each(16, 3)
-    found = singles_of_overlaps(overlaps_between(single, others, 3).numpy()[..., None])
+    single, others = stack.bases_of_gradients(3), stack.leave_one_out_bases(16, 3)
+    found = leave_one_out_overlaps(overlaps_between(single, others, 3).numpy()[..., None])
     exact, nearly = [], []
     for j in range(1, 16):
-        rest = stack.basis([place for place in range(1, 16) if place != j], 3)
+        rest = stack.basis_of_sum([place for place in range(1, 16) if place != j], 3)
         exact.append(float(overlaps_between([single[0]], [rest], 3)))
-        nearly.append(found.pairs[0, j, 0])
+        nearly.append(found.without_two[0, j, 0])
     assert np.corrcoef(exact, nearly)[0, 1] > 0.9
     assert np.std(nearly) == pytest.approx(np.std(exact), rel=0.25)
 
