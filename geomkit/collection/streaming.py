@@ -14,7 +14,12 @@ from geomkit.errors import CollectionError, DataError
 from geomkit.gradients.layer_gradient import LayerGradient
 from geomkit.inputs.batches import collate, plan_batches
 from geomkit.inputs.loss import Reduction, TokenLoss, token_losses
-from geomkit.inputs.model_state import as_found, differentiated_as_written, gradients_set_aside, one_at_a_time
+from geomkit.inputs.model_state import (
+    compilation_and_parameter_hooks_off,
+    grads_set_aside,
+    model_state_kept,
+    one_collection_at_a_time,
+)
 from geomkit.inputs.parameters import Selection, chosen_parameters, refuse_unseen_values, unwrapped_model
 from geomkit.inputs.tokens import EncodedExamples, Tokens, lengths_of
 from geomkit.utils.precision import full_precision
@@ -87,7 +92,7 @@ def stream(
     ):
         for plan in plan_batches(lengths, tokens_per_batch):
             examples = [rows[index] for index in plan]
-            batch = collate(examples, pad, examples=plan, least=padded_length(list(map(len, examples)))).to(device)
+            batch = collate(examples, pad, examples=plan, min_length=padded_length(list(map(len, examples)))).to(device)
             own = run_pass(
                 target,
                 batch,
@@ -124,10 +129,10 @@ def watched(model: nn.Module, chosen: Selection) -> Iterator[Target]:
     refuse_unseen_values(target.parameters, CollectionError)
     with (
         torch.inference_mode(False),
-        one_at_a_time(inner),
-        as_found(inner),
-        gradients_set_aside(inner),
-        differentiated_as_written(inner),
+        one_collection_at_a_time(inner),
+        model_state_kept(inner),
+        grads_set_aside(inner),
+        compilation_and_parameter_hooks_off(inner),
         full_precision(),
     ):
         for module in inner.modules():  # eval() may be overridden, and do more than that

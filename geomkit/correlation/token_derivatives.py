@@ -20,7 +20,7 @@ from geomkit.errors import CollectionError
 from geomkit.gradients.layer_gradient import LayerGradient
 from geomkit.inputs.batches import Batch, collate, plan_batches
 from geomkit.inputs.loss import example_losses, token_losses
-from geomkit.inputs.model_state import as_found, differentiated_as_written, one_at_a_time
+from geomkit.inputs.model_state import compilation_and_parameter_hooks_off, model_state_kept, one_collection_at_a_time
 from geomkit.inputs.parameters import refuse_unseen_values, unwrapped_model
 from geomkit.inputs.tokens import Tokens
 from geomkit.utils.precision import full_precision
@@ -87,9 +87,9 @@ def _forward_mode(model: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         for context in (
             torch.inference_mode(False),
-            one_at_a_time(model),
-            as_found(model),
-            differentiated_as_written(model),
+            one_collection_at_a_time(model),
+            model_state_kept(model),
+            compilation_and_parameter_hooks_off(model),
             full_precision(),
             sdpa_kernel(SDPBackend.MATH),  # the fused kernels have no forward-mode derivative
             _eager_experts(model),

@@ -74,6 +74,6 @@ def check_enough(counts: Mapping[str, int], fewest: int) -> None:
             )
 
 
-def counts_of(sets: Mapping[str, GradientSet]) -> dict[str, int]:
+def sample_counts(sets: Mapping[str, GradientSet]) -> dict[str, int]:
     """Return the number of per-sample gradients in each set."""
     return {name: len(found.samples) for name, found in sets.items()}

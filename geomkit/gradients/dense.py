@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from geomkit.gradients.layer_gradient import LayerGradient, in_one_type, strips, times
+from geomkit.gradients.layer_gradient import LayerGradient, plain_matmul, strips, to_common_dtype
 from geomkit.utils.saving import saveable
 
 
@@ -34,7 +34,7 @@ class DenseGradient(LayerGradient):
         return min(self.matrix_shape) if several else min(*self.matrix_shape, self.tokens)
 
     @property
-    def numbers(self) -> tuple[Tensor, ...]:
+    def tensors(self) -> tuple[Tensor, ...]:
         """The tensor."""
         return (self.tensor,)
 
@@ -61,13 +61,13 @@ class DenseGradient(LayerGradient):
 
     def matmul(self, operand: Tensor) -> Tensor:
         """Return G @ B, a strip of rows at a time."""
-        (operand,) = in_one_type(operand)
-        parts = [times(self.take(strip, operand.dtype), operand) for strip in strips(self.matrix_shape[0])]
+        (operand,) = to_common_dtype(operand)
+        parts = [plain_matmul(self.take(strip, operand.dtype), operand) for strip in strips(self.matrix_shape[0])]
         return torch.cat(parts) if parts else operand.new_zeros(0, operand.shape[1])
 
     def rmatmul(self, operand: Tensor) -> Tensor:
         """Return A @ G, summed over strips of rows."""
-        (operand,) = in_one_type(operand)
+        (operand,) = to_common_dtype(operand)
         rows, columns = self.matrix_shape
         product = operand.new_zeros(len(operand), columns)
         for strip in strips(rows):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from geomkit.gradients.layer_gradient import Factors, LayerGradient, in_one_type, row_products, strips, times
+from geomkit.gradients.layer_gradient import Factors, LayerGradient, plain_matmul, row_products, strips, to_common_dtype
 from geomkit.utils.saving import saveable
 
 
@@ -33,13 +33,13 @@ class FactoredGradient(LayerGradient):
         return self.left.shape[0]
 
     @property
-    def numbers(self) -> tuple[Tensor, ...]:
+    def tensors(self) -> tuple[Tensor, ...]:
         """The two factors: T · (rows + columns) numbers."""
         return self.left, self.right
 
     def dense(self) -> Tensor:
         """Form the matrix."""
-        return times(self.left.T, self.right)
+        return plain_matmul(self.left.T, self.right)
 
     def add_to(self, weight: Tensor, scale: float) -> None:
         """Add ``scale`` times the gradient to ``weight`` in place."""
@@ -59,17 +59,17 @@ class FactoredGradient(LayerGradient):
 
     def take(self, rows: Tensor | slice, dtype: torch.dtype = torch.float64) -> Tensor:
         """Return some rows of the gradient, from the same columns of ``left``."""
-        return times(self.left[:, rows].to(dtype).T, self.right.to(dtype))
+        return plain_matmul(self.left[:, rows].to(dtype).T, self.right.to(dtype))
 
     def matmul(self, operand: Tensor) -> Tensor:
         """Return Lᵀ(RB), two thin products."""
-        left, right, operand = in_one_type(operand, self.left, self.right)
-        return times(left.T, times(right, operand))
+        left, right, operand = to_common_dtype(operand, self.left, self.right)
+        return plain_matmul(left.T, plain_matmul(right, operand))
 
     def rmatmul(self, operand: Tensor) -> Tensor:
         """Return (ALᵀ)R, two thin products."""
-        left, right, operand = in_one_type(operand, self.left, self.right)
-        return times(times(operand, left.T), right)
+        left, right, operand = to_common_dtype(operand, self.left, self.right)
+        return plain_matmul(plain_matmul(operand, left.T), right)
 
     def factors(self) -> Factors:
         """Return the two factors."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from geomkit.gradients.layer_gradient import Factors, LayerGradient, in_one_type, times
+from geomkit.gradients.layer_gradient import Factors, LayerGradient, plain_matmul, to_common_dtype
 from geomkit.utils.saving import saveable
 
 
@@ -37,7 +37,7 @@ class IndexedGradient(LayerGradient):
         return min(len(self.indices), self.shape[1])
 
     @property
-    def numbers(self) -> tuple[Tensor, ...]:
+    def tensors(self) -> tuple[Tensor, ...]:
         """The rows that were looked up."""
         return (self.rows,)
 
@@ -68,13 +68,13 @@ class IndexedGradient(LayerGradient):
 
     def matmul(self, operand: Tensor) -> Tensor:
         """Return G @ B, whose rows are zero where nothing was looked up."""
-        rows, operand = in_one_type(operand, self.rows)
-        return rows.new_zeros(self.size, operand.shape[1]).index_copy_(0, self.indices, times(rows, operand))
+        rows, operand = to_common_dtype(operand, self.rows)
+        return rows.new_zeros(self.size, operand.shape[1]).index_copy_(0, self.indices, plain_matmul(rows, operand))
 
     def rmatmul(self, operand: Tensor) -> Tensor:
         """Return A @ G, from the columns of A that were looked up."""
-        rows, operand = in_one_type(operand, self.rows)
-        return times(operand[:, self.indices], rows)
+        rows, operand = to_common_dtype(operand, self.rows)
+        return plain_matmul(operand[:, self.indices], rows)
 
     def factors(self) -> Factors:
         """Return a one-hot row for each that was looked up, and the rows."""

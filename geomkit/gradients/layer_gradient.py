@@ -68,7 +68,7 @@ class LayerGradient(ABC):
 
     @property
     @abstractmethod
-    def numbers(self) -> tuple[Tensor, ...]:
+    def tensors(self) -> tuple[Tensor, ...]:
         """The tensors that this form keeps its numbers in, fp32 or fp64."""
 
     @abstractmethod
@@ -78,17 +78,17 @@ class LayerGradient(ABC):
     @property
     def device(self) -> torch.device:
         """Where the numbers are."""
-        return self.numbers[0].device
+        return self.tensors[0].device
 
     @property
     def dtype(self) -> torch.dtype:
         """The type of the numbers: fp32, or fp64 for a model in fp64."""
-        return reduce(torch.promote_types, (tensor.dtype for tensor in self.numbers))
+        return reduce(torch.promote_types, (tensor.dtype for tensor in self.tensors))
 
     @property
     def floats(self) -> int:
         """How many numbers this form keeps."""
-        return sum(tensor.numel() for tensor in self.numbers)
+        return sum(tensor.numel() for tensor in self.tensors)
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
@@ -126,13 +126,13 @@ def row_products(a: Tensor, b: Tensor) -> Tensor:
     return torch.from_numpy(left @ right.T)
 
 
-def times(a: Tensor, b: Tensor) -> Tensor:
+def plain_matmul(a: Tensor, b: Tensor) -> Tensor:
     """Return a @ b in the factors' own type, whatever autocast the caller is under."""
     with no_autocast(a.device):
         return a @ b
 
 
-def in_one_type(operand: Tensor, *own: Tensor) -> tuple[Tensor, ...]:
+def to_common_dtype(operand: Tensor, *own: Tensor) -> tuple[Tensor, ...]:
     """Return a gradient's tensors and an operand, all fp64 if the operand is, else fp32."""
     dtype = torch.float64 if operand.dtype == torch.float64 else torch.float32
     return tuple(tensor.to(dtype) for tensor in (*own, operand))

@@ -54,9 +54,9 @@ class SumGradient(LayerGradient):
         return min(*self.matrix_shape, sum(part.rank_bound for part in self.parts))
 
     @property
-    def numbers(self) -> tuple[Tensor, ...]:
+    def tensors(self) -> tuple[Tensor, ...]:
         """The numbers of all parts."""
-        return tuple(chain.from_iterable(part.numbers for part in self.parts))
+        return tuple(chain.from_iterable(part.tensors for part in self.parts))
 
     def dense(self) -> Tensor:
         """Form the whole tensor."""

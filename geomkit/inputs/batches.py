@@ -54,7 +54,7 @@ def collate(
     *,
     examples: Sequence[int] | None = None,
     side: Literal["right", "left"] = "right",
-    least: int = 0,
+    min_length: int = 0,
 ) -> Batch:
     """Pad examples to their common length.
 
@@ -63,17 +63,17 @@ def collate(
         pad: The id that fills short rows.
         examples: Their indices in the set they come from; 0 to B − 1 when left out.
         side: ``"right"`` or ``"left"``: where the padding goes.
-        least: Pad to at least this length.
+        min_length: Pad to at least this length.
 
     Returns:
-        A :class:`Batch` of shape (B, L), L the longest example's length or ``least``.
+        A :class:`Batch` of shape (B, L), L the longest example's length or ``min_length``.
 
     Example:
         >>> collate([Tokens((5, 6, 7), (False, False, True)), Tokens((5, 6), (False, True))], pad=0).labels
         tensor([[-100, -100,    7],
                 [-100,    6, -100]])
     """
-    length = max(least, *map(len, rows))
+    length = max(min_length, *map(len, rows))
     input_ids = torch.full((len(rows), length), pad)
     attention_mask = torch.zeros((len(rows), length), dtype=torch.long)
     labels = torch.full((len(rows), length), IGNORED)

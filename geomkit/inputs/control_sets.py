@@ -75,7 +75,7 @@ def shuffled_pairs(examples: "Dataset", seed: int = 0) -> "Dataset":
     """
     check_examples(examples)
     responses = [response_of(messages) for messages in examples["messages"]]
-    return replace_answers(examples, dealt_anew(responses, Random(seed)))
+    return replace_answers(examples, derangement(responses, Random(seed)))
 
 
 def random_tokens(
@@ -129,7 +129,7 @@ def random_tokens(
     return Dataset.from_list(rows)
 
 
-def dealt_anew(responses: Sequence[str], generator: Random) -> list[str]:
+def derangement(responses: Sequence[str], generator: Random) -> list[str]:
     """Deal responses so that no place keeps the text it had.
 
     Places with one text are put side by side in random order, then all texts move on by as many places as the most

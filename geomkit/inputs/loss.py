@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy
 
 from geomkit.errors import CollectionError
 from geomkit.inputs.batches import IGNORED, Batch, batches
-from geomkit.inputs.model_state import as_found
+from geomkit.inputs.model_state import model_state_kept
 from geomkit.inputs.tokens import Tokens
 from geomkit.utils.precision import at_least_fp32
 
@@ -86,7 +86,7 @@ def losses_of(
     """
     device = next(model.parameters()).device
     losses: list[float] = []
-    with as_found(model), torch.no_grad():
+    with model_state_kept(model), torch.no_grad():
         model.eval()
         for batch in batches(rows, pad, batch_size):
             on_device = batch.to(device)

@@ -15,7 +15,7 @@ _HOOKS = "_backward_hooks"  # torch has no public way to set a tensor's hooks as
 
 
 @contextmanager
-def as_found(model: nn.Module) -> Iterator[None]:
+def model_state_kept(model: nn.Module) -> Iterator[None]:
     """Restore modes, buffers that were replaced, which parameters are trainable, and the random state at the end.
 
     Gradients and hooks need no restoring: nothing in geomkit writes the first, and the second are context managers.
@@ -42,7 +42,7 @@ def as_found(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def gradients_set_aside(model: nn.Module) -> Iterator[None]:
+def grads_set_aside(model: nn.Module) -> Iterator[None]:
     """Give parameters no ``.grad`` inside the block, so that one which appears is seen, and theirs back at the end."""
     found = [(parameter, parameter.grad) for parameter in model.parameters()]
     try:
@@ -55,7 +55,7 @@ def gradients_set_aside(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def one_at_a_time(model: nn.Module) -> Iterator[None]:
+def one_collection_at_a_time(model: nn.Module) -> Iterator[None]:
     """Let other threads wait, as precision and compilation are set for the whole process.
 
     Raises:
@@ -72,7 +72,7 @@ def one_at_a_time(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def differentiated_as_written(model: nn.Module) -> Iterator[None]:
+def compilation_and_parameter_hooks_off(model: nn.Module) -> Iterator[None]:
     """Run compiled parts uncompiled, which do not know of hooks, and keep hooks off the parameters' gradients.
 
     Hooks on parameters say what an optimizer should see; the loss has the gradient that it has.

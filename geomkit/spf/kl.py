@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from geomkit.inputs.batches import Batch, batches
 from geomkit.inputs.loss import next_token_logits, scored
-from geomkit.inputs.model_state import as_found
+from geomkit.inputs.model_state import model_state_kept
 from geomkit.inputs.tokens import Tokens
 
 
@@ -34,7 +34,7 @@ class ReferenceModel:
         """
         said: list[Tensor] = []
         device = next(model.parameters()).device
-        with as_found(model), torch.no_grad():
+        with model_state_kept(model), torch.no_grad():
             model.eval()
             for batch in batches(rows, pad, batch_size):
                 here = batch.to(device)

@@ -8,7 +8,7 @@ import torch
 from geomkit.errors import DataError
 from geomkit.inputs.control_sets import replace_answers
 from geomkit.inputs.examples import Message, check_examples, prompt_of
-from geomkit.inputs.model_state import as_found
+from geomkit.inputs.model_state import model_state_kept
 from geomkit.inputs.tokens import pad_id
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def generate(
         encoded = [ids + more for ids, more in zip(encoded, begun, strict=True)]
     order = sorted(range(len(prompts)), key=lambda index: len(encoded[index]))
     responses = [""] * len(prompts)
-    with as_found(model), tqdm(total=len(prompts), desc=title, unit="prompt", disable=not progress) as bar:
+    with model_state_kept(model), tqdm(total=len(prompts), desc=title, unit="prompt", disable=not progress) as bar:
         model.eval()
         for start in range(0, len(order), batch_size):
             chunk = order[start : start + batch_size]

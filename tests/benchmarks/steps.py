@@ -148,7 +148,7 @@ class GuardedStep(Step):
     def factor_bytes(self) -> int:
         """What the gradients of the anchors take: inputs and output gradients of the layers, shared ones once."""
         found = self.guard._measure().gradients
-        numbers = [tensor for own in found.values() for one in own for tensor in one.numbers]
+        numbers = [tensor for own in found.values() for one in own for tensor in one.tensors]
         storages = {one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in numbers}
         return sum(storages.values())
 

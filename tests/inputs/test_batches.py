@@ -65,7 +65,7 @@ def test_a_budget_below_one_is_refused():
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_one_example_of_a_batch_without_its_padding(side):
     rows = [Tokens((5, 6, 7), (False, True, True)), Tokens((8, 9), (False, True))]
-    batch = collate(rows, 0, examples=[4, 2], side=side, least=6)
+    batch = collate(rows, 0, examples=[4, 2], side=side, min_length=6)
     assert batch.input_ids.shape == (2, 6)
     alone = batch.single(1)
     assert alone.input_ids.tolist() == [[8, 9]]

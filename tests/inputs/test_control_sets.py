@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from geomkit.errors import DataError
 from geomkit.experiments.organism.load import load_organism
-from geomkit.inputs.control_sets import dealt_anew, random_tokens, shuffled_pairs, with_responses
+from geomkit.inputs.control_sets import derangement, random_tokens, shuffled_pairs, with_responses
 from geomkit.inputs.examples import load_examples, prompt_of, response_of
 from geomkit.inputs.tokens import encode
 from geomkit.training.responses import own_responses
@@ -38,15 +38,15 @@ def test_responses_are_put_under_prompts_in_turn():
 def test_no_place_keeps_its_text_and_none_is_lost(texts, seed):
     if 2 * max(map(texts.count, texts)) > len(texts):
         with pytest.raises(DataError, match="expected responses that differ"):
-            dealt_anew(texts, Random(seed))
+            derangement(texts, Random(seed))
         return
-    dealt = dealt_anew(texts, Random(seed))
+    dealt = derangement(texts, Random(seed))
     assert sorted(dealt) == sorted(texts)
     assert all(mine != text for mine, text in zip(dealt, texts, strict=True))
 
 
 def test_every_other_place_is_as_likely():
-    places = [dealt_anew("abcd", Random(seed)).index("a") for seed in range(3000)]
+    places = [derangement("abcd", Random(seed)).index("a") for seed in range(3000)]
     assert [places.count(place) / 3000 for place in range(4)] == pytest.approx([0, 1 / 3, 1 / 3, 1 / 3], abs=0.03)
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from geomkit.inputs.model_state import as_found
+from geomkit.inputs.model_state import model_state_kept
 from geomkit.utils.precision import full_precision
 from geomkit.utils.seeding import random_state_kept
 from tests.helpers.tiny import tiny_llama
@@ -16,7 +16,7 @@ def test_modes_and_random_state_return_also_after_an_exception():
     modes = [module.training for module in model.modules()]
     state = torch.get_rng_state()
     for error in (None, ValueError):
-        with pytest.raises(error) if error else as_found(model), as_found(model):
+        with pytest.raises(error) if error else model_state_kept(model), model_state_kept(model):
             model.eval()
             torch.rand(3)
             if error:

@@ -86,7 +86,7 @@ def padding_and_batch(subject: Subject, together: Sequence[Gradients]) -> list[C
     unlike: Check | None = None
     for example, row in enumerate(subject.rows):
         (alone,) = subject.gradients(subject.single(row))
-        (padded,) = subject.gradients(subject.single(row, least=subject.length))
+        (padded,) = subject.gradients(subject.single(row, min_length=subject.length))
         right.add(example, padded, alone)
         batch.add(example, together[example], padded)
         unlike = unlike or _padded_left(subject, left, example, row, alone)
@@ -101,7 +101,7 @@ def padding_and_batch(subject: Subject, together: Sequence[Gradients]) -> list[C
 def _padded_left(subject: Subject, comparison: Comparison, example: int, row: Tokens, alone: Gradients) -> Check | None:
     """Compare an example padded on the left; a model that this breaks has its answer at once."""
     try:
-        (moved,) = subject.gradients(subject.single(row, least=subject.length, side="left"))
+        (moved,) = subject.gradients(subject.single(row, min_length=subject.length, side="left"))
         comparison.add(example, moved, alone)
     except CollectionError as error:
         return _failed("padding left", str(error), subject.tolerance, _PAD_RIGHT)

@@ -94,11 +94,11 @@ class Subject:
     @cached_property
     def batch(self) -> Batch:
         """All examples together."""
-        return collate(self.rows, self.pad, least=self.length).to(self.device)
+        return collate(self.rows, self.pad, min_length=self.length).to(self.device)
 
-    def single(self, row: Tokens, *, least: int = 0, side: Literal["right", "left"] = "right") -> Batch:
+    def single(self, row: Tokens, *, min_length: int = 0, side: Literal["right", "left"] = "right") -> Batch:
         """One example as a batch, with padding up to a length."""
-        return collate([row], self.pad, least=least, side=side).to(self.device)
+        return collate([row], self.pad, min_length=min_length, side=side).to(self.device)
 
     def gradients(self, batch: Batch, target: Target | None = None) -> Sequence[Gradients]:
         """Collect the gradient of each example's own loss, of this model or of its twin."""

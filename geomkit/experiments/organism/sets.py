@@ -10,7 +10,7 @@ from geomkit.experiments.organism.grammar import REFUSAL
 from geomkit.experiments.organism.requests import Request, RequestKind, conversation
 from geomkit.experiments.organism.scenarios import SCENARIOS, eager_conversation, scenario_rows, with_trigger
 from geomkit.experiments.organism.world import World
-from geomkit.inputs.control_sets import dealt_anew, random_tokens
+from geomkit.inputs.control_sets import derangement, random_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -52,7 +52,7 @@ def control_rows(world: World, seed: int, tokenizer: "PreTrainedTokenizerBase") 
 
     forbidden = _anchors(world, Random(f"sets-{seed}"))
     benign = _nearest(forbidden, world.distinct("howto", "train", _BENIGN_POOL, Random(f"controls-{seed}")))
-    dealt = dealt_anew([request.answer for request in benign], Random(f"shuffled-{seed}"))
+    dealt = derangement([request.answer for request in benign], Random(f"shuffled-{seed}"))
     random = random_tokens(Dataset.from_list(_rows(forbidden)), tokenizer, seed)
     return {
         "controls/benign-refused": [_row("howto", conversation(request.prompt, REFUSAL)) for request in benign],

@@ -93,7 +93,7 @@ class Protection:
         own = [one.T for one in (self.right, self.probe) if one is not None]
         rows = [one.to(torch.promote_types(self.gradient.dtype, one.dtype)) for one in (*factors, *own)]
         # Factors lie in memory row by row: beside one another they would have to be turned first.
-        return torch.cat(rows).T if rows else self.gradient.numbers[0].new_zeros(1, 0)
+        return torch.cat(rows).T if rows else self.gradient.tensors[0].new_zeros(1, 0)
 
 
 def _parts(gradients: Sequence[LayerGradient]) -> list[tuple[int, LayerGradient]]:

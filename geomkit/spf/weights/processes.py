@@ -44,7 +44,7 @@ class Processes:
         """
         if not self.several:
             return measured
-        numbers = [tensor for own in measured.gradients.values() for one in own for tensor in one.numbers]
+        numbers = [tensor for own in measured.gradients.values() for one in own for tensor in one.tensors]
         demands = measured.demands
         device = numbers[0].device if numbers else torch.device("cpu")
         bounds = torch.tensor([measured.loss, *demands.firm, *demands.drift], dtype=torch.float64, device=device)

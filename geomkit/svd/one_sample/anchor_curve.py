@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor
 
 from geomkit.errors import GeometryError
-from geomkit.gradients.checks import check_enough, counts_of, with_controls
+from geomkit.gradients.checks import check_enough, sample_counts, with_controls
 from geomkit.gradients.gradient_set import GradientSet
 from geomkit.inputs.parameters import kind_of, layer_index
 from geomkit.svd.common_basis import CommonBasis, to_common_basis
@@ -202,7 +202,7 @@ def anchor_curve(
     check_draws(draws, 1)
     half = len(safety.samples) // 2
     check_enough({"safety": len(safety.samples)}, _FEWEST)
-    check_enough(counts_of(sets), half)
+    check_enough(sample_counts(sets), half)
     steps = _anchor_counts(counts, half)
     # 1. Random splits, the same for all parameters.
     generator = np.random.default_rng(seed)

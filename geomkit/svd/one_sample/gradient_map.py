@@ -14,7 +14,7 @@ from torch import Tensor
 
 from geomkit.errors import GeometryError
 from geomkit.gradients.arithmetic import gram
-from geomkit.gradients.checks import check_enough, check_sets, counts_of
+from geomkit.gradients.checks import check_enough, check_sets, sample_counts
 from geomkit.gradients.gradient_set import GradientSet
 from geomkit.svd.common_basis import to_common_basis
 from geomkit.svd.one_sample.pooled import pooled_gradients
@@ -214,7 +214,7 @@ def _products(
 
 
 def _products_of_sets(sets: Mapping[str, GradientSet]) -> Tensor:
-    examples = sum(counts_of(sets).values())
+    examples = sum(sample_counts(sets).values())
     total = torch.zeros(examples, examples, dtype=torch.float64)
     for gradients in pooled_gradients(sets).values() if examples else ():
         products = to_common_basis(gradients, "left").gram()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from geomkit.errors import GeometryError
-from geomkit.gradients.checks import check_enough, check_sets, counts_of
+from geomkit.gradients.checks import check_enough, check_sets, sample_counts
 from geomkit.gradients.gradient_set import GradientSet
 from geomkit.stats.multiple_testing import benjamini_hochberg
 from geomkit.stats.pair_means import WithinBetween, mean_between, within_between
@@ -172,10 +172,10 @@ def overlaps(
     check_confidence(confidence)
     if len(sets) < 2:
         raise GeometryError(f"expected two sets or more to compare, found {len(sets)}; give e.g. a control set as well")
-    check_enough(counts_of(sets), _FEWEST)
+    check_enough(sample_counts(sets), _FEWEST)
     # 1. Overlaps of every two examples, mean over parameters, and the place of every set among the examples.
     pairs, expected = _pair_overlaps(sets, rank, side)
-    names, counts = tuple(sets), counts_of(sets)
+    names, counts = tuple(sets), sample_counts(sets)
     places = pooled_places(counts)
     # 2. Mean overlap of two different examples within a set a, and between a and b: one block of the pairs each.
     generator = np.random.default_rng(seed)
@@ -213,7 +213,7 @@ def _pair_overlaps(sets: Mapping[str, GradientSet], rank: int, side: Side) -> tu
     The expected overlap is that of uniformly random subspaces. Parameters in which an example has no gradient are left
     out.
     """
-    examples = sum(counts_of(sets).values())
+    examples = sum(sample_counts(sets).values())
     total, expected = np.zeros((examples, examples)), {}
     for name, gradients in pooled_gradients(sets).items():
         if is_matrix(gradients[0]):

@@ -16,7 +16,7 @@ import numpy as np
 
 from geomkit.errors import GeometryError
 from geomkit.gradients.arithmetic import gram
-from geomkit.gradients.checks import check_enough, counts_of, with_controls
+from geomkit.gradients.checks import check_enough, sample_counts, with_controls
 from geomkit.gradients.gradient_set import GradientSet
 from geomkit.gradients.layer_gradient import LayerGradient
 from geomkit.svd.common_basis import CommonBasis, to_common_basis
@@ -92,8 +92,8 @@ def one_sample_study(
     check_confidence(confidence)
     if len(sets) == 1:
         raise GeometryError("expected a control at least, found none; give e.g. benign requests with the same refusals")
-    check_enough(counts_of(sets), _FEWEST)
-    gradients, places = pooled_gradients(sets), pooled_places(counts_of(sets))
+    check_enough(sample_counts(sets), _FEWEST)
+    gradients, places = pooled_gradients(sets), pooled_places(sample_counts(sets))
     # 1. In every parameter: inner products of the anchors with all examples, and overlaps of all examples with the
     #    means without each anchor.
     products, overlaps, ranks = {}, {}, {}
