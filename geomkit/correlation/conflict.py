@@ -189,9 +189,9 @@ def conflict(
             (N, N) inner products between safety examples, by parameter.
         utility: Utility gradients, collected with ``per_sample=True`` from at least three examples; with ``across=``
             the (M, M) inner products between utility examples.
-        control: Gradients of examples that share with the safety set what its gradient should not be about, such as
-            benign requests with the same refusals (:func:`geomkit.with_responses`); with ``across=`` the (C, C) inner
-            products between control examples.
+        control: Gradients of examples like the safety examples in everything but safety, such as benign requests with
+            the same refusals (:func:`geomkit.with_responses`), collected in the same way; with ``across=`` the (C, C)
+            inner products between control examples.
         across: (N, M) inner products between safety and utility examples, where the sets are given by inner products.
         control_across: (C, M) inner products between control and utility examples, likewise.
         draws: Number of random divisions of the pooled examples; the smallest possible p-value is 1/(draws + 1).

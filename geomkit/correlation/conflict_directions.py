@@ -4,13 +4,12 @@ With the SVD of a parameter's mean safety gradient, G_s = Σ σ_i u_i v_iᵀ, th
 sum over directions: ⟨G_s, G⟩ = Σ σ_i u_iᵀ G v_i. A projection that removes the leading directions removes their terms
 and leaves the others, so the terms of these directions bound the effect of the projection.
 
-*Null of a term.* Zero is not the right null: G_s has most of its energy in its first directions, and even a utility
-gradient that is a multiple of G_s plus an unrelated gradient has with each direction a term in proportion to the
-direction's share of the energy, σ_i²/‖G_s‖². This proportion is the null here: ``expected`` is the whole cosine times
-the share of the energy, and the p-value tests whether a term equals it. Random directions would be no null either: k
-random directions in an m × n matrix hold k/(mn) of any inner product on average. The directions u_i v_iᵀ are chosen on
-safety examples only, so the intervals, which are over utility examples given the safety directions, are not biased by
-the choice.
+*Null of a term.* Zero is not the right null: G_s has most of its energy in its first directions, so the terms of a
+multiple of G_s plus an unrelated gradient are on average proportional to the energy of their directions, σ_i²/‖G_s‖².
+This proportion is the null here: ``expected`` is the whole cosine times the share of the energy, and the p-value tests
+whether a term equals ``expected``. Random directions would be no null either: k random directions in an m × n matrix
+hold k/(mn) of any inner product on average. The directions u_i v_iᵀ are chosen on safety examples only, so the
+intervals, which are over utility examples given the safety directions, are not biased by the choice.
 """
 
 from collections.abc import Mapping, Sequence
@@ -108,7 +107,7 @@ class ConflictDirections(Result):
 
     @cached_property
     def total(self) -> DirectionParts:
-        """The contributions over all matrices; those of the i-th direction of each matrix are added up."""
+        """The contributions over all matrices; contributions of the i-th direction of every matrix are added up."""
         layers = self.layers.values()
         energy = sum(layer.weight * _padded(layer.energy, self.rank) for layer in layers)
         parts = sum(_padded(layer.parts, self.rank) for layer in layers)

@@ -40,7 +40,7 @@ class ExampleTokens:
     Attributes:
         ids: Token ids, length T.
         tokens: Token texts, length T.
-        scored: (T,) whether the loss includes the token; it includes the assistant's tokens.
+        scored: (T,) whether the token belongs to the assistant, so that the loss includes it.
         losses: (T,) loss of each token in nats; NaN where not scored.
         contributions: (T,) contribution of each token to the derivative of the example's loss along the unit safety
             gradient; NaN where not scored. See :class:`TokenConflict` for the sign.

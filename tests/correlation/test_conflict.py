@@ -56,16 +56,16 @@ def dense_cosine(a: np.ndarray, b: np.ndarray) -> float:
 
 def test_cosines_are_those_of_the_dense_mean_gradients() -> None:
     safety, utility = planted(np.random.default_rng(0), (6, 9), -0.4, 0.5)
-    found = conflict(from_rows(safety), from_rows(utility), draws=50)
-    assert found.cosine == pytest.approx(dense_cosine(safety, utility), abs=1e-6)
+    result = conflict(from_rows(safety), from_rows(utility), draws=50)
+    assert result.cosine == pytest.approx(dense_cosine(safety, utility), abs=1e-6)
     halves = [rows.reshape(len(rows), 2, -1)[:, 1] for rows in (safety, utility)]
-    assert found.layers[NAMES[1]].cosine == pytest.approx(dense_cosine(*halves), abs=1e-6)
+    assert result.layers[NAMES[1]].cosine == pytest.approx(dense_cosine(*halves), abs=1e-6)
     mean = safety.mean(0)
     inner = utility @ mean
-    assert found.negative.successes == (inner < 0).sum()
-    assert found.negative.n == 9
+    assert result.negative.successes == (inner < 0).sum()
+    assert result.negative.n == 9
     expected = inner / np.linalg.norm(mean) / np.linalg.norm(utility, axis=1)
-    assert found.per_example == pytest.approx(expected, abs=1e-6)
+    assert result.per_example == pytest.approx(expected, abs=1e-6)
 
 
 def test_factored_and_dense_samples_agree() -> None:
@@ -74,9 +74,9 @@ def test_factored_and_dense_samples_agree() -> None:
     def sample() -> FactoredGradient:
         return FactoredGradient(torch.randn(4, 30, generator=generator), torch.randn(4, 40, generator=generator))
 
-    kept = [[{"w": sample()} for _ in range(5)] for _ in range(2)]
-    formed = [[{"w": DenseGradient(found["w"].dense(), 4)} for found in side] for side in kept]
-    a, b = (conflict(gradient_set(side[0]), gradient_set(side[1]), draws=50) for side in (kept, formed))
+    factored = [[{"w": sample()} for _ in range(5)] for _ in range(2)]
+    formed = [[{"w": DenseGradient(example["w"].dense(), 4)} for example in side] for side in factored]
+    a, b = (conflict(gradient_set(side[0]), gradient_set(side[1]), draws=50) for side in (factored, formed))
     assert (a.cosine, *a.interval, *a.null_interval) == pytest.approx(
         (b.cosine, *b.interval, *b.null_interval), abs=1e-5
     )
@@ -97,22 +97,22 @@ def test_conflict_ignores_scale_order_and_rotation(seed: int, scale: float, cosi
 
 def test_opposed_sets_are_found_in_conflict() -> None:
     safety, utility = planted(np.random.default_rng(0), (20, 24), -0.7, 1.0)
-    found = conflict(from_rows(safety), from_rows(utility), draws=199)
-    assert found.interval[0] < -0.7 < found.interval[1] < 0
-    assert found.cosine < found.null_interval[0]
-    assert found.p_value == 1 / 200
-    assert found.negative.value > 0.5
-    frame = found.to_frame()
+    result = conflict(from_rows(safety), from_rows(utility), draws=199)
+    assert result.interval[0] < -0.7 < result.interval[1] < 0
+    assert result.cosine < result.null_interval[0]
+    assert result.p_value == 1 / 200
+    assert result.negative.value > 0.5
+    frame = result.to_frame()
     assert list(frame["layer"]) == [0, 1]
     assert (frame["q_value"] <= 0.05).all()
-    assert "shuffled" in found._repr_html_()
+    assert "shuffled" in result._repr_html_()
 
 
 def test_noise_draws_the_plain_cosine_to_zero_and_not_the_corrected_one() -> None:
     generator = np.random.default_rng(2)
     drawn = [grams(*planted(generator, (16, 16), -0.6, 0.1)) for _ in range(200)]
-    assert np.mean([found.cosine for found in drawn]) > -0.45
-    assert np.median([expected_cosine(found, 0.95)[0] for found in drawn]) == pytest.approx(-0.6, abs=0.05)
+    assert np.mean([gram.cosine for gram in drawn]) > -0.45
+    assert np.median([expected_cosine(gram, 0.95)[0] for gram in drawn]) == pytest.approx(-0.6, abs=0.05)
 
 
 @pytest.mark.parametrize(
@@ -138,22 +138,22 @@ def test_interval_is_everything_where_a_mean_is_only_noise() -> None:
 def test_a_mean_of_noise_is_said_to_be_one() -> None:
     generator = np.random.default_rng(12)
     sets = [from_rows(rows - rows.mean(0)) for rows in planted(generator, (6, 6), 0.0, 0.0, 60)]
-    found = conflict(*sets, draws=20)
-    assert math.isnan(found.corrected)
-    assert "no larger than its noise" in str(found)
+    result = conflict(*sets, draws=20)
+    assert math.isnan(result.corrected)
+    assert "no larger than its noise" in str(result)
 
 
 def test_p_value_is_uniform_when_examples_are_exchangeable() -> None:
     generator = np.random.default_rng(5)
-    found = []
+    p_values = []
     for _ in range(600):
         safety, utility = planted(generator, (8, 12), 0.0, 0.2, 40)
         pooled = np.concatenate([safety, utility])[generator.permutation(20)] + 0.3
         gram = grams(pooled[:8], pooled[8:])
         permuted = permuted_cosines(gram, permuted_labels(8, 12, 99, generator))
-        found.append(permutation_test(gram.cosine, permuted, 0.95)[0])
-    assert kstest(found, "uniform").pvalue > 0.01
-    assert np.mean(np.array(found) <= 0.05) == pytest.approx(0.05, abs=0.025)
+        p_values.append(permutation_test(gram.cosine, permuted, 0.95)[0])
+    assert kstest(p_values, "uniform").pvalue > 0.01
+    assert np.mean(np.array(p_values) <= 0.05) == pytest.approx(0.05, abs=0.025)
 
 
 def test_permuted_cosines_are_those_of_the_divided_examples() -> None:
@@ -176,13 +176,13 @@ def test_seeds_decide_the_draws_and_nothing_else() -> None:
 def test_a_layer_without_gradient_has_no_cosine_and_no_significance() -> None:
     safety, utility = planted(np.random.default_rng(8), (5, 5), 0.0, 1.0, 12)
     utility[:, 6:] = 0
-    found = conflict(from_rows(safety), from_rows(utility), draws=50)
-    empty = found.layers[NAMES[1]]
+    result = conflict(from_rows(safety), from_rows(utility), draws=50)
+    empty = result.layers[NAMES[1]]
     assert math.isnan(empty.cosine)
     assert math.isnan(empty.corrected)
     assert (empty.interval, empty.p_value) == ((-1.0, 1.0), 1.0)
-    assert not math.isnan(found.cosine)
-    assert found.to_frame()["q_value"].notna().all()
+    assert not math.isnan(result.cosine)
+    assert result.to_frame()["q_value"].notna().all()
 
 
 def test_sets_that_cannot_be_compared_are_refused() -> None:
@@ -198,16 +198,16 @@ def test_sets_that_cannot_be_compared_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"confidence": 95}, "found 95; give .95, not 95"),
         ({"confidence": 1.0}, "found 1.0"),
         ({"draws": 0}, "at least 1, found draws=0"),
     ],
 )
-def test_numbers_out_of_range_are_refused(options: dict[str, object], said: str) -> None:
+def test_numbers_out_of_range_are_refused(options: dict[str, object], message: str) -> None:
     sides = (from_rows(np.random.default_rng(seed).normal(size=(4, 12))) for seed in (0, 1))
-    with pytest.raises(GeometryError, match=said):
+    with pytest.raises(GeometryError, match=message):
         conflict(*sides, **options)
 
 

@@ -24,8 +24,8 @@ def random_set(seed: int, examples: int, *, tokens: int = 4, dense: bool = False
     generator = torch.Generator().manual_seed(seed)
 
     def gradient(shape: tuple[int, int]) -> LayerGradient:
-        found = FactoredGradient(*(torch.randn(tokens, size, generator=generator) for size in shape))
-        return DenseGradient(found.dense(), tokens) if dense else found
+        factored = FactoredGradient(*(torch.randn(tokens, size, generator=generator) for size in shape))
+        return DenseGradient(factored.dense(), tokens) if dense else factored
 
     samples = [
         {name: gradient(shape) for name, shape in SHAPES.items()}
@@ -42,10 +42,10 @@ def matrix(gradients: GradientSet, name: str) -> np.ndarray:
 @pytest.mark.parametrize("dense", [False, True])
 def test_parts_are_those_of_the_dense_svd(dense: bool) -> None:
     safety, utility = random_set(0, 1, dense=dense), random_set(1, 5, dense=dense)
-    found = conflict_directions(safety, utility, rank=3)
+    result = conflict_directions(safety, utility, rank=3)
     norms = [math.sqrt(sum(np.linalg.norm(matrix(side, name)) ** 2 for name in SHAPES)) for side in (safety, utility)]
-    assert list(found.layers) == list(SHAPES)
-    for name, layer in found.layers.items():
+    assert list(result.layers) == list(SHAPES)
+    for name, layer in result.layers.items():
         left, values, right = np.linalg.svd(matrix(safety, name), full_matrices=False)
         for place in range(3):
             for number, sample in enumerate(utility.samples):
@@ -58,25 +58,25 @@ def test_parts_are_those_of_the_dense_svd(dense: bool) -> None:
 
 def test_parts_of_all_directions_add_up_to_the_cosine() -> None:
     safety, utility = random_set(2, 3), random_set(3, 6)
-    found = conflict_directions(safety, utility, rank=9)
+    result = conflict_directions(safety, utility, rank=9)
     flat = [np.concatenate([matrix(side, name).ravel() for name in SHAPES]) for side in (safety, utility)]
     cosine = flat[0] @ flat[1] / np.linalg.norm(flat[0]) / np.linalg.norm(flat[1])
-    assert found.cosine == pytest.approx(cosine, abs=1e-6)
-    assert found.total.parts.sum(0) == pytest.approx(found.total.whole, abs=1e-6)
-    assert found.energy == pytest.approx(1, abs=1e-6)
-    assert found.share == pytest.approx(1, abs=1e-5)
-    frame = found.to_frame()
+    assert result.cosine == pytest.approx(cosine, abs=1e-6)
+    assert result.total.parts.sum(0) == pytest.approx(result.total.whole, abs=1e-6)
+    assert result.energy == pytest.approx(1, abs=1e-6)
+    assert result.share == pytest.approx(1, abs=1e-5)
+    frame = result.to_frame()
     assert frame["contribution"].sum() == pytest.approx(cosine, abs=1e-6)
-    assert sum(layer.weight for layer in found.layers.values()) == pytest.approx(1)
-    last = found.by_index().iloc[-1]
+    assert sum(layer.weight for layer in result.layers.values()) == pytest.approx(1)
+    last = result.by_index().iloc[-1]
     assert (last["direction"], last["cumulative_energy"]) == (0, pytest.approx(1))
     assert last["cumulative_contribution"] == pytest.approx(cosine, abs=1e-6)
     assert math.isnan(frame[frame["direction"] == 0]["p_value"].iloc[0])
 
 
 def test_intervals_and_p_values_are_students() -> None:
-    found = conflict_directions(random_set(4, 3), random_set(5, 12), rank=2)
-    table, total = found.by_index(), found.total
+    result = conflict_directions(random_set(4, 3), random_set(5, 12), rank=2)
+    table, total = result.by_index(), result.total
     for place in range(2):
         low, high = ttest_1samp(total.parts[place], 0).confidence_interval(0.95)
         assert (table["low"][place], table["high"][place]) == pytest.approx((low, high))
@@ -89,7 +89,7 @@ def conflict_along(profile: np.ndarray, generator: np.random.Generator) -> Confl
     values = np.array([4.0, 3.0, 2.0, 1.0, 1.0, 1.0])
     safety = {"w": DenseGradient(torch.diag(torch.tensor(values)).float(), 9)}
     noise = generator.standard_normal((16, 6, 6))
-    utility = [{"w": DenseGradient(torch.tensor(np.diag(-profile) + one).float(), 9)} for one in noise]
+    utility = [{"w": DenseGradient(torch.tensor(np.diag(-profile) + sample).float(), 9)} for sample in noise]
     return conflict_directions(safety, gradient_set(utility), rank=3)
 
 
@@ -115,16 +115,16 @@ def test_share_interval_covers_the_truth_and_is_endless_without_a_cosine() -> No
     intervals = [conflict_along(profile, generator).share_interval for _ in range(400)]
     assert 0.92 <= np.mean([low <= truth <= high for low, high in intervals]) <= 0.98
     none = [conflict_along(np.zeros(6), generator) for _ in range(40)]
-    assert np.mean([np.isinf(found.share_interval).all() for found in none]) > 0.8
-    assert any("may be zero" in str(found) for found in none)
+    assert np.mean([np.isinf(result.share_interval).all() for result in none]) > 0.8
+    assert any("may be zero" in str(result) for result in none)
 
 
 def test_embeddings_and_heads_of_a_model_take_part() -> None:
     model = built("llama", tied=True)
     safety, utility = collected(model, ROWS[:2]), collected(model, ROWS[2:])
-    found = conflict_directions(safety, utility, rank=4)
-    assert "model.embed_tokens.weight" in found.layers
-    for name, layer in found.layers.items():
+    result = conflict_directions(safety, utility, rank=4)
+    assert "model.embed_tokens.weight" in result.layers
+    for name, layer in result.layers.items():
         left, values, right = torch.linalg.svd(safety[name].dense().double(), full_matrices=False)
         dense = torch.stack([sample[name].dense().double() for sample in utility.samples])
         parts = torch.einsum("ki,nij,kj->kn", (left * values).T[:4], dense, right[:4])
@@ -149,20 +149,20 @@ def test_sets_without_directions_are_refused() -> None:
 
 
 def test_figure_draws_both_accounts() -> None:
-    found = conflict_directions(random_set(8, 3), random_set(9, 8), rank=3)
-    figure = plots.plot_conflict_directions(found)
-    frame = found.by_index()
+    result = conflict_directions(random_set(8, 3), random_set(9, 8), rank=3)
+    figure = plots.plot_conflict_directions(result)
+    frame = result.by_index()
     lines = {trace.name: trace for trace in figure.data if trace.xaxis == "x" and trace.name}
     assert list(lines["conflict"].x) == pytest.approx([0, *frame["cumulative_energy"]])
     assert list(lines["conflict"].y) == pytest.approx([0, *frame["cumulative_contribution"]])
-    assert list(lines["spread like the energy"].y) == pytest.approx([0, found.cosine])
+    assert list(lines["spread like the energy"].y) == pytest.approx([0, result.cosine])
     single = next(trace for trace in figure.data if trace.xaxis == "x2" and trace.name == "conflict")
     assert list(single.x) == [1, 2, 3]
     assert list(single.y + single.error_y.array) == pytest.approx(list(frame["high"][:3]))
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"rank": 0}, "rank of at least 1, a whole number, found 0"),
         ({"rank": 2.5}, "found 2.5"),
@@ -170,13 +170,13 @@ def test_figure_draws_both_accounts() -> None:
         ({"confidence": 1.0}, "found 1.0"),
     ],
 )
-def test_numbers_out_of_range_are_refused(options: dict[str, object], said: str) -> None:
-    with pytest.raises(GeometryError, match=said):
+def test_numbers_out_of_range_are_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(GeometryError, match=message):
         conflict_directions(random_set(6, 3), random_set(7, 4), **options)
 
 
 def test_the_headline_names_no_more_directions_than_there_are() -> None:
     assert "the first 4 directions hold" in str(conflict_directions(random_set(6, 3), random_set(7, 4), rank=4))
-    found = str(conflict_directions(random_set(6, 3), random_set(7, 4), rank=999))
-    assert "the first 6 directions hold" in found
+    headline = str(conflict_directions(random_set(6, 3), random_set(7, 4), rank=999))
+    assert "the first 6 directions hold" in headline
     assert "the first direction holds" in str(conflict_directions(random_set(6, 3), random_set(7, 4), rank=1))

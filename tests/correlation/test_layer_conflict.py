@@ -1,4 +1,4 @@
-"""What stands beside the conflict: a control, an equal voice for every parameter, shares, and other ways in."""
+"""The conflict's contrast to a control, with equal weights, shares of parameters, and from inner products."""
 
 import math
 
@@ -66,43 +66,43 @@ def test_contrast_of_one_population_is_rejected_as_often_as_it_says() -> None:
 def test_contrast_says_what_its_parts_say() -> None:
     generator = np.random.default_rng(2)
     s, c, u = (sample(generator, mean, 20, 2.0) for mean in means(generator, -0.4, 0.2, 0.1))
-    found = control_difference(grams(s, u), grams(c, u), 0.95)
-    own, control = (expected_cosine(grams(side, u), 0.95)[0] for side in (s, c))
-    assert found.value == pytest.approx(own - control)
-    assert found.control == control
+    result = control_difference(grams(s, u), grams(c, u), 0.95)
+    safety_cosine, control = (expected_cosine(grams(side, u), 0.95)[0] for side in (s, c))
+    assert result.value == pytest.approx(safety_cosine - control)
+    assert result.control == control
     ratio = contrast_ratio(grams(s, u), grams(c, u))
-    edge = ratio.interval(1 - found.p_value, 2.0)
+    edge = ratio.interval(1 - result.p_value, 2.0)
     assert min(map(abs, edge)) == pytest.approx(0, abs=1e-6)  # the p-value is that of the interval which ends at zero
 
 
 def test_a_control_without_a_mean_leaves_everything_open() -> None:
     generator = np.random.default_rng(3)
     s, c, u = (sample(generator, mean, 6) for mean in means(generator, 0.0, 0.0, 0.0))
-    found = control_difference(grams(s, u), grams(c - c.mean(0), u), 0.95)
-    assert math.isnan(found.value)
-    assert (found.interval, found.p_value) == ((-2.0, 2.0), 1.0)
+    result = control_difference(grams(s, u), grams(c - c.mean(0), u), 0.95)
+    assert math.isnan(result.value)
+    assert (result.interval, result.p_value) == ((-2.0, 2.0), 1.0)
 
 
 def test_conflict_carries_the_contrast_of_the_whole_and_of_each_parameter() -> None:
     generator = np.random.default_rng(4)
     rows = [sample(generator, mean, 12, 3.0)[:, :96] for mean in means(generator, -0.6, 0.3, 0.1)]
     safety, control, utility = map(from_rows, rows)
-    found = conflict(safety, utility, control, draws=50)
+    result = conflict(safety, utility, control, draws=50)
     plain = conflict(safety, utility, draws=50)
     assert plain.contrast is None
     assert plain.layers[NAMES[0]].contrast is None
-    assert (plain.cosine, plain.interval, plain.p_value) == (found.cosine, found.interval, found.p_value)
+    assert (plain.cosine, plain.interval, plain.p_value) == (result.cosine, result.interval, result.p_value)
     halves = [row.reshape(12, 2, -1)[:, 1] for row in rows]
     expected = control_difference(grams(halves[0], halves[2]), grams(halves[1], halves[2]), 0.95)
-    assert found.layers[NAMES[1]].contrast.value == pytest.approx(expected.value, abs=1e-5)
-    assert found.contrast.interval[1] < 0
-    assert "safety minus control" in str(found)
-    frame = found.to_frame()
+    assert result.layers[NAMES[1]].contrast.value == pytest.approx(expected.value, abs=1e-5)
+    assert result.contrast.interval[1] < 0
+    assert "safety minus control" in str(result)
+    frame = result.to_frame()
     assert (frame["contrast_q_value"] >= frame["contrast_p_value"]).all()
     assert "contrast" not in plain.to_frame()
     mean = rows[1].mean(0)
-    beside = rows[2] @ mean / np.linalg.norm(mean) / np.linalg.norm(rows[2], axis=1)
-    assert found.control_per_example == pytest.approx(beside, abs=1e-5)
+    control_cosines = rows[2] @ mean / np.linalg.norm(mean) / np.linalg.norm(rows[2], axis=1)
+    assert result.control_per_example == pytest.approx(control_cosines, abs=1e-5)
 
 
 # ---------------------------------------------------------------------------------- the voice of each parameter
@@ -110,26 +110,26 @@ def test_conflict_carries_the_contrast_of_the_whole_and_of_each_parameter() -> N
 
 def test_weights_times_cosines_are_the_cosine() -> None:
     safety, utility = planted(np.random.default_rng(5), (6, 9), -0.4, 0.5)
-    frame = (found := conflict(from_rows(safety), from_rows(utility), draws=20)).to_frame()
-    assert (frame["weight"] * frame["cosine"]).sum() == pytest.approx(found.cosine, abs=1e-9)
+    frame = (result := conflict(from_rows(safety), from_rows(utility), draws=20)).to_frame()
+    assert (frame["weight"] * frame["cosine"]).sum() == pytest.approx(result.cosine, abs=1e-9)
     assert (frame["weight"] > 0).all()
 
 
 def test_no_parameter_owns_the_unweighted_conflict() -> None:
     safety, utility = planted(np.random.default_rng(6), (12, 12), -0.4, 1.0)
     loud = [rows * np.repeat([1, scale], 150) for rows, scale in ((safety, 100), (utility, 30))]
-    quiet, found = (conflict(from_rows(a), from_rows(b), draws=50) for a, b in ((safety, utility), loud))
-    assert found.unweighted.cosine == pytest.approx(quiet.unweighted.cosine, abs=1e-5)
-    assert found.unweighted.interval == pytest.approx(quiet.unweighted.interval, abs=1e-5)
-    assert found.unweighted.p_value == quiet.unweighted.p_value
-    assert found.cosine == pytest.approx(found.layers[NAMES[1]].cosine, abs=5e-3)
+    quiet, result = (conflict(from_rows(a), from_rows(b), draws=50) for a, b in ((safety, utility), loud))
+    assert result.unweighted.cosine == pytest.approx(quiet.unweighted.cosine, abs=1e-5)
+    assert result.unweighted.interval == pytest.approx(quiet.unweighted.interval, abs=1e-5)
+    assert result.unweighted.p_value == quiet.unweighted.p_value
+    assert result.cosine == pytest.approx(result.layers[NAMES[1]].cosine, abs=5e-3)
     units = [
         np.concatenate(
             [half / np.linalg.norm(half, axis=1, keepdims=True) for half in np.split(rows, 2, axis=1)], axis=1
         )
         for rows in (safety, utility)
     ]
-    assert found.unweighted.cosine == pytest.approx(dense_cosine(*units), abs=1e-5)
+    assert result.unweighted.cosine == pytest.approx(dense_cosine(*units), abs=1e-5)
 
 
 def test_unweighted_interval_covers_the_planted_cosine_whatever_the_sizes() -> None:
@@ -168,16 +168,16 @@ def test_shares_of_parameters_count_signs_and_norms() -> None:
 def test_shares_of_parameters_rarely_miss() -> None:
     generator = np.random.default_rng(9)
     cosines = generator.uniform(-0.5, 0.3, 30)
-    found = []
+    shares = []
     for _ in range(120):
         common = generator.standard_normal((2, 16, 1))  # what an example does to all parameters at once
         layers = []
         for cosine in cosines:
             safety, utility = planted(generator, (16, 16), float(cosine), 0.5, 20)
             layers.append(grams(safety + 0.05 * common[0], utility + 0.05 * common[1]))
-        found.append(negative_shares(layers, generator)[0])
-    expected = np.mean([share.value for share in found])
-    covered = np.mean([share.interval[0] <= expected <= share.interval[1] for share in found])
+        shares.append(negative_shares(layers, generator)[0])
+    expected = np.mean([share.value for share in shares])
+    covered = np.mean([share.interval[0] <= expected <= share.interval[1] for share in shares])
     assert covered >= 0.9
 
 
@@ -187,7 +187,7 @@ def test_shares_of_parameters_rarely_miss() -> None:
 def test_inner_products_say_what_gradients_say() -> None:
     generator = np.random.default_rng(10)
     safety, control, utility = (from_rows(1 + generator.standard_normal((size, 60))) for size in (5, 6, 7))
-    found = conflict(safety, utility, control, draws=50)
+    result = conflict(safety, utility, control, draws=50)
     again = conflict(
         layer_grams(safety, safety),
         layer_grams(utility, utility),
@@ -196,8 +196,8 @@ def test_inner_products_say_what_gradients_say() -> None:
         control_across=layer_grams(control, utility),
         draws=50,
     )
-    assert again.to_frame().equals(found.to_frame())
-    assert (again.cosine, again.contrast, again.unweighted) == (found.cosine, found.contrast, found.unweighted)
+    assert again.to_frame().equals(result.to_frame())
+    assert (again.cosine, again.contrast, again.unweighted) == (result.cosine, result.contrast, result.unweighted)
 
 
 def test_inner_products_that_do_not_fit_are_refused() -> None:
@@ -243,9 +243,9 @@ def test_permutation_p_values_of_one_population_are_uniform_and_of_conflict_smal
     for _ in range(100):
         safety, _, utility = means(generator, -0.3, 0.0, 0.0)
         opposed.append(p_value(sample(generator, safety, 16), sample(generator, utility, 16)))
-    for found in (same, uneven):
-        assert kstest(found, "uniform").pvalue > 1e-3
-        assert np.mean(np.array(found) <= 0.05) == pytest.approx(0.05, abs=0.015)
+    for p_values in (same, uneven):
+        assert kstest(p_values, "uniform").pvalue > 1e-3
+        assert np.mean(np.array(p_values) <= 0.05) == pytest.approx(0.05, abs=0.015)
     assert np.mean(np.array(opposed) <= 0.05) > 0.8
 
 

@@ -38,27 +38,27 @@ def by_backward(model: torch.nn.Module, row: object, direction: dict[str, LayerG
     parameters = dict(model.named_parameters())
     norm = math.sqrt(sum(gradient.norm**2 for gradient in direction.values()))
     losses = token_losses(model, collate([row], 0))[0]
-    found = np.zeros(len(row))
+    derivatives = np.zeros(len(row))
     for place in np.flatnonzero(row.loss_mask[1:]):
         gradients = torch.autograd.grad(
             losses[place], [parameters[name] for name in direction], retain_graph=True, allow_unused=True
         )
         pairs = zip(gradients, direction.values(), strict=True)
-        found[place + 1] = sum(float((g.double() * d.dense()).sum()) for g, d in pairs if g is not None) / norm
-    return found
+        derivatives[place + 1] = sum(float((g.double() * d.dense()).sum()) for g, d in pairs if g is not None) / norm
+    return derivatives
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_derivatives_are_those_of_a_backward_pass_per_token(name: str) -> None:
     model = built(name, tied=sum(map(ord, name)) % 2 == 0)
     direction = random_direction(model)
-    found, norm = token_derivatives(model, ROWS[:2], 0, direction, tokens_per_batch=64)
+    values, norm = token_derivatives(model, ROWS[:2], 0, direction, tokens_per_batch=64)
     assert norm == pytest.approx(math.sqrt(sum(gradient.norm**2 for gradient in direction.values())))
-    for row, (losses, derivatives) in zip(ROWS, found, strict=False):
+    for row, (losses, derivatives) in zip(ROWS, values, strict=False):
         expected = by_backward(model, row, direction)
         assert np.abs(derivatives.numpy() - expected).max() <= 1e-5 * np.abs(expected).max()
-        own = token_losses(model, collate([row], 0))[0].detach().double()
-        assert losses[1:].numpy() == pytest.approx(own.numpy(), abs=1e-5)
+        expected_losses = token_losses(model, collate([row], 0))[0].detach().double()
+        assert losses[1:].numpy() == pytest.approx(expected_losses.numpy(), abs=1e-5)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -67,11 +67,11 @@ def test_tokens_add_up_to_the_inner_product_of_the_examples_gradients(tied: bool
     model = tiny_llama(tied=tied)
     safety = collect_gradients(model, TOKENIZER, SAFETY, progress=False)
     utility = collect_gradients(model, TOKENIZER, UTILITY, per_sample=True, progress=False)
-    found = token_conflict(model, TOKENIZER, UTILITY, safety, tokens_per_batch=budget, progress=False)
+    result = token_conflict(model, TOKENIZER, UTILITY, safety, tokens_per_batch=budget, progress=False)
     inner = np.array([set_inner(sample, safety) for sample in utility.samples])
-    assert found.totals * found.norm == pytest.approx(inner, rel=1e-4, abs=1e-6)
-    assert found.norm == pytest.approx(safety.norm)
-    assert [one.losses[one.scored].mean() for one in found.examples] == pytest.approx(
+    assert result.totals * result.norm == pytest.approx(inner, rel=1e-4, abs=1e-6)
+    assert result.norm == pytest.approx(safety.norm)
+    assert [tokens.losses[tokens.scored].mean() for tokens in result.examples] == pytest.approx(
         [sample.loss for sample in utility.samples], abs=1e-5
     )
 
@@ -82,24 +82,24 @@ def test_parameters_without_a_safety_gradient_do_not_move() -> None:
         parameter.requires_grad_(False)
     safety = collect_gradients(model, TOKENIZER, SAFETY, layers="*layers*", progress=False)
     assert all(name.startswith("model.layers.1.") for name in safety)
-    found = token_conflict(model, TOKENIZER, UTILITY, safety, progress=False)
+    result = token_conflict(model, TOKENIZER, UTILITY, safety, progress=False)
     direction = {name: DenseGradient(gradient.dense(), 1) for name, gradient in safety.items()}
     utility = collect_gradients(model, TOKENIZER, UTILITY, per_sample=True, layers="*layers*", progress=False)
     inner = [set_inner(sample, direction) for sample in utility.samples]
-    assert found.totals * found.norm == pytest.approx(inner, rel=1e-4, abs=1e-6)
+    assert result.totals * result.norm == pytest.approx(inner, rel=1e-4, abs=1e-6)
 
 
 def test_a_positive_token_lowers_the_safety_loss_when_it_is_learnt() -> None:
     model = tiny_llama()
     before = collect_gradients(model, TOKENIZER, SAFETY, progress=False)
-    found = token_conflict(model, TOKENIZER, UTILITY, before, progress=False)
-    example = int(np.argmax(np.abs(found.totals)))
+    result = token_conflict(model, TOKENIZER, UTILITY, before, progress=False)
+    example = int(np.argmax(np.abs(result.totals)))
     step = collect_gradients(model, TOKENIZER, UTILITY.select([example]), progress=False)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             step[name].add_to(parameter, -1e-3)
     after = collect_gradients(model, TOKENIZER, SAFETY, progress=False)
-    assert after.loss - before.loss == pytest.approx(-1e-3 * found.norm * found.totals[example], rel=0.05)
+    assert after.loss - before.loss == pytest.approx(-1e-3 * result.norm * result.totals[example], rel=0.05)
 
 
 def test_the_model_is_left_as_it_was_found() -> None:
@@ -134,12 +134,12 @@ class Wrong(Opaque):
 
 
 @pytest.mark.parametrize(
-    ("function", "said"), [(Opaque, "without custom kernels"), (Wrong, "not seen by forward mode")]
+    ("function", "message"), [(Opaque, "without custom kernels"), (Wrong, "not seen by forward mode")]
 )
-def test_operations_that_forward_mode_does_not_see_are_told(function: type, said: str) -> None:
+def test_operations_that_forward_mode_does_not_see_are_told(function: type, message: str) -> None:
     model = tiny_llama()
     model.model.norm.register_forward_hook(lambda _, __, output: function.apply(output))
-    with pytest.raises(CollectionError, match=said):
+    with pytest.raises(CollectionError, match=message):
         token_conflict(model, TOKENIZER, UTILITY, random_direction(model), progress=False)
     assert not any(parameter.grad is not None for parameter in model.parameters())
 
@@ -192,8 +192,8 @@ def made() -> TokenConflict:
 
 
 def test_frames_hold_every_scored_token_and_their_sums() -> None:
-    found = made()
-    frame, table = found.to_frame(), found.by_token()
+    result = made()
+    frame, table = result.to_frame(), result.by_token()
     assert list(zip(frame["example"], frame["position"], frame["token"], strict=True)) == [
         (0, 1, "rm"),
         (0, 2, "ok"),
@@ -201,21 +201,21 @@ def test_frames_hold_every_scored_token_and_their_sums() -> None:
         (1, 1, "ok"),
         (2, 1, "rm"),
     ]
-    assert found.totals == pytest.approx([-0.4, 0.4, -0.3])
+    assert result.totals == pytest.approx([-0.4, 0.4, -0.3])
     assert list(table["token"]) == ["rm", "ok"]
     assert list(table["count"]) == [3, 2]
     assert list(table["examples"]) == [2, 2]
     assert list(table["contribution"]) == pytest.approx([-0.3, 0.3])
-    assert table["total"].sum() == pytest.approx(found.totals.mean())
+    assert table["total"].sum() == pytest.approx(result.totals.mean())
     expected = ttest_1samp([-0.6, 0.0, -0.3], 0).confidence_interval(0.95)
     assert (table["low"][0], table["high"][0]) == pytest.approx(tuple(expected))
-    assert found.interval == pytest.approx(tuple(ttest_1samp(found.totals, 0).confidence_interval(0.95)))
-    assert "60.0% of 5 tokens against safety, the worst 'rm' -0.3" in str(found)
+    assert result.interval == pytest.approx(tuple(ttest_1samp(result.totals, 0).confidence_interval(0.95)))
+    assert "60.0% of 5 tokens against safety, the worst 'rm' -0.3" in str(result)
 
 
 def test_text_is_tinted_by_sign_and_cannot_break_the_page() -> None:
-    found = made()
-    hostile = replace(found.examples[0], tokens=("<script>", "<b>&", "ok", '"x"'))
+    result = made()
+    hostile = replace(result.examples[0], tokens=("<script>", "<b>&", "ok", '"x"'))
     html = tinted("a < b", [hostile])
     assert "<script>" not in html
     assert "&lt;b&gt;&amp;" in html
@@ -223,18 +223,18 @@ def test_text_is_tinted_by_sign_and_cannot_break_the_page() -> None:
     assert html.count("rgba(178,24,43") == 3  # the key and two tokens
     assert html.count("rgba(33,102,172") == 2
     assert '<span style="color:#767676">&lt;script&gt;</span>' in html
-    shown = found._repr_html_()
+    shown = result._repr_html_()
     assert shown.index("<b>-0.4</b>") < shown.index("<b>-0.3</b>") < shown.index("<b>+0.4</b>")
 
 
 def test_figure_shows_the_worst_tokens_with_their_intervals() -> None:
-    found = made()
-    against, agreeing = plots.plot_token_conflict(found).data
-    table = found.by_token()
+    result = made()
+    against, agreeing = plots.plot_token_conflict(result).data
+    table = result.by_token()
     assert list(against.x) == [table["total"][0]]
     assert list(agreeing.x) == [table["total"][1]]
     assert against.error_x.array[0] == pytest.approx(table["high"][0] - table["total"][0])
-    figure = plots.plot_token_conflict(found)
+    figure = plots.plot_token_conflict(result)
     assert figure.layout.yaxis.ticktext == ("rm ×3", "ok ×2")
     assert "nats" in figure.layout.xaxis.title.text
 
@@ -245,6 +245,6 @@ def test_texts_are_those_of_the_ids_with_the_spaces_before_words() -> None:
         decode=lambda ids, **_: pieces[ids[0]][1], convert_ids_to_tokens=lambda token: pieces[token][0]
     )
     assert [_text(tokenizer, token) for token in pieces] == [" the", "s", " the"]
-    found = token_conflict(tiny_llama(), TOKENIZER, UTILITY, random_direction(tiny_llama()), progress=False)
-    assert found.examples[0].tokens[:2] == ("[user]", "how")
-    assert found.examples[0].ids == tuple(TOKENIZER(" ".join(found.examples[0].tokens))["input_ids"])
+    result = token_conflict(tiny_llama(), TOKENIZER, UTILITY, random_direction(tiny_llama()), progress=False)
+    assert result.examples[0].tokens[:2] == ("[user]", "how")
+    assert result.examples[0].ids == tuple(TOKENIZER(" ".join(result.examples[0].tokens))["input_ids"])

@@ -150,7 +150,7 @@ class OneSample(Result):
         return pd.DataFrame(rows)
 
     def plot(self) -> "go.Figure":
-        """Draw the overlaps, see :func:`geomkit.plots.principal_angles.plot_one_sample`."""
+        """Draw the overlaps, see :func:`geomkit.plots.one_sample.plot_one_sample`."""
         return draw("plot_one_sample", self)
 
     def __str__(self) -> str:

@@ -14,8 +14,8 @@ from tests.svd.one_sample.test_study import FULL, NAME, drawn, gradient_set, lea
 
 def test_overlaps_are_those_of_dense_means_of_the_same_splits() -> None:
     safety, control = drawn(9, 0, shared=2), drawn(5, 1)
-    found = anchor_curve(safety, {"other": control}, rank=3, draws=3, seed=5)
-    assert found.counts == (1, 2, 4)
+    curve = anchor_curve(safety, {"other": control}, rank=3, draws=3, seed=5)
+    assert curve.counts == (1, 2, 4)
     matrices = [dense(sample[NAME]) for side in (safety, control) for sample in side.samples]
     generator = np.random.default_rng(5)
     sets = with_controls(safety, {"other": control})
@@ -26,61 +26,61 @@ def test_overlaps_are_those_of_dense_means_of_the_same_splits() -> None:
         assert sorted(groups["other"]) == list(range(9, 14))
         fixed = leading(sum(matrices[place] for place in reference), 3, "left")
         for name, places in groups.items():
-            means = [leading(sum(matrices[place] for place in places[:count]), 3, "left") for count in found.counts]
+            means = [leading(sum(matrices[place] for place in places[:count]), 3, "left") for count in curve.counts]
             expected = [((fixed.T @ basis) ** 2).sum() / 3 for basis in means]
-            assert found.draws[name][draw] == pytest.approx(expected, abs=1e-5)
+            assert curve.draws[name][draw] == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("count", [2, 12])
 def test_sums_in_one_go_are_the_sums_one_by_one(count: int) -> None:
     parts = [sample[NAME] for sample in drawn(count, 3, shared=2).samples]
-    stack = to_common_basis(parts, "left")
+    common = to_common_basis(parts, "left")
     generator = np.random.default_rng(0)
     sums = [generator.choice(count, size=1 + place % count, replace=False).tolist() for place in range(12)]
-    for places, basis in zip(sums, stack.bases_of_sums(sums, 3), strict=True):
-        (alone,) = stack.bases_of_sums([places], 3)
+    for places, basis in zip(sums, common.bases_of_sums(sums, 3), strict=True):
+        (alone,) = common.bases_of_sums([places], 3)
         assert float((alone.T @ basis).square().sum()) == pytest.approx(3, abs=1e-9)
 
 
 def test_a_planted_subspace_is_approached_and_what_is_needed_follows() -> None:
-    found = anchor_curve(drawn(32, 0, shared=3, strength=4.0), drawn(32, 1), rank=3)
-    means = found.means()
-    assert found.counts == (1, 2, 4, 8, 16)
+    curve = anchor_curve(drawn(32, 0, shared=3, strength=4.0), drawn(32, 1), rank=3)
+    means = curve.means()
+    assert curve.counts == (1, 2, 4, 8, 16)
     assert (np.diff(means) > 0.01).all()
-    assert found.ceiling == means[-1] > 0.7
-    assert found.needed(float(means[2])) == 4
-    assert found.needed(float(means[2]) + 1e-9) == 8
-    assert found.needed(2.0) is None
-    assert found.means("control").max() < 0.3
-    low, high = found.band()
+    assert curve.ceiling == means[-1] > 0.7
+    assert curve.needed(float(means[2])) == 4
+    assert curve.needed(float(means[2]) + 1e-9) == 8
+    assert curve.needed(2.0) is None
+    assert curve.means("control").max() < 0.3
+    low, high = curve.band()
     assert (low <= means).all()
     assert (means <= high).all()
-    assert f"90 % {found.needed(0.9 * found.ceiling)}" in str(found)
+    assert f"90 % {curve.needed(0.9 * curve.ceiling)}" in str(curve)
 
 
 def test_unrelated_examples_stay_where_random_subspaces_are() -> None:
-    found = anchor_curve(drawn(16, 0), rank=4)
-    assert found.means() == pytest.approx(np.full(4, 4 / 48), abs=0.05)
+    curve = anchor_curve(drawn(16, 0), rank=4)
+    assert curve.means() == pytest.approx(np.full(4, 4 / 48), abs=0.05)
 
 
 def test_a_matched_control_comes_from_the_places_of_the_anchors() -> None:
     """The safety set itself as a control never meets its own reference: the two curves are one."""
     safety = drawn(8, 0, shared=2)
-    found = anchor_curve(safety, {"itself": safety}, rank=3)
-    assert found.draws["itself"] == pytest.approx(found.draws["safety"], abs=1e-9)
+    curve = anchor_curve(safety, {"itself": safety}, rank=3)
+    assert curve.draws["itself"] == pytest.approx(curve.draws["safety"], abs=1e-9)
 
 
 def test_frame_seed_side_and_counts() -> None:
     safety = drawn(8, 0)
-    found, again, other = (anchor_curve(safety, counts=[3], rank=2, side="right", seed=seed) for seed in (0, 0, 1))
-    assert found.counts == (3, 4)
-    assert found.expected == 2 / 40
-    assert np.array_equal(found.draws["safety"], again.draws["safety"])
-    assert not np.array_equal(found.draws["safety"], other.draws["safety"])
-    frame = found.to_frame()
+    curve, again, other = (anchor_curve(safety, counts=[3], rank=2, side="right", seed=seed) for seed in (0, 0, 1))
+    assert curve.counts == (3, 4)
+    assert curve.expected == 2 / 40
+    assert np.array_equal(curve.draws["safety"], again.draws["safety"])
+    assert not np.array_equal(curve.draws["safety"], other.draws["safety"])
+    frame = curve.to_frame()
     assert list(frame["parameter"]) == ["all parameters"] * 2 + [NAME] * 2
-    assert frame.loc[1, "value"] == pytest.approx(found.ceiling)
-    assert "with 3" in found._repr_html_()
+    assert frame.loc[1, "value"] == pytest.approx(curve.ceiling)
+    assert "with 3" in curve._repr_html_()
 
 
 def test_what_cannot_be_measured_is_refused() -> None:
@@ -107,13 +107,13 @@ def test_sums_that_cancel_have_no_subspace() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"rank": 0}, "rank of at least 1, a whole number, found 0"),
         ({"rank": 2.5}, "found 2.5"),
         ({"draws": 0}, "at least 1, found draws=0"),
     ],
 )
-def test_numbers_out_of_range_are_refused(options: dict[str, object], said: str) -> None:
-    with pytest.raises(GeometryError, match=said):
+def test_numbers_out_of_range_are_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(GeometryError, match=message):
         anchor_curve(drawn(8, 0), **options)

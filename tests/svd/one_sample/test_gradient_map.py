@@ -23,16 +23,16 @@ def flat(*sides: GradientSet) -> np.ndarray:
 @pytest.mark.parametrize("normalise", [True, False])
 def test_the_map_is_that_of_principal_components(normalise: bool) -> None:
     sides = {"a": drawn(5, 0, shared=2), "b": drawn(7, 1)}
-    found = gradient_map(sides, normalise=normalise)
+    result = gradient_map(sides, normalise=normalise)
     vectors = flat(*sides.values())
     if normalise:
         vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     reference = PCA(2).fit(vectors)
     expected = reference.transform(vectors)
-    signs = np.sign((expected * found.coordinates).sum(0))
-    assert found.coordinates * signs == pytest.approx(expected, abs=1e-5 * abs(expected).max())
-    assert found.quality == pytest.approx(reference.explained_variance_ratio_.sum(), abs=1e-6)
-    assert found.silhouettes == pytest.approx(silhouette_samples(vectors, found.labels), abs=1e-5)
+    signs = np.sign((expected * result.coordinates).sum(0))
+    assert result.coordinates * signs == pytest.approx(expected, abs=1e-5 * abs(expected).max())
+    assert result.quality == pytest.approx(reference.explained_variance_ratio_.sum(), abs=1e-6)
+    assert result.silhouettes == pytest.approx(silhouette_samples(vectors, result.labels), abs=1e-5)
 
 
 def test_gram_matrices_give_the_same_map() -> None:
@@ -41,18 +41,18 @@ def test_gram_matrices_give_the_same_map() -> None:
     grams = layer_grams(both, both)
     expected = gradient_map(sides)
     for given_grams in (grams, torch.stack(list(grams.values())).sum(0)):
-        found = gradient_map({"a": 4, "b": 4}, given_grams)
-        assert found.coordinates == pytest.approx(expected.coordinates, abs=1e-6)
-        assert found.p_value == expected.p_value
+        result = gradient_map({"a": 4, "b": 4}, given_grams)
+        assert result.coordinates == pytest.approx(expected.coordinates, abs=1e-6)
+        assert result.p_value == expected.p_value
 
 
 def test_scaling_keeps_the_distances_of_points_in_a_plane() -> None:
     vectors = np.random.default_rng(0).normal(size=(12, 2))
-    found = gradient_map({"a": 6, "b": 6}, torch.from_numpy(vectors @ vectors.T), method="mds", normalise=False)
-    distances, on_map = (np.linalg.norm(points[:, None] - points, axis=-1) for points in (vectors, found.coordinates))
+    result = gradient_map({"a": 6, "b": 6}, torch.from_numpy(vectors @ vectors.T), method="mds", normalise=False)
+    distances, on_map = (np.linalg.norm(points[:, None] - points, axis=-1) for points in (vectors, result.coordinates))
     assert on_map == pytest.approx(distances, abs=0.02)
-    assert found.quality < 0.01
-    assert "stress" in str(found)
+    assert result.quality < 0.01
+    assert "stress" in str(result)
 
 
 @settings(max_examples=40, deadline=None)
@@ -80,14 +80,14 @@ def test_sets_that_do_not_differ_are_told_apart_once_in_twenty(counts: tuple[int
 
 
 def test_sets_that_lie_apart_are_found_and_all_labellings_count() -> None:
-    found = gradient_map({"a": drawn(20, 0, shared=3, strength=6.0), "b": drawn(20, 1)}, draws=199)
-    assert found.p_value == 1 / 200  # of 2²⁰ labellings only two are as good
-    assert found.separation > 0.1
-    assert f"silhouette {found.separation:+.3f}" in str(found)
-    frame = found.to_frame()
+    result = gradient_map({"a": drawn(20, 0, shared=3, strength=6.0), "b": drawn(20, 1)}, draws=199)
+    assert result.p_value == 1 / 200  # of 2²⁰ labellings only two are as good
+    assert result.separation > 0.1
+    assert f"silhouette {result.separation:+.3f}" in str(result)
+    frame = result.to_frame()
     assert frame.groupby("set").size().to_dict() == {"a": 20, "b": 20}
     assert list(frame["example"][20:]) == list(range(20))
-    assert "40 gradients" in found._repr_html_()
+    assert "40 gradients" in result._repr_html_()
 
 
 def test_what_cannot_be_drawn_is_refused() -> None:

@@ -13,37 +13,37 @@ from tests.svd.one_sample.test_study import FULL, NAME, drawn, gradient_set, lea
 
 def test_overlaps_are_those_of_dense_subspaces() -> None:
     sets = {"a": drawn(4, 0, shared=2), "b": drawn(3, 1)}
-    found = overlaps(sets, rank=3, draws=10)
+    result = overlaps(sets, rank=3, draws=10)
     matrices = [s[NAME].dense().double().numpy() for side in sets.values() for s in side.samples]
     bases = [leading(matrix, 3, "left") for matrix in matrices]
     expected = [[((a.T @ b) ** 2).sum() / 3 for b in bases] for a in bases]
-    assert found.pairs == pytest.approx(np.array(expected), abs=1e-5)
+    assert result.pairs == pytest.approx(np.array(expected), abs=1e-5)
     within = [expected[i][j] for i in range(4) for j in range(i)]
-    assert found.matrix[0, 0] == pytest.approx(np.mean(within), abs=1e-5)
-    assert found.matrix[0, 1] == pytest.approx(np.mean(np.array(expected)[:4, 4:]), abs=1e-5)
-    assert found.contrasts["a", "b"].value == pytest.approx(found.matrix[0, 0] - found.matrix[0, 1])
-    assert found.expected == 3 / 48
+    assert result.matrix[0, 0] == pytest.approx(np.mean(within), abs=1e-5)
+    assert result.matrix[0, 1] == pytest.approx(np.mean(np.array(expected)[:4, 4:]), abs=1e-5)
+    assert result.contrasts["a", "b"].value == pytest.approx(result.matrix[0, 0] - result.matrix[0, 1])
+    assert result.expected == 3 / 48
 
 
 def test_frame_and_headline_say_the_same() -> None:
-    found = overlaps({"a": drawn(5, 0, shared=3, strength=15.0), "b": drawn(5, 1), "c": drawn(4, 2)}, rank=3)
-    frame = found.to_frame().set_index(["first", "second"])
+    result = overlaps({"a": drawn(5, 0, shared=3, strength=15.0), "b": drawn(5, 1), "c": drawn(4, 2)}, rank=3)
+    frame = result.to_frame().set_index(["first", "second"])
     assert len(frame) == 9
-    assert frame.loc[("a", "b"), "contrast"] == found.contrasts["a", "b"].value
+    assert frame.loc[("a", "b"), "contrast"] == result.contrasts["a", "b"].value
     assert frame.loc[("b", "a"), "value"] == pytest.approx(frame.loc[("a", "b"), "value"])
     assert np.isnan(frame.loc[("a", "a"), "p_value"])
     assert (frame["q_value"].dropna() >= frame["p_value"].dropna()).all()
-    assert f"within a {found.matrix[0, 0]:.3f}" in str(found)
-    assert "random subspaces 0.062" in found._repr_html_()
+    assert f"within a {result.matrix[0, 0]:.3f}" in str(result)
+    assert "random subspaces 0.062" in result._repr_html_()
 
 
 def test_the_same_place_is_never_compared_between_sets_of_one_size() -> None:
     """A set and its own copy: within and between are one number, and nothing is found."""
     side = drawn(6, 0, shared=2)
-    found = overlaps({"a": side, "b": side}, rank=3)
-    assert found.matrix == pytest.approx(np.full((2, 2), found.matrix[0, 0]))
-    assert found.contrasts["a", "b"].value == pytest.approx(0, abs=1e-12)
-    assert found.contrasts["a", "b"].p_value > 0.9
+    result = overlaps({"a": side, "b": side}, rank=3)
+    assert result.matrix == pytest.approx(np.full((2, 2), result.matrix[0, 0]))
+    assert result.contrasts["a", "b"].value == pytest.approx(0, abs=1e-12)
+    assert result.contrasts["a", "b"].p_value > 0.9
 
 
 def test_right_side_and_seeds() -> None:
@@ -84,7 +84,7 @@ def test_examples_without_tokens_in_common_need_no_more_room() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"rank": 0}, "rank of at least 1, a whole number, found 0"),
         ({"rank": 2.5}, "found 2.5"),
@@ -93,8 +93,8 @@ def test_examples_without_tokens_in_common_need_no_more_room() -> None:
         ({"draws": -1}, "at least 0, found draws=-1"),
     ],
 )
-def test_numbers_out_of_range_are_refused(options: dict[str, object], said: str) -> None:
-    with pytest.raises(GeometryError, match=said):
+def test_numbers_out_of_range_are_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(GeometryError, match=message):
         overlaps({"a": drawn(4, 0), "b": drawn(4, 1)}, **options)
 
 

@@ -46,42 +46,44 @@ def drawn(count: int, seed: int, *, shared: int = 0, strength: float = 6.0) -> G
 
 def test_anchor_meets_the_mean_of_the_others() -> None:
     safety, utility = drawn(4, 0, shared=2), drawn(5, 1)
-    found = one_sample_study(safety, utility, rank=3)
+    study = one_sample_study(safety, utility, rank=3)
     dense = [sample[NAME].dense().double().numpy() for sample in safety.samples]
 
     def leading(matrix: np.ndarray) -> np.ndarray:
         return np.linalg.svd(matrix)[0][:, :3]
 
-    expected = [np.mean(np.cos(subspace_angles(leading(own), leading(sum(dense) - own))) ** 2) for own in dense]
-    assert found.overlaps == pytest.approx(expected, abs=1e-5)
+    expected = [
+        np.mean(np.cos(subspace_angles(leading(matrix), leading(sum(dense) - matrix))) ** 2) for matrix in dense
+    ]
+    assert study.overlaps == pytest.approx(expected, abs=1e-5)
     last = leading(utility.samples[4][NAME].dense().double().numpy())
-    assert found.null[4] == pytest.approx(
+    assert study.null[4] == pytest.approx(
         np.mean(np.cos(subspace_angles(last, leading(sum(dense) - dense[0]))) ** 2), abs=1e-5
     )
-    assert found.overlap == pytest.approx(np.mean(expected), abs=1e-5)
-    assert found.expected == 3 / ROWS
+    assert study.overlap == pytest.approx(np.mean(expected), abs=1e-5)
+    assert study.expected == 3 / ROWS
 
 
 def leading(matrix: np.ndarray, rank: int, side: str) -> np.ndarray:
     left, values, right = np.linalg.svd(matrix)
-    kept = min(rank, int((values > 1e-4 * values[0]).sum())) if values[0] else 0
-    return (left if side == "left" else right.T)[:, :kept]
+    count = min(rank, int((values > 1e-4 * values[0]).sum())) if values[0] else 0
+    return (left if side == "left" else right.T)[:, :count]
 
 
 def check_partial_sums(parts: list[LayerGradient], rank: int, side: str) -> None:
     """Every overlap between single gradients and sums without one, against those of dense SVDs."""
     matrices = [dense(part) for part in parts]
-    stack = to_common_basis(parts, side)
-    single, others = stack.bases_of_gradients(rank), stack.leave_one_out_bases(len(parts), rank)
+    common = to_common_basis(parts, side)
+    single, others = common.bases_of_gradients(rank), common.leave_one_out_bases(len(parts), rank)
     expected_single = [leading(matrix, rank, side) for matrix in matrices]
-    expected_others = [leading(sum(matrices) - own, rank, side) for own in [*matrices, 0 * matrices[0]]]
+    expected_others = [leading(sum(matrices) - matrix, rank, side) for matrix in [*matrices, 0 * matrices[0]]]
     assert [basis.shape[1] for basis in single] == [basis.shape[1] for basis in expected_single]
     assert [basis.shape[1] for basis in others] == [basis.shape[1] for basis in expected_others]
     for a, exact_a in zip([*single, *others], [*expected_single, *expected_others], strict=True):
         for b, exact_b in zip(others, expected_others, strict=True):
             assert float((a.T @ b).square().sum()) == pytest.approx(((exact_a.T @ exact_b) ** 2).sum(), abs=1e-5)
-    assert stack.basis_of_sum([1, 2], rank).shape[1] == leading(matrices[1] + matrices[2], rank, side).shape[1]
-    products = stack.gram()
+    assert common.basis_of_sum([1, 2], rank).shape[1] == leading(matrices[1] + matrices[2], rank, side).shape[1]
+    products = common.gram()
     assert products is not None
     flat = np.stack(matrices).reshape(len(parts), -1)
     assert products.numpy() == pytest.approx(flat @ flat.T, abs=1e-3, rel=1e-5)
@@ -119,17 +121,17 @@ def test_large_matrices_are_decomposed_for_their_leading_vectors_only() -> None:
 
 def test_without_room_to_keep_the_gradients_the_result_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     parts = [sample[NAME] for sample in drawn(6, 3, shared=2).samples]
-    kept = to_common_basis(parts, "left").leave_one_out_bases(6, 3)
+    bases = to_common_basis(parts, "left").leave_one_out_bases(6, 3)
     monkeypatch.setattr("geomkit.svd.common_basis._FORMED", 0)
-    stack = to_common_basis(parts, "left")
-    assert stack.gram() is None
-    for a, b in zip(kept, stack.leave_one_out_bases(6, 3), strict=True):
+    common = to_common_basis(parts, "left")
+    assert common.gram() is None
+    for a, b in zip(bases, common.leave_one_out_bases(6, 3), strict=True):
         assert float(overlaps_between([a], [b], 3)) == pytest.approx(1, abs=1e-9)
-    found = one_sample_study(drawn(4, 0), drawn(4, 1), rank=3)
+    study = one_sample_study(drawn(4, 0), drawn(4, 1), rank=3)
     monkeypatch.undo()
     again = one_sample_study(drawn(4, 0), drawn(4, 1), rank=3)
-    assert found.overlaps == pytest.approx(again.overlaps, abs=1e-9)
-    assert found.groups["control"].cosines == pytest.approx(again.groups["control"].cosines, abs=1e-7)
+    assert study.overlaps == pytest.approx(again.overlaps, abs=1e-9)
+    assert study.groups["control"].cosines == pytest.approx(again.groups["control"].cosines, abs=1e-7)
 
 
 def test_no_direction_beyond_the_rank_of_the_others() -> None:
@@ -142,29 +144,29 @@ def test_no_direction_beyond_the_rank_of_the_others() -> None:
 
 def test_cosines_are_those_with_the_mean_of_the_others_over_all_parameters() -> None:
     safety, control = drawn(5, 0, shared=2), drawn(7, 1)
-    found = one_sample_study(safety, control, rank=3)
+    study = one_sample_study(safety, control, rank=3)
 
     def flat(sample: GradientSet) -> np.ndarray:
         return np.concatenate([dense(gradient).ravel() for gradient in sample.values()])
 
-    own, other = ([flat(sample) for sample in side.samples] for side in (safety, control))
+    anchors, controls = ([flat(sample) for sample in side.samples] for side in (safety, control))
 
     def cosine(a: np.ndarray, b: np.ndarray) -> float:
         return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
 
-    expected = [cosine(each, sum(own) - each) for each in own]
-    assert found.groups["safety"].cosines == pytest.approx(expected, abs=1e-6)
-    expected = [cosine(each, sum(own) - own[place % 5]) for place, each in enumerate(other)]
-    assert found.groups["control"].cosines == pytest.approx(expected, abs=1e-6)
+    expected = [cosine(row, sum(anchors) - row) for row in anchors]
+    assert study.groups["safety"].cosines == pytest.approx(expected, abs=1e-6)
+    expected = [cosine(row, sum(anchors) - anchors[place % 5]) for place, row in enumerate(controls)]
+    assert study.groups["control"].cosines == pytest.approx(expected, abs=1e-6)
     matrices = [dense(sample[NAME]).ravel() for sample in safety.samples]
-    expected = [cosine(each, sum(matrices) - each) for each in matrices]
-    assert found.layers[NAME].groups["safety"].cosines == pytest.approx(expected, abs=1e-6)
+    expected = [cosine(row, sum(matrices) - row) for row in matrices]
+    assert study.layers[NAME].groups["safety"].cosines == pytest.approx(expected, abs=1e-6)
 
 
 def test_pairs_of_cosines_lack_both_anchors() -> None:
     generator = np.random.default_rng(0)
     anchors, others = generator.normal(size=(5, 9)), generator.normal(size=(7, 9))
-    found = leave_one_out_cosines(
+    table = leave_one_out_cosines(
         (anchors @ anchors.T)[..., None], (anchors @ others.T)[..., None], (others**2).sum(1)[:, None]
     )
     for c in range(7):
@@ -172,7 +174,7 @@ def test_pairs_of_cosines_lack_both_anchors() -> None:
             if j != c % 5:
                 mean = anchors.sum(0) - anchors[c % 5] - anchors[j]
                 expected = others[c] @ mean / np.linalg.norm(others[c]) / np.linalg.norm(mean)
-                assert found.without_two[c, j, 0] == pytest.approx(expected, abs=1e-12)
+                assert table.without_two[c, j, 0] == pytest.approx(expected, abs=1e-12)
 
 
 # ------------------------------------------------------------------------------------------------ intervals
@@ -183,8 +185,10 @@ def test_leaving_out_is_what_a_study_without_that_example_finds() -> None:
     safety, control = drawn(5, 0, shared=2), drawn(5, 1, shared=1)
 
     def products(rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        own, other = (np.stack([dense(s[NAME]).ravel() for s in side.samples[:rows]]) for side in (safety, control))
-        return (own @ own.T)[..., None], (own @ other.T)[..., None], (other**2).sum(1)[:, None]
+        anchors, controls = (
+            np.stack([dense(s[NAME]).ravel() for s in side.samples[:rows]]) for side in (safety, control)
+        )
+        return (anchors @ anchors.T)[..., None], (anchors @ controls.T)[..., None], (controls**2).sum(1)[:, None]
 
     (without,) = leave_one_out_cosines(*products(5)).replicates()
     assert without[4] == pytest.approx(leave_one_out_cosines(*products(4)).values.mean(0), abs=1e-12)
@@ -192,14 +196,14 @@ def test_leaving_out_is_what_a_study_without_that_example_finds() -> None:
 
 def test_overlaps_with_two_anchors_left_out_are_nearly_the_sum_of_leaving_out_either() -> None:
     parts = [sample[NAME] for sample in drawn(16, 0, shared=3, strength=3.0).samples]
-    stack = to_common_basis(parts, "left")
-    single, others = stack.bases_of_gradients(3), stack.leave_one_out_bases(16, 3)
-    found = leave_one_out_overlaps(overlaps_between(single, others, 3).numpy()[..., None])
+    common = to_common_basis(parts, "left")
+    single, others = common.bases_of_gradients(3), common.leave_one_out_bases(16, 3)
+    table = leave_one_out_overlaps(overlaps_between(single, others, 3).numpy()[..., None])
     exact, nearly = [], []
     for j in range(1, 16):
-        rest = stack.basis_of_sum([place for place in range(1, 16) if place != j], 3)
+        rest = common.basis_of_sum([place for place in range(1, 16) if place != j], 3)
         exact.append(float(overlaps_between([single[0]], [rest], 3)))
-        nearly.append(found.without_two[0, j, 0])
+        nearly.append(table.without_two[0, j, 0])
     assert np.corrcoef(exact, nearly)[0, 1] > 0.9
     assert np.std(nearly) == pytest.approx(np.std(exact), rel=0.25)
 
@@ -225,8 +229,8 @@ def test_intervals_hold_what_such_studies_find_on_average(counts: tuple[int, int
         groups = one_sample_study(*sets, rank=3).groups
         means = (groups["safety"].overlap, groups["control"].overlap, groups["safety"].cosine)
         contrasts = (groups["control"].overlap, groups["control"].cosine)
-        rows += [(found.value, *found.interval) for found in means]
-        rows += [(found.contrast, *found.contrast_interval) for found in contrasts]
+        rows += [(estimate.value, *estimate.interval) for estimate in means]
+        rows += [(estimate.contrast, *estimate.contrast_interval) for estimate in contrasts]
     values, lows, highs = np.array(rows).reshape(300, 5, 3).transpose(2, 0, 1)
     truth = values.mean(0)
     covered = ((lows <= truth) & (truth <= highs)).mean(0)
@@ -239,8 +243,8 @@ def test_a_contrast_that_is_not_there_is_not_found() -> None:
     generator = seeded(5)
     missed = 0
     for _ in range(300):
-        found = one_sample_study(small(14, generator, 3.0), small(14, generator, 3.0), rank=3)
-        low, high = found.contrast_interval
+        study = one_sample_study(small(14, generator, 3.0), small(14, generator, 3.0), rank=3)
+        low, high = study.contrast_interval
         missed += not low <= 0 <= high
     assert missed / 300 == pytest.approx(0.05, abs=0.035)
 
@@ -249,33 +253,33 @@ def test_a_contrast_that_is_not_there_is_not_found() -> None:
 
 
 def test_shared_directions_are_found_above_the_null() -> None:
-    found = one_sample_study(drawn(8, 0, shared=3, strength=15.0), drawn(10, 1), rank=3)
-    assert found.interval[0] < found.overlap < found.interval[1]
-    assert found.interval[0] > 0.5 > found.null_interval[1]
-    assert "random subspaces 0.062" in str(found)
-    assert found.contrast_interval[0] > 0
-    assert "anchors" in found._repr_html_()
+    study = one_sample_study(drawn(8, 0, shared=3, strength=15.0), drawn(10, 1), rank=3)
+    assert study.interval[0] < study.overlap < study.interval[1]
+    assert study.interval[0] > 0.5 > study.null_interval[1]
+    assert "random subspaces 0.062" in str(study)
+    assert study.contrast_interval[0] > 0
+    assert "anchors" in study._repr_html_()
 
 
 def test_unrelated_examples_overlap_as_random_subspaces_do() -> None:
-    found = one_sample_study(drawn(12, 0), drawn(12, 1), rank=4)
-    assert found.overlap == pytest.approx(found.expected, abs=0.04)
-    assert found.null_mean == pytest.approx(found.expected, abs=0.04)
+    study = one_sample_study(drawn(12, 0), drawn(12, 1), rank=4)
+    assert study.overlap == pytest.approx(study.expected, abs=0.04)
+    assert study.null_mean == pytest.approx(study.expected, abs=0.04)
 
 
 def test_rank_is_common_to_everything_and_no_more_than_any_gradient_has() -> None:
     safety, utility = drawn(4, 0), drawn(4, 1)
     short = dict(utility.samples[0])
     short[NAME] = FactoredGradient(utility.samples[0][NAME].left[:5], utility.samples[0][NAME].right[:5])
-    found = one_sample_study(safety, gradient_set([short, *map(dict, utility.samples[1:])]), rank=20)
-    assert found.layers[NAME].rank == 5
-    assert found.expected == 5 / ROWS
+    study = one_sample_study(safety, gradient_set([short, *map(dict, utility.samples[1:])]), rank=20)
+    assert study.layers[NAME].rank == 5
+    assert study.expected == 5 / ROWS
 
 
 def test_right_side_compares_input_spaces() -> None:
-    found = one_sample_study(drawn(4, 0), drawn(4, 1), rank=3, side="right")
-    assert found.layers[NAME].dimension == COLUMNS
-    assert found.side == "right"
+    study = one_sample_study(drawn(4, 0), drawn(4, 1), rank=3, side="right")
+    assert study.layers[NAME].dimension == COLUMNS
+    assert study.side == "right"
 
 
 def test_every_control_meets_the_same_means() -> None:
@@ -296,14 +300,14 @@ def test_every_control_meets_the_same_means() -> None:
 
 
 def test_a_parameter_without_gradient_in_some_example_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
-    def with_expert(found: GradientSet, first: float) -> GradientSet:
-        samples = [dict(sample) for sample in found.samples]
+    def with_expert(side: GradientSet, first: float) -> GradientSet:
+        samples = [dict(sample) for sample in side.samples]
         for place, sample in enumerate(samples):
             sample["expert"] = sample[NAME].scaled(1.0 if place else first)
         return gradient_set(samples)
 
-    found = one_sample_study(with_expert(drawn(4, 0), 0.0), with_expert(drawn(4, 1), 1.0), rank=3)
-    assert list(found.layers) == [NAME]
+    study = one_sample_study(with_expert(drawn(4, 0), 0.0), with_expert(drawn(4, 1), 1.0), rank=3)
+    assert list(study.layers) == [NAME]
     assert "left expert out" in caplog.text
 
 
@@ -325,7 +329,7 @@ def test_sets_that_cannot_be_studied_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         ({"rank": 0}, "rank of at least 1, a whole number, found 0"),
         ({"rank": 2.5}, "found 2.5"),
@@ -333,17 +337,17 @@ def test_sets_that_cannot_be_studied_are_refused() -> None:
         ({"confidence": 1.0}, "found 1.0"),
     ],
 )
-def test_numbers_out_of_range_are_refused(options: dict[str, object], said: str) -> None:
-    with pytest.raises(GeometryError, match=said):
+def test_numbers_out_of_range_are_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(GeometryError, match=message):
         one_sample_study(drawn(4, 0), drawn(4, 1), **options)
 
 
-@pytest.mark.parametrize("found", [UTILITY, "control", [1]], ids=["Dataset", "str", "list"])
-def test_examples_are_no_gradients(found: object) -> None:
+@pytest.mark.parametrize("value", [UTILITY, "control", [1]], ids=["Dataset", "str", "list"])
+def test_examples_are_no_gradients(value: object) -> None:
     with pytest.raises(
         GeometryError, match=r"from collect_gradients\(\.\.\., per_sample=True\), found .* collect them"
     ):
-        one_sample_study(drawn(4, 0), found)
+        one_sample_study(drawn(4, 0), value)
 
 
 def test_sets_of_other_models_and_what_is_not_finite_are_refused() -> None:
