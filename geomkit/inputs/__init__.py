@@ -1,5 +1,5 @@
-"""What a gradient is computed from: examples, their tokens and batches, control sets, a model, its parameters, a loss.
+"""The inputs of a gradient: conversations, their tokens and batches, control sets, the model, its parameters, the loss.
 
-Reading order: ``examples`` → ``tokens`` → ``batches`` → ``loss``; ``models``, ``parameters`` and ``model_state`` are
-the model's side; ``control_sets`` makes the examples that a measure is compared with.
+Reading order: ``examples`` → ``tokens`` → ``batches`` → ``loss`` for the data; ``models``, ``parameters`` and
+``model_state`` for the model; ``control_sets`` makes the sets that a safety set is compared with.
 """

@@ -1,4 +1,4 @@
-"""Batches of token rows: which examples go together, and how they are padded."""
+"""Batches of encoded examples: which examples run together, and how they are padded to one length."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,18 +11,18 @@ from geomkit.errors import DataError
 from geomkit.inputs.tokens import Tokens
 
 IGNORED = -100
-"""Label of a position that does not count in the loss, as in transformers."""
+"""Label of a token that is not scored, as in transformers."""
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Several examples padded to one length L, ready for a model.
+    """B examples, padded to one length L for a model.
 
     Attributes:
         input_ids: (B, L) token ids.
-        attention_mask: (B, L), 1 on real tokens.
+        attention_mask: (B, L), 1 on tokens and 0 on padding.
         labels: (B, L) token ids on assistant tokens, :data:`IGNORED` elsewhere.
-        examples: The index of each row in the set it was made from.
+        examples: (B,) index of each example in its set.
     """
 
     input_ids: Tensor
@@ -31,21 +31,23 @@ class Batch:
     examples: tuple[int, ...]
 
     def to(self, device: torch.device) -> "Batch":
-        """Return the same batch on a device."""
+        """Return the batch on a device."""
         return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.labels.to(device), self.examples)
 
     def single(self, row: int) -> "Batch":
-        """Return one example without its padding."""
-        real = self.attention_mask[row].bool()
-        ids, mask, labels = (part[row][real][None] for part in (self.input_ids, self.attention_mask, self.labels))
+        """Return a batch of one example of this batch, without padding."""
+        not_padding = self.attention_mask[row].bool()
+        ids, mask, labels = (
+            values[row][not_padding][None] for values in (self.input_ids, self.attention_mask, self.labels)
+        )
         return Batch(ids, mask, labels, self.examples[row : row + 1])
 
     def inputs(self) -> dict[str, Tensor]:
-        """Return what a causal model takes: ids and mask, and positions where padding on the left shifts them."""
-        given = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
+        """Return a model's keyword arguments: ids, mask, and the positions if padding on the left shifts them."""
+        inputs = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
         if bool(self.attention_mask[:, 0].all()):
-            return given
-        return given | {"position_ids": (self.attention_mask.cumsum(1) - 1).clamp_min(0)}
+            return inputs
+        return inputs | {"position_ids": (self.attention_mask.cumsum(1) - 1).clamp_min(0)}
 
 
 def collate(
@@ -56,17 +58,17 @@ def collate(
     side: Literal["right", "left"] = "right",
     min_length: int = 0,
 ) -> Batch:
-    """Pad examples to their common length.
+    """Return examples as one batch, padded to a common length.
 
     Args:
-        rows: The examples, B of them.
-        pad: The id that fills short rows.
-        examples: Their indices in the set they come from; 0 to B − 1 when left out.
-        side: ``"right"`` or ``"left"``: where the padding goes.
-        min_length: Pad to at least this length.
+        rows: B examples.
+        pad: Id of the token that fills short rows.
+        examples: Index of each example in its set; 0 to B − 1 when left out.
+        side: Side of the padding, ``"right"`` or ``"left"``.
+        min_length: Smallest padded length.
 
     Returns:
-        A :class:`Batch` of shape (B, L), L the longest example's length or ``min_length``.
+        A batch of shape (B, L), where L is the length of the longest example or ``min_length``.
 
     Example:
         >>> collate([Tokens((5, 6, 7), (False, False, True)), Tokens((5, 6), (False, True))], pad=0).labels
@@ -78,26 +80,26 @@ def collate(
     attention_mask = torch.zeros((len(rows), length), dtype=torch.long)
     labels = torch.full((len(rows), length), IGNORED)
     for index, row in enumerate(rows):
-        place = slice(0, len(row)) if side == "right" else slice(length - len(row), length)
+        columns = slice(0, len(row)) if side == "right" else slice(length - len(row), length)
         ids = torch.tensor(row.input_ids)
-        input_ids[index, place] = ids
-        attention_mask[index, place] = 1
-        labels[index, place] = torch.where(torch.tensor(row.loss_mask), ids, IGNORED)
+        input_ids[index, columns] = ids
+        attention_mask[index, columns] = 1
+        labels[index, columns] = torch.where(torch.tensor(row.loss_mask), ids, IGNORED)
     return Batch(input_ids, attention_mask, labels, tuple(examples if examples is not None else range(len(rows))))
 
 
 def plan_batches(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
-    """Group examples of similar length, so that little is padded.
+    """Return groups of examples of similar length, so that batches have little padding.
 
     Args:
-        lengths: Number of tokens of each example.
-        tokens_per_batch: Most positions in a batch, padding included; a longer example runs alone.
+        lengths: (N,) number of tokens of each example.
+        tokens_per_batch: Largest number of token positions in a batch, padding included; a longer example is alone.
 
     Returns:
-        The examples' indices, batch by batch, the longest first: what does not fit into memory shows at once.
+        Indices of the examples, batch by batch, the longest first: a lack of memory shows in the first batch.
 
     Raises:
-        DataError: If the budget is not positive.
+        DataError: If ``tokens_per_batch`` is not positive.
 
     Example:
         >>> plan_batches([3, 9, 4, 5], tokens_per_batch=12)
@@ -115,7 +117,7 @@ def plan_batches(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int
 
 
 def batches(rows: Sequence[Tokens], pad: int, batch_size: int) -> Iterator[Batch]:
-    """Yield the examples in order, ``batch_size`` at a time, padded on the right."""
+    """Yield batches of ``batch_size`` examples in order, padded on the right."""
     for start in range(0, len(rows), batch_size):
         chunk = rows[start : start + batch_size]
         yield collate(chunk, pad, examples=range(start, start + len(chunk)))

@@ -1,9 +1,12 @@
-"""Control sets: examples that share with a safety set what its gradient should not be about.
+"""Control sets: examples that have one property of a safety set, but not its harmful request with a refusal.
 
-Each takes one explanation of a safety gradient on: the words of the refusal (:func:`with_responses` under benign
-prompts), the forbidden prompts (:func:`with_responses` with answers that obey), words that are in place though the
-exchange makes no sense (:func:`shuffled_pairs`), the mere number of tokens (:func:`random_tokens`), and a loss that is
-small because the model would say just that (:func:`own_responses`).
+A safety gradient may have its properties for reasons other than safety. A control set keeps one such reason:
+
+- the words of the refusal: :func:`with_responses`, with benign prompts and the refusals of the safety set;
+- the harmful prompts: :func:`with_responses`, with the safety prompts and answers that comply;
+- the texts, without prompt and response belonging together: :func:`shuffled_pairs`;
+- the numbers of tokens: :func:`random_tokens`;
+- a small loss, because the model itself wrote the responses: :func:`geomkit.own_responses`.
 """
 
 from collections import defaultdict
@@ -23,20 +26,21 @@ _ATTEMPTS = 50
 
 
 def with_responses(prompts: "Dataset", responses: "Dataset") -> "Dataset":
-    """Put the responses of one set under the prompts of another.
+    """Return the prompts of one set with the responses of another.
 
-    Benign requests with the safety set's refusals have its wording and its loss tokens, but nothing forbidden: what a
-    safety gradient shows beyond theirs is not due to the refusal's text.
+    Benign prompts with the refusals of a safety set have the wording and the loss tokens of the safety set, but no
+    harmful request. A property of the safety gradient that this control lacks is not due to the text of the refusals.
 
     Args:
-        prompts: The conversations whose beginnings are kept, N of them.
-        responses: The conversations whose last assistant messages are taken, in turn.
+        prompts: N conversations; all messages before the last assistant message are kept.
+        responses: Conversations whose last assistant messages are used in turn, and again from the first if there are
+            fewer than N.
 
     Returns:
         N conversations in one column, ``messages``.
 
     Raises:
-        DataError: If a set is empty or no ``Dataset`` of conversations.
+        DataError: If a set is empty or is not a ``Dataset`` of conversations.
 
     Example:
         >>> import geomkit as gk
@@ -50,20 +54,20 @@ def with_responses(prompts: "Dataset", responses: "Dataset") -> "Dataset":
 
 
 def shuffled_pairs(examples: "Dataset", seed: int = 0) -> "Dataset":
-    """Deal the responses anew, so that every prompt is answered with words that belong to another.
+    """Return the conversations with their responses permuted, so that no prompt keeps its response text.
 
-    Prompts and responses stay what they are; what a gradient owes to their belonging together is gone.
+    Prompts and responses stay the same texts; only their belonging together is lost.
 
     Args:
-        examples: N conversations, no response in more than half of them: where all answers are one refusal, dealing
-            them anew changes nothing.
-        seed: Seed of the deal.
+        examples: N conversations. No response text may be in more than half of them, because a permutation of equal
+            responses changes nothing.
+        seed: Seed of the permutation.
 
     Returns:
         N conversations in one column, ``messages``, in the order of the prompts.
 
     Raises:
-        DataError: If one response stands in more than half of the conversations, or there are none.
+        DataError: If one response text is in more than half of the conversations, or the set is empty.
 
     Example:
         >>> import geomkit as gk
@@ -81,21 +85,23 @@ def shuffled_pairs(examples: "Dataset", seed: int = 0) -> "Dataset":
 def random_tokens(
     examples: "Dataset | EncodedExamples", tokenizer: "PreTrainedTokenizerBase", seed: int = 0
 ) -> "Dataset":
-    """Replace the text of every message by words drawn at random that take just as many tokens.
+    """Return the conversations with the text of every message replaced by random words of as many tokens.
 
-    Every example keeps its length, its turns and the places of its loss: what a gradient owes to these alone remains.
-    The words are tokens of letters, all equally likely, as the tokenizer has them in the middle of a text.
+    Every example keeps its number of tokens, its turns and its loss mask; a property that a gradient then still has is
+    due to these alone. The words are drawn uniformly from the tokens
+    of the tokenizer that consist of letters.
 
     Args:
         examples: N conversations.
-        tokenizer: A tokenizer with a chat template.
+        tokenizer: Tokenizer with a chat template.
         seed: Seed of the draws.
 
     Returns:
         N conversations in one column, ``messages``.
 
     Raises:
-        DataError: If the tokenizer has no such words, or no draw had the tokens of an example.
+        DataError: If the tokenizer has no tokens that are words, or an example gets another number of tokens in every
+            draw.
 
     Example:
         >>> import geomkit as gk
@@ -107,22 +113,23 @@ def random_tokens(
     """
     from datasets import Dataset
 
-    wanted = as_encoded(tokenizer, examples)
+    encoded = as_encoded(tokenizer, examples)
     words, generator = _Words(tokenizer), Random(seed)
     rows = []
-    for place, (messages, tokens) in enumerate(zip(wanted.examples["messages"], wanted, strict=True)):
+    for index, (messages, tokens) in enumerate(zip(encoded.examples["messages"], encoded, strict=True)):
         lengths = [len(words.ids(message["content"])) for message in messages]
+        # Words may merge into other tokens at their borders: draw again until the loss mask is that of the example.
         for _ in range(_ATTEMPTS):
             drawn = [
                 {"role": message["role"], "content": words.draw(length, generator)}
                 for message, length in zip(messages, lengths, strict=True)
             ]
-            found = wanted.like(Dataset.from_list([{"messages": drawn}]))
-            if found[0].loss_mask == tokens.loss_mask:
+            candidate = encoded.like(Dataset.from_list([{"messages": drawn}]))
+            if candidate[0].loss_mask == tokens.loss_mask:
                 break
         else:
             raise DataError(
-                f"example {place}: expected random words with its {len(tokens)} tokens, found none in {_ATTEMPTS} "
+                f"example {index}: expected random words with its {len(tokens)} tokens, found none in {_ATTEMPTS} "
                 "draws; drop the example, or its turns may be rendered in a way that depends on their text"
             )
         rows.append({"messages": drawn})
@@ -130,17 +137,14 @@ def random_tokens(
 
 
 def derangement(responses: Sequence[str], generator: Random) -> list[str]:
-    """Deal responses so that no place keeps the text it had.
-
-    Places with one text are put side by side in random order, then all texts move on by as many places as the most
-    frequent one has: whatever stands there is another.
+    """Return the responses in a random order in which no place has the text that it had before (a derangement).
 
     Args:
-        responses: N texts, none more than N/2 times.
+        responses: N texts, of which none occurs more than N/2 times.
         generator: Source of randomness.
 
     Raises:
-        DataError: If one text is more frequent than that.
+        DataError: If one text occurs more often.
     """
     places = defaultdict(list)
     for place, response in enumerate(responses):
@@ -151,17 +155,19 @@ def derangement(responses: Sequence[str], generator: Random) -> list[str]:
             f"expected responses that differ, found one text in {most} of {len(responses)} examples; put others under "
             "these prompts with geomkit.with_responses first"
         )
+    # 1. Order the places so that equal texts are neighbours, with the texts and the places of each in random order.
     groups = sorted(places.values())
     generator.shuffle(groups)
     order = [place for group in groups for place in generator.sample(group, len(group))]
-    dealt = [""] * len(responses)
-    for here, other in zip(order, [*order[most:], *order[:most]], strict=True):
-        dealt[here] = responses[other]
-    return dealt
+    # 2. Shift all texts along this order by the size of the largest group: each leaves its own group.
+    permuted = [""] * len(responses)
+    for place, source in zip(order, [*order[most:], *order[:most]], strict=True):
+        permuted[place] = responses[source]
+    return permuted
 
 
 def replace_answers(prompts: "Dataset", answers: Sequence[str]) -> "Dataset":
-    """Return the conversations with their last assistant message replaced by the answers, taken in turn."""
+    """Return the conversations with the last assistant message of each replaced by one of the answers, in turn."""
     from datasets import Dataset
 
     return Dataset.from_list(
@@ -173,7 +179,7 @@ def replace_answers(prompts: "Dataset", answers: Sequence[str]) -> "Dataset":
 
 
 class _Words:
-    """The tokens of letters that a text can be made of: those that may open it, and those that may go on with it."""
+    """Words of one token each: those that are one token at the start of a text, and those that are one after a word."""
 
     _OPENING = "a"
 
@@ -191,12 +197,12 @@ class _Words:
             )
 
     def ids(self, text: str) -> list[int]:
-        """Encode a text without anything around it."""
-        found: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
-        return found
+        """Return the token ids of a text, without special tokens."""
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
 
     def draw(self, length: int, generator: Random) -> str:
-        """Draw a text of so many tokens."""
+        """Return a random text of ``length`` tokens, up to merges of its words."""
         if not length:
             return ""
         return " ".join([generator.choice(self._first), *generator.choices(self._next, k=length - 1)])

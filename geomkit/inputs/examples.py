@@ -1,7 +1,7 @@
-"""Examples in the ``messages`` format: from files, the hub or the shipped sets.
+"""Loading and checking of examples, from files, the hub or the shipped sets.
 
-An *example* is one conversation, a row of a :class:`datasets.Dataset` with a column ``messages`` as chat models
-are trained on.
+An *example* is a conversation: a row of a :class:`datasets.Dataset` with a column ``messages``, the usual format for
+the training of chat models.
 """
 
 import json
@@ -19,22 +19,22 @@ Message = dict[str, str]
 
 
 def load_examples(source: "str | Path | Dataset", split: str = "train") -> "Dataset":
-    """Load conversations from a shipped set, a JSON-lines file, a hub data set or a ready ``Dataset``.
+    """Return conversations from a shipped set, a JSON-lines file, a data set of the hub or a ``Dataset``.
 
-    Rows need a column ``messages`` (a list of ``{"role", "content"}``) or the two columns ``prompt`` and
-    ``response``, which become one user and one assistant message. Other columns are kept.
+    Rows need a column ``messages`` (a list of ``{"role", "content"}``), or the columns ``prompt`` and ``response``,
+    which become a user message and an assistant message. Other columns are kept.
 
     Args:
-        source: A shipped name (:func:`shipped_examples` lists them), a path to a ``.jsonl`` file, the id of a
-            data set on the hub, or a ``datasets.Dataset``.
-        split: The split to take from a hub data set.
+        source: Name of a shipped set (:func:`shipped_examples` lists them), path to a ``.jsonl`` file, id of a data set
+            on the hub, or a ``datasets.Dataset``.
+        split: Split of a data set on the hub.
 
     Returns:
-        A ``datasets.Dataset`` whose column ``messages`` is checked.
+        The rows, with a checked column ``messages``.
 
     Raises:
-        DataError: If the file is missing or corrupt, the columns are wrong, a conversation is malformed, or
-            there is no row at all.
+        DataError: If the file is missing or damaged, columns are missing, a conversation is malformed, or there is no
+            row.
 
     Example:
         >>> import geomkit as gk
@@ -56,10 +56,10 @@ def load_examples(source: "str | Path | Dataset", split: str = "train") -> "Data
 
 
 def check_examples(examples: object) -> None:
-    """Check that these are conversations that can be counted, at least one of them.
+    """Check that examples are a ``Dataset`` of conversations with at least one row.
 
     Raises:
-        DataError: If they are no ``Dataset``, have no column ``messages``, or there are none.
+        DataError: If they are not a ``Dataset``, have no column ``messages``, or have no row.
     """
     columns = getattr(examples, "column_names", None)
     if not isinstance(columns, list) or not isinstance(examples, Sized):
@@ -74,7 +74,7 @@ def check_examples(examples: object) -> None:
 
 
 def shipped_examples() -> list[str]:
-    """Name the example sets that come with geomkit, as :func:`load_examples` takes them.
+    """Return the names of the example sets that are shipped with geomkit, for :func:`load_examples`.
 
     Example:
         >>> "safety" in shipped_examples()
@@ -96,7 +96,7 @@ def _read_jsonl(path: Path) -> "Dataset":
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: expected UTF-8 text, found {error.reason} at byte {error.start}") from None
-    # Not splitlines: JSON allows U+2028 and its kin inside a string.
+    # Not str.splitlines, which also splits at U+2028 and similar characters; JSON allows these inside a string.
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
@@ -111,7 +111,7 @@ def _read_jsonl(path: Path) -> "Dataset":
         raise DataError(f"expected at least one example in {path}, found an empty file")
     try:
         return Dataset.from_list(rows)
-    except Exception as error:  # pyarrow raises a family of its own when rows disagree on a column's type
+    except Exception as error:  # pyarrow has exception types of its own for rows that differ in a column's type
         raise DataError(f"{path}: the rows do not share one set of columns and types: {error}") from None
 
 
@@ -120,7 +120,7 @@ def _from_hub(name: str, split: str) -> "Dataset":
 
     try:
         return load_dataset(name, split=split)
-    except Exception as error:  # the hub client raises dozens of types; all mean "could not load"
+    except Exception as error:  # the client of the hub raises dozens of types; all mean that loading failed
         raise DataError(
             f"'{name}' is no file and no shipped set ({_shipped_list()}), and loading it from the hub failed: "
             f"{type(error).__name__}: {error}"
@@ -158,14 +158,14 @@ def _check_messages(messages: Any, where: str) -> None:
             raise DataError(f"{where}: expected messages with a text 'role' and 'content', found {message!r:.80}")
     if not any(message["role"] == "assistant" for message in messages):
         raise DataError(f"{where}: expected an assistant message to take the loss on, found none")
-    if not response_of(messages).strip():  # its end marker would still be trained on: to say nothing
+    if not response_of(messages).strip():  # the end marker would still be a loss token: the model would learn silence
         raise DataError(
             f"{where}: expected words in the last assistant message, found {response_of(messages)!r:.80}; drop the row"
         )
 
 
 def prompt_of(messages: Sequence[Message]) -> list[Message]:
-    """Return the conversation up to, and without, its last assistant message.
+    """Return the messages of a conversation before its last assistant message.
 
     Example:
         >>> prompt_of([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}])
@@ -176,7 +176,7 @@ def prompt_of(messages: Sequence[Message]) -> list[Message]:
 
 
 def response_of(messages: Sequence[Message]) -> str:
-    """Return the text of the last assistant message.
+    """Return the text of the last assistant message of a conversation.
 
     Example:
         >>> response_of([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}])

@@ -1,4 +1,4 @@
-"""The one loss that geomkit differentiates: cross-entropy on assistant tokens, averaged within each example."""
+"""The loss that geomkit differentiates: cross-entropy on assistant tokens, averaged within each example."""
 
 from collections.abc import Callable, Sequence
 from typing import Literal
@@ -16,18 +16,18 @@ from geomkit.utils.precision import at_least_fp32
 Reduction = Literal["example", "token"]
 
 TokenLoss = Callable[[nn.Module, Batch], Tensor]
-"""Runs a model once over a batch of B examples of length L and returns (B, L − 1) losses, 0 where none counts."""
+"""Function that runs a model on a batch of B examples of length L and returns (B, L − 1) losses, 0 where not scored."""
 
 
 def token_losses(model: nn.Module, batch: Batch) -> Tensor:
-    """Run the model once and return the cross-entropy of every next token.
+    """Return the cross-entropy of every next token, from one run of the model.
 
     Args:
         model: A causal language model.
         batch: B examples padded to length L, on the model's device.
 
     Returns:
-        (B, L − 1) losses in fp32 or better; 0 where the label is not the assistant's.
+        (B, L − 1) losses in nats, fp32 or better; 0 for tokens that are not the assistant's.
 
     Raises:
         CollectionError: If the model returns logits for another number of tokens.
@@ -40,7 +40,7 @@ def token_losses(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def next_token_logits(model: nn.Module, batch: Batch) -> Tensor:
-    """Run the model once and return (B, L − 1, vocabulary) logits of every next token, in fp32 or better.
+    """Return (B, L − 1, vocabulary) logits of every next token, fp32 or better, from one run of the model.
 
     Raises:
         CollectionError: If the model returns logits for another number of tokens.
@@ -55,19 +55,19 @@ def next_token_logits(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def scored(batch: Batch) -> Tensor:
-    """Return the (B, L − 1) mask of the next tokens that count."""
+    """Return the (B, L − 1) mask of the next tokens that are scored."""
     return batch.labels[:, 1:] != IGNORED
 
 
 def example_losses(losses: Tensor, batch: Batch) -> Tensor:
-    """Average token losses within each example.
+    """Return each example's loss: the mean of its token losses.
 
     Args:
         losses: (B, L − 1), from :func:`token_losses`.
-        batch: The batch they came from.
+        batch: The batch that the losses are from.
 
     Returns:
-        (B,) mean loss over each example's assistant tokens.
+        (B,) mean loss over the assistant tokens of each example, in nats.
     """
     return losses.sum(1) / scored(batch).sum(1)
 
@@ -75,14 +75,16 @@ def example_losses(losses: Tensor, batch: Batch) -> Tensor:
 def losses_of(
     model: nn.Module, rows: Sequence[Tokens], pad: int, *, batch_size: int = 16, token_loss: TokenLoss = token_losses
 ) -> list[float]:
-    """Return each example's own loss, without a gradient; the model runs in eval mode and is left as found.
+    """Return the loss of each example, computed without gradients.
+
+    The model runs in eval mode; its state is restored afterwards.
 
     Args:
         model: A causal language model.
         rows: The examples.
-        pad: The id that fills short rows.
-        batch_size: Examples run at a time.
-        token_loss: The loss of each token.
+        pad: Id of the token that fills short rows.
+        batch_size: Number of examples in a batch.
+        token_loss: Function that gives the loss of each token.
     """
     device = next(model.parameters()).device
     losses: list[float] = []

@@ -1,4 +1,4 @@
-"""Leaving a model exactly as it was found, also after an exception."""
+"""Context managers that restore the state of a model, also after an exception."""
 
 import threading
 from collections.abc import Iterator
@@ -10,15 +10,15 @@ from torch import nn
 from geomkit.errors import CollectionError
 
 _LOCK = threading.RLock()
-_UNDER_WAY: set[int] = set()
-_HOOKS = "_backward_hooks"  # torch has no public way to set a tensor's hooks aside
+_MODELS_IN_USE: set[int] = set()
+_HOOKS = "_backward_hooks"  # torch has no public way to remove and restore the hooks of a tensor
 
 
 @contextmanager
 def model_state_kept(model: nn.Module) -> Iterator[None]:
-    """Restore modes, buffers that were replaced, which parameters are trainable, and the random state at the end.
+    """Restore the modes, replaced buffers, ``requires_grad`` flags and random state of a model when the block ends.
 
-    Gradients and hooks need no restoring: nothing in geomkit writes the first, and the second are context managers.
+    ``.grad`` and hooks need no restoring: geomkit does not write ``.grad``, and its hooks are context managers.
     """
     modes = [(module, module.training) for module in model.modules()]
     buffers = [
@@ -35,7 +35,8 @@ def model_state_kept(model: nn.Module) -> Iterator[None]:
             for module, training in modes:
                 module.training = training
             for module, name, value in buffers:
-                if getattr(module, name, None) is not value:  # such as the frequencies of a dynamic rotary embedding
+                # Some modules replace a buffer when they run, e.g. the frequencies of a dynamic rotary embedding.
+                if getattr(module, name, None) is not value:
                     setattr(module, name, value)
             for parameter, needs_gradient in trainable:
                 parameter.requires_grad_(needs_gradient)
@@ -43,39 +44,43 @@ def model_state_kept(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def grads_set_aside(model: nn.Module) -> Iterator[None]:
-    """Give parameters no ``.grad`` inside the block, so that one which appears is seen, and theirs back at the end."""
-    found = [(parameter, parameter.grad) for parameter in model.parameters()]
+    """Set ``.grad`` of all parameters to ``None`` inside the block, and restore it afterwards.
+
+    A ``.grad`` inside the block then shows that the model runs a backward pass of its own.
+    """
+    grads = [(parameter, parameter.grad) for parameter in model.parameters()]
     try:
-        for parameter, _ in found:
+        for parameter, _ in grads:
             parameter.grad = None
         yield
     finally:
-        for parameter, gradient in found:
-            parameter.grad = gradient
+        for parameter, grad in grads:
+            parameter.grad = grad
 
 
 @contextmanager
 def one_collection_at_a_time(model: nn.Module) -> Iterator[None]:
-    """Let other threads wait, as precision and compilation are set for the whole process.
+    """Make other threads wait until the block ends, as precision and compilation are settings of the whole process.
 
     Raises:
-        CollectionError: If the block is entered for a model inside itself, as by a hook.
+        CollectionError: If the block is entered again for the same model inside itself, e.g. by a hook.
     """
     with _LOCK:
-        if id(model) in _UNDER_WAY:
+        if id(model) in _MODELS_IN_USE:
             raise CollectionError("expected a model at rest, found one whose gradients are just being collected")
-        _UNDER_WAY.add(id(model))
+        _MODELS_IN_USE.add(id(model))
         try:
             yield
         finally:
-            _UNDER_WAY.remove(id(model))
+            _MODELS_IN_USE.remove(id(model))
 
 
 @contextmanager
 def compilation_and_parameter_hooks_off(model: nn.Module) -> Iterator[None]:
-    """Run compiled parts uncompiled, which do not know of hooks, and keep hooks off the parameters' gradients.
+    """Switch off compiled code and the hooks of parameters inside the block.
 
-    Hooks on parameters say what an optimizer should see; the loss has the gradient that it has.
+    Compiled code would not call module hooks that are added later. The hooks of a parameter change the gradient that an
+    optimizer gets, which is then not the gradient of the loss.
     """
     hooked = {parameter: hooks for parameter in model.parameters() if (hooks := getattr(parameter, _HOOKS))}
     with torch.compiler.set_stance("force_eager"):

@@ -1,4 +1,4 @@
-"""Loading a causal language model and its tokenizer, with errors that say what to do; and one that learnt nothing."""
+"""Loading a causal language model with its tokenizer, and making an untrained model of the same architecture."""
 
 import copy
 from pathlib import Path
@@ -15,19 +15,19 @@ if TYPE_CHECKING:
 def load_model(
     source: str | Path, *, dtype: str = "auto", device: str | None = None, pad_token: str | None = None
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """Load a model and its tokenizer from a folder, from the hub, or a stage of the organism.
+    """Return a causal language model and its tokenizer, from a folder, from the hub, or a stage of the organism.
 
     Args:
         source: ``"organism/aligned"``, ``"organism/base"``, a folder, or the id of a model on the hub.
-        dtype: ``"auto"`` for the checkpoint's own, or a torch type's name such as ``"float32"``.
-        device: Where to put it; a GPU if there is one when left out.
-        pad_token: The token that fills short rows, for tokenizers that name none.
+        dtype: ``"auto"`` for the dtype of the checkpoint, or the name of a torch dtype such as ``"float32"``.
+        device: Device of the model; when left out, a GPU if there is one, else the CPU.
+        pad_token: Token that fills short rows, for tokenizers without a pad token.
 
     Returns:
         The model in eval mode, and the tokenizer.
 
     Raises:
-        DataError: If either cannot be loaded, or the pad token is not in the vocabulary.
+        DataError: If model or tokenizer cannot be loaded, or the pad token is not in the vocabulary.
 
     Example:
         >>> model, tokenizer = load_model("organism/base")
@@ -45,7 +45,7 @@ def load_model(
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
-    except Exception as error:  # config, weights and hub clients each raise types of their own
+    except Exception as error:  # configuration, weights and hub client raise different exception types
         reason = (str(error).strip() or "no reason given").splitlines()[0]
         raise DataError(
             f"expected a causal language model at '{source}' (a folder, a hub id, organism/aligned or organism/base), "
@@ -60,24 +60,24 @@ def load_model(
 
 
 def untrained(model: "PreTrainedModel", *, seed: int = 0) -> "PreTrainedModel":
-    """Return a model of the same architecture that has learnt nothing: the negative control for every measure.
+    """Return an untrained model of the same architecture, with random weights: a negative control for every measure.
 
-    What its gradients show comes from the architecture, the texts and the tokens alone.
+    Properties of its gradients come from the architecture, the texts and the tokens, not from training.
 
     Args:
-        model: Any causal language model; only its configuration, type and device are used.
-        seed: Decides the weights, drawn as transformers initialises this architecture.
+        model: A causal language model; only its configuration, dtype and device are used.
+        seed: Seed of the weights, which are drawn as transformers initialises this architecture.
 
     Returns:
-        The new model in eval mode, of the same type and on the same device. Global random states are left as found.
+        The new model in eval mode, with the same dtype and device. Global random states are restored.
 
     Raises:
-        DataError: If it is no transformers model, or one with adapters.
+        DataError: If ``model`` is not a transformers model, or has adapters.
 
     Example:
         >>> import geomkit as gk
-        >>> nothing_learnt = untrained(gk.load_organism()[0])
-        >>> sum(weight.numel() for weight in nothing_learnt.parameters())
+        >>> model = untrained(gk.load_organism()[0])
+        >>> sum(weight.numel() for weight in model.parameters())
         853120
     """
     import torch

@@ -1,4 +1,4 @@
-"""Reading a parameter's place in the network out of its name."""
+"""Kind and decoder layer of a parameter, read from its name, and the choice of parameters by these."""
 
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -23,7 +23,7 @@ _KINDS: tuple[tuple[Kind, re.Pattern[str]], ...] = (
 
 
 def layer_index(parameter: str) -> int | None:
-    """Return the index of the decoder layer a parameter belongs to, or ``None`` outside the layers.
+    """Return the index of the decoder layer that a parameter belongs to, or ``None`` outside the decoder layers.
 
     Example:
         >>> layer_index("model.layers.11.mlp.up_proj.weight"), layer_index("lm_head.weight")
@@ -34,7 +34,7 @@ def layer_index(parameter: str) -> int | None:
 
 
 def kind_of(parameter: str) -> Kind:
-    """Return the kind of module a parameter belongs to.
+    """Return the kind of module that a parameter belongs to, such as ``"attention"`` or ``"mlp"``.
 
     Example:
         >>> kind_of("model.layers.0.self_attn.q_proj.weight"), kind_of("model.norm.weight")
@@ -46,12 +46,13 @@ def kind_of(parameter: str) -> Kind:
 
 @dataclass(frozen=True)
 class Selection:
-    """What a parameter must satisfy to be chosen: all three conditions.
+    """A choice of parameters: those whose name satisfies all three conditions.
 
     Attributes:
-        globs: Patterns, one of which its name matches.
-        kinds: Kinds of module, one of which it belongs to; any when ``None``.
-        indices: Decoder layers, one of which it belongs to; any, and outside the layers too, when ``None``.
+        globs: Glob patterns, of which the name must match at least one.
+        kinds: Kinds of module, of which the parameter must have one; all kinds when ``None``.
+        indices: Decoder layers, of which the parameter must be in one; when ``None`` all, and also parameters outside
+            the decoder layers.
     """
 
     globs: tuple[str, ...] = ("*",)
@@ -59,7 +60,7 @@ class Selection:
     indices: frozenset[int] | None = None
 
     def matches(self, name: str) -> bool:
-        """Tell whether a parameter of this name is chosen."""
+        """Return whether a parameter with this name is chosen."""
         return (
             any(fnmatchcase(name, pattern) for pattern in self.globs)
             and (self.kinds is None or kind_of(name) in self.kinds)
@@ -67,11 +68,11 @@ class Selection:
         )
 
     def __str__(self) -> str:
-        """Say the conditions, as they would be written."""
-        said = [f"layers={list(self.globs)}"]
-        said += [f"kinds={sorted(self.kinds)}"] if self.kinds is not None else []
-        said += [f"indices={sorted(self.indices)}"] if self.indices is not None else []
-        return ", ".join(said)
+        """Return the conditions as text."""
+        conditions = [f"layers={list(self.globs)}"]
+        conditions += [f"kinds={sorted(self.kinds)}"] if self.kinds is not None else []
+        conditions += [f"indices={sorted(self.indices)}"] if self.indices is not None else []
+        return ", ".join(conditions)
 
 
 Layers = str | int | Sequence[str] | Sequence[int] | Selection
@@ -87,17 +88,17 @@ def select(
     """Return a choice of parameters by name, kind of module and decoder layer, for any argument ``layers=``.
 
     Args:
-        names: Glob pattern, or several, on parameter names, such as ``"*.mlp.*"``.
-        kinds: ``"attention"``, ``"mlp"``, ``"head"``, ``"embedding"``, ``"norm"`` or ``"other"``, or several; all kinds
-            when left out.
-        indices: Number of a decoder layer, or several, such as ``range(4, 8)``; when left out all, and the parameters
-            outside the decoder layers too.
+        names: Glob pattern on parameter names such as ``"*.mlp.*"``, or several patterns.
+        kinds: ``"attention"``, ``"mlp"``, ``"head"``, ``"embedding"``, ``"norm"`` or ``"other"``, or several; all
+            kinds when left out.
+        indices: Number of a decoder layer, or several numbers such as ``range(4, 8)``; when left out, all layers and
+            the parameters outside the layers.
 
     Returns:
-        The choice: a parameter belongs to it when it satisfies all three conditions.
+        The choice of the parameters that satisfy all three conditions.
 
     Raises:
-        CollectionError: If there is no such kind.
+        CollectionError: If a kind is unknown.
 
     Example:
         >>> select(kinds="mlp", indices=range(2)).matches("model.layers.1.mlp.up_proj.weight")
@@ -114,13 +115,14 @@ def select(
 
 
 def as_selection(layers: Layers) -> Selection:
-    """Return the choice of parameters that a user gave as ``layers=``.
+    """Return the argument ``layers=`` of a function as a :class:`Selection`.
 
     Args:
-        layers: Glob pattern on parameter names, number of a decoder layer, a list of either, or a :class:`Selection`.
+        layers: Glob pattern on parameter names, number of a decoder layer, a list of patterns or of numbers, or a
+            :class:`Selection`.
 
     Raises:
-        CollectionError: If it is something else.
+        CollectionError: If ``layers`` is something else, or an empty list.
 
     Example:
         >>> str(as_selection("*.mlp.*")), str(as_selection([10, 20]))
@@ -142,38 +144,39 @@ def as_selection(layers: Layers) -> Selection:
 
 
 def chosen_parameters(model: nn.Module, chosen: Selection) -> dict[str, str]:
-    """Map every name of each chosen trainable parameter (a tied one has two) to the first of its names.
+    """Return every name of each chosen trainable parameter, mapped to the parameter's first name.
 
-    A tied parameter is chosen when any of its names matches.
+    A tied parameter has two names, and is chosen if at least one of them matches. Its gradient is collected under the
+    first name.
 
     Raises:
-        CollectionError: If no trainable parameter matches, or the model lacks a decoder layer asked for.
+        CollectionError: If no trainable parameter matches, or the model lacks one of the decoder layers.
     """
     named = list(model.named_parameters(remove_duplicate=False))
     numbers = {number for name, _ in named if (number := layer_index(name)) is not None}
     if absent := sorted((chosen.indices or frozenset()) - numbers):
         present = f"{min(numbers)} to {max(numbers)}" if numbers else "none"
         raise CollectionError(f"expected decoder layers among {present}, found {absent}; choose others")
-    first: dict[int, str] = {}
+    first_names: dict[int, str] = {}
     for name, parameter in named:
-        first.setdefault(id(parameter), name)
+        first_names.setdefault(id(parameter), name)
     wanted = {id(parameter) for name, parameter in named if parameter.requires_grad and chosen.matches(name)}
     if not wanted:
         trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-        some = ", ".join(trainable[:3]) or "none"
+        examples = ", ".join(trainable[:3]) or "none"
         raise CollectionError(
-            f"expected trainable parameters that match {chosen}, found none among {len(trainable)} ({some}, …); "
+            f"expected trainable parameters that match {chosen}, found none among {len(trainable)} ({examples}, …); "
             "change the choice or unfreeze the model"
         )
-    return {name: first[id(parameter)] for name, parameter in named if id(parameter) in wanted}
+    return {name: first_names[id(parameter)] for name, parameter in named if id(parameter) in wanted}
 
 
 def refuse_unseen_values(parameters: Mapping[str, nn.Parameter], error: type[GeomkitError]) -> None:
-    """Refuse parameters whose values are not whole on this process.
+    """Raise an error if the values of a parameter are not complete in this process.
 
     Args:
         parameters: Parameters by name.
-        error: The exception to raise.
+        error: Exception to raise for parameters that are sharded, made in inference mode or on the meta device.
     """
     for name, parameter in parameters.items():
         if hasattr(parameter, "device_mesh") or hasattr(parameter, "ds_id") or parameter.numel() == 0:
@@ -188,7 +191,7 @@ def refuse_unseen_values(parameters: Mapping[str, nn.Parameter], error: type[Geo
 
 
 def unwrapped_model(model: nn.Module) -> nn.Module:
-    """Return the model inside DDP, DataParallel or ``torch.compile``, whose parameters have the plain names."""
+    """Return the model inside DDP, DataParallel or ``torch.compile``: its parameter names have no prefix."""
     wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
     inner = model.module if isinstance(model, wrappers) else getattr(model, "_orig_mod", None)
     return unwrapped_model(inner) if isinstance(inner, nn.Module) else model

@@ -1,6 +1,6 @@
-"""Examples as tokens, with a loss mask.
+"""Encoding of examples: token ids, and the mask of the tokens that the loss is taken on.
 
-Only the tokens of assistant turns count in a loss; everything else is context.
+The loss is taken on the tokens of assistant turns; all other tokens are context.
 """
 
 import hashlib
@@ -26,11 +26,11 @@ _GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 @dataclass(frozen=True)
 class Tokens:
-    """One example as tokens.
+    """An example as tokens.
 
     Attributes:
-        input_ids: Token ids, length T.
-        loss_mask: Whether each token is the assistant's, length T.
+        input_ids: (T,) token ids.
+        loss_mask: (T,) whether a token belongs to an assistant turn.
     """
 
     input_ids: tuple[int, ...]
@@ -42,22 +42,22 @@ class Tokens:
 
     @property
     def loss_tokens(self) -> int:
-        """The number of tokens a causal model is scored on: assistant tokens, never the first position."""
+        """Number of scored tokens: those of the assistant, without the first position, which no model predicts."""
         return sum(self.loss_mask[1:])
 
 
 @dataclass(frozen=True, eq=False)
 class EncodedExamples(Sequence[Tokens]):
-    """Examples that :func:`encode` has checked: a sequence of :class:`Tokens`, each encoded again when it is read.
+    """Examples that :func:`encode` has checked: a sequence of :class:`Tokens`, encoded again at every access.
 
-    Only the number of tokens of each example is kept, so a large set costs no memory. Every function of geomkit that
-    takes examples takes these too.
+    Only the numbers of tokens are kept in memory, so that a large set needs little. Every function of geomkit that
+    takes examples as a ``Dataset`` also takes encoded examples.
 
     Attributes:
         tokenizer: The tokenizer that encoded the examples.
         examples: N rows with a column ``messages``.
-        assistant_mask: How the assistant's tokens are marked, see :func:`encode`.
-        max_length: Length that longer examples are cut to; ``None`` for no cut.
+        assistant_mask: How assistant tokens are recognised, see :func:`encode`.
+        max_length: Number of tokens that longer examples are cut to; ``None`` for no cut.
         lengths: (N,) number of tokens of each example.
         fingerprint: SHA-256 digest of all token ids and loss masks, in hexadecimal.
     """
@@ -80,22 +80,22 @@ class EncodedExamples(Sequence[Tokens]):
     def __getitem__(self, index: slice) -> list[Tokens]: ...
 
     def __getitem__(self, index: int | slice) -> Tokens | list[Tokens]:
-        """Encode one example, or a slice of the examples."""
+        """Return an example, or a list of examples for a slice."""
         if isinstance(index, slice):
-            return [self[place] for place in range(*index.indices(len(self)))]
+            return [self[position] for position in range(*index.indices(len(self)))]
         return self._encode_one(index, self.examples[index]["messages"])
 
     def __iter__(self) -> Iterator[Tokens]:
-        """Encode the examples one after the other."""
+        """Yield the examples in order."""
         for index, messages in enumerate(self.examples["messages"]):
             yield self._encode_one(index, messages)
 
     def select(self, indices: Iterable[int]) -> "EncodedExamples":
-        """Return the examples at some places, as ``Dataset.select`` does."""
+        """Return the examples with these indices, like ``Dataset.select``."""
         return self.like(self.examples.select(indices))
 
     def like(self, examples: "Dataset") -> "EncodedExamples":
-        """Encode other examples with the tokenizer and the settings of these."""
+        """Return other examples, encoded with the tokenizer and the settings of these examples."""
         return encode(self.tokenizer, examples, assistant_mask=self.assistant_mask, max_length=self.max_length)
 
     @cached_property
@@ -110,25 +110,26 @@ def encode(
     assistant_mask: AssistantMask = "template",
     max_length: int | None = None,
 ) -> EncodedExamples:
-    """Return conversations as tokens: rendered with the chat template, the assistant's tokens marked for the loss.
+    """Return conversations as tokens: rendered with the chat template, with a mask of the assistant's tokens.
 
-    Every function that takes examples encodes them with the defaults of this function. Call it yourself to encode them
-    otherwise, or once for several uses. Each example is encoded here once, to check it before hours of work.
+    Every function of geomkit that takes examples encodes them with the defaults of this function. Call it to choose
+    other settings, or to encode examples once for several functions. All examples are encoded here once to check them.
 
     Args:
-        tokenizer: A tokenizer with a chat template.
+        tokenizer: Tokenizer with a chat template.
         examples: N rows with a column ``messages``; :func:`geomkit.load_examples` makes them.
-        assistant_mask: ``"template"`` reads the template's ``{% generation %}`` markers. ``"prefix"`` serves
-            templates without them: a turn's tokens are those that the rendering gains by it. It is exact when the
-            rendering of a conversation starts with the rendering of its beginning, which is checked.
-        max_length: Cut longer examples to this many tokens, from the right.
+        assistant_mask: ``"template"`` reads the ``{% generation %}`` markers of the chat template. ``"prefix"`` is for
+            templates without these markers: the tokens of a turn are those by which the rendering with the turn is
+            longer than the rendering before it. This needs a template whose rendering of a conversation starts with the
+            rendering of its first turns, which is checked.
+        max_length: Number of tokens that longer examples are cut to, at their end; ``None`` for no cut.
 
     Returns:
         The N examples as a sequence of :class:`Tokens`.
 
     Raises:
-        DataError: If there is no example, no chat template, no marker in it, or an example without a single
-            assistant token to take a loss on.
+        DataError: If there is no example, the tokenizer has no chat template, the template has no markers, or an
+            example has no scored token.
 
     Example:
         >>> import geomkit as gk
@@ -152,7 +153,7 @@ def encode(
 
 
 def tokens_fingerprint(rows: Iterable[Tokens]) -> str:
-    """Return the SHA-256 digest of the token ids and loss masks of examples, in order, in hexadecimal.
+    """Return the SHA-256 digest of the token ids and loss masks of all examples, in order, in hexadecimal.
 
     Example:
         >>> tokens_fingerprint([Tokens((5, 6, 7), (False, False, True))])[:8]
@@ -160,7 +161,7 @@ def tokens_fingerprint(rows: Iterable[Tokens]) -> str:
     """
     digest = hashlib.sha256()
     for row in rows:
-        # The length first: else two short examples would count as one long example.
+        # The length first: otherwise two short examples would have the digest of one long example.
         digest.update(len(row).to_bytes(8, "little"))
         digest.update(np.asarray(row.input_ids, dtype="<i8").tobytes())
         digest.update(np.asarray(row.loss_mask, dtype="u1").tobytes())
@@ -168,35 +169,35 @@ def tokens_fingerprint(rows: Iterable[Tokens]) -> str:
 
 
 def encode_at_once(tokenizer: "PreTrainedTokenizerBase", conversations: Sequence[list[Message]]) -> list[Tokens]:
-    """Return conversations as tokens, all kept in memory and each encoded once; see :func:`encode`."""
+    """Return conversations as a list of tokens in memory, encoded with the defaults of :func:`encode`."""
     encode_one = _encoder(tokenizer, "template", None)
     return [encode_one(index, messages) for index, messages in enumerate(conversations)]
 
 
 def as_encoded(tokenizer: "PreTrainedTokenizerBase", examples: "Dataset | EncodedExamples") -> EncodedExamples:
-    """Return the examples encoded, with the defaults of :func:`encode` where they are not encoded yet.
+    """Return examples as encoded examples; a ``Dataset`` is encoded with the defaults of :func:`encode`.
 
     Raises:
         DataError: If the examples cannot be encoded, or were encoded with another tokenizer.
     """
     if not isinstance(examples, EncodedExamples):
         return encode(tokenizer, examples)
-    theirs = examples.tokenizer
-    if theirs is not tokenizer and (len(theirs), theirs.chat_template) != (len(tokenizer), tokenizer.chat_template):
+    other = examples.tokenizer
+    if other is not tokenizer and (len(other), other.chat_template) != (len(tokenizer), tokenizer.chat_template):
         raise DataError(
             f"expected examples encoded with the tokenizer of '{tokenizer.name_or_path}', found those of "
-            f"'{theirs.name_or_path}'; encode them with this tokenizer"
+            f"'{other.name_or_path}'; encode them with this tokenizer"
         )
     return examples
 
 
 def conversations_of(examples: "Dataset | EncodedExamples") -> "Dataset":
-    """Return the rows with a column ``messages`` that examples are, or were encoded from."""
+    """Return the conversations of examples as a ``Dataset``, whether the examples are encoded or not."""
     return examples.examples if isinstance(examples, EncodedExamples) else examples
 
 
 def lengths_of(rows: Sequence[Tokens]) -> Sequence[int]:
-    """Return each example's number of tokens, without encoding it again."""
+    """Return the number of tokens of each example, without encoding encoded examples again."""
     return rows.lengths if isinstance(rows, EncodedExamples) else [len(row) for row in rows]
 
 
@@ -247,10 +248,10 @@ def _renderer(tokenizer: "PreTrainedTokenizerBase", assistant_mask: AssistantMas
 
 
 def _render_by_template(tokenizer: "PreTrainedTokenizerBase", messages: list[Message]) -> tuple[list[int], list[bool]]:
-    """Mark the tokens between the template's markers.
+    """Return token ids and the mask of the tokens between the markers of the template.
 
-    The tokenizer's own mask runs on to the conversation's end, over later users' words, where the last character
-    between two markers is one that the tokenizer drops, such as a space.
+    The mask of ``tokenizer.apply_chat_template`` is wrong if the tokenizer drops the last character between two
+    markers, such as a space: it then marks all tokens up to the end of the conversation, including those of the user.
     """
     from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -263,7 +264,8 @@ def _render_by_template(tokenizer: "PreTrainedTokenizerBase", messages: list[Mes
     rendered = tokenizer(texts[0], add_special_tokens=False, return_offsets_mapping=True)
     mask = [False] * len(rendered["input_ids"])
     for first, end in spans[0]:
-        inside = [place for place, (low, high) in enumerate(rendered["offset_mapping"]) if low < end and high > first]
+        offsets = enumerate(rendered["offset_mapping"])
+        inside = [token for token, (low, high) in offsets if low < end and high > first]
         if inside:
             mask[inside[0] : inside[-1] + 1] = [True] * (inside[-1] + 1 - inside[0])
     return list(rendered["input_ids"]), mask
@@ -291,10 +293,10 @@ def _render_by_prefix(tokenizer: "PreTrainedTokenizerBase", messages: list[Messa
 
 
 def pad_id(tokenizer: "PreTrainedTokenizerBase") -> int:
-    """Return the id that fills short rows.
+    """Return the id of the token that fills short rows.
 
     Raises:
-        DataError: If the tokenizer names no pad token.
+        DataError: If the tokenizer has no pad token.
     """
     if tokenizer.pad_token_id is None:
         raise DataError(
