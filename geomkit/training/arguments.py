@@ -1,6 +1,7 @@
-"""The training arguments of a fine-tune: geomkit's own, the user's, and those that geomkit must decide."""
+"""Training arguments of a fine-tune: checks of the user's arguments, geomkit's defaults, and the fixed arguments."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from geomkit.errors import DataError
+from geomkit.errors import DataError, GeomkitError
 
 _DEFAULTS: Mapping[str, Any] = {
     "seed": 0,
@@ -19,38 +20,57 @@ _DEFAULTS: Mapping[str, Any] = {
     "report_to": "none",
     "dataloader_pin_memory": False,
 }
-"""What geomkit takes where the user says nothing, and transformers would take something else."""
+"""geomkit's defaults, where they differ from those of transformers or of some of its versions."""
 
-_DECIDED: Mapping[str, Any] = {
+_FIXED: Mapping[str, Any] = {
     "disable_tqdm": True,  # geomkit shows its own bar
     "logging_nan_inf_filter": False,  # a loss that is not finite must be seen, not averaged away
     "remove_unused_columns": False,  # the rows are tokens, without columns
 }
-"""What a run needs to be as it is here."""
+"""Arguments that a fine-tune depends on and the user cannot change."""
 
-_OURS = {
+_OURS: Mapping[str, str] = {
     "max_steps": "steps",
     "num_train_epochs": "epochs",
     "per_device_train_batch_size": "batch_size",
     "output_dir": "checkpoints",
     "resume_from_checkpoint": "checkpoints",
     "disable_tqdm": "progress",
+    "lr": "learning_rate",
     "optimizer": "optim",
     "scheduler": "lr_scheduler_type",
 }
-"""Names that mean something here, and the name to use instead."""
+"""Names that users know from elsewhere, and the name of the same argument here."""
 
-_WITHOUT_EFFECT = {
-    "do_train": "a fine-tune always trains",
-    "do_eval": "evaluate with geomkit.evaluate afterwards",
-    "do_predict": "evaluate with geomkit.evaluate afterwards",
-    "eval_strategy": "evaluate with geomkit.evaluate afterwards",
-    "load_best_model_at_end": "nothing is evaluated during the training",
-    "logging_nan_inf_filter": "a loss that is not finite ends the run",
-    "remove_unused_columns": "the rows are tokens, without columns",
-    "push_to_hub": "save the result with .save(folder, tokenizer) and upload that",
+_RENAMED: Mapping[str, str] = {
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
 }
-"""Arguments of transformers that would be ignored or break the run, and why."""
+"""Names that newer versions of transformers take with a warning only, and the names that they want."""
+
+_WITHOUT_EFFECT: Mapping[str, tuple[str, ...]] = {
+    "a fine-tune always trains": ("do_train",),
+    "evaluate with geomkit.evaluate afterwards": (
+        "do_eval", "do_predict", "eval_strategy", "eval_steps", "eval_delay", "eval_on_start",
+        "eval_accumulation_steps", "eval_do_concat_batches", "eval_use_gather_object", "per_device_eval_batch_size",
+        "prediction_loss_only", "include_for_metrics", "batch_eval_metrics", "bf16_full_eval", "fp16_full_eval",
+    ),
+    "nothing is evaluated during the training": (
+        "load_best_model_at_end", "metric_for_best_model", "greater_is_better",
+    ),
+    "a loss that is not finite ends the run": ("logging_nan_inf_filter",),
+    "the rows are tokens, without columns": ("remove_unused_columns", "label_names", "length_column_name"),
+    "save the result with .save(folder, tokenizer) and upload that": (
+        "push_to_hub", "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push",
+        "hub_revision",
+    ),
+    "a run can only be resumed from checkpoints that are complete": ("save_only_model",),
+    "a resumed run takes the batches that the uninterrupted run would take": ("ignore_data_skip",),
+}  # fmt: skip
+"""Arguments of transformers that would have no effect or break the run, by the reason."""
+
+_OWN_NAMES = ("learning_rate", "steps", "epochs", "batch_size", "inplace", "progress", "callbacks", "checkpoints")
+"""Keyword arguments of :func:`geomkit.finetune` itself."""
 
 
 def check_arguments(given: Mapping[str, Any], checkpoints: str | Path | None) -> None:
@@ -61,60 +81,102 @@ def check_arguments(given: Mapping[str, Any], checkpoints: str | Path | None) ->
         checkpoints: The folder for checkpoints, if there is one.
 
     Raises:
-        DataError: If an argument is unknown, with the nearest known name; if geomkit has its own name for it; or if
-            it would have no effect.
+        DataError: If an argument is unknown, with the nearest known name; if geomkit has its own name for the argument;
+            or if the argument would have no effect.
     """
-    known = {field.name for field in fields(TrainingArguments) if field.init}
-    for name in given:
+    known = _known()
+    ineffective = {name: reason for reason, names in _WITHOUT_EFFECT.items() for name in names}
+    for name, value in given.items():
         if name in _OURS:
-            raise DataError(f"expected {_OURS[name]}=, found {name}=; write {_OURS[name]}={given[name]!r}")
-        if name in _WITHOUT_EFFECT:
-            raise DataError(f"expected no argument {name}=, which has no effect here: {_WITHOUT_EFFECT[name]}")
+            raise DataError(f"expected {_OURS[name]}=, found {name}=; write {_OURS[name]}={value!r}")
+        if name in ineffective:
+            raise DataError(f"expected no argument {name}=, found {name}={value!r}; {ineffective[name]}")
         if name not in known:
-            near = get_close_matches(name, [*known, "steps", "epochs", "batch_size", "checkpoints"], n=1)
-            hint = f"; did you mean {near[0]}=?" if near else "; see transformers.TrainingArguments"
-            raise DataError(f"expected an argument of transformers.TrainingArguments, found {name}={hint}")
+            near = get_close_matches(name, [*(known - set(ineffective)), *_OWN_NAMES, *_OURS], n=1)
+            hint = f"did you mean {_OURS.get(near[0], near[0])}=?" if near else "see transformers.TrainingArguments"
+            raise DataError(f"expected an argument of transformers.TrainingArguments, found {name}=; {hint}")
+    if given.get("save_strategy") == "best":
+        raise DataError(
+            "expected save_strategy='steps', 'epoch' or 'no', found 'best'; no checkpoint is the best, as nothing is "
+            "evaluated during the training"
+        )
     if checkpoints is None:
-        lost = [name for name in ("save_strategy", "report_to") if given.get(name, "no") not in {"no", "none"}]
-        if lost:
-            raise DataError(
-                f"expected checkpoints= to say where {lost[0]}={given[lost[0]]!r} writes to, found none; give a folder"
-            )
+        for name in ("save_strategy", "report_to"):
+            if given.get(name) not in (None, "no", "none", [], ["none"]):
+                raise DataError(
+                    f"expected checkpoints= to say where {name}={given[name]!r} writes to, found none; give a folder"
+                )
 
 
-def training_arguments(
+def with_defaults(given: Mapping[str, Any], *, save: bool) -> dict[str, Any]:
+    """Return the user's arguments, and geomkit's defaults for arguments that the user left out.
+
+    Args:
+        given: The user's arguments, which :func:`check_arguments` has accepted.
+        save: Whether the run has a folder for checkpoints.
+    """
+    wanted = {old: new for old, new in _RENAMED.items() if new in _known() and new not in given}
+    renamed = {wanted.get(name, name): value for name, value in given.items()}
+    return {**_DEFAULTS, "save_strategy": "steps" if save else "no"} | renamed
+
+
+def make_arguments(
     folder: str | Path,
     *,
     steps: int | None,
     epochs: float,
     batch_size: int,
     learning_rate: float,
-    save: bool,
-    given: Mapping[str, Any],
+    more: Mapping[str, Any],
 ) -> TrainingArguments:
-    """Return the arguments of the Trainer: geomkit's defaults, overridden by the user's, and those decided here.
+    """Return the arguments of the Trainer.
 
     Args:
-        folder: Where the Trainer writes to.
+        folder: The folder that the Trainer writes to.
         steps: Number of optimizer steps; ``epochs`` decides when ``None``.
         epochs: Passes over the data.
         batch_size: Examples per device and step.
         learning_rate: Peak learning rate.
-        save: Whether checkpoints are kept.
-        given: The user's arguments, which :func:`check_arguments` has seen.
+        more: All other arguments, from :func:`with_defaults`.
 
     Raises:
-        DataError: If transformers refuses them.
+        DataError: If transformers refuses the arguments.
     """
-    saving = {"save_strategy": "steps" if save else "no"}
-    try:
+    with refusals_in_one_line():
         return TrainingArguments(
             output_dir=str(folder),
             max_steps=steps if steps is not None else -1,
             num_train_epochs=epochs,
             per_device_train_batch_size=batch_size,
             learning_rate=learning_rate,
-            **{**_DEFAULTS, **saving, **given, **_DECIDED},
+            **{**more, **_FIXED},
         )
-    except (TypeError, ValueError, ImportError) as error:
-        raise DataError(f"expected arguments that transformers takes, found: {' '.join(str(error).split())}") from None
+
+
+@contextmanager
+def refusals_in_one_line(begun: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """Raise a DataError of one line where transformers refuses an argument, inside the block.
+
+    transformers checks some arguments when they are made, others when the Trainer is made or sets up its optimizer,
+    and raises exceptions of many types.
+
+    Args:
+        begun: Whether the training has begun: errors after that are no refusals and are raised as they are.
+
+    Raises:
+        DataError: If transformers refuses an argument; a package that the argument needs may be missing.
+    """
+    try:
+        yield
+    except (TypeError, ValueError, ImportError, RuntimeError) as error:
+        # Subclasses of RuntimeError are trouble with memory, a device or other processes.
+        trouble = isinstance(error, RuntimeError) and type(error) not in {RuntimeError, NotImplementedError}
+        if begun() or trouble or isinstance(error, GeomkitError):
+            raise
+        reason = " ".join(str(error).split())
+        raise DataError(f"expected training arguments that transformers can work with, found: {reason}") from error
+
+
+def _known() -> set[str]:
+    """Return the names of the arguments that this version of transformers takes."""
+    return {field.name for field in fields(TrainingArguments) if field.init}

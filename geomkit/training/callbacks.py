@@ -9,7 +9,7 @@ from geomkit.errors import GeomkitError
 
 
 class LossCheck(TrainerCallback):
-    """Stops a run whose loss is not finite before it does more harm."""
+    """Ends a run whose logged loss is not finite, before more weights are spoilt."""
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         loss = (kwargs.get("logs") or {}).get("loss", 0.0)
@@ -21,7 +21,7 @@ class LossCheck(TrainerCallback):
 
 
 class ProgressBar(TrainerCallback):
-    """One bar over the steps, with the loss beside it, and under SPF that on the anchors and the share that fired."""
+    """Shows a bar over the steps with the loss, and under SPF the anchors' loss and the share of projected blocks."""
 
     def __init__(self) -> None:
         self._bar: Any = None
@@ -33,10 +33,12 @@ class ProgressBar(TrainerCallback):
 
         self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc="fine-tune", unit="step")
 
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._bar.update()
+
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         logs = kwargs.get("logs") or {}
         if "loss" in logs:
-            self._bar.update()
             shown = {"loss": f"{logs['loss']:.3f}"}
             if "spf/fired" in logs:
                 shown |= {"safety": f"{logs['spf/anchor_loss']:.4f}", "fired": f"{logs['spf/fired']:.0%}"}
@@ -48,6 +50,6 @@ class ProgressBar(TrainerCallback):
         self.close()
 
     def close(self) -> None:
-        """End the bar, also where training broke off: what is printed next starts a line of its own."""
+        """Close the bar, also after training broke off, so that later output starts on a new line."""
         if self._bar is not None:
             self._bar.close()

@@ -1,6 +1,5 @@
-"""Checkpoints of a fine-tune that is interrupted: which are complete, and whether they are of this very run."""
+"""Checkpoints of a fine-tune that may be interrupted: whether they belong to this run, and which are complete."""
 
-import hashlib
 import json
 import re
 import shutil
@@ -8,24 +7,45 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from geomkit.errors import DataError
 from geomkit.utils.files import write_atomically
+from geomkit.version import __version__
 
 MARK = "geomkit.json"
-"""In the folder: whose it is, with the settings. In a checkpoint, written last: that it is complete."""
+"""In the run's folder, a file with the run's settings; in a checkpoint, a file that is written last of all."""
 
 LOG = "spf.jsonl"
-"""The certificate of the run, beside the checkpoints."""
+"""The certificate of the run, in the run's folder."""
 
+_VERSION = "geomkit"
 _CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 
 
+class MarkBegun(TrainerCallback):
+    """Notes that the training has begun, and writes the run's settings to its folder; must be the first callback.
+
+    A run that ends before, because transformers refuses an argument, does not claim the folder.
+    """
+
+    def __init__(self, folder: Path | None, settings: Mapping[str, Any]) -> None:
+        """Keep the folder for checkpoints, ``None`` without one, and the settings that the run depends on."""
+        self._folder, self._settings = folder, settings
+        self.begun = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Write the settings, unless the run is resumed."""
+        self.begun = True
+        if self._folder is not None and not (self._folder / MARK).is_file():
+            write_atomically(self._folder / MARK, json.dumps(_as_saved(self._settings)))
+
+
 class MarkComplete(TrainerCallback):
-    """Marks every checkpoint when all of it is written; must be the last callback."""
+    """Marks every checkpoint after all its files are written; must be the last callback."""
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the mark."""
@@ -33,22 +53,21 @@ class MarkComplete(TrainerCallback):
         write_atomically(folder / MARK, "{}")
 
 
-def begin_or_resume(folder: Path, settings: Mapping[str, Any]) -> Path | None:
-    """Make a folder a run's own, or find the checkpoint that the run goes on from.
+def last_checkpoint(folder: Path, settings: Mapping[str, Any]) -> Path | None:
+    """Return the checkpoint that a run goes on from, after a check that the folder is free or belongs to this run.
 
-    Checkpoints that were being written when the run ended are removed, and where there is no other, its certificate.
+    Checkpoints that were being written when the run ended are removed, and if no other is left, the run's certificate.
 
     Args:
-        folder: Where the checkpoints are or will be.
-        settings: What the run depends on.
+        folder: The folder for checkpoints, which need not exist.
+        settings: The settings that the run depends on.
 
     Returns:
         The last complete checkpoint; ``None`` if there is none.
 
     Raises:
-        DataError: If the folder holds something else, or a run with other settings.
+        DataError: If the folder holds something else, a run of another version of geomkit, or one with other settings.
     """
-    wanted = json.loads(json.dumps(settings, default=str))
     mark = folder / MARK
     if not mark.is_file():
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -56,30 +75,40 @@ def begin_or_resume(folder: Path, settings: Mapping[str, Any]) -> Path | None:
                 f"expected a new or empty folder for checkpoints at {folder}, or one of this run, found something else "
                 "there; choose another"
             )
-        write_atomically(mark, json.dumps(wanted))
         return None
-    saved = json.loads(mark.read_text(encoding="utf-8"))
+    _check_same_run(folder, json.loads(mark.read_text(encoding="utf-8")), _as_saved(settings))
+    numbers = {path: match for path in folder.iterdir() if (match := _CHECKPOINT.fullmatch(path.name))}
+    complete = {int(match[1]): path for path, match in numbers.items() if (path / MARK).is_file()}
+    for path in set(numbers) - set(complete.values()):
+        shutil.rmtree(path)
+    if complete:
+        return complete[max(complete)]
+    if log := settings.get("log"):
+        Path(log).unlink(missing_ok=True)  # its steps are lost with the checkpoints
+    return None
+
+
+def _as_saved(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings, with geomkit's version, as they come back from a JSON file."""
+    saved: dict[str, Any] = json.loads(json.dumps({_VERSION: __version__, **settings}, default=str))
+    return saved
+
+
+def _check_same_run(folder: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Refuse a run whose version or settings differ from those in its folder; the version comes first.
+
+    Raises:
+        DataError: If they differ.
+    """
+    if saved.get(_VERSION) != wanted[_VERSION]:
+        begun_by = f"version {saved[_VERSION]}" if _VERSION in saved else "an earlier version"
+        raise DataError(
+            f"expected the run of {folder} to be begun by version {wanted[_VERSION]} of geomkit, found {begun_by}; "
+            "finish it with that version, or choose another folder"
+        )
     if different := sorted(name for name in {*saved, *wanted} if saved.get(name) != wanted.get(name)):
         name = different[0]
         raise DataError(
             f"expected the run of {folder} to go on with {name}={saved.get(name)!r}, found {wanted.get(name)!r}; give "
             "the same settings, or another folder"
         )
-    steps = {int(found[1]): path for path in folder.iterdir() if (found := _CHECKPOINT.fullmatch(path.name))}
-    complete = {step: path for step, path in steps.items() if (path / MARK).is_file()}
-    for path in set(steps.values()) - set(complete.values()):
-        shutil.rmtree(path)
-    if complete:
-        return complete[max(complete)]
-    if wanted.get("log"):
-        Path(wanted["log"]).unlink(missing_ok=True)  # of steps that nothing remains of
-    return None
-
-
-def fingerprint(model: nn.Module) -> str:
-    """Return a hash of a model's weights, from the sum and the sum of squares of each."""
-    sums = [
-        (name, tuple(one.shape), float(one.detach().double().sum()), float(one.detach().double().square().sum()))
-        for name, one in model.named_parameters()
-    ]
-    return hashlib.sha256(repr(sums).encode()).hexdigest()

@@ -15,7 +15,8 @@ from geomkit.inputs.batches import batches
 from geomkit.inputs.tokens import encode
 from geomkit.spf.callback import SPFCallback
 from geomkit.spf.settings import SPF
-from geomkit.training.finetune import finetune, free_folder
+from geomkit.training.finetune import finetune
+from geomkit.training.result import free_folder
 from tests.helpers.tiny import SAFETY, UTILITY, tiny_llama, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
