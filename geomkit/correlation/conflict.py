@@ -25,19 +25,16 @@ from geomkit.correlation.layer_conflict import (
     ControlDifference,
     LayerConflict,
     LayerGrams,
-    check_same_parameters,
+    grams_with_utility,
     layer_conflict,
-    pair_grams,
 )
 from geomkit.correlation.negative_shares import Share, negative_shares
-from geomkit.errors import GeometryError
-from geomkit.gradients.checks import check_sets
-from geomkit.gradients.gradient_set import GradientSet, layer_grams
+from geomkit.gradients.gradient_set import GradientSet
 from geomkit.inputs.parameters import kind_of, layer_index
 from geomkit.stats.multiple_testing import benjamini_hochberg
 from geomkit.stats.permutation import permuted_labels
 from geomkit.stats.proportions import Rate
-from geomkit.utils.arguments import check_confidence, check_draws, check_finite
+from geomkit.utils.arguments import check_confidence, check_draws
 from geomkit.utils.display import Result, signed
 from geomkit.utils.figures import draw
 
@@ -220,7 +217,7 @@ def conflict(
     check_draws(draws, 1)
     check_confidence(confidence)
     # 1. Inner products of safety and control examples with the utility examples, by parameter and over all parameters.
-    grams, control_grams = _all_grams(safety, utility, control, across, control_across)
+    grams, control_grams = grams_with_utility(safety, utility, control, across, control_across)
     total = reduce(add, grams.values())
     control_total = reduce(add, control_grams.values()) if control_grams else None
 
@@ -258,50 +255,6 @@ def conflict(
         control_per_example=_example_cosines(control_total) if control_total else None,
         confidence=confidence,
     )
-
-
-def _all_grams(
-    safety: GradientSet | LayerGrams,
-    utility: GradientSet | LayerGrams,
-    control: GradientSet | LayerGrams | None,
-    across: LayerGrams | None,
-    control_across: LayerGrams | None,
-) -> tuple[dict[str, PairGrams], dict[str, PairGrams] | None]:
-    """Return the inner products of safety and of control examples with the utility examples, by parameter."""
-    sides = {"safety": safety, "utility": utility} | ({} if control is None else {"control": control})
-    if across is None:
-        if control_across is not None:
-            raise GeometryError("expected across= beside control_across=, found none; give both")
-        check_sets(sides)
-        sets = {name: side for name, side in sides.items() if isinstance(side, GradientSet)}
-        within: dict[str, LayerGrams] = {name: layer_grams(side, side) for name, side in sets.items()}
-        between: dict[str, LayerGrams] = {
-            name: layer_grams(side, sets["utility"]) for name, side in sets.items() if name != "utility"
-        }
-    else:
-        if (control is None) != (control_across is None):
-            raise GeometryError(
-                "expected control= and control_across= together, found one of them; give both or neither"
-            )
-        within = {name: _checked_grams(name, side) for name, side in sides.items()}
-        between = {"safety": across} | ({} if control_across is None else {"control": control_across})
-        for products in between.values():
-            for name, gram in products.items():
-                check_finite(gram, name)
-    pairs = {name: pair_grams(within[name], between[name], within["utility"], name) for name in between}
-    if "control" in pairs:
-        check_same_parameters(pairs["safety"], pairs["control"])
-    return pairs["safety"], pairs.get("control")
-
-
-def _checked_grams(name: str, grams: GradientSet | LayerGrams) -> LayerGrams:
-    """Return the inner products within a set; refuse gradients where across= says that inner products are given."""
-    if isinstance(grams, GradientSet):
-        raise GeometryError(
-            f"expected inner products within the {name} set beside across=, found gradients; leave across= out, or "
-            "give the set's layer_grams"
-        )
-    return grams
 
 
 def _normalised_total(grams: Mapping[str, PairGrams]) -> PairGrams:

@@ -8,6 +8,9 @@ from torch import Tensor
 
 from geomkit.correlation.cosine import PairGrams, contrast_ratio, expected_cosine, permutation_test, permuted_cosines
 from geomkit.errors import GeometryError
+from geomkit.gradients.checks import check_sets
+from geomkit.gradients.gradient_set import GradientSet, layer_grams
+from geomkit.utils.arguments import check_finite
 from geomkit.utils.display import signed
 
 LayerGrams = Mapping[str, Tensor]
@@ -108,7 +111,67 @@ def control_difference(grams: PairGrams, control: PairGrams, confidence: float) 
     return ControlDifference(value, interval, ratio.p_value, control_cosine, control_interval)
 
 
-def pair_grams(within: LayerGrams, across: LayerGrams, utility: LayerGrams, name: str) -> dict[str, PairGrams]:
+def grams_with_utility(
+    safety: GradientSet | LayerGrams,
+    utility: GradientSet | LayerGrams,
+    control: GradientSet | LayerGrams | None,
+    across: LayerGrams | None,
+    control_across: LayerGrams | None,
+) -> tuple[dict[str, PairGrams], dict[str, PairGrams] | None]:
+    """Return the inner products within and between safety and utility set, and control and utility set, by parameter.
+
+    Args:
+        safety: Safety gradients, or with ``across`` the (N, N) inner products within the safety set.
+        utility: Utility gradients, or with ``across`` the (M, M) inner products within the utility set.
+        control: Control gradients, or with ``across`` the (C, C) inner products within the control set, or ``None``.
+        across: (N, M) inner products between safety and utility set; ``None`` if the sets are given by gradients.
+        control_across: (C, M) inner products between control and utility set.
+
+    Returns:
+        Inner products of safety and utility set, and of control and utility set if there is a control.
+
+    Raises:
+        GeometryError: If a set lacks per-sample gradients, has fewer than three examples or a value that is not finite,
+            if parameters differ, inner products do not fit together, or the inner products of the control are
+            incomplete.
+    """
+    sides = {"safety": safety, "utility": utility} | ({} if control is None else {"control": control})
+    if across is None:
+        if control_across is not None:
+            raise GeometryError("expected across= beside control_across=, found none; give both")
+        check_sets(sides)
+        sets = {name: side for name, side in sides.items() if isinstance(side, GradientSet)}
+        within: dict[str, LayerGrams] = {name: layer_grams(side, side) for name, side in sets.items()}
+        between: dict[str, LayerGrams] = {
+            name: layer_grams(side, sets["utility"]) for name, side in sets.items() if name != "utility"
+        }
+    else:
+        if (control is None) != (control_across is None):
+            raise GeometryError(
+                "expected control= and control_across= together, found one of them; give both or neither"
+            )
+        within = {name: _checked_grams(name, side) for name, side in sides.items()}
+        between = {"safety": across} | ({} if control_across is None else {"control": control_across})
+        for products in between.values():
+            for name, gram in products.items():
+                check_finite(gram, name)
+    pairs = {name: _pair_grams(within[name], between[name], within["utility"], name) for name in between}
+    if "control" in pairs:
+        _check_same_parameters(pairs["safety"], pairs["control"])
+    return pairs["safety"], pairs.get("control")
+
+
+def _checked_grams(name: str, grams: GradientSet | LayerGrams) -> LayerGrams:
+    """Return the inner products within a set; refuse gradients where across= says that inner products are given."""
+    if isinstance(grams, GradientSet):
+        raise GeometryError(
+            f"expected inner products within the {name} set beside across=, found gradients; leave across= out, or "
+            "give the set's layer_grams"
+        )
+    return grams
+
+
+def _pair_grams(within: LayerGrams, across: LayerGrams, utility: LayerGrams, name: str) -> dict[str, PairGrams]:
     """Return the inner products within and between a set and the utility set, by parameter.
 
     Args:
@@ -120,8 +183,8 @@ def pair_grams(within: LayerGrams, across: LayerGrams, utility: LayerGrams, name
     Raises:
         GeometryError: If a set has fewer than three examples, shapes do not fit, or parameters differ.
     """
-    check_same_parameters(across, within)
-    check_same_parameters(across, utility)
+    _check_same_parameters(across, within)
+    _check_same_parameters(across, utility)
     grams = {
         layer: PairGrams(*(part[layer].double().cpu().numpy() for part in (within, across, utility)))
         for layer in across
@@ -141,7 +204,7 @@ def pair_grams(within: LayerGrams, across: LayerGrams, utility: LayerGrams, name
     return grams
 
 
-def check_same_parameters(a: Mapping[str, object], b: Mapping[str, object]) -> None:
+def _check_same_parameters(a: Mapping[str, object], b: Mapping[str, object]) -> None:
     """Check that two mappings by parameter have the same parameters.
 
     Raises:

@@ -6,7 +6,6 @@ import pytest
 from geomkit.errors import GeometryError
 from geomkit.gradients.checks import with_controls
 from geomkit.gradients.gradient_set import GradientSet
-from geomkit.svd.common_basis import to_common_basis
 from geomkit.svd.one_sample.anchor_curve import _split, anchor_curve
 from tests.helpers.forms import dense
 from tests.svd.one_sample.test_study import FULL, NAME, drawn, gradient_set, leading
@@ -29,17 +28,6 @@ def test_overlaps_are_those_of_dense_means_of_the_same_splits() -> None:
             means = [leading(sum(matrices[place] for place in places[:count]), 3, "left") for count in curve.counts]
             expected = [((fixed.T @ basis) ** 2).sum() / 3 for basis in means]
             assert curve.draws[name][draw] == pytest.approx(expected, abs=1e-5)
-
-
-@pytest.mark.parametrize("count", [2, 12])
-def test_sums_in_one_go_are_the_sums_one_by_one(count: int) -> None:
-    parts = [sample[NAME] for sample in drawn(count, 3, shared=2).samples]
-    common = to_common_basis(parts, "left")
-    generator = np.random.default_rng(0)
-    sums = [generator.choice(count, size=1 + place % count, replace=False).tolist() for place in range(12)]
-    for places, basis in zip(sums, common.bases_of_sums(sums, 3), strict=True):
-        (alone,) = common.bases_of_sums([places], 3)
-        assert float((alone.T @ basis).square().sum()) == pytest.approx(3, abs=1e-9)
 
 
 def test_a_planted_subspace_is_approached_and_what_is_needed_follows() -> None:

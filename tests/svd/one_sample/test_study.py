@@ -1,3 +1,5 @@
+"""Single examples against the mean of the others: against dense SVDs, planted directions and repeated studies."""
+
 import math
 
 import numpy as np
@@ -6,16 +8,13 @@ import torch
 from scipy.linalg import subspace_angles
 
 from geomkit.errors import GeometryError
-from geomkit.gradients.arithmetic import add, zero_gradient
+from geomkit.gradients.arithmetic import add
 from geomkit.gradients.dense import DenseGradient
 from geomkit.gradients.factored import FactoredGradient
 from geomkit.gradients.gradient_set import Coverage, GradientSet
 from geomkit.gradients.layer_gradient import LayerGradient
-from geomkit.svd.common_basis import overlaps_between, to_common_basis
-from geomkit.svd.one_sample.leave_one_out import leave_one_out_cosines, leave_one_out_overlaps
 from geomkit.svd.one_sample.study import one_sample_study
 from tests.helpers.forms import dense, seeded
-from tests.helpers.forms import drawn as some_gradient
 from tests.helpers.tiny import UTILITY
 
 FULL = Coverage({}, {}, {})
@@ -70,75 +69,6 @@ def leading(matrix: np.ndarray, rank: int, side: str) -> np.ndarray:
     return (left if side == "left" else right.T)[:, :count]
 
 
-def check_partial_sums(parts: list[LayerGradient], rank: int, side: str) -> None:
-    """Every overlap between single gradients and sums without one, against those of dense SVDs."""
-    matrices = [dense(part) for part in parts]
-    common = to_common_basis(parts, side)
-    single, others = common.bases_of_gradients(rank), common.leave_one_out_bases(len(parts), rank)
-    expected_single = [leading(matrix, rank, side) for matrix in matrices]
-    expected_others = [leading(sum(matrices) - matrix, rank, side) for matrix in [*matrices, 0 * matrices[0]]]
-    assert [basis.shape[1] for basis in single] == [basis.shape[1] for basis in expected_single]
-    assert [basis.shape[1] for basis in others] == [basis.shape[1] for basis in expected_others]
-    for a, exact_a in zip([*single, *others], [*expected_single, *expected_others], strict=True):
-        for b, exact_b in zip(others, expected_others, strict=True):
-            assert float((a.T @ b).square().sum()) == pytest.approx(((exact_a.T @ exact_b) ** 2).sum(), abs=1e-5)
-    assert common.basis_of_sum([1, 2], rank).shape[1] == leading(matrices[1] + matrices[2], rank, side).shape[1]
-    products = common.gram()
-    assert products is not None
-    flat = np.stack(matrices).reshape(len(parts), -1)
-    assert products.numpy() == pytest.approx(flat @ flat.T, abs=1e-3, rel=1e-5)
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("count", [3, 6])
-def test_partial_sums_have_the_subspaces_of_each_sum(count: int, side: str) -> None:
-    """Three examples have fewer tokens than the matrix has rows and columns, six have more."""
-    check_partial_sums([sample[NAME] for sample in drawn(count, 3, shared=2).samples], 5, side)
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("form", ["factored", "tied", "indexed", "dense", "sum"])
-@pytest.mark.parametrize("shape", [(60, 40), (12, 40), (60, 9)])
-def test_partial_sums_of_every_form_and_of_examples_without_a_share(
-    form: str, side: str, shape: tuple[int, int]
-) -> None:
-    generator = seeded()
-    parts = [some_gradient(form, shape, generator) for _ in range(3)] + [zero_gradient(shape)]
-    check_partial_sums(parts, 2, side)
-
-
-def test_rows_that_nobody_looked_up_are_left_away() -> None:
-    generator = seeded(3)
-    parts = [some_gradient("indexed", (900, 40), generator) for _ in range(4)]
-    check_partial_sums(parts, 3, "left")
-    assert to_common_basis(parts, "left").left[0].shape[1] <= 24
-
-
-def test_large_matrices_are_decomposed_for_their_leading_vectors_only() -> None:
-    parts = [some_gradient("dense", (200, 180), seeded(seed)) for seed in range(3)]
-    check_partial_sums(parts, 4, "left")
-
-
-def test_without_room_to_keep_the_gradients_the_result_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    parts = [sample[NAME] for sample in drawn(6, 3, shared=2).samples]
-    bases = to_common_basis(parts, "left").leave_one_out_bases(6, 3)
-    monkeypatch.setattr("geomkit.svd.common_basis._FORMED", 0)
-    common = to_common_basis(parts, "left")
-    assert common.gram() is None
-    for a, b in zip(bases, common.leave_one_out_bases(6, 3), strict=True):
-        assert float(overlaps_between([a], [b], 3)) == pytest.approx(1, abs=1e-9)
-    study = one_sample_study(drawn(4, 0), drawn(4, 1), rank=3)
-    monkeypatch.undo()
-    again = one_sample_study(drawn(4, 0), drawn(4, 1), rank=3)
-    assert study.overlaps == pytest.approx(again.overlaps, abs=1e-9)
-    assert study.groups["control"].cosines == pytest.approx(again.groups["control"].cosines, abs=1e-7)
-
-
-def test_no_direction_beyond_the_rank_of_the_others() -> None:
-    parts = [FactoredGradient(torch.eye(1, ROWS), torch.eye(1, COLUMNS))] * 3
-    assert [basis.shape[1] for basis in to_common_basis(parts, "left").leave_one_out_bases(3, 5)] == [1] * 4
-
-
 # -------------------------------------------------------------------------------------------------- cosines
 
 
@@ -163,49 +93,7 @@ def test_cosines_are_those_with_the_mean_of_the_others_over_all_parameters() -> 
     assert study.layers[NAME].groups["safety"].cosines == pytest.approx(expected, abs=1e-6)
 
 
-def test_pairs_of_cosines_lack_both_anchors() -> None:
-    generator = np.random.default_rng(0)
-    anchors, others = generator.normal(size=(5, 9)), generator.normal(size=(7, 9))
-    table = leave_one_out_cosines(
-        (anchors @ anchors.T)[..., None], (anchors @ others.T)[..., None], (others**2).sum(1)[:, None]
-    )
-    for c in range(7):
-        for j in range(5):
-            if j != c % 5:
-                mean = anchors.sum(0) - anchors[c % 5] - anchors[j]
-                expected = others[c] @ mean / np.linalg.norm(others[c]) / np.linalg.norm(mean)
-                assert table.without_two[c, j, 0] == pytest.approx(expected, abs=1e-12)
-
-
 # ------------------------------------------------------------------------------------------------ intervals
-
-
-def test_leaving_out_is_what_a_study_without_that_example_finds() -> None:
-    """Cosines, exactly: the study of four anchors and four matched controls is that of five without the last."""
-    safety, control = drawn(5, 0, shared=2), drawn(5, 1, shared=1)
-
-    def products(rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        anchors, controls = (
-            np.stack([dense(s[NAME]).ravel() for s in side.samples[:rows]]) for side in (safety, control)
-        )
-        return (anchors @ anchors.T)[..., None], (anchors @ controls.T)[..., None], (controls**2).sum(1)[:, None]
-
-    (without,) = leave_one_out_cosines(*products(5)).replicates()
-    assert without[4] == pytest.approx(leave_one_out_cosines(*products(4)).values.mean(0), abs=1e-12)
-
-
-def test_overlaps_with_two_anchors_left_out_are_nearly_the_sum_of_leaving_out_either() -> None:
-    parts = [sample[NAME] for sample in drawn(16, 0, shared=3, strength=3.0).samples]
-    common = to_common_basis(parts, "left")
-    single, others = common.bases_of_gradients(3), common.leave_one_out_bases(16, 3)
-    table = leave_one_out_overlaps(overlaps_between(single, others, 3).numpy()[..., None])
-    exact, nearly = [], []
-    for j in range(1, 16):
-        rest = common.basis_of_sum([place for place in range(1, 16) if place != j], 3)
-        exact.append(float(overlaps_between([single[0]], [rest], 3)))
-        nearly.append(table.without_two[0, j, 0])
-    assert np.corrcoef(exact, nearly)[0, 1] > 0.9
-    assert np.std(nearly) == pytest.approx(np.std(exact), rel=0.25)
 
 
 def small(count: int, generator: torch.Generator, lean: float, spread: float = 0.0) -> GradientSet:
