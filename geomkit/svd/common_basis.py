@@ -1,8 +1,8 @@
-"""Gradients of one parameter in coordinates that they share, in which their sums and leading subspaces are cheap.
+"""Gradients of one parameter in common coordinates, in which their sums and leading singular vectors are cheap.
 
-Only inner products between the bases matter to an overlap, and a rotation of the space changes none. So rows of an
-embedding that no example looks up are left away, and where all tokens together are fewer than either dimension, one
-QR turns every gradient into a middle of that size.
+Overlaps need only inner products between bases, which a rotation of the space leaves as they are. So rows of an
+embedding that no example looks up are left out, and if all tokens together are fewer than rows and columns, one QR
+replaces every gradient by a matrix of the size of the token count.
 """
 
 from collections.abc import Sequence
@@ -22,17 +22,20 @@ from geomkit.svd.singular_values import rank_tolerance
 from geomkit.svd.singular_vectors import Side
 from geomkit.utils.arguments import check_finite
 
-_KEPT = 2**25  # numbers of formed gradients that are kept
-_FEWEST_SUMS = 4  # from this many on, sums of what was formed are cheaper than of factors
-_ALL_AT_ONCE = 160  # up to this size, all eigenvectors take no longer than the largest
+_FORMED = 2**25
+"""How many numbers formed gradients may have together to be kept in memory."""
+_FEWEST_SUMS = 4
+"""From this many sums on, sums of formed gradients are cheaper than of factors."""
+_FULL_SIZE = 160
+"""Up to this size, finding all eigenvectors takes no longer than finding the largest ones."""
 
 
 def to_common_basis(gradients: Sequence[LayerGradient], side: Side) -> "CommonBasis":
     """Bring gradients of one parameter into common coordinates.
 
     Args:
-        gradients: N gradients of one matrix, whatever their forms.
-        side: Whose singular vectors are asked for.
+        gradients: N gradients of one matrix, in any forms.
+        side: Side of the singular vectors that are needed.
 
     Raises:
         GeometryError: If there is no such side, or a gradient is not finite.
@@ -40,19 +43,22 @@ def to_common_basis(gradients: Sequence[LayerGradient], side: Side) -> "CommonBa
     if side not in get_args(Side):
         raise GeometryError(f"expected the side {' or '.join(get_args(Side))}, found {side!r}; compare one at a time")
     shape = gradients[0].matrix_shape
+    # 1. Thin factors of every gradient; right singular vectors are the left ones of the transpose.
     pairs = _looked_up(gradients) or [_factors(gradient) for gradient in gradients]
-    own, other = (
-        list(parts) for parts in zip(*(pair if side == "left" else pair[::-1] for pair in pairs), strict=True)
+    left, right = (
+        list(factors) for factors in zip(*(pair if side == "left" else pair[::-1] for pair in pairs), strict=True)
     )
-    # Cheaper than looking at each: a sum is finite where all that it is of is.
-    check_finite(torch.stack([part.sum() for part in (*own, *other)]), f"a parameter of shape {shape}")
-    if sum(map(len, own)) < min(shape):
-        own, other = _middles(own), _middles(other)
-    return CommonBasis(own, other, shape)
+    # Cheaper than a look at every number: a sum is finite where all its terms are.
+    check_finite(torch.stack([factor.sum() for factor in (*left, *right)]), f"a parameter of shape {shape}")
+    # 2. With T tokens in all, fewer than rows and columns: all left factors together are Lᵀ = QS, and the columns of S
+    #    stand for the tokens. So do the columns of the right triangle.
+    if sum(map(len, left)) < min(shape):
+        left, right = _token_coordinates(left), _token_coordinates(right)
+    return CommonBasis(left, right, shape)
 
 
 def _looked_up(gradients: Sequence[LayerGradient]) -> list[Factors] | None:
-    """Return factors over the rows that any of the gradients has, if all are rows that were looked up."""
+    """Return factors over the rows that at least one gradient has, or ``None`` unless all gradients are indexed."""
     indexed = [gradient for gradient in gradients if isinstance(gradient, IndexedGradient)]
     if len(indexed) < len(gradients):
         return None
@@ -61,7 +67,7 @@ def _looked_up(gradients: Sequence[LayerGradient]) -> list[Factors] | None:
 
 
 def _factors(gradient: LayerGradient) -> Factors:
-    """Return a factored form in fp64; one of the factors of a dense gradient is the identity."""
+    """Return factors in fp64; one of the factors of a dense gradient is the identity."""
     if factors := gradient.factors():
         return factors[0].double(), factors[1].double()
     matrix = gradient.take(slice(None))
@@ -69,133 +75,156 @@ def _factors(gradient: LayerGradient) -> Factors:
     return (identity, matrix) if matrix.shape[0] <= matrix.shape[1] else (matrix.T, identity)
 
 
-def _middles(factors: list[Tensor]) -> list[Tensor]:
+def _token_coordinates(factors: list[Tensor]) -> list[Tensor]:
+    """Return every factor in the coordinates of the Q of all tokens, from the columns of S in QS."""
     triangle: Tensor = torch.linalg.qr(torch.cat(factors).T, mode="r").R
     return [part.T for part in torch.split(triangle, [len(factor) for factor in factors], 1)]
 
 
 @dataclass(frozen=True, eq=False)
 class CommonBasis:
-    """N gradients ownᵀ other of one parameter, T_i tokens each.
+    """N gradients G_i = left_iᵀ right_i of one parameter, with T_i tokens.
+
+    The gradients are transposed if right singular vectors were asked for, so that all vectors here are left ones.
 
     Attributes:
-        own: (T_i, p) factors on the side whose singular vectors are asked for, fp64.
-        other: (T_i, q) factors on the other side.
-        shape: Rows and columns of the parameter itself.
+        left: (T_i, p) factors on the side of the singular vectors, fp64.
+        right: (T_i, q) factors on the other side.
+        shape: Rows and columns of the parameter.
     """
 
-    own: list[Tensor]
-    other: list[Tensor]
+    left: list[Tensor]
+    right: list[Tensor]
     shape: tuple[int, int]
 
-    def basis(self, places: Sequence[int], rank: int) -> Tensor:
-        """Return the leading singular vectors of the sum of some of the gradients; see :meth:`bases_of`."""
-        return self.bases_of([places], rank)[0]
-
-    def bases_of(self, sums: Sequence[Sequence[int]], rank: int) -> list[Tensor]:
-        """Return the leading singular vectors of sums of some of the gradients.
-
-        Args:
-            sums: The places of the gradients in each sum.
-            rank: How many vectors, at most; never beyond the numeric rank.
+    def basis_of_sum(self, places: Sequence[int], rank: int) -> Tensor:
+        """Return the leading singular vectors of the sum of the gradients at the given places.
 
         Returns:
-            (p, k) orthonormal columns for each sum, fp64.
+            (p, k) orthonormal columns, fp64; see :meth:`bases_of_sums`.
         """
-        long = [place for place, parts in enumerate(sums) if 2 * self._tokens(parts) >= self._room]
+        return self.bases_of_sums([places], rank)[0]
+
+    def bases_of_sums(self, sums: Sequence[Sequence[int]], rank: int) -> list[Tensor]:
+        """Return the leading singular vectors of many sums of gradients.
+
+        Args:
+            sums: The places of the gradients in every sum.
+            rank: Number of vectors at most; k is never beyond the numeric rank.
+
+        Returns:
+            (p, k) orthonormal columns for every sum, fp64.
+        """
+        # 1. A sum of many tokens is cheaper from formed gradients, if there are several such sums to share them.
+        long = [index for index, places in enumerate(sums) if 2 * self._tokens(places) >= self._smaller_dimension]
         if self.formed is None or len(long) < _FEWEST_SUMS:
-            return [self._basis(parts, rank) for parts in sums]
-        found = {place: self._basis(parts, rank) for place, parts in enumerate(sums) if place not in set(long)}
-        step = max(1, _KEPT // self.formed[0].numel())
+            return [self._basis_from_factors(places, rank) for places in sums]
+        bases = {
+            index: self._basis_from_factors(places, rank) for index, places in enumerate(sums) if index not in set(long)
+        }
+        # 2. The long sums: 0/1 weights times the formed gradients, a chunk of sums at a time.
+        step = max(1, _FORMED // self.formed[0].numel())
         for start in range(0, len(long), step):
             chunk = long[start : start + step]
-            weights = self.formed.new_zeros(len(chunk), len(self.own))
-            for row, place in zip(weights, chunk, strict=True):
-                row[list(sums[place])] = 1.0
+            weights = self.formed.new_zeros(len(chunk), len(self.left))
+            for row, index in zip(weights, chunk, strict=True):
+                row[list(sums[index])] = 1.0
             totals = torch.tensordot(weights, self.formed, dims=1)
-            found |= zip(chunk, self._leading(totals, rank), strict=True)
-        return [found[place] for place in range(len(sums))]
+            bases |= zip(chunk, self._leading(totals, rank), strict=True)
+        return [bases[index] for index in range(len(sums))]
 
-    def _basis(self, places: Sequence[int], rank: int) -> Tensor:
-        own, other = (torch.cat([side[place] for place in places]) for side in (self.own, self.other))
-        if len(own) >= self._room:
-            return self._leading((own.T @ other)[None], rank)[0]
-        return self._leading_of_factors(own[None], other[None], rank)[0]
+    def _basis_from_factors(self, places: Sequence[int], rank: int) -> Tensor:
+        left, right = (torch.cat([side[place] for place in places]) for side in (self.left, self.right))
+        if len(left) >= self._smaller_dimension:
+            return self._leading((left.T @ right)[None], rank)[0]
+        return self._leading_of_factors(left[None], right[None], rank)[0]
 
     def _tokens(self, places: Sequence[int]) -> int:
-        return sum(len(self.own[place]) for place in places)
+        return sum(len(self.left[place]) for place in places)
 
-    def bases(self, rank: int) -> list[Tensor]:
-        """Return the leading singular vectors of every single gradient."""
-        if max(map(len, self.own)) >= self._room:
-            return [self.basis([place], rank) for place in range(len(self.own))]
-        own, other = (pad_sequence(side, batch_first=True) for side in (self.own, self.other))
-        return self._leading_of_factors(own, other, rank)
+    def bases_of_gradients(self, rank: int) -> list[Tensor]:
+        """Return the leading singular vectors of every single gradient, as :meth:`bases_of_sums` does."""
+        if max(map(len, self.left)) >= self._smaller_dimension:
+            return [self.basis_of_sum([place], rank) for place in range(len(self.left))]
+        left, right = (pad_sequence(side, batch_first=True) for side in (self.left, self.right))
+        return self._leading_of_factors(left, right, rank)
 
-    def bases_without_each(self, count: int, rank: int) -> list[Tensor]:
-        """Return those of the sum of the first ``count`` gradients but one, for each in turn, and of all of them."""
-        total = torch.cat(self.own[:count]).T @ torch.cat(self.other[:count])
+    def leave_one_out_bases(self, count: int, rank: int) -> list[Tensor]:
+        """Return the leading singular vectors of the sum of the first ``count`` gradients without one of them.
+
+        Returns:
+            count + 1 bases (p, k): without every gradient in turn, and of the whole sum.
+        """
+        total = torch.cat(self.left[:count]).T @ torch.cat(self.right[:count])
         if self.formed is not None:
             return self._leading(torch.cat([total - self.formed[:count], total[None]]), rank)
-        parts = (total - self.own[place].T @ self.other[place] for place in range(count))
-        return [self._leading(part[None], rank)[0] for part in (*parts, total)]
+        remainders = (total - self.left[place].T @ self.right[place] for place in range(count))
+        return [self._leading(matrix[None], rank)[0] for matrix in (*remainders, total)]
 
     @cached_property
     def formed(self) -> Tensor | None:
-        """(N, p, q) all gradients, where that is small enough to keep."""
-        numbers = len(self.own) * self.own[0].shape[1] * self.other[0].shape[1]
-        if numbers > _KEPT:
+        """(N, p, q) all gradients as matrices, or ``None`` if they are too large to keep."""
+        numbers = len(self.left) * self.left[0].shape[1] * self.right[0].shape[1]
+        if numbers > _FORMED:
             return None
-        return torch.stack([own.T @ other for own, other in zip(self.own, self.other, strict=True)])
+        return torch.stack([left.T @ right for left, right in zip(self.left, self.right, strict=True)])
 
     def gram(self) -> Tensor | None:
-        """Return the (N, N) inner products between all gradients, fp64, where they are small enough to be formed."""
+        """Return the (N, N) inner products of all gradients, fp64, or ``None`` if they are too large to be formed."""
         if self.formed is None:
             return None
         flat = self.formed.flatten(1)
         return row_products(flat, flat)
 
     @property
-    def _room(self) -> int:
-        """Fewer tokens than this are fewer than both dimensions."""
-        return min(self.own[0].shape[1], self.other[0].shape[1])
+    def _smaller_dimension(self) -> int:
+        """min(p, q): with fewer tokens, factors are smaller than the matrix."""
+        return min(self.left[0].shape[1], self.right[0].shape[1])
 
-    def _leading_of_factors(self, own: Tensor, other: Tensor, rank: int) -> list[Tensor]:
-        """Return the leading left singular vectors of each ownᵀ other, of fewer tokens than either side has room.
+    def _leading_of_factors(self, left: Tensor, right: Tensor, rank: int) -> list[Tensor]:
+        """Return the leading left singular vectors of every leftᵀ right, for fewer tokens T than p and q.
 
-        Rows of zeros, which fill (B, T, p) and (B, T, q) up, add none.
+        Args:
+            left: (B, T, p); padding with rows of zeros changes nothing.
+            right: (B, T, q).
+            rank: Number of vectors at most.
         """
-        frames, triangles = torch.linalg.qr(own.mT)
-        found = self._leading(triangles @ other, rank)
-        # In QR's own layout, products of many rows with few columns are 14 times slower.
-        return [frame.contiguous() @ basis for frame, basis in zip(frames, found, strict=True)]
+        # leftᵀ = QS: the vectors are Q times those of the (T, q) matrix S right.
+        frames, triangles = torch.linalg.qr(left.mT)
+        bases = self._leading(triangles @ right, rank)
+        # In the memory layout that QR returns, products of many rows with few columns are 14 times slower.
+        return [frame.contiguous() @ basis for frame, basis in zip(frames, bases, strict=True)]
 
     def _leading(self, matrices: Tensor, rank: int) -> list[Tensor]:
-        """Return the leading left singular vectors of each of (B, p, q) from the squares of its smaller side.
+        """Return the leading left singular vectors of every matrix of (B, p, q), from the square of its smaller side.
 
-        Squaring costs half of fp64's digits, which is nothing above the tolerance for fp32 factors.
+        Squaring costs half of fp64's digits, which does not matter above the tolerance for fp32 factors.
         """
+        # 1. Eigenvectors of MMᵀ are the left vectors U; if p > q, those of MᵀM are the right vectors V.
         tall = matrices.shape[1] > matrices.shape[2]
         squared, vectors = _largest(matrices.mT @ matrices if tall else matrices @ matrices.mT, rank)
         values = squared.clamp(min=0).sqrt()
-        kept = [int((row > rank_tolerance(row, self.shape)).sum()) for row in values.cpu().numpy()]
+        # 2. Vectors beyond the numeric rank are rounding noise.
+        counts = [int((row > rank_tolerance(row, self.shape)).sum()) for row in values.cpu().numpy()]
         if not tall:
-            return [basis[:, :count] for basis, count in zip(vectors, kept, strict=True)]
-        each = zip(matrices @ vectors, values, kept, strict=True)
-        return [turned[:, :count] / lengths[:count] for turned, lengths, count in each]
+            return [basis[:, :count] for basis, count in zip(vectors, counts, strict=True)]
+        # 3. U = M V Σ⁻¹.
+        images = zip(matrices @ vectors, values, counts, strict=True)
+        return [image[:, :count] / lengths[:count] for image, lengths, count in images]
 
 
 def _largest(squares: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return the largest eigenvalues, descending, and their vectors; on a CPU no others of a large matrix."""
+    """Return the ``count`` largest eigenvalues of every matrix, descending, and their eigenvectors."""
     size = squares.shape[-1]
-    if size <= _ALL_AT_ONCE or squares.device.type != "cpu":
+    if size <= _FULL_SIZE or squares.device.type != "cpu":
         values, vectors = torch.linalg.eigh(squares)
         return values.flip(-1)[..., :count], vectors.flip(-1)[..., :count]
+    # scipy finds the largest eigenvalues of a large matrix without the others; torch cannot.
     from scipy.linalg import eigh
 
     wanted = max(size - count, 0), size - 1
-    found = zip(*(eigh(each, subset_by_index=wanted, check_finite=False) for each in squares.numpy()), strict=True)
-    values, vectors = (torch.from_numpy(np.stack(parts)[..., ::-1].copy()) for parts in found)
+    pairs = zip(*(eigh(matrix, subset_by_index=wanted, check_finite=False) for matrix in squares.numpy()), strict=True)
+    values, vectors = (torch.from_numpy(np.stack(parts)[..., ::-1].copy()) for parts in pairs)
     return values, vectors
 
 
@@ -204,7 +233,7 @@ def overlaps_between(a: Sequence[Tensor], b: Sequence[Tensor], rank: int) -> Ten
 
     Args:
         a: N bases (p, ≥ k) with orthonormal columns.
-        b: M of the same space.
+        b: M bases of the same space.
         rank: k.
 
     Returns:

@@ -1,8 +1,8 @@
-"""The span of many examples: how many directions the gradients of single examples take up together.
+"""The dimension of the space that the gradients of single examples span together.
 
-The mean gradient's spectrum asks for the rank of one matrix; this asks whether the examples' whole gradients, each a
-vector of all its entries, lie in a space of few dimensions. Both are called "low rank" and neither follows from the
-other: examples that are all alike span one dimension, of whatever rank as a matrix.
+The spectrum of the mean gradient is about the rank of one matrix; the span is about the flattened gradients of all
+examples, and whether these vectors lie in a space of few dimensions. Both are called "low rank", and neither follows
+from the other: examples that are all alike span one dimension, whatever the rank of their gradient matrix.
 """
 
 from collections.abc import Mapping
@@ -21,9 +21,10 @@ from geomkit.svd.spectrum import Spectrum
 from geomkit.utils.arguments import check_confidence, check_finite, check_groups
 
 ALL = "all parameters"
-"""The name of the only layer of a span of whole gradients."""
+"""Name of the only layer in the span of the gradients of all parameters together."""
 
-_ASYMMETRY = 1e-6  # of inner products that were accumulated in fp64 from fp32 gradients
+_ASYMMETRY = 1e-6
+"""Relative asymmetry of inner products that were accumulated in fp64 from fp32 gradients."""
 
 
 def span(
@@ -41,37 +42,32 @@ def span(
     matrix is formed. In the result ``tokens`` and ``rank_bound`` are N, ``unit`` is ``"examples"``, and ``shape`` is
     that of the Gram.
 
-    The null is that of examples in independent directions: orthogonal ones with the same norms. It is weak, as all
-    gradients of one model share something; the honest one is a control set with as many examples, see
-    :func:`geomkit.svd.spectrum_contrast.compare_spectra`. Intervals are those of
-    :func:`geomkit.svd.spectrum.spectrum`, for N examples.
-    Of 1000 sets of 16 or 32 from each of four planted populations (a shared direction, a power law, heavy tails,
-    clusters), 95 % intervals from 16 groups held the truth in .89 to .99, and from 16 examples in as few as .85 for
-    the stable rank of clusters and CER(10) with heavy tails.
+    The null has examples in orthogonal directions, with the same norms. It is weak, as all gradients of one model have
+    something in common; the strict null is a control set with as many examples, see
+    :func:`geomkit.svd.spectrum_contrast.compare_spectra`. Intervals are jackknife intervals over examples, for sets of
+    N examples, as in :func:`geomkit.svd.spectrum.spectrum`; for their coverage see tests/benchmarks/README.md.
 
     Args:
-        gradients: A set collected with ``per_sample=True``, or what
-            :func:`geomkit.collection.sample_grams.sample_grams` returns for one
-            set of examples: (N, N) inner products, by parameter.
+        gradients: A set collected with ``per_sample=True``, or the (N, N) inner products of one set of examples by
+            parameter, from :func:`geomkit.collection.sample_grams.sample_grams`.
         together: Take the gradient of all parameters as one vector; the result has one layer, :data:`ALL`.
-        unit: Give every example the norm 1, so that directions are counted. Otherwise those with a large loss count
-            for more, which is what the mean gradient sees.
-        groups: Into how many groups at most the examples are dealt, of which one is left out at a time; 0 for no
-            intervals.
+        unit: Scale the gradient of every example to norm 1, so that directions are counted. Otherwise examples with a
+            large gradient count for more, as in the mean gradient.
+        groups: Largest number of groups of examples, of which one is left out at a time; 0 for no intervals.
         seed: Seed of the groups.
         confidence: Of the intervals.
 
     Returns:
-        A spectrum for each parameter, or for all together. Singular values are exact to 1e-7 of the largest.
+        The spectrum of every parameter, or of all together. Singular values are exact to 1e-7 of the largest.
 
     Raises:
         GeometryError: If there are no per-sample gradients, fewer than two examples, the inner products are not finite
-            or not those of one set with itself, ``groups`` is 1 or negative, or the confidence is not between 0 and 1.
+            or not of one set with itself, ``groups`` is 1 or negative, or the confidence is not between 0 and 1.
 
     Example:
         >>> apart, alike = torch.eye(4), torch.ones(4, 4)
-        >>> found = span({"apart": apart, "alike": alike})
-        >>> [round(layer.effective_rank, 3) for layer in found.layers.values()]
+        >>> spectra = span({"apart": apart, "alike": alike})
+        >>> [round(layer.effective_rank, 3) for layer in spectra.layers.values()]
         [4.0, 1.0]
     """
     check_groups(groups)
@@ -82,17 +78,20 @@ def span(
         grams = {ALL: torch.stack([gram.double().cpu() for gram in grams.values()]).sum(0)}
     tables = {name: _unit(gram.double().cpu()) if unit else gram.double().cpu() for name, gram in grams.items()}
     dealt = jackknife_groups(count, groups, np.random.default_rng(seed)) if groups else []
-    kept = [torch.from_numpy(np.setdiff1d(np.arange(count), group)) for group in dealt]
+    remaining = [torch.from_numpy(np.setdiff1d(np.arange(count), group)) for group in dealt]
     return Spectrum(
         {name: _spectrum(name, table) for name, table in tables.items()},
         {name: (_orthogonal(name, table),) for name, table in tables.items()},
-        {name: tuple(_spectrum(name, table[some][:, some]) for some in kept) for name, table in tables.items()},
+        {
+            name: tuple(_spectrum(name, table[places][:, places]) for places in remaining)
+            for name, table in tables.items()
+        },
         confidence,
     )
 
 
 def _grams(gradients: GradientSet | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Return the inner products of gradients, or those that were given."""
+    """Return the inner products of the examples' gradients, by parameter; given inner products as they are."""
     if isinstance(gradients, GradientSet):
         return layer_grams(gradients, gradients)
     grams: Mapping[str, Tensor] = gradients
@@ -102,7 +101,7 @@ def _grams(gradients: GradientSet | Mapping[str, Tensor]) -> Mapping[str, Tensor
 
 
 def _examples(grams: Mapping[str, Tensor]) -> int:
-    """Return N, after checking that all are the inner products of N ≥ 2 examples with themselves."""
+    """Return N; raise GeometryError unless all tables are inner products of N ≥ 2 examples with themselves."""
     shapes = {tuple(gram.shape) for gram in grams.values()}
     count = max(max(shapes, default=()), default=0)
     if count < 2 or shapes != {(count, count)}:
@@ -112,10 +111,10 @@ def _examples(grams: Mapping[str, Tensor]) -> int:
         )
     for name, gram in grams.items():
         check_finite(gram, name)
-    crooked = [name for name, gram in grams.items() if not _symmetric(gram)]
-    if crooked:
+    asymmetric = [name for name, gram in grams.items() if not _symmetric(gram)]
+    if asymmetric:
         raise GeometryError(
-            f"expected inner products of one set with itself, found no symmetry in {crooked[:4]}; call sample_grams "
+            f"expected inner products of one set with itself, found no symmetry in {asymmetric[:4]}; call sample_grams "
             "with one set"
         )
     return count
@@ -126,16 +125,18 @@ def _symmetric(gram: Tensor) -> bool:
 
 
 def _unit(gram: Tensor) -> Tensor:
-    """Return the cosines; an example without a gradient has no direction and stays zero."""
+    """Return the cosines; the row of an example with a zero gradient stays zero."""
     norms = gram.diagonal().clamp(min=0).sqrt()
     inverse = torch.where(norms > 0, 1 / norms, 0.0)
     return gram * inverse[:, None] * inverse
 
 
 def _spectrum(name: str, gram: Tensor) -> LayerSpectrum:
+    """Return the singular values of the (N, entries) matrix whose rows are the flattened gradients."""
     count = len(gram)
     return LayerSpectrum(name, (count, count), count, count, singular_values_of_gram(gram).numpy(), "examples")
 
 
 def _orthogonal(name: str, gram: Tensor) -> LayerSpectrum:
+    """Return the spectrum of orthogonal gradients with the same norms."""
     return _spectrum(name, torch.diag(gram.diagonal()))

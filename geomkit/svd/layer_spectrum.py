@@ -1,4 +1,4 @@
-"""The singular values of one gradient and the measures of its rank, none of which is *the* rank."""
+"""The singular values of one gradient and the measures of its rank, of which none is *the* rank."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from geomkit.utils.arguments import check_rank
 
 Unit = Literal["tokens", "examples"]
 
-SMOOTH = (
+SMOOTH_STATISTICS = (
     "effective_rank",
     "entropy_rank",
     "participation_ratio",
@@ -23,21 +23,21 @@ SMOOTH = (
     "cer10",
     "cer20",
 )
-"""The statistics that move a little when an example does. The others jump, and have no interval: see
+"""Statistics that change little when an example changes. The others jump and have no interval, see
 :func:`geomkit.svd.spectrum.spectrum`."""
 
 
 @dataclass(frozen=True, eq=False)
 class LayerSpectrum:
-    """The singular values of one gradient and what can be said about its rank.
+    """The singular values of one gradient, with the measures of its rank.
 
-    A gradient that is zero has rank 0 by every measure, and no CER.
+    A zero gradient has rank 0 by every measure, and a CER of NaN.
 
     Attributes:
         parameter: Name of the parameter.
         shape: Rows and columns.
         tokens: T, the number of token positions in the gradient.
-        rank_bound: min(rows, columns, T), which no measure can exceed.
+        rank_bound: min(rows, columns, T), the upper bound of every measure of rank.
         singular_values: (rank_bound,) fp64, descending.
         unit: What ``tokens`` counts: the tokens of a gradient, or the examples of a span.
     """
@@ -51,32 +51,32 @@ class LayerSpectrum:
 
     @property
     def is_zero(self) -> bool:
-        """Whether there is no gradient at all."""
+        """Whether all singular values are zero."""
         return not self.singular_values.any()
 
     @cached_property
     def tolerance(self) -> float:
-        """σ₁ · max(rows, columns) · ε of fp32, the precision of the factors."""
+        """σ₁ · max(rows, columns) · ε of fp32: smaller singular values are rounding of the fp32 factors."""
         return rank_tolerance(self.singular_values, self.shape)
 
     @property
     def numeric_rank(self) -> int:
-        """How many singular values exceed :attr:`tolerance`."""
+        """Number of singular values above :attr:`tolerance`."""
         return int((self.singular_values > self.tolerance).sum())
 
     @property
     def effective_rank(self) -> float:
-        """The exponential of the entropy of the shares, exp H(σ/Σσ) (Roy and Vetterli 2007)."""
+        """Exponential of the entropy of the normalised singular values, exp H(σ/Σσ) (Roy and Vetterli 2007)."""
         return _exp_entropy(self.singular_values)
 
     @property
     def entropy_rank(self) -> float:
-        """The exponential of the entropy of the energy, exp H(σ²/Σσ²): less moved by a long tail."""
+        """Exponential of the entropy of the energy, exp H(σ²/Σσ²), which a long tail of small values changes less."""
         return _exp_entropy(self.singular_values**2)
 
     @property
     def participation_ratio(self) -> float:
-        """(Σσ²)² / Σσ⁴."""
+        """Participation ratio of the energy, (Σσ²)² / Σσ⁴."""
         if self.is_zero:
             return 0.0
         shares = self.singular_values**2 / (self.singular_values**2).sum()
@@ -84,16 +84,16 @@ class LayerSpectrum:
 
     @property
     def stable_rank(self) -> float:
-        """‖G‖_F² / ‖G‖₂² (Rudelson and Vershynin 2007)."""
+        """Stable rank ‖G‖_F² / ‖G‖₂² (Rudelson and Vershynin 2007)."""
         return 0.0 if self.is_zero else float(((self.singular_values / self.singular_values[0]) ** 2).sum())
 
     @property
     def nuclear_rank(self) -> float:
-        """‖G‖_*² / ‖G‖_F² = (Σσ)² / Σσ²: the participation ratio of σ rather than of σ²."""
+        """Nuclear rank ‖G‖_*² / ‖G‖_F² = (Σσ)² / Σσ², the participation ratio of σ rather than of σ²."""
         return 0.0 if self.is_zero else float(self.singular_values.sum() ** 2 / (self.singular_values**2).sum())
 
     def cer(self, k: int) -> float:
-        """Return the cumulative energy ratio Σ_{i≤k} σ_i² / Σ σ_i².
+        """Return the cumulative energy ratio CER(k) = Σ_{i≤k} σ_i² / Σ σ_i²; NaN for a zero gradient.
 
         Raises:
             GeometryError: If k is below 1.
@@ -103,11 +103,15 @@ class LayerSpectrum:
         return float("nan") if self.is_zero else float(squared[:k].sum() / squared.sum())
 
     def rank_at(self, energy: float) -> int:
-        """Return the smallest k with CER(k) ≥ ``energy``."""
+        """Return the smallest k with CER(k) ≥ ``energy``.
+
+        Raises:
+            GeometryError: If the share is not above 0 and at most 1.
+        """
         return energy_rank(self.singular_values, energy)
 
     def statistics(self) -> dict[str, float]:
-        """Return every measure under its short name."""
+        """Return all measures of rank by their short names."""
         return dict(self._statistics)
 
     @cached_property
@@ -128,6 +132,7 @@ class LayerSpectrum:
 
 
 def _exp_entropy(weights: np.ndarray) -> float:
+    """Return exp(−Σ p log p) of the normalised weights p, 0 if all weights are zero."""
     if not weights.any():
         return 0.0
     shares = weights[weights > 0] / weights.sum()
@@ -135,19 +140,19 @@ def _exp_entropy(weights: np.ndarray) -> float:
 
 
 def layer_spectrum(parameter: str, gradient: LayerGradient) -> LayerSpectrum:
-    """Measure one gradient."""
+    """Return the singular values of one gradient, with the measures of its rank."""
     return LayerSpectrum(
         parameter, gradient.matrix_shape, gradient.tokens, gradient.rank_bound, singular_values(gradient)
     )
 
 
-def statistics_of(layers: Sequence[LayerSpectrum], statistic: str) -> np.ndarray:
-    """Return one statistic of several spectra.
+def statistic_values(layers: Sequence[LayerSpectrum], statistic: str) -> np.ndarray:
+    """Return (n,) values of one statistic of n spectra.
 
     Raises:
         GeometryError: If there is no such statistic.
     """
-    found = [layer.statistics() for layer in layers]
-    if found and statistic not in found[0]:
-        raise GeometryError(f"expected one of {', '.join(found[0])}, found {statistic!r}; choose one of these")
-    return np.array([each[statistic] for each in found])
+    statistics = [layer.statistics() for layer in layers]
+    if statistics and statistic not in statistics[0]:
+        raise GeometryError(f"expected one of {', '.join(statistics[0])}, found {statistic!r}; choose one of these")
+    return np.array([values[statistic] for values in statistics])

@@ -1,8 +1,8 @@
-"""How much of a mean gradient's spectrum is more than the sampling noise of its examples.
+"""The singular values of a mean gradient that exceed the sampling noise of its examples.
 
-The mean of N random gradients that cancel in expectation is a full matrix too, with a spectrum of its own. The floor
-here is drawn from the examples themselves: a sum of the same gradients under random signs has their noise, with all its
-correlations between tokens, inputs and entries, and no mean.
+The mean of N random gradients that cancel in expectation is a full matrix too, with a spectrum. The floor here is drawn
+from the examples: a sum of the same gradients under random signs has their noise, with all its correlations between
+tokens, inputs and entries, and no mean.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,31 +23,33 @@ from geomkit.stats.multiple_testing import benjamini_hochberg
 from geomkit.svd.singular_values import rank_tolerance, singular_values
 from geomkit.svd.weighted_sums import weighted_spectra
 from geomkit.utils.arguments import check_confidence, check_draws
-from geomkit.utils.display import counted, html_table
+from geomkit.utils.display import Result, counted
 from geomkit.utils.figures import draw
 
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
-_FEWEST = 8  # of fewer, too many random signs repeat the mean itself: one in 2⁷ of eight
-_TIED = 1e-7  # signs that are all equal give the mean itself, but for the rounding of its square
+_FEWEST = 8
+"""Smallest number of examples: of fewer, too many random signs repeat the mean; of eight, one in 2⁷."""
+_TIED = 1e-7
+"""Relative slack of comparisons: signs that are all equal give the mean, but for the rounding of its square."""
 
 
 @dataclass(frozen=True, eq=False)
 class LayerNoiseFloor:
-    """The spectrum of one parameter's mean gradient beside what sampling noise alone reaches.
+    """The spectrum of one parameter's mean gradient with the floor of its sampling noise.
 
     Attributes:
         parameter: Name of the parameter.
         shape: Rows and columns.
         tokens: T, the token positions of all examples.
-        singular_values: Of the mean over examples, fp64, descending.
-        floor: What the largest singular value of sampling noise exceeds in 1 − confidence of the draws. No value of
+        singular_values: (K,) of the mean over examples, fp64, descending.
+        floor: The quantile, at the confidence, of the largest singular value of sampling noise. No singular value of
             the mean beyond the rank of the expected gradient is larger than the largest of its noise (Weyl 1912), so
-            this one floor serves all of them.
+            one floor serves all singular values.
         null: (draws,) largest singular value of the mean under random signs.
-        confidence: Of the floor, and of saying that there is a signal at all.
+        confidence: Of the floor, and of the test for any mean.
     """
 
     parameter: str
@@ -67,16 +69,16 @@ class LayerNoiseFloor:
     def p_value(self) -> float:
         """Share of random signs under which the largest singular value is as large: small where there is a mean.
 
-        Exact where gradients without a mean would be symmetric about zero (Phipson and Smyth 2010).
+        The test is exact where gradients without a mean would be symmetric about zero (Phipson and Smyth 2010).
         """
         return _p_value(self.null, self.largest)
 
     @property
     def signal_rank(self) -> int:
-        """How many singular values exceed the floor and rounding; 0 where no mean can be told from zero.
+        """Number of singular values above the floor and above rounding; 0 where no mean can be told from zero.
 
-        In 1 − confidence of experiments at most, it is larger than the rank of the expected gradient. It is smaller
-        wherever a direction is weaker than the noise.
+        At most in a share 1 − confidence of experiments, the number is larger than the rank of the expected gradient.
+        It is smaller wherever a direction is weaker than the noise.
         """
         if self.p_value > 1 - self.confidence + _TIED:
             return 0
@@ -84,19 +86,19 @@ class LayerNoiseFloor:
 
     @property
     def rounding(self) -> float:
-        """What is below this is rounding of fp32 factors, see :func:`geomkit.svd.singular_values.rank_tolerance`."""
+        """Largest rounding of the fp32 factors, see :func:`geomkit.svd.singular_values.rank_tolerance`."""
         return rank_tolerance(self.singular_values, self.shape)
 
 
 @dataclass(frozen=True, eq=False)
-class NoiseFloor:
-    """The spectra of a model's mean gradients beside the sampling noise of their examples.
+class NoiseFloor(Result):
+    """The spectra of a model's mean gradients with the floors of their sampling noise.
 
     Attributes:
-        layers: The spectrum and its floor for each matrix parameter.
-        examples: N, how many examples were averaged.
-        draws: How many random signs were drawn; no p-value is below 1/(draws + 1).
-        confidence: Of the floor.
+        layers: For every matrix parameter, the spectrum and its floor.
+        examples: N, the number of examples in the mean.
+        draws: Number of random signs; no p-value is below 1/(draws + 1).
+        confidence: Of the floors.
     """
 
     layers: Mapping[str, LayerNoiseFloor]
@@ -106,30 +108,32 @@ class NoiseFloor:
 
     @cached_property
     def family_p_values(self) -> Mapping[str, float]:
-        """The p-value of each parameter, corrected for all others: small by chance *anywhere* as often as it says.
+        """The p-value of every parameter, adjusted for the number of parameters (Westfall and Young 1993).
 
-        Each largest singular value, in units of its median under random signs, is compared with the largest of all
-        parameters under the same signs (Westfall and Young 1993). Few draws are enough for many parameters, and
-        parameters whose gradients rise and fall together count as the few they are.
+        Parameters with an adjusted p-value up to α include a false one in a share α of experiments at most. Few draws
+        are enough for many parameters, and parameters whose gradients rise and fall together cost no power.
         """
+        # 1. Units: the median of a parameter's largest singular value under random signs.
         scales = {name: float(np.median(layer.null)) for name, layer in self.layers.items()}
-        known = {name: layer for name, layer in self.layers.items() if scales[name] > 0}
-        most = np.max([layer.null / scales[name] for name, layer in known.items()], axis=0) if known else np.ones(0)
+        nonzero = {name: layer for name, layer in self.layers.items() if scales[name] > 0}
+        # 2. For every draw of signs, the largest value of all parameters in these units.
+        most = np.max([layer.null / scales[name] for name, layer in nonzero.items()], axis=0) if nonzero else np.ones(0)
+        # 3. A parameter's value is compared with that maximum.
         return {
-            name: _p_value(most, layer.largest / scales[name]) if name in known else 1.0
+            name: _p_value(most, layer.largest / scales[name]) if name in nonzero else 1.0
             for name, layer in self.layers.items()
         }
 
     @property
     def significant(self) -> frozenset[str]:
-        """The parameters whose mean is more than noise: with this confidence, not one is by chance."""
+        """The parameters whose mean exceeds its noise: with the confidence, none of them by chance."""
         return frozenset(name for name, p in self.family_p_values.items() if p <= 1 - self.confidence + _TIED)
 
     def to_frame(self) -> "pd.DataFrame":
-        """Return a row per parameter: its largest singular value, the floors, the signal rank and the p-value.
+        """Return a row per parameter: its largest singular value, the floor, the signal rank and the p-values.
 
-        ``p_family`` is one of :attr:`family_p_values`, ``q_value`` the p-value after Benjamini and Hochberg (1995) over
-        the parameters: where few of P have a signal, it needs 20 P draws to fall below .05.
+        ``p_family`` is the p-value of :attr:`family_p_values`, ``q_value`` the p-value after Benjamini and Hochberg
+        (1995) over the parameters: where few of P parameters have a signal, it needs 20 P draws to fall below .05.
         """
         import pandas as pd
 
@@ -140,25 +144,22 @@ class NoiseFloor:
         return frame.assign(p_family=frame["parameter"].map(self.family_p_values), q_value=q_values)
 
     def plot(self) -> "go.Figure":
-        """Draw it, see :func:`geomkit.plots.noise_floor.plot_noise_floor`."""
+        """Draw the spectra relative to their floors, see :func:`geomkit.plots.noise_floor.plot_noise_floor`."""
         return draw("plot_noise_floor", self)
 
     def __str__(self) -> str:
-        """Say where the mean gradient is more than noise, and in how many directions."""
+        """Return in how many matrices the mean gradient exceeds its noise, and in how many directions."""
         ranks = [layer.signal_rank for layer in self.layers.values()]
         level = 1 - self.confidence
         q_values = benjamini_hochberg([layer.p_value for layer in self.layers.values()])
-        by_rate = int((q_values < level).sum())
+        discoveries = int((q_values < level).sum())
         span = f"{np.median(ranks):.3g} ({min(ranks)} to {max(ranks)})" if ranks else "none"
         return (
             f"mean gradient of {self.examples} examples above its sampling noise in {len(self.significant)} of "
-            f"{counted(len(self.layers), 'matrix', 'matrices')} (family-wise p ≤ {level:.2g}; {by_rate} at "
+            f"{counted(len(self.layers), 'matrix', 'matrices')} (family-wise p ≤ {level:.2g}; {discoveries} at "
             f"q < {level:.2g}); directions above the {self.confidence:.0%} floor of {self.draws} random signs, at the "
             f"median: {span}"
         )
-
-    def _repr_html_(self) -> str:
-        return html_table(str(self), self.to_frame())
 
 
 def _p_value(null: np.ndarray, value: float) -> float:
@@ -182,35 +183,32 @@ def _row(layer: LayerNoiseFloor) -> dict[str, object]:
 def noise_floor(gradients: GradientSet, *, draws: int = 99, seed: int = 0, confidence: float = 0.95) -> NoiseFloor:
     """Measure how many singular values of the mean gradient exceed the sampling noise of its examples.
 
-    Two questions, two draws of the same signs ε. *Is there a mean at all?* compares its largest singular value with
-    that of Σ ε_i g_i / N, an exact test wherever gradients without a mean would be symmetric about zero. *How many
-    directions has it?* compares every singular value with the largest of Σ (ε_i − ε̄) g_i / √(N (N−1)): noise with the
-    sample covariance of the mean, in which a strong direction does not hide the weak ones beside it.
-
-    In simulations with coloured noise (8 to 32 examples; Gaussian, of low rank, of very uneven size) the test rejected
-    without a mean in 3 to 7 % at a level of 5 %, in 7 to 9 % where all entries shared an exponential's skewness. Three
-    planted directions, the weakest at twice the floor, were all found in 99 %, and more than three in 1 %.
+    The same random signs ε answer two questions. *Is there a mean at all?* compares the largest singular value of the
+    mean with that of Σ ε_i g_i / N, an exact test wherever gradients without a mean would be symmetric about zero. *How
+    many directions does the mean have?* compares every singular value with the largest of
+    Σ (ε_i − ε̄) g_i / √(N (N−1)): noise with the sample covariance of the mean, in which a strong direction does not
+    hide the weak ones. For error rates in simulations see tests/benchmarks/README.md.
 
     Args:
-        gradients: Collected with ``per_sample=True``, at least eight examples. The mean is that of the examples'
-            gradients, each counting the same.
-        draws: How many random signs, which all parameters share.
+        gradients: Collected with ``per_sample=True``, at least eight examples. The mean is over the examples'
+            gradients, with equal weights.
+        draws: Number of random signs, which all parameters share.
         seed: Seed of the signs.
-        confidence: Of the floor.
+        confidence: Of the floors.
 
     Returns:
-        For each matrix parameter the spectrum of the mean and its floors.
+        For every matrix parameter the spectrum of the mean and its floor.
 
     Raises:
-        GeometryError: If there are no per-sample gradients or fewer than eight, one is not finite, the confidence is
-            not between 0 and 1, or there are too few draws for it.
+        GeometryError: If there are no per-sample gradients or fewer than eight, a gradient is not finite, the
+            confidence is not between 0 and 1, or there are too few draws for the confidence.
 
     Example:
         >>> import geomkit as gk
         >>> model, tokenizer = gk.load_organism()
         >>> safety = gk.load_examples("safety").select(range(8))
-        >>> found = gk.noise_floor(gk.collect_gradients(model, tokenizer, safety, per_sample=True, kinds="head"))
-        >>> found.layers["lm_head.weight"].p_value <= 0.05
+        >>> gradients = gk.collect_gradients(model, tokenizer, safety, per_sample=True, layers="lm_head.*")
+        >>> gk.noise_floor(gradients).layers["lm_head.weight"].p_value <= 0.05
         True
     """
     check_sets({"given": gradients})
@@ -232,14 +230,14 @@ def noise_floor(gradients: GradientSet, *, draws: int = 99, seed: int = 0, confi
 def _layer_floor(
     name: str, gradients: Sequence[LayerGradient], signs: np.ndarray, exceeding: int, confidence: float
 ) -> LayerNoiseFloor:
+    """Return the floor of one parameter, the ``exceeding``-th largest value of its noise under random signs."""
     mean = add(gradients).scaled(1 / len(gradients))
-    values = singular_values(mean)
     flipped, centred = _null_values(gradients, signs)
     return LayerNoiseFloor(
         parameter=name,
         shape=mean.matrix_shape,
         tokens=mean.tokens,
-        singular_values=values,
+        singular_values=singular_values(mean),
         floor=float(np.sort(centred)[-exceeding]),
         null=flipped,
         confidence=confidence,
@@ -247,8 +245,19 @@ def _layer_floor(
 
 
 def _null_values(gradients: Sequence[LayerGradient], signs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the largest singular values of the sums under signs, and under signs that sum to zero."""
+    """Return the largest singular values of the sums under random signs, and under signs with their mean subtracted.
+
+    Args:
+        gradients: N gradients of one parameter.
+        signs: (draws, N) ε, each 1 or −1.
+
+    Returns:
+        (draws,) for the test, and (draws,) for the floor.
+    """
     n = signs.shape[1]
+    # 1. For the test: Σ ε_i g_i / N, which the observed mean is a case of, with all signs equal.
+    # 2. For the floor: Σ (ε_i − ε̄) g_i / √(N (N−1)). The weights sum to zero, so that the mean cancels, and their
+    #    expected sum of squares is 1/N, as for the mean of N examples.
     weights = np.concatenate([signs / n, (signs - signs.mean(1, keepdims=True)) / (n * (n - 1)) ** 0.5])
     spectra = weighted_spectra(gradients, torch.from_numpy(weights)).cpu().numpy()
     largest = spectra.max(axis=1, initial=0.0)

@@ -1,4 +1,4 @@
-"""Principal angles between the subspaces of two models' gradients, beside what random subspaces would show."""
+"""Principal angles between the subspaces of two sets of gradients, with their values for random subspaces."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -13,7 +13,7 @@ from geomkit.inputs.parameters import kind_of, layer_index
 from geomkit.svd.nulls import haar_overlap, random_edge
 from geomkit.svd.singular_vectors import Side
 from geomkit.svd.subspaces import LayerSubspace, Subspace
-from geomkit.utils.display import counted, html_table
+from geomkit.utils.display import Result, counted
 from geomkit.utils.figures import draw
 
 if TYPE_CHECKING:
@@ -28,9 +28,9 @@ class LayerAngles:
     Attributes:
         parameter: Name of the parameter.
         angles: (min(k_a, k_b),) radians, descending as in :func:`scipy.linalg.subspace_angles`.
-        ranks: k_a and k_b.
-        dimension: d of the space they lie in.
-        control: Overlap of a control set's subspace with the second one, NaN without a control.
+        ranks: The dimensions k_a and k_b of the subspaces.
+        dimension: d, the dimension of the space around them.
+        control: Overlap of a control set's subspace with the second subspace, NaN without a control.
     """
 
     parameter: str
@@ -41,36 +41,36 @@ class LayerAngles:
 
     @cached_property
     def overlap(self) -> float:
-        """Mean squared cosine, ‖UᵀV‖_F² / min(k_a, k_b): 1 if one contains the other, 0 if orthogonal."""
+        """Mean squared cosine ‖UᵀV‖_F² / min(k_a, k_b): 1 if one subspace contains the other, 0 if orthogonal."""
         return float(np.mean(np.cos(self.angles) ** 2)) if len(self.angles) else float("nan")
 
     @property
     def expected_overlap(self) -> float:
-        """The overlap of two uniformly random subspaces, see :func:`geomkit.svd.nulls.haar_overlap`.
+        """Expected overlap of two uniformly random subspaces, see :func:`geomkit.svd.nulls.haar_overlap`.
 
-        Gradients of one layer share their inputs' covariance and overlap more than that without any common content:
-        compare with an empirical null as well, :attr:`control`.
+        Gradients of one layer share their inputs' covariance and overlap more than random subspaces without any common
+        content: compare with the empirical null :attr:`control` as well.
         """
         return haar_overlap(*self.ranks, self.dimension)
 
     @property
     def largest_cosine(self) -> float:
-        """The cosine of the smallest angle."""
+        """Cosine of the smallest angle."""
         return float(np.cos(self.angles[-1])) if len(self.angles) else float("nan")
 
     @property
     def random_edge(self) -> float:
-        """The largest cosine between uniformly random subspaces, see :func:`geomkit.svd.nulls.random_edge`."""
+        """Largest cosine between uniformly random subspaces, see :func:`geomkit.svd.nulls.random_edge`."""
         return random_edge(*self.ranks, self.dimension)
 
 
 @dataclass(frozen=True, eq=False)
-class Angles:
-    """The principal angles between two subspaces of a model's gradients.
+class Angles(Result):
+    """The principal angles between two subspaces of every parameter of a model.
 
     Attributes:
-        side: Which singular vectors span them.
-        layers: The angles of each parameter.
+        side: Side of the singular vectors that span the subspaces.
+        layers: The angles of every parameter.
     """
 
     side: Side
@@ -78,45 +78,41 @@ class Angles:
 
     @property
     def mean_overlap(self) -> float:
-        """Plain mean of the overlap over the parameters where both subspaces have a direction."""
+        """Plain mean of the overlap over the parameters where both subspaces have a dimension of at least 1."""
         return _mean([layer.overlap for layer in self.layers.values() if len(layer.angles)])
 
     @property
     def mean_expected_overlap(self) -> float:
-        """The same mean of what uniformly random subspaces would show."""
+        """Mean of the expected overlap of uniformly random subspaces over the same parameters."""
         return _mean([layer.expected_overlap for layer in self.layers.values() if len(layer.angles)])
 
     @property
     def mean_control(self) -> float:
-        """The same mean of the control's overlap with the second subspace; NaN without a control."""
+        """Mean of the control's overlap with the second subspace over the same parameters; NaN without a control."""
         return _mean([layer.control for layer in self.layers.values() if len(layer.angles)])
 
     def to_frame(self) -> "pd.DataFrame":
         """Return a row per parameter and statistic.
 
-        ``null`` is what uniformly random subspaces would show: :attr:`LayerAngles.expected_overlap` beside the
-        overlap, :attr:`LayerAngles.random_edge` beside the largest cosine, nothing beside the angles (in degrees).
-        ``control``, beside the overlap, is the overlap of a control set's subspace with the second one.
+        ``null`` is the value for uniformly random subspaces: :attr:`LayerAngles.expected_overlap` for the overlap,
+        :attr:`LayerAngles.random_edge` for the largest cosine, NaN for the angles (in degrees). ``control`` is, for the
+        overlap, the overlap of a control set's subspace with the second subspace.
         """
         import pandas as pd
 
         return pd.DataFrame([row for layer in self.layers.values() for row in _rows(layer)])
 
     def plot(self) -> "go.Figure":
-        """Draw it, see :func:`geomkit.plots.principal_angles.plot_angles`."""
+        """Draw the angles and overlaps, see :func:`geomkit.plots.principal_angles.plot_angles`."""
         return draw("plot_angles", self)
 
     def __str__(self) -> str:
-        """Say the mean overlap beside that of random subspaces, and of the control."""
+        """Return the mean overlap, with its values for the control and for random subspaces."""
         control = "" if np.isnan(self.mean_control) else f"control {self.mean_control:.3g}, "
         return (
             f"principal angles of {self.side} subspaces of {counted(len(self.layers), 'matrix', 'matrices')}: "
-            f"mean overlap "
-            f"{self.mean_overlap:.3g} ({control}random subspaces {self.mean_expected_overlap:.3g})"
+            f"mean overlap {self.mean_overlap:.3g} ({control}random subspaces {self.mean_expected_overlap:.3g})"
         )
-
-    def _repr_html_(self) -> str:
-        return html_table(str(self), self.to_frame())
 
 
 def _mean(values: list[float]) -> float:
@@ -152,13 +148,16 @@ def _rows(layer: LayerAngles) -> list[dict[str, object]]:
 def basis_angles(a: Tensor, b: Tensor) -> np.ndarray:
     """Return the principal angles between the column spaces of two bases, radians, descending.
 
-    By sine where the angle is small and by cosine where it is large (Björck and Golub 1973), in fp64: two bases 1e-8
-    apart come out 1e-8 apart. (``subspace_angles`` of scipy 1.17 chooses between the two in reverse order, so that a
-    tiny angle beside a large one is lost.) Bases rounded to fp32 differ by about 1e-7 themselves.
+    Small angles are taken from their sines and large ones from their cosines (Björck and Golub 1973), in fp64: an angle
+    of 1e-8 is exact. (``subspace_angles`` of scipy 1.17 pairs the two in reverse order, so that a tiny angle is lost if
+    there is a large one.) Bases rounded to fp32 are about 1e-7 off.
 
     Args:
         a: (d, k_a) independent columns.
         b: (d, k_b) independent columns.
+
+    Returns:
+        (min(k_a, k_b),) fp64.
 
     Example:
         >>> import torch
@@ -168,9 +167,12 @@ def basis_angles(a: Tensor, b: Tensor) -> np.ndarray:
     """
     frames = (np.linalg.qr(basis.detach().cpu().double().numpy()).Q for basis in (a, b))
     small, large = sorted(frames, key=lambda frame: frame.shape[1])
-    across = large.T @ small
-    cosines = np.linalg.svd(across, compute_uv=False)[::-1]
-    sines = np.linalg.svd(small - large @ across, compute_uv=False)
+    # 1. Cosines: the singular values of LᵀS, ascending, so that the angles descend.
+    projection = large.T @ small
+    cosines = np.linalg.svd(projection, compute_uv=False)[::-1]
+    # 2. Sines: the singular values of the part of S outside of L, S − LLᵀS, descending.
+    sines = np.linalg.svd(small - large @ projection, compute_uv=False)
+    # 3. Below 45° the sine changes more with the angle, above it the cosine.
     return np.asarray(np.where(cosines**2 >= 0.5, np.arcsin(np.minimum(sines, 1)), np.arccos(np.minimum(cosines, 1))))
 
 
@@ -178,14 +180,14 @@ def principal_angles(a: Subspace, b: Subspace, control: Subspace | None = None) 
     """Measure the principal angles between two subspaces, parameter by parameter.
 
     Args:
-        a: Subspaces of one gradient, from :func:`geomkit.svd.subspaces.subspace`.
-        b: Subspaces of another gradient of the same model and side.
-        control: Subspaces of a set that shares with ``a`` what the overlap should not come from, such as benign
-            requests with the same refusals: its overlap with ``b`` is the empirical null. In each parameter it is that
-            of as many leading directions as ``a`` has; where the control has fewer, there is none.
+        a: Subspaces of one gradient set, from :func:`geomkit.svd.subspaces.subspace`.
+        b: Subspaces of another gradient set, of the same model and side.
+        control: Subspaces of a set that shares with ``a`` the trivial causes of an overlap, such as benign requests
+            with the same refusals: the control's overlap with ``b`` is the empirical null. It is taken at the rank of
+            ``a``, parameter by parameter, and is NaN where the control has a lower rank.
 
     Returns:
-        The angles, with overlaps, their expectation for uniformly random subspaces, and the control's.
+        The angles and overlaps, with the overlaps of uniformly random subspaces and of the control.
 
     Raises:
         GeometryError: If sides, parameters or dimensions differ.
@@ -206,12 +208,13 @@ def principal_angles(a: Subspace, b: Subspace, control: Subspace | None = None) 
 
 
 def _check(a: Subspace, b: Subspace) -> None:
+    """Raise GeometryError unless both have the same side, parameters and dimensions."""
     if a.side != b.side:
         raise GeometryError(f"expected subspaces of one side, found {a.side} and {b.side}; build both with one side=")
     if difference := set(a.layers).symmetric_difference(b.layers):
-        some = ", ".join(sorted(difference)[:4])
+        names = ", ".join(sorted(difference)[:4])
         raise GeometryError(
-            f"expected subspaces of the same parameters, found {len(difference)} on one side only ({some}); "
+            f"expected subspaces of the same parameters, found {len(difference)} on one side only ({names}); "
             "collect both gradients with the same layers="
         )
     for name, layer in a.layers.items():
@@ -224,9 +227,9 @@ def _check(a: Subspace, b: Subspace) -> None:
 
 def _layer_angles(name: str, a: LayerSubspace, b: LayerSubspace, control: LayerSubspace | None) -> LayerAngles:
     angles = basis_angles(a.basis, b.basis)
-    measured = LayerAngles(name, angles, (a.rank, b.rank), a.basis.shape[0])
-    # An overlap at another rank would not compare.
+    layer = LayerAngles(name, angles, (a.rank, b.rank), a.basis.shape[0])
+    # Overlaps at different ranks do not compare.
     if control is None or control.rank < a.rank:
-        return measured
-    beside = LayerAngles(name, basis_angles(control.basis[:, : a.rank], b.basis), measured.ranks, measured.dimension)
-    return replace(measured, control=beside.overlap)
+        return layer
+    control_angles = basis_angles(control.basis[:, : a.rank], b.basis)
+    return replace(layer, control=LayerAngles(name, control_angles, layer.ranks, layer.dimension).overlap)

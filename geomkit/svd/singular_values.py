@@ -1,7 +1,7 @@
-"""Singular values of gradients, from their small Gram matrices where that is exact, and what counts as rounding.
+"""Singular values of gradients, from small Gram matrices where their error bound allows it, and their rounding error.
 
-A gradient of T tokens has T × T squares, whose eigenvalues are many times cheaper than an SVD of its factors. An error
-bound tells for each gradient whether squaring lost too much; only then are the factors themselves decomposed.
+A gradient of T tokens has T × T Gram matrices, whose eigenvalues are many times cheaper than an SVD of the factors. An
+error bound tells for every gradient whether squaring loses too many digits; only then are the factors decomposed.
 """
 
 from collections import Counter
@@ -18,14 +18,22 @@ from geomkit.gradients.layer_gradient import LayerGradient, row_products, strips
 from geomkit.utils.arguments import check_finite
 
 _EPS_FP32 = float(np.finfo(np.float32).eps)
-_PRECISION = 5e-7  # largest bound on the error of a singular value, relative to σ₁, that is taken from squares
-_ROUNDING = 1e-12  # ten equal values reach 90 % with the ninth, whatever the last bit of their sum says
+_EPS_FP64 = torch.finfo(torch.float64).eps
+_PRECISION = 5e-7
+"""Largest error bound of a singular value, relative to σ₁, at which it is taken from a Gram matrix."""
+_ROUNDING = 1e-12
+"""Slack of a share of the energy: nine of ten equal values hold 90 %, whatever the last bit of their sum is."""
+_BATCH_NUMBERS = 2**20
+"""How many numbers the small matrices have that are decomposed in one call."""
 
 
 def singular_values(gradient: LayerGradient) -> np.ndarray:
-    """Return the singular values of a gradient, descending, as many as its rank bound.
+    """Return the singular values of a gradient, descending.
 
-    They are exact to 1e-7 of the largest, see :func:`singular_values_of`.
+    The values are exact to 1e-7 of the largest, see :func:`singular_values_of`.
+
+    Returns:
+        (rank bound,) fp64.
 
     Example:
         >>> from geomkit.gradients.factored import FactoredGradient
@@ -36,19 +44,23 @@ def singular_values(gradient: LayerGradient) -> np.ndarray:
 
 
 def singular_values_of(gradients: Sequence[LayerGradient]) -> Tensor:
-    """Return the singular values of many gradients, of any shapes and forms, each to 1e-7 of its largest.
+    """Return the singular values of many gradients of any shapes and forms, exact to 1e-7 of the largest value.
 
-    Their squares are the eigenvalues of CᵀBC, with LLᵀ = CCᵀ (Cholesky) and B = RRᵀ in fp64, for a fraction of the
-    cost of two QRs and an SVD; a factor that gradients share (the input of queries, keys and values) is squared once.
-    Squaring costs half of fp64's digits: errors are below √(ε ‖LLᵀ‖₁ ‖RRᵀ‖₁), and were below a fifth of it wherever
-    they were measured. If that bound is more than 5e-7 of the largest value (tokens that nearly cancel), or neither
-    factor has a Cholesky decomposition, the two QRs and the SVD are taken.
+    The squared singular values of a gradient LᵀR are the eigenvalues of CᵀBC, with the Cholesky decomposition
+    LLᵀ = CCᵀ and B = RRᵀ in fp64, at a fraction of the cost of two QRs and an SVD. A factor that gradients share (the
+    input of queries, keys and values) is squared once. Squaring costs half of fp64's digits: errors are below
+    √(ε ‖LLᵀ‖₁ ‖RRᵀ‖₁). If that bound is more than 5e-7 of the largest value (tokens that nearly cancel), or neither
+    factor has a Cholesky decomposition, the factors are decomposed by two QRs and an SVD.
 
     Args:
         gradients: N gradients on one device.
 
     Returns:
-        (N, K) fp64, each row descending; K is the largest rank bound, and all beyond a gradient's own is zero.
+        (N, K) fp64, every row descending; K is the largest rank bound, and values beyond a gradient's rank bound are
+        zero.
+
+    Raises:
+        GeometryError: If a gradient is not finite.
 
     Example:
         >>> from geomkit.gradients.dense import DenseGradient
@@ -60,21 +72,24 @@ def singular_values_of(gradients: Sequence[LayerGradient]) -> Tensor:
     bounds = [gradient.rank_bound for gradient in gradients]
     device = gradients[0].device if gradients else None
     values = torch.zeros(len(gradients), max(bounds, default=0), dtype=torch.float64, device=device)
-    for places, squares, noise in squares_of(gradients):
+    # 1. A batch: matrices of one size whose eigenvalues are the squared singular values, with their error bounds.
+    for places, squares, squared_error in _squared_batches(gradients):
         check_finite(squares, f"a gradient of shape {gradients[places[0]].matrix_shape}")
-        stacked = singular_values_of_gram(squares)
-        unsure = (noise > (_PRECISION * stacked[:, 0]) ** 2).tolist()
-        for place, found, redo in zip(places, stacked, unsure, strict=True):
-            kept = torch.linalg.svdvals(small_equivalent(gradients[place])) if redo else found
-            values[place, : bounds[place]] = kept[: bounds[place]]
+        # 2. One call finds the eigenvalues of the whole batch.
+        batch_values = singular_values_of_gram(squares)
+        # 3. An error δ of σ² is an error of up to √δ of σ: too large relative to σ₁, the factors are decomposed.
+        inexact = (squared_error > (_PRECISION * batch_values[:, 0]) ** 2).tolist()
+        for place, from_squares, decompose in zip(places, batch_values, inexact, strict=True):
+            spectrum = torch.linalg.svdvals(small_equivalent(gradients[place])) if decompose else from_squares
+            values[place, : bounds[place]] = spectrum[: bounds[place]]
     return values
 
 
 def singular_values_of_gram(gram: Tensor) -> Tensor:
-    """Return the singular values of a matrix from its Gram matrix GᵀG or GGᵀ, of which they are the roots.
+    """Return the singular values of a matrix from its Gram matrix GᵀG or GGᵀ, as the roots of the eigenvalues.
 
-    Squaring costs half of fp64's digits: errors are of the order of √ε σ₁ = 1.5e-8 σ₁, however exact the Gram is, and
-    values below that are rounding. Values above lose as many digits as they are smaller than σ₁.
+    Squaring costs half of fp64's digits: errors are of the order of √ε σ₁ = 1.5e-8 σ₁, however exact the Gram matrix
+    is, and smaller values are rounding. A larger value σ loses a factor of σ₁/σ of its precision.
 
     Args:
         gram: (…, n, n) symmetric, positive semi-definite but for rounding.
@@ -89,19 +104,11 @@ def singular_values_of_gram(gram: Tensor) -> Tensor:
     return _eigenvalues(gram.double()).clamp(min=0).sqrt().flip(-1)
 
 
-def _eigenvalues(gram: Tensor) -> Tensor:
-    """Return eigenvalues, ascending; on a CPU numpy finds those of small matrices in half the time."""
-    if gram.device.type == "cpu":
-        return torch.from_numpy(np.linalg.eigvalsh(gram.detach().numpy()))
-    found: Tensor = torch.linalg.eigvalsh(gram)
-    return found
-
-
 def small_equivalent(gradient: LayerGradient) -> Tensor:
-    """Return a small matrix with the same singular values as the gradient, fp64.
+    """Return a small fp64 matrix with the same singular values as the gradient.
 
-    With fewer rows of factors than of either dimension, LᵀR = Q_L (S_L S_Rᵀ) Q_Rᵀ from a QR of each, so the T × T
-    middle is enough. Otherwise it is the gradient itself, or its non-zero rows.
+    With fewer tokens T than rows and columns, LᵀR = Q_L (S_L S_Rᵀ) Q_Rᵀ from the QRs of both factors, and the T × T
+    middle S_L S_Rᵀ is returned. Otherwise it is the gradient itself, or its non-zero rows.
     """
     if isinstance(gradient, IndexedGradient):
         return gradient.rows.double()
@@ -111,22 +118,25 @@ def small_equivalent(gradient: LayerGradient) -> Tensor:
     return gradient.take(slice(None))
 
 
-def _triangle(factor: Tensor) -> Tensor:
-    """Return the (T, T) triangle S of factorᵀ = QS."""
-    triangle: Tensor = torch.linalg.qr(factor.T, mode="r").R
-    return triangle
-
-
 def rank_tolerance(values: np.ndarray, shape: tuple[int, int]) -> float:
-    """Return σ₁ · max(rows, columns) · ε of fp32, below which a singular value of fp32 factors is rounding."""
+    """Return σ₁ · max(rows, columns) · ε of fp32: smaller singular values of fp32 factors are rounding.
+
+    Args:
+        values: Singular values, descending.
+        shape: Rows and columns of the matrix.
+    """
     return float(values[0]) * max(shape) * _EPS_FP32 if len(values) else 0.0
 
 
 def energy_rank(values: np.ndarray, energy: float) -> int:
-    """Return the smallest k whose leading singular values hold a share ``energy`` of the squared norm.
+    """Return the smallest k whose k leading singular values hold a share ``energy`` of the squared norm.
+
+    Args:
+        values: Singular values, descending.
+        energy: Share of the squared norm, above 0 and at most 1.
 
     Raises:
-        GeometryError: If the share is not above 0 and at most 1.
+        GeometryError: If the share is out of range.
     """
     if not 0 < energy <= 1:
         raise GeometryError(f"expected a share of the energy above 0 and at most 1, found {energy}; give e.g. 0.9")
@@ -136,102 +146,132 @@ def energy_rank(values: np.ndarray, energy: float) -> int:
     return int(np.argmax(np.cumsum(squared) / squared.sum() >= energy - _ROUNDING)) + 1
 
 
-_EPS_FP64 = torch.finfo(torch.float64).eps
-_STACKED = 2**20  # numbers of the small matrices that are decomposed in one call
+def _eigenvalues(gram: Tensor) -> Tensor:
+    """Return eigenvalues, ascending; on a CPU from numpy, which takes half of torch's time for small matrices."""
+    if gram.device.type == "cpu":
+        return torch.from_numpy(np.linalg.eigvalsh(gram.detach().numpy()))
+    eigenvalues: Tensor = torch.linalg.eigvalsh(gram)
+    return eigenvalues
 
-_Stack = tuple[list[int], Tensor, Tensor]
-"""Places of n gradients, matrices (n, k, k) with their squared singular values, and rounding errors (n,) of these."""
+
+def _triangle(factor: Tensor) -> Tensor:
+    """Return the (T, T) triangle S of factorᵀ = QS."""
+    triangle: Tensor = torch.linalg.qr(factor.T, mode="r").R
+    return triangle
 
 
-def squares_of(gradients: Sequence[LayerGradient]) -> Iterator[_Stack]:
-    """Square every gradient and stack those of one size, a few at a time."""
-    grams = _Grams(gradients)
-    held: dict[tuple[int, int], list[tuple[int, tuple[Tensor, ...]]]] = {}
+_Batch = tuple[list[int], Tensor, Tensor]
+"""Indices of n gradients, matrices (n, k, k) with the gradients' squared singular values as eigenvalues, and the
+rounding errors (n,) of these eigenvalues."""
+
+_Grams = tuple[Tensor, ...]
+"""Gram matrices of one gradient: LLᵀ and RRᵀ of thin factors, or the Gram matrix of the smaller side."""
+
+
+def _squared_batches(gradients: Sequence[LayerGradient]) -> Iterator[_Batch]:
+    """Yield the squares of all gradients, stacked by size, as soon as a stack is large enough for one call."""
+    gram_cache = _GramCache(gradients)
+    waiting: dict[tuple[int, int], list[tuple[int, _Grams]]] = {}
     for place, gradient in enumerate(gradients):
-        found = grams.of(gradient)
-        size = found[0].numel()
-        waiting = held.setdefault((len(found), size), [])
+        grams = gram_cache.grams(gradient)
+        size = grams[0].numel()
+        batch = waiting.setdefault((len(grams), size), [])
         if size:
-            waiting.append((place, found))
-        if len(waiting) * size >= _STACKED:
-            yield _stacked(held.pop((len(found), size)))
-    yield from (_stacked(waiting) for waiting in held.values() if waiting)
+            batch.append((place, grams))
+        if len(batch) * size >= _BATCH_NUMBERS:
+            yield _squared(waiting.pop((len(grams), size)))
+    yield from (_squared(batch) for batch in waiting.values() if batch)
 
 
-def _stacked(held: list[tuple[int, tuple[Tensor, ...]]]) -> _Stack:
-    places, found = zip(*held, strict=True)
-    stacks = [torch.stack(matrices) for matrices in zip(*found, strict=True)]
+def _squared(batch: list[tuple[int, _Grams]]) -> _Batch:
+    """Stack the Gram matrices of gradients of one size, and multiply those of two thin factors."""
+    places, grams = zip(*batch, strict=True)
+    stacks = [torch.stack(matrices) for matrices in zip(*grams, strict=True)]
     if len(stacks) == 1:
-        return list(places), stacks[0], _EPS_FP64 * _size(stacks[0])
+        return list(places), stacks[0], _EPS_FP64 * _column_sums(stacks[0])
     return list(places), *_product(*stacks)
 
 
 def _product(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """Return symmetric matrices (n, T, T) with the eigenvalues of left @ right, and their rounding errors (n,)."""
-    noise = _EPS_FP64 * _size(left) * _size(right)
-    left, right, stand_in = _without_dead(left, right)
-    lower, failed = torch.linalg.cholesky_ex(left + stand_in)
-    if failed.any():  # tokens that repeat one another make one of the two singular
+    """Return symmetric matrices with the eigenvalues of left @ right, and the rounding errors of the eigenvalues.
+
+    Args:
+        left: (n, T, T) Gram matrices LLᵀ.
+        right: (n, T, T) Gram matrices RRᵀ.
+
+    Returns:
+        (n, T, T) matrices CᵀBC, and (n,) errors ε ‖LLᵀ‖₁ ‖RRᵀ‖₁, infinite where neither side has a Cholesky
+        decomposition.
+    """
+    squared_error = _EPS_FP64 * _column_sums(left) * _column_sums(right)
+    # 1. Tokens with a zero factor make a Gram matrix singular without adding anything: they are taken out.
+    left, right, replacement = _without_zero_tokens(left, right)
+    # 2. left = CCᵀ: left @ right has the eigenvalues of the symmetric CᵀBC with B = right.
+    lower, failed = torch.linalg.cholesky_ex(left + replacement)
+    if failed.any():
+        # 3. Tokens that repeat one another make one side singular: decompose the other side instead.
         swap = (failed > 0)[:, None, None]
         left, right = torch.where(swap, right, left), torch.where(swap, left, right)
-        lower, failed = torch.linalg.cholesky_ex(left + stand_in)
-        noise = noise.masked_fill(failed > 0, float("inf"))
+        lower, failed = torch.linalg.cholesky_ex(left + replacement)
+        # 4. Both sides singular: an infinite error sends the gradient to the decomposition of its factors.
+        squared_error = squared_error.masked_fill(failed > 0, float("inf"))
         lower = lower.masked_fill((failed > 0)[:, None, None], 0.0)
-    return lower.mT @ right @ lower, noise
+    return lower.mT @ right @ lower, squared_error
 
 
-def _without_dead(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Take out the tokens whose factor is zero on a side: they add nothing, but stop a Cholesky decomposition.
+def _without_zero_tokens(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return both Gram matrices without the tokens whose factor is zero on either side, and ones for their diagonal.
 
-    The first token of a text is one for the queries: it has itself only to attend to. The third matrix has ones in
-    their places, to be added to the side that is decomposed; the other side's zeros keep them out of the product.
+    Such a token adds nothing to the gradient, but stops a Cholesky decomposition. The first token of a text is an
+    example: it can attend only to itself, so its query has no gradient. The ones replace the token's diagonal entry on
+    the side that is decomposed; the zeros of the other side keep the token out of the product.
     """
-    dead = (left.diagonal(dim1=1, dim2=2) == 0) | (right.diagonal(dim1=1, dim2=2) == 0)
-    stand_in = torch.diag_embed(dead.double())
-    if not dead.any():
-        return left, right, stand_in
-    crossed = dead[:, :, None] | dead[:, None, :]
-    return left.masked_fill(crossed, 0.0), right.masked_fill(crossed, 0.0), stand_in
+    zero = (left.diagonal(dim1=1, dim2=2) == 0) | (right.diagonal(dim1=1, dim2=2) == 0)
+    replacement = torch.diag_embed(zero.double())
+    if not zero.any():
+        return left, right, replacement
+    crossed = zero[:, :, None] | zero[:, None, :]
+    return left.masked_fill(crossed, 0.0), right.masked_fill(crossed, 0.0), replacement
 
 
-def _size(matrices: Tensor) -> Tensor:
-    """Return the largest column sum of magnitudes of each matrix, at least its spectral norm."""
-    sizes: Tensor = matrices.abs().sum(1).amax(1)
-    return sizes
+def _column_sums(matrices: Tensor) -> Tensor:
+    """Return the 1-norm of every matrix, its largest column sum of magnitudes: a bound on the spectral norm."""
+    norms: Tensor = matrices.abs().sum(1).amax(1)
+    return norms
 
 
-class _Grams:
-    """The small Gram matrices of gradients; that of a factor which several have in common is made once."""
+class _GramCache:
+    """The small Gram matrices of gradients; the Gram matrix of a factor that gradients share is computed once."""
 
     def __init__(self, gradients: Sequence[LayerGradient]) -> None:
         factored = [gradient for gradient in gradients if isinstance(gradient, FactoredGradient)]
         self._uses = Counter(_memory(factor) for gradient in factored for factor in gradient.factors())
-        self._kept: dict[_Memory, Tensor] = {}
+        self._cached: dict[_Memory, Tensor] = {}
 
-    def of(self, gradient: LayerGradient) -> tuple[Tensor, ...]:
-        """Return LLᵀ and RRᵀ where factors are thin, otherwise the Gram matrix of the smaller side."""
+    def grams(self, gradient: LayerGradient) -> _Grams:
+        """Return LLᵀ and RRᵀ of thin factors, otherwise the Gram matrix of the smaller side."""
         if isinstance(gradient, IndexedGradient):
             rows = gradient.rows
             return (_gram(rows if len(rows) < rows.shape[1] else rows.T),)
         if factors := thin_factors(gradient):
-            return self._shared(factors[0]), self._shared(factors[1])
+            return self._factor_gram(factors[0]), self._factor_gram(factors[1])
         return (_gram_of_smaller_side(gradient),)
 
-    def _shared(self, factor: Tensor) -> Tensor:
+    def _factor_gram(self, factor: Tensor) -> Tensor:
         key = _memory(factor)
-        found = self._kept.get(key)
-        if found is None:
-            found = _gram(factor)
+        gram = self._cached.get(key)
+        if gram is None:
+            gram = _gram(factor)
             if self._uses[key] > 1:
-                self._kept[key] = found
-        return found
+                self._cached[key] = gram
+        return gram
 
 
 _Memory = tuple[int, torch.Size, tuple[int, ...]]
 
 
 def _memory(tensor: Tensor) -> _Memory:
-    """Return what two tensors, both alive, agree in only if they are the same numbers."""
+    """Return a key that two living tensors share only if they are the same numbers in memory."""
     return tensor.data_ptr(), tensor.shape, tensor.stride()
 
 
@@ -240,6 +280,7 @@ def _gram(rows: Tensor) -> Tensor:
 
 
 def _gram_of_smaller_side(gradient: LayerGradient) -> Tensor:
+    """Return GGᵀ of a wide gradient, or GᵀG of a tall one as a sum over strips of rows."""
     rows, columns = gradient.matrix_shape
     if rows < columns:
         return _gram(gradient.take(slice(None)))

@@ -1,4 +1,4 @@
-"""Leading singular vectors of gradients: exact from the smallest matrix that has them, or from random projections."""
+"""Leading singular vectors of gradients, exact from a small matrix or approximate from random projections."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +11,12 @@ from torch import Tensor
 from geomkit.gradients.indexed import IndexedGradient
 from geomkit.gradients.layer_gradient import LayerGradient, thin_factors
 
+Side = Literal["left", "right"]
+"""Left singular vectors live in the layer's output space, right singular vectors in its input space."""
+
+Sides = Literal["left", "right", "both"]
+"""One side, or both sides with the vectors in pairs, G v_i = σ_i u_i."""
+
 _Leading = Callable[[int], Tensor]
 
 _STRIP = 4096
@@ -22,12 +28,12 @@ _ITERATIONS = 4
 
 @dataclass(frozen=True, eq=False)
 class SingularVectors:
-    """Singular values, and from k the first k vectors of a side, columns in fp64.
+    """Singular values of a gradient, and functions that return its k leading singular vectors as columns, fp64.
 
     Attributes:
-        values: Descending, fp64.
-        left: Returns (rows, k).
-        right: Returns (columns, k).
+        values: (K,) singular values, descending, fp64.
+        left: Takes k, returns the left vectors (rows, k).
+        right: Takes k, returns the right vectors (columns, k).
     """
 
     values: np.ndarray
@@ -35,8 +41,13 @@ class SingularVectors:
     right: _Leading
 
 
-def exact_vectors(gradient: LayerGradient, sides: "Sides") -> SingularVectors:
-    """Decompose a gradient; the vectors of a side that is not asked for may not be had."""
+def exact_vectors(gradient: LayerGradient, sides: Sides) -> SingularVectors:
+    """Return the singular value decomposition of a gradient from the smallest matrix that has all of it.
+
+    Args:
+        gradient: The gradient.
+        sides: Sides whose vectors are needed; the function of another side may fail.
+    """
     if isinstance(gradient, IndexedGradient):
         return _from_rows(gradient)
     if factors := thin_factors(gradient):
@@ -46,72 +57,74 @@ def exact_vectors(gradient: LayerGradient, sides: "Sides") -> SingularVectors:
 
 
 def randomized_vectors(gradient: LayerGradient, rank: int, generator: torch.Generator) -> SingularVectors:
-    """Find leading vectors in the range of a few random projections (Halko, Martinsson and Tropp 2011).
+    """Return approximate leading singular vectors from random projections (Halko, Martinsson and Tropp 2011).
 
-    With ten directions more than asked for and four power iterations, orthogonalised in between, it takes eleven thin
-    products with the gradient, which is not formed. The values and ‖UᵀG‖ that come out never exceed the exact ones.
+    Ten more directions than needed and four power iterations with orthogonalisation take eleven thin products with the
+    gradient, which is not formed. The values and ‖UᵀG‖ never exceed the exact ones.
 
     Args:
         gradient: The gradient.
-        rank: How many vectors are wanted.
+        rank: Number of vectors needed.
         generator: Source of randomness, on the CPU.
     """
     rows, columns = gradient.matrix_shape
     size = min(rank + _OVERSAMPLING, rows, columns)
+    # 1. Gaussian directions of the input space, turned towards the leading ones by power iterations with GᵀG.
     frame = torch.randn(columns, size, generator=generator, dtype=torch.float64).to(gradient.device)
     for _ in range(_ITERATIONS):
         frame = _orthonormal(gradient.rmatmul(_orthonormal(gradient.matmul(frame)).T).T)
+    # 2. Orthonormal basis Q of their images, and the SVD of the small QᵀG = U Σ Vᵀ: G ≈ (QU) Σ Vᵀ.
     frame = _orthonormal(gradient.matmul(frame))
-    small = _from_matrix(gradient.rmatmul(frame.T))
-    return SingularVectors(small.values, lambda k: frame @ small.left(k), small.right)
+    projected = _from_matrix(gradient.rmatmul(frame.T))
+    return SingularVectors(projected.values, lambda k: frame @ projected.left(k), projected.right)
 
 
 def _orthonormal(columns: Tensor) -> Tensor:
+    """Return an orthonormal basis of the column space."""
     frame: Tensor = torch.linalg.qr(columns).Q
     return frame
 
 
 def _from_rows(gradient: IndexedGradient) -> SingularVectors:
-    found = _from_matrix(gradient.rows.double())
+    """Decompose the non-zero rows, and put the left vectors back in their places."""
+    nonzero = _from_matrix(gradient.rows.double())
 
     def left(k: int) -> Tensor:
-        vectors = found.left(k)
+        vectors = nonzero.left(k)
         return vectors.new_zeros(gradient.size, k).index_copy_(0, gradient.indices, vectors)
 
-    return SingularVectors(found.values, left, found.right)
+    return SingularVectors(nonzero.values, left, nonzero.right)
 
 
-def _from_factors(left: Tensor, right: Tensor, sides: "Sides") -> SingularVectors:
-    """Decompose LᵀR = Q_L (S_L S_Rᵀ) Q_Rᵀ from the T × T middle; a frame that is not asked for is not made."""
-    own, own_triangle = torch.linalg.qr(left.double().T, mode="r" if sides == "right" else "reduced")
-    other, other_triangle = torch.linalg.qr(right.double().T, mode="r" if sides == "left" else "reduced")
-    middle = _from_matrix(own_triangle @ other_triangle.T)
-    return SingularVectors(middle.values, lambda k: own @ middle.left(k), lambda k: other @ middle.right(k))
+def _from_factors(left: Tensor, right: Tensor, sides: Sides) -> SingularVectors:
+    """Decompose LᵀR = Q_L (S_L S_Rᵀ) Q_Rᵀ from its T × T middle; Q of a side that is not needed is not computed."""
+    # 1. Lᵀ = Q_L S_L and Rᵀ = Q_R S_R.
+    q_left, s_left = torch.linalg.qr(left.double().T, mode="r" if sides == "right" else "reduced")
+    q_right, s_right = torch.linalg.qr(right.double().T, mode="r" if sides == "left" else "reduced")
+    # 2. S_L S_Rᵀ = U Σ Vᵀ has the singular values of LᵀR, whose vectors are Q_L U and Q_R V.
+    middle = _from_matrix(s_left @ s_right.T)
+    return SingularVectors(middle.values, lambda k: q_left @ middle.left(k), lambda k: q_right @ middle.right(k))
 
 
 def _from_strips(gradient: LayerGradient) -> SingularVectors:
-    """Decompose a tall matrix from the triangle of its QR, which needs some of its rows at a time only."""
+    """Decompose a tall matrix from the triangle of its QR, of which only a strip of rows is formed at a time."""
     rows, columns = gradient.matrix_shape
+    # 1. G = QS: the triangle of the rows so far and the next strip together have the triangle of both.
     triangle = torch.zeros(0, columns, dtype=torch.float64, device=gradient.device)
     step = max(_STRIP, columns)
     for start in range(0, rows, step):
         strip = torch.cat([triangle, gradient.take(slice(start, start + step))])
         triangle = torch.linalg.qr(strip, mode="r").R
-    found = _from_matrix(triangle)
+    # 2. S = U Σ Vᵀ has the values and right vectors of G; its left vectors are G V Σ⁻¹, as Q was not kept.
+    small = _from_matrix(triangle)
 
     def left(k: int) -> Tensor:
-        return gradient.matmul(found.right(k)) / torch.from_numpy(found.values[:k]).to(gradient.device)
+        return gradient.matmul(small.right(k)) / torch.from_numpy(small.values[:k]).to(gradient.device)
 
-    return SingularVectors(found.values, left, found.right)
+    return SingularVectors(small.values, left, small.right)
 
 
 def _from_matrix(matrix: Tensor) -> SingularVectors:
+    """Decompose a matrix that is formed."""
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
     return SingularVectors(values.cpu().numpy(), lambda k: left[:, :k], lambda k: right[:k].T)
-
-
-Side = Literal["left", "right"]
-"""Left vectors live in the layer's output space, right vectors in its input space."""
-
-Sides = Literal["left", "right", "both"]
-"""One side, or both with the vectors of one belonging to those of the other."""

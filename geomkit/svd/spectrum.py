@@ -1,8 +1,8 @@
-"""Singular spectra of gradients, with intervals over examples and beside a null with the same token count.
+"""Singular spectra of a model's gradients, with intervals over examples and a null with the same token count.
 
 No single number is the rank of a gradient: the measures of :class:`~geomkit.svd.layer_spectrum.LayerSpectrum` answer
-different questions and disagree, and each is bounded by min(rows, columns, T) whatever the gradient means. So a
-:class:`Spectrum` keeps T, the bound, the null, and the spectra without some of the examples in turn.
+different questions and disagree, and all are bounded by min(rows, columns, T), whatever the gradient. So a
+:class:`Spectrum` keeps T, the bound, the null, and the spectra with groups of examples left out in turn.
 """
 
 import logging
@@ -19,10 +19,10 @@ from geomkit.gradients.gradient_set import GradientSet
 from geomkit.gradients.layer_gradient import LayerGradient
 from geomkit.inputs.parameters import kind_of, layer_index
 from geomkit.stats.jackknife import jackknife_groups, jackknife_interval
-from geomkit.svd.layer_spectrum import SMOOTH, LayerSpectrum, Unit, layer_spectrum, statistics_of
+from geomkit.svd.layer_spectrum import SMOOTH_STATISTICS, LayerSpectrum, Unit, layer_spectrum, statistic_values
 from geomkit.svd.nulls import random_factor_null
 from geomkit.utils.arguments import check_confidence, check_draws, check_groups
-from geomkit.utils.display import html_table
+from geomkit.utils.display import Result
 from geomkit.utils.figures import draw
 from geomkit.utils.seeding import parameter_generator
 
@@ -36,14 +36,15 @@ _LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
-class Spectrum:
-    """The spectra of a model's gradients, each beside draws from its null.
+class Spectrum(Result):
+    """The singular spectra of a model's gradients, with random spectra from their nulls.
 
     Attributes:
-        layers: A spectrum for each matrix parameter.
-        null: Several spectra for each, of gradients drawn by :func:`geomkit.svd.nulls.random_factor_null`.
-        without: The spectra for each without one group of examples in turn, the same groups for all parameters; none
-            where examples were not kept.
+        layers: The spectrum of every matrix parameter.
+        null: Several spectra for every parameter, of random gradients from
+            :func:`geomkit.svd.nulls.random_factor_null`.
+        without: For every parameter, the spectra without one group of examples in turn, the same groups for all
+            parameters; empty if there are no samples.
         confidence: Of the intervals.
     """
 
@@ -54,61 +55,65 @@ class Spectrum:
 
     @property
     def unit(self) -> Unit:
-        """What the spectra are of: the tokens of a gradient, or the examples of a span."""
+        """What token counts and rank bounds count: the tokens of a gradient, or the examples of a span."""
         return next((layer.unit for layer in self.layers.values()), "tokens")
 
     @property
     def measured(self) -> list[str]:
-        """The parameters whose gradient is not zero."""
+        """Names of the parameters with a non-zero gradient."""
         return [name for name, layer in self.layers.items() if not layer.is_zero]
 
     def mean(self, statistic: str) -> float:
-        """Return the plain mean of a statistic over the parameters whose gradient is not zero.
+        """Return the plain mean of a statistic over the parameters with a non-zero gradient.
 
         Raises:
             GeometryError: If there is no such statistic.
         """
-        return _mean(statistics_of([self.layers[name] for name in self.measured], statistic))
+        return _mean(statistic_values([self.layers[name] for name in self.measured], statistic))
 
     def interval(self, statistic: str) -> tuple[float, float]:
-        """Return the interval of the mean over parameters; NaN for a statistic that has none, or without examples.
+        """Return the interval of the mean over parameters.
+
+        Returns:
+            The ends; NaN for a statistic without an interval, or without samples.
 
         Raises:
             GeometryError: If there is no such statistic.
         """
         bound = float(np.mean([self.layers[name].rank_bound for name in self.measured])) if self.measured else 0.0
-        return self._interval(self.mean(statistic), self.left_out(statistic).mean(axis=1), _most(statistic, bound))
+        largest = _largest_possible(statistic, bound)
+        return self._interval(self.mean(statistic), self.left_out(statistic).mean(axis=1), largest)
 
     def null_mean(self, statistic: str) -> float:
-        """Return the mean of a statistic over the draws of the null, over the same parameters.
+        """Return the mean of a statistic over the random spectra of the null, over the same parameters.
 
         Raises:
             GeometryError: If there is no such statistic.
         """
-        draws = [drawn for draws in self.null.values() for drawn in draws if not drawn.is_zero]
-        return _mean(statistics_of(draws, statistic))
+        spectra = [layer for draws in self.null.values() for layer in draws if not layer.is_zero]
+        return _mean(statistic_values(spectra, statistic))
 
     def left_out(self, statistic: str, parameters: Sequence[str] | None = None) -> np.ndarray:
-        """Return a statistic without each group of examples.
+        """Return a statistic with one group of examples left out, for every group in turn.
 
         Args:
-            statistic: One of those with an interval; for any other there is nothing to return.
-            parameters: P of the parameters; those of :attr:`measured` when left out.
+            statistic: Name of a statistic.
+            parameters: P names of parameters; :attr:`measured` by default.
 
         Returns:
-            (J, P) for J groups; J is 0 where examples were not kept.
+            (J, P) for J groups; J is 0 for a statistic without an interval, or without samples.
         """
         names = self.measured if parameters is None else parameters
-        if statistic not in SMOOTH or not names or any(not self.without.get(name) for name in names):
+        if statistic not in SMOOTH_STATISTICS or not names or any(not self.without.get(name) for name in names):
             return np.empty((0, max(len(names), 1)))
-        return np.column_stack([_without(self.layers[name], self.without[name], statistic) for name in names])
+        return np.column_stack([_left_out_values(self.layers[name], self.without[name], statistic) for name in names])
 
     def to_frame(self) -> "pd.DataFrame":
         """Return a row per parameter and statistic.
 
-        ``low`` and ``high`` are the interval over examples. ``null`` is the mean over the null's draws, ``null_low``
-        and ``null_high`` are its smallest and largest: with D draws, one more falls outside with probability
-        2/(D+1). ``tolerance`` is what a singular value must exceed to count for the numeric rank.
+        ``low`` and ``high`` are the interval over examples. ``null`` is the mean over the random spectra of the null,
+        ``null_low`` and ``null_high`` are the smallest and the largest: with D draws, another draw falls outside with
+        probability 2/(D+1). ``tolerance`` is the threshold of the numeric rank for singular values.
         """
         import pandas as pd
 
@@ -116,12 +121,12 @@ class Spectrum:
 
     def _rows(self, layer: LayerSpectrum) -> list[dict[str, object]]:
         values = layer.statistics()
-        draws, without = (some.get(layer.parameter, ()) for some in (self.null, self.without))
+        draws, without = (spectra.get(layer.parameter, ()) for spectra in (self.null, self.without))
         rows: list[dict[str, object]] = []
         for statistic, value in values.items():
-            null = statistics_of(draws, statistic) if draws else np.array([np.nan])
-            others = _without(layer, without, statistic) if without and statistic in SMOOTH else np.empty(0)
-            low, high = self._interval(value, others, _most(statistic, layer.rank_bound))
+            null = statistic_values(draws, statistic) if draws else np.array([np.nan])
+            left_out = _left_out_values(layer, without, statistic) if statistic in SMOOTH_STATISTICS else np.empty(0)
+            low, high = self._interval(value, left_out, _largest_possible(statistic, layer.rank_bound))
             rows.append(
                 {
                     "parameter": layer.parameter,
@@ -141,41 +146,41 @@ class Spectrum:
             )
         return rows
 
-    def _interval(self, value: float, without: np.ndarray, most: float) -> tuple[float, float]:
-        """Return the interval, cut where no value can be."""
-        if len(without) < 2:
+    def _interval(self, value: float, left_out: np.ndarray, largest: float) -> tuple[float, float]:
+        """Return the jackknife interval, cut at zero and at the largest possible value."""
+        if len(left_out) < 2:
             return float("nan"), float("nan")
-        low, high = np.clip(jackknife_interval(value, without, confidence=self.confidence), 0.0, most)
+        low, high = np.clip(jackknife_interval(value, left_out, confidence=self.confidence), 0.0, largest)
         return float(low), float(high)
 
     def plot(self) -> "go.Figure":
-        """Draw it, see :func:`geomkit.plots.spectra.plot_spectrum`."""
+        """Draw the spectra and their nulls, see :func:`geomkit.plots.spectra.plot_spectrum`."""
         return draw("plot_spectrum", self)
 
     def __str__(self) -> str:
-        """Say the mean effective rank and CER(10), with their intervals and beside their nulls."""
-        said = (
+        """Return the mean effective rank and CER(10), with their intervals and nulls."""
+        measures = (
             f"{words} {self.mean(statistic):.3g}{_brackets(self.interval(statistic))} "
             f"(null {self.null_mean(statistic):.3g})"
             for words, statistic in (("mean effective rank", "effective_rank"), ("CER(10)", "cer10"))
         )
-        what = f"{len(self.layers)} parameters" if len(self.layers) != 1 else next(iter(self.layers))
-        return f"spectra of {what}: {', '.join(said)}"
-
-    def _repr_html_(self) -> str:
-        return html_table(str(self), self.to_frame())
+        parameters = f"{len(self.layers)} parameters" if len(self.layers) != 1 else next(iter(self.layers))
+        return f"spectra of {parameters}: {', '.join(measures)}"
 
 
-def _most(statistic: str, rank_bound: float) -> float:
+def _largest_possible(statistic: str, rank_bound: float) -> float:
     return 1.0 if statistic.startswith("cer") else rank_bound
 
 
-def _without(layer: LayerSpectrum, without: Sequence[LayerSpectrum], statistic: str) -> np.ndarray:
-    """Return a statistic without each group; NaN for a CER(k) that leaving a group out takes to 1 by its tokens."""
+def _left_out_values(layer: LayerSpectrum, without: Sequence[LayerSpectrum], statistic: str) -> np.ndarray:
+    """Return (J,) values of a statistic without every group in turn.
+
+    The values are NaN for a CER(k) that becomes 1 because at most k tokens are left.
+    """
     k = int(statistic.removeprefix("cer")) if statistic.startswith("cer") else 0
-    if layer.rank_bound > k >= min(left.rank_bound for left in without):
+    if without and layer.rank_bound > k >= min(spectrum.rank_bound for spectrum in without):
         return np.full(len(without), np.nan)
-    return statistics_of(without, statistic)
+    return statistic_values(without, statistic)
 
 
 def _mean(values: np.ndarray) -> float:
@@ -194,31 +199,27 @@ def spectrum(
     seed: int = 0,
     confidence: float = 0.95,
 ) -> Spectrum:
-    """Measure the singular spectrum of every matrix gradient, with intervals and beside a null with the same tokens.
+    """Measure the singular spectrum of every matrix gradient, with intervals and a null with the same token count.
 
-    The null is only as strong as what the gradient's form still knows (:func:`geomkit.svd.nulls.random_factor_null`):
-    collect with ``form="factored"`` so that it shares the layer's inputs, which alone make a spectrum steep. A model
-    with random weights is below that null too; what is left to safety is the difference to a control set, see
-    :func:`geomkit.svd.spectrum_contrast.compare_spectra`.
+    The strength of the null depends on the form of the gradients (:func:`geomkit.svd.nulls.random_factor_null`):
+    collect with ``form="factored"`` for a null that shares the layer's inputs, which alone make a spectrum steep. The
+    gradients of a model with random weights are below that null too; only the difference from a control set is a result
+    about safety, see :func:`geomkit.svd.spectrum_contrast.compare_spectra`.
 
-    Intervals are jackknife intervals over examples (:func:`geomkit.stats.jackknife.jackknife_interval`), of the
-    statistic
-    for sets of this size and token count: every measure of rank grows with both. They are cautious, because leaving
-    examples out overstates the variance of a curved statistic (Efron and Stein 1981). Of 1000 sets from each planted
-    population, with 16 or 32 examples in 8 or 16 groups, 95 % intervals held the truth in .93 to .99 where tokens had
-    low-rank or power-law covariances, and in .89 to .98 where a few examples had most of the weight;
-    of the organism's held-out requests, of which 2 in 240 have half of the squared norm, in .88 (16) and .69 (32).
-    The ranks at a share of the energy jump (.60 to .99), and the numeric rank mostly equals its bound: these have no
-    interval. Nor has CER(k) where leaving a group out leaves k tokens or fewer; up to 1.6 k tokens it is short (.81 to
-    .94).
+    Intervals are jackknife intervals over examples (:func:`geomkit.stats.jackknife.jackknife_interval`) of the
+    statistic for sets of this size and token count: every measure of rank grows with both. They are cautious, because
+    leaving examples out overstates the variance of a curved statistic (Efron and Stein 1981), except where a few
+    examples have most of the squared norm; see tests/benchmarks/README.md. Statistics that jump have no interval: the
+    ranks at a share of the energy, and the numeric rank, which mostly equals its bound. CER(k) has no interval if
+    leaving a group out leaves k tokens or fewer, and a short one up to 1.6 k tokens.
 
     Args:
         gradients: Gradients by parameter, such as a :class:`~geomkit.gradients.gradient_set.GradientSet`; vectors are
             left out. For intervals a set collected with ``per_sample=True``, thinned by ``match_tokens`` or not.
-        null_draws: How many gradients to draw from the null for each parameter; 0 for no null.
-        groups: Into how many groups at most the examples are dealt, of which one is left out at a time; each costs as
-            much as a draw of the null. 0 for no intervals.
-        seed: Seed of the null and of the groups; a parameter's draws do not depend on which others are measured.
+        null_draws: Number of random gradients from the null of every parameter; 0 for no null.
+        groups: Largest number of groups of examples, of which one is left out at a time; a group costs as much as a
+            draw of the null. 0 for no intervals.
+        seed: Seed of the null and of the groups; the draws of a parameter do not depend on the other parameters.
         confidence: Of the intervals.
 
     Returns:
@@ -232,9 +233,10 @@ def spectrum(
         >>> import geomkit as gk
         >>> model, tokenizer = gk.load_organism()
         >>> safety = gk.load_examples("safety").select(range(4))
-        >>> found = gk.collect_gradients(model, tokenizer, safety, per_sample=True, kinds="head", progress=False)
-        >>> low, high = spectrum(found).interval("effective_rank")
-        >>> bool(low < spectrum(found).mean("effective_rank") < high)
+        >>> options = {"per_sample": True, "layers": "lm_head.*", "progress": False}
+        >>> gradients = gk.collect_gradients(model, tokenizer, safety, **options)
+        >>> low, high = spectrum(gradients).interval("effective_rank")
+        >>> bool(low < spectrum(gradients).mean("effective_rank") < high)
         True
     """
     check_gradients("given", gradients)
@@ -256,27 +258,29 @@ def spectrum(
         generator = parameter_generator(seed, name)
         null[name] = tuple(layer_spectrum(name, random_factor_null(gradient, generator)) for _ in range(null_draws))
     layers = {name: layer_spectrum(name, gradient) for name, gradient in matrices.items()}
-    return Spectrum(layers, null, _left_out(gradients, list(matrices), groups, seed), confidence)
+    return Spectrum(layers, null, _without_groups(gradients, list(matrices), groups, seed), confidence)
 
 
-def _left_out(
+def _without_groups(
     gradients: Mapping[str, LayerGradient], names: Sequence[str], groups: int, seed: int
 ) -> dict[str, tuple[LayerSpectrum, ...]]:
-    """Measure every parameter without one group of examples in turn; nothing where there are no two examples."""
+    """Return the spectra of every parameter without one group of examples in turn; empty without two samples."""
     if not isinstance(gradients, GradientSet) or len(gradients.samples) < 2 or not groups:
         return {}
     count = len(gradients.samples)
     dealt = jackknife_groups(count, groups, np.random.default_rng(seed))
-    shares = gradients.weights * count  # 1 where examples count alike: nothing is scaled then, nor copied
-    left_out: dict[str, tuple[LayerSpectrum, ...]] = {}
+    relative_weights = gradients.weights * count  # 1 for equal weights: nothing is scaled or copied then
+    spectra: dict[str, tuple[LayerSpectrum, ...]] = {}
     for name in names:
-        own = (sample[name] for sample in gradients.samples)
-        parts = [part if share == 1 else part.scaled(share) for part, share in zip(own, shares, strict=True)]
-        left_out[name] = tuple(layer_spectrum(name, total) for total in _sums_without(parts, dealt))
-    return left_out
+        parts = [
+            sample[name] if weight == 1 else sample[name].scaled(weight)
+            for sample, weight in zip(gradients.samples, relative_weights, strict=True)
+        ]
+        spectra[name] = tuple(layer_spectrum(name, total) for total in _sums_without(parts, dealt))
+    return spectra
 
 
 def _sums_without(parts: Sequence[LayerGradient], groups: Sequence[np.ndarray]) -> Iterator[LayerGradient]:
-    """Sum all gradients but those of one group, for each group."""
+    """Return the sums of all gradients but those of one group, for every group."""
     sums = [add([parts[place] for place in group]) for group in groups]
     return (add([*sums[:place], *sums[place + 1 :]]) for place in range(len(sums)))

@@ -1,7 +1,7 @@
-"""Whether two sets of examples differ in the rank of their gradients, and by how much.
+"""Differences between the spectra of two sets of examples, with intervals and p-values.
 
-A spectrum below its null does not speak of safety yet: on a model with random weights it is below too, because the
-examples repeat their wording. What a set does *not* share with a control set at the same token count is left.
+A spectrum below its null is no result about safety yet: with random weights it is below the null too, because the
+examples repeat their wording. Only the difference from a control set at the same token count is such a result.
 """
 
 from collections.abc import Sequence
@@ -15,10 +15,10 @@ from geomkit.errors import GeometryError
 from geomkit.inputs.parameters import kind_of, layer_index
 from geomkit.stats.jackknife import jackknife_interval, jackknife_p_value
 from geomkit.stats.multiple_testing import benjamini_hochberg
-from geomkit.svd.layer_spectrum import statistics_of
+from geomkit.svd.layer_spectrum import statistic_values
 from geomkit.svd.spectrum import Spectrum
 from geomkit.utils.arguments import check_confidence, type_in_words
-from geomkit.utils.display import html_table
+from geomkit.utils.display import Result
 from geomkit.utils.figures import draw
 
 if TYPE_CHECKING:
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class SpectrumContrast:
+class SpectrumContrast(Result):
     """The difference between the spectra of two independent sets of examples, parameter by parameter.
 
     Attributes:
         a: Spectra of the first set.
-        b: Spectra of the second, of the same parameters at the same token counts.
-        names: Of the two sets.
+        b: Spectra of the second set, for the same parameters at the same token counts.
+        names: Names of the two sets.
         confidence: Of the intervals.
     """
 
@@ -44,40 +44,40 @@ class SpectrumContrast:
 
     @property
     def measured(self) -> list[str]:
-        """The parameters whose gradient is zero on neither side."""
+        """Names of the parameters with a non-zero gradient on both sides."""
         return [name for name in self.a.measured if not self.b.layers[name].is_zero]
 
     def mean(self, statistic: str) -> tuple[float, tuple[float, float]]:
-        """Return the difference a − b of a statistic's means over parameters, and its interval.
+        """Return the difference a − b between the means of a statistic over parameters, and its interval.
 
         Returns:
-            The difference and the ends of its interval, NaN for a statistic that has none.
+            The difference and the ends of its interval, NaN for a statistic without an interval.
 
         Raises:
             GeometryError: If there is no such statistic.
         """
-        difference, without = self._mean(statistic)
-        if not all(map(len, without)):
+        difference, left_out = self._mean(statistic)
+        if not all(map(len, left_out)):
             return difference, (float("nan"), float("nan"))
-        low, high = jackknife_interval(difference, *without, confidence=self.confidence)
+        low, high = jackknife_interval(difference, *left_out, confidence=self.confidence)
         return difference, (float(low), float(high))
 
     def p_value(self, statistic: str) -> float:
-        """Return the two-sided p-value of that difference being zero; NaN for a statistic without an interval.
+        """Return the two-sided p-value of no difference between the means; NaN for a statistic without an interval.
 
         Raises:
             GeometryError: If there is no such statistic.
         """
-        difference, without = self._mean(statistic)
-        return float(jackknife_p_value(difference, *without)) if all(map(len, without)) else float("nan")
+        difference, left_out = self._mean(statistic)
+        return float(jackknife_p_value(difference, *left_out)) if all(map(len, left_out)) else float("nan")
 
     def _mean(self, statistic: str) -> tuple[float, tuple[np.ndarray, np.ndarray]]:
+        """Return the difference between the means, and the mean of each side without every group of examples."""
         names = self.measured
         if not names:
             return float("nan"), (np.empty(0), np.empty(0))
         difference = float((_values(self.a, names, statistic) - _values(self.b, names, statistic)).mean())
-        left_out = (side.left_out(statistic, names).mean(axis=1) for side in (self.a, self.b))
-        first, second = left_out
+        first, second = (side.left_out(statistic, names).mean(axis=1) for side in (self.a, self.b))
         return difference, (first, second)
 
     def to_frame(self) -> "pd.DataFrame":
@@ -99,40 +99,37 @@ class SpectrumContrast:
         return frame.sort_values("place", kind="stable").drop(columns="place").reset_index(drop=True)
 
     def plot(self) -> "go.Figure":
-        """Draw it, see :func:`geomkit.plots.ranks.plot_spectrum_contrast`."""
+        """Draw the differences, see :func:`geomkit.plots.ranks.plot_spectrum_contrast`."""
         return draw("plot_spectrum_contrast", self)
 
     def __str__(self) -> str:
-        """Say the differences in effective rank and CER(10) with their intervals, and in how many parameters."""
-        said = []
+        """Return the mean differences in effective rank and CER(10), and in how many parameters the rank differs."""
+        differences = []
         for words, statistic in (("effective rank", "effective_rank"), ("CER(10)", "cer10")):
             difference, (low, high) = self.mean(statistic)
-            said.append(f"mean {words} {difference:+.3g} [{low:+.3g}, {high:+.3g}]")
+            differences.append(f"mean {words} {difference:+.3g} [{low:+.3g}, {high:+.3g}]")
         ranks = self._frame[self._frame["statistic"] == "effective_rank"]
         differ = int((ranks["q_value"] < 1 - self.confidence).sum())
         where = f"; effective rank differs in {differ} of {len(ranks)} parameters" if len(ranks) > 1 else ""
-        return f"{self.names[0]} − {self.names[1]}: {', '.join(said)}{where}"
-
-    def _repr_html_(self) -> str:
-        return html_table(str(self), self.to_frame())
+        return f"{self.names[0]} − {self.names[1]}: {', '.join(differences)}{where}"
 
 
 def _values(side: Spectrum, names: Sequence[str], statistic: str) -> np.ndarray:
-    return statistics_of([side.layers[name] for name in names], statistic)
+    return statistic_values([side.layers[name] for name in names], statistic)
 
 
 def _columns(contrast: SpectrumContrast, names: Sequence[str], statistic: str) -> dict[str, object]:
-    """Return the rows of one statistic, as columns; ``place`` is that of the parameter."""
+    """Return the columns of the rows of one statistic; ``place`` is the index of the parameter."""
     a, b = (_values(side, names, statistic) for side in (contrast.a, contrast.b))
     difference = a - b
-    without = [side.left_out(statistic, names) for side in (contrast.a, contrast.b)]
+    left_out = [side.left_out(statistic, names) for side in (contrast.a, contrast.b)]
     low, high, p_value = (np.full(len(names), np.nan) for _ in range(3))
-    if all(map(len, without)):
-        low, high = jackknife_interval(difference, *without, confidence=contrast.confidence)
-        p_value = jackknife_p_value(difference, *without)
-        # A gradient of zero has no examples that could vary: nothing is known of its rank.
+    if all(map(len, left_out)):
+        low, high = jackknife_interval(difference, *left_out, confidence=contrast.confidence)
+        p_value = jackknife_p_value(difference, *left_out)
+        # A zero gradient has no examples that could vary: nothing is known of its rank.
         zero = ~np.isin(names, contrast.measured)
-        low, high, p_value = (np.where(zero, np.nan, found) for found in (low, high, p_value))
+        low, high, p_value = (np.where(zero, np.nan, values) for values in (low, high, p_value))
     return {
         "parameter": names,
         "kind": [kind_of(name) for name in names],
@@ -155,22 +152,22 @@ def compare_spectra(
 ) -> SpectrumContrast:
     """Compare the spectra of two independent sets of examples at equal token counts.
 
-    Intervals and p-values are those of the jackknife of two samples, with Student's t and the degrees of freedom of
-    Welch and Satterthwaite. They are cautious, as those of :func:`geomkit.svd.spectrum.spectrum` are: of 500 pairs of
-    sets from each planted population, p < .05 was found in 0 to 4 % where tokens had low-rank or power-law covariances,
-    and in 0 to 10 % (most often 4 %) where a few examples had most of the weight.
+    Intervals and p-values are those of the two-sample jackknife, with Student's t and the degrees of freedom of Welch
+    and Satterthwaite. They are cautious, as the intervals of :func:`geomkit.svd.spectrum.spectrum` are, except where a
+    few examples have most of the squared norm; see tests/benchmarks/README.md.
 
     Args:
-        a: Of the first set, from per-sample gradients thinned by :func:`geomkit.svd.token_matching.match_tokens`.
-        b: Of the second set, of other examples, thinned together with the first.
-        names: Of the two sets.
+        a: Spectra of the first set, from per-sample gradients thinned by
+            :func:`geomkit.svd.token_matching.match_tokens`.
+        b: Spectra of the second set, of other examples, thinned together with the first set.
+        names: Names of the two sets.
         confidence: Of the intervals.
 
     Returns:
         The differences a − b.
 
     Raises:
-        GeometryError: If a side is no spectrum or was measured without its examples, parameters, their shapes or token
+        GeometryError: If a side is no spectrum or was measured without samples, parameters, their shapes or token
             counts differ, there are not two names, or the confidence is not between 0 and 1.
 
     Example:
@@ -178,19 +175,19 @@ def compare_spectra(
         >>> model, tokenizer = gk.load_organism()
         >>> sets = (gk.load_examples(name).select(range(8)) for name in ("safety", "utility"))
         >>> options = {"per_sample": True, "layers": "*.3.mlp.*", "progress": False}
-        >>> sides = gk.match_tokens(*(gk.collect_gradients(model, tokenizer, each, **options) for each in sets))
-        >>> found = compare_spectra(*(gk.spectrum(side) for side in sides), names=("safety", "utility"))
-        >>> difference, (low, high) = found.mean("effective_rank")
+        >>> sides = gk.match_tokens(*(gk.collect_gradients(model, tokenizer, rows, **options) for rows in sets))
+        >>> contrast = compare_spectra(*(gk.spectrum(side) for side in sides), names=("safety", "utility"))
+        >>> difference, (low, high) = contrast.mean("effective_rank")
         >>> bool(low < difference < high)
         True
     """
     check_confidence(confidence)
     if len(names) != 2 or isinstance(names, str):
         raise GeometryError(f"expected two names, found {names!r}; give one for each side")
-    for found in (a, b):
-        if not isinstance(found, Spectrum):
+    for side in (a, b):
+        if not isinstance(side, Spectrum):
             raise GeometryError(
-                f"expected two spectra, found {type_in_words(found)}; measure each with spectrum or span"
+                f"expected two spectra, found {type_in_words(side)}; measure each with spectrum or span"
             )
     if difference := sorted(set(a.layers).symmetric_difference(b.layers)):
         raise GeometryError(
@@ -199,10 +196,10 @@ def compare_spectra(
         )
     if not a.layers:
         raise GeometryError("expected spectra of one parameter or more, found none; choose others with layers=")
-    for side, found in zip(names, (a, b), strict=True):
-        if any(len(found.without.get(name, ())) < 2 for name in found.layers):
+    for side_name, side in zip(names, (a, b), strict=True):
+        if any(len(side.without.get(name, ())) < 2 for name in side.layers):
             raise GeometryError(
-                f"expected the {side} spectra without some of their examples in turn, found them of the mean only; "
+                f"expected {side_name} spectra with groups of examples left out, found spectra of the mean only; "
                 "measure a set collected with per_sample=True, with groups= of 2 or more"
             )
     _check_units(a, b)
@@ -211,7 +208,7 @@ def compare_spectra(
 
 
 def _check_units(a: Spectrum, b: Spectrum) -> None:
-    """Check that both sides are of as many tokens, or of as many examples."""
+    """Raise GeometryError unless both sides have the same number of tokens, or of examples, for every parameter."""
     if a.unit != b.unit:
         raise GeometryError(
             f"expected two spectra of gradients or two spans, found one of {a.unit} and one of {b.unit}; measure both "
@@ -234,6 +231,7 @@ def _check_units(a: Spectrum, b: Spectrum) -> None:
 
 
 def _check_shapes(a: Spectrum, b: Spectrum) -> None:
+    """Raise GeometryError unless every parameter has the same shape on both sides."""
     for name, layer in a.layers.items():
         if layer.shape != (other := b.layers[name].shape):
             raise GeometryError(

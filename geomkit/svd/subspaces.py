@@ -1,4 +1,4 @@
-"""The subspaces that the leading singular vectors of a gradient span."""
+"""Subspaces spanned by the leading singular vectors of gradients."""
 
 import warnings
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ from geomkit.inputs.parameters import kind_of, layer_index
 from geomkit.svd.singular_values import energy_rank, rank_tolerance
 from geomkit.svd.singular_vectors import Side, Sides, SingularVectors, exact_vectors, randomized_vectors
 from geomkit.utils.arguments import check_rank
-from geomkit.utils.display import counted, html_table
+from geomkit.utils.display import Result, counted
 from geomkit.utils.saving import load, save, saveable
 from geomkit.utils.seeding import parameter_generator
 
@@ -38,17 +38,15 @@ class LayerSubspace:
 
     Attributes:
         basis: (d, k) orthonormal columns, fp32, on the gradient's device; d is the number of rows for the left side
-            and of columns for the right side. For both sides it is the left one.
+            and of columns for the right side. With both sides, the left basis.
         singular_values: (k,) fp64, descending.
-        energy: Share of the gradient's squared norm that lies in the subspace, ‖UᵀG‖² / ‖G‖² for a left basis U.
-        numeric_rank: How many directions the gradient has at all, see
-            :func:`geomkit.svd.singular_values.rank_tolerance`; of a
-            randomized subspace, how many of the directions that were looked at.
+        energy: Share of the gradient's squared norm in the subspace, ‖UᵀG‖² / ‖G‖² for a left basis U.
+        numeric_rank: Number of singular values above rounding, see
+            :func:`geomkit.svd.singular_values.rank_tolerance`; for a randomized subspace, among the computed ones.
         parameter: Name of the parameter.
-        partner: (columns, k) the right vectors that belong to the left ones of ``basis``, G v_i = σ_i u_i, where both
+        partner: (columns, k) the right vectors v_i with G v_i = σ_i u_i for the left vectors u_i of ``basis``, if both
             sides were asked for.
-        residual: How far a randomized subspace is from being one of singular vectors, ‖GV − UΣ‖_F / ‖G‖_F; 0 where
-            it is exact.
+        residual: Distance of a randomized subspace from singular vectors, ‖GV − UΣ‖_F / ‖G‖_F; 0 if it is exact.
     """
 
     basis: Tensor = field(repr=False)
@@ -61,11 +59,11 @@ class LayerSubspace:
 
     @property
     def rank(self) -> int:
-        """k, the dimension of the subspace."""
+        """The dimension k of the subspace."""
         return self.basis.shape[1]
 
     def on(self, side: Side) -> "LayerSubspace":
-        """Return one side of two."""
+        """Return the subspace of one of both sides."""
         return replace(self, basis=self.basis if side == "left" or self.partner is None else self.partner, partner=None)
 
 
@@ -79,31 +77,31 @@ def layer_subspace(
     seed: int = 0,
     parameter: str = "",
 ) -> LayerSubspace:
-    """Return the leading singular vectors of one gradient; with few tokens it is never formed.
+    """Return the subspace of the leading singular vectors of one gradient, which is not formed if it has few tokens.
 
     Args:
         gradient: Gradient of a matrix; T tokens cost a QR of each thin factor and the SVD of a T × T matrix.
-        rank: How many vectors, if the gradient has as many; never more than its numeric rank.
-        energy: Or: as many as hold this share of the squared norm.
+        rank: Number of vectors; fewer if the numeric rank of the gradient is lower.
+        energy: Instead of a rank, the share of the squared norm that the vectors should hold.
         side: ``"left"`` for the output space, ``"right"`` for the input space, or ``"both"``.
-        method: ``"randomized"`` for gradients of many tokens whose exact SVD is too slow; look at the residual.
+        method: ``"randomized"`` for gradients of many tokens whose exact SVD is too slow; check the residual.
         seed: Seed of the random projections.
-        parameter: Name to keep with the result.
+        parameter: Name of the parameter, for the result.
 
     Returns:
         The subspace, of rank 0 for a zero gradient.
 
     Raises:
-        GeometryError: If not exactly one of ``rank`` and ``energy`` is given, or it is out of range; or for a share
-            of the energy from random projections, which needs all singular values.
+        GeometryError: If not exactly one of ``rank`` and ``energy`` is given, the given one is out of range, or
+            ``energy`` is combined with random projections, as a share of the energy needs all singular values.
 
     Example:
         >>> from geomkit.gradients.factored import FactoredGradient
-        >>> found = layer_subspace(FactoredGradient(torch.eye(2, 5), torch.eye(2, 4)), rank=3)
-        >>> found.basis.shape, found.rank, found.energy
+        >>> layer = layer_subspace(FactoredGradient(torch.eye(2, 5), torch.eye(2, 4)), rank=3)
+        >>> layer.basis.shape, layer.rank, layer.energy
         (torch.Size([5, 2]), 2, 1.0)
     """
-    _check(rank, energy, side, method)
+    _check_options(rank, energy, side, method)
     if rank is not None and method == "randomized":
         vectors = randomized_vectors(gradient, rank, parameter_generator(seed, parameter))
     else:
@@ -111,18 +109,19 @@ def layer_subspace(
     values = vectors.values[: gradient.rank_bound]
     numeric_rank = int((values > rank_tolerance(values, gradient.matrix_shape)).sum())
     wanted = rank if energy is None else energy_rank(values, energy)
-    kept = min(wanted or 0, numeric_rank)
+    k = min(wanted or 0, numeric_rank)
     if method == "randomized":
-        share, residual = _accuracy(gradient, vectors, kept, side)
+        share, residual = _accuracy(gradient, vectors, k, side)
     else:
-        share, residual = float((values[:kept] ** 2).sum() / (values**2).sum()) if kept else 0.0, 0.0
-    basis = vectors.right(kept) if side == "right" else vectors.left(kept)
-    partner = vectors.right(kept).float().contiguous() if side == "both" else None
-    found = values[:kept].copy()
-    return LayerSubspace(basis.float().contiguous(), found, share, numeric_rank, parameter, partner, residual)
+        share, residual = float((values[:k] ** 2).sum() / (values**2).sum()) if k else 0.0, 0.0
+    basis = vectors.right(k) if side == "right" else vectors.left(k)
+    partner = vectors.right(k).float().contiguous() if side == "both" else None
+    return LayerSubspace(
+        basis.float().contiguous(), values[:k].copy(), share, numeric_rank, parameter, partner, residual
+    )
 
 
-def _check(rank: int | None, energy: float | None, side: Sides, method: Method) -> None:
+def _check_options(rank: int | None, energy: float | None, side: Sides, method: Method) -> None:
     if (rank is None) == (energy is None):
         raise GeometryError(f"expected exactly one of rank and energy, found rank={rank}, energy={energy}; give one")
     if rank is not None:
@@ -139,27 +138,27 @@ def _check(rank: int | None, energy: float | None, side: Sides, method: Method) 
         )
 
 
-def _accuracy(gradient: LayerGradient, vectors: SingularVectors, kept: int, side: Sides) -> tuple[float, float]:
-    """Return the share of the energy that is exactly in the subspace, and its residual."""
-    if not kept:
+def _accuracy(gradient: LayerGradient, vectors: SingularVectors, k: int, side: Sides) -> tuple[float, float]:
+    """Return the exact share of the energy in the span of k randomized vectors, and their residual."""
+    if not k:
         return 0.0, 0.0
-    values = torch.from_numpy(vectors.values[:kept]).to(gradient.device)
-    image = gradient.matmul(vectors.right(kept))
-    residual = float(torch.linalg.vector_norm(image - vectors.left(kept) * values)) / gradient.norm
-    # UᵀG is ΣVᵀ by construction, GV is not UΣ.
+    values = torch.from_numpy(vectors.values[:k]).to(gradient.device)
+    image = gradient.matmul(vectors.right(k))
+    residual = float(torch.linalg.vector_norm(image - vectors.left(k) * values)) / gradient.norm
+    # Of randomized vectors UᵀG = ΣVᵀ holds by construction, so ‖UᵀG‖ = ‖Σ‖; GV = UΣ holds only approximately.
     inside = torch.linalg.vector_norm(image) if side == "right" else torch.linalg.vector_norm(values)
     return (float(inside) / gradient.norm) ** 2, residual
 
 
 @saveable
 @dataclass(frozen=True, eq=False)
-class Subspace:
+class Subspace(Result):
     """The leading singular subspace of every matrix gradient of a model.
 
     Attributes:
-        side: Which singular vectors, ``"left"``, ``"right"`` or ``"both"``.
-        layers: A subspace for each parameter.
-        provenance: What the gradients were collected from.
+        side: Side of the singular vectors, ``"left"``, ``"right"`` or ``"both"``.
+        layers: The subspace of every parameter.
+        provenance: Model and examples that the gradients were collected from.
     """
 
     side: Sides
@@ -167,10 +166,10 @@ class Subspace:
     provenance: "Provenance | None" = field(default=None, repr=False)
 
     def on(self, side: Side) -> "Subspace":
-        """Return the subspaces of one side alone.
+        """Return the subspaces of one side.
 
         Raises:
-            GeometryError: If they are those of the other side only.
+            GeometryError: If only the other side was computed.
         """
         if self.side == side:
             return self
@@ -181,9 +180,9 @@ class Subspace:
         return Subspace(side, {name: layer.on(side) for name, layer in self.layers.items()}, self.provenance)
 
     def to_frame(self) -> "pd.DataFrame":
-        """Return a row per parameter: ``rank`` of ``numeric_rank`` in ``dimension``, and the ``energy`` it holds.
+        """Return a row per parameter: ``rank`` of ``numeric_rank`` in ``dimension``, and its ``energy``.
 
-        The dimension of both sides is that of the left one.
+        With both sides, the dimension is that of the left side.
         """
         import pandas as pd
 
@@ -205,7 +204,7 @@ class Subspace:
         )
 
     def __str__(self) -> str:
-        """Say how many subspaces of which rank."""
+        """Return the number of subspaces, their ranks, and the largest residual of randomized ones."""
         ranks = [layer.rank for layer in self.layers.values()]
         span = f"{min(ranks)} to {max(ranks)}" if len(set(ranks)) > 1 else f"{ranks[0]}" if ranks else "0"
         sides = {"both": "left and right"}.get(self.side, self.side)
@@ -214,18 +213,15 @@ class Subspace:
         return f"{sides} subspaces of {counted(len(ranks), 'matrix', 'matrices')}, rank {span}{residual}"
 
     def save(self, folder: str | Path) -> Path:
-        """Write it to a folder, from which :func:`geomkit.load_subspace` reads it without the model.
+        """Write the subspaces to a folder, from which :func:`load_subspace` reads them without the model.
 
         Args:
-            folder: Where to. A subspace saved there before is replaced in one step; other files are left alone.
+            folder: Target folder. A subspace saved there before is replaced in one step; other files are left alone.
 
         Returns:
             The folder.
         """
         return save("subspace", self, folder)
-
-    def _repr_html_(self) -> str:
-        return html_table(str(self), self.to_frame())
 
 
 def subspace(
@@ -242,20 +238,21 @@ def subspace(
     Args:
         gradients: Gradients by parameter, such as a :class:`~geomkit.gradients.gradient_set.GradientSet`; vectors are
             left out.
-        rank: How many directions to take. A gradient of fewer gives what it has, with a warning: singular vectors
+        rank: Number of directions. A gradient of a lower numeric rank has fewer, with a warning: singular vectors
             beyond the numeric rank are rounding noise.
-        energy: Or: as many as hold this share of the squared norm, which differs between parameters.
+        energy: Instead of a rank, the share of the squared norm that the directions should hold; the ranks then differ
+            between parameters.
         side: ``"left"`` for the output space, ``"right"`` for the input space, or ``"both"`` with vectors in pairs.
-        method: ``"exact"``, or ``"randomized"`` for large gradients of many tokens: eleven thin products each, and a
-            ``residual`` that says how far from singular vectors the result is.
-        seed: Seed of the random projections; a parameter's do not depend on which others there are.
+        method: ``"exact"``, or ``"randomized"`` for large gradients of many tokens: eleven thin products per gradient,
+            and a ``residual``, the distance of the result from singular vectors.
+        seed: Seed of the random projections; those of a parameter do not depend on the other parameters.
 
     Returns:
-        A subspace for each matrix parameter.
+        The subspace of every matrix parameter.
 
     Raises:
-        GeometryError: If these are no gradients; if not exactly one of ``rank`` and ``energy`` is given, or it is out
-            of range; or for a share of the energy from random projections.
+        GeometryError: If these are no gradients, not exactly one of ``rank`` and ``energy`` is given, the given one is
+            out of range, or ``energy`` is combined with random projections.
 
     Warns:
         UserWarning: Once, if some gradients have a numeric rank below ``rank``.
@@ -279,24 +276,24 @@ def subspace(
 
 
 def load_subspace(folder: str | Path, model: nn.Module | None = None) -> Subspace:
-    """Load a subspace that :meth:`~geomkit.svd.subspaces.Subspace.save` wrote, bit for bit, on the CPU.
+    """Return the subspaces that :meth:`Subspace.save` wrote to a folder, bit for bit, on the CPU.
 
     Args:
-        folder: Where it was saved.
-        model: Refuse it unless its gradients were collected from this model with these weights.
+        folder: Folder with the saved subspaces.
+        model: If given, subspaces of gradients from another model or from other weights are refused.
 
     Returns:
-        The subspace.
+        The subspaces.
 
     Raises:
-        DataError: As in :func:`load_gradients`.
+        DataError: As in :func:`geomkit.gradients.storage.load_gradients`.
     """
     subspace: Subspace = load("subspace", folder)
     if model is not None:
         bases = {name: (layer.basis, layer.partner) for name, layer in subspace.layers.items()}
-        dimensions = {name: tuple(len(own) for own in pair if own is not None) for name, pair in bases.items()}
-        own = {"left": _rows, "right": _columns, "both": _rows_and_columns}[subspace.side]
-        check_model(model, subspace.provenance, f"the {subspace.side} subspaces in {folder}", dimensions, own)
+        dimensions = {name: tuple(len(basis) for basis in pair if basis is not None) for name, pair in bases.items()}
+        size = {"left": _rows, "right": _columns, "both": _rows_and_columns}[subspace.side]
+        check_model(model, subspace.provenance, f"the {subspace.side} subspaces in {folder}", dimensions, size)
     return subspace
 
 

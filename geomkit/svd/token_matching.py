@@ -1,4 +1,8 @@
-"""Equal token counts: no gradient has a higher rank than it has tokens, so spectra compare at the same number only."""
+"""Random subsets of tokens that bring several gradients to the same token count, so that their spectra compare.
+
+No gradient has a higher rank than it has tokens: measures of rank grow with the token count and compare only at equal
+counts.
+"""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -19,61 +23,8 @@ from geomkit.utils.seeding import parameter_generator
 
 _LOGGER = logging.getLogger(__name__)
 
-
-def subsample_tokens(
-    gradients: Mapping[str, LayerGradient], tokens: Mapping[str, int] | int, generator: torch.Generator
-) -> dict[str, LayerGradient]:
-    """Keep a random subset of the tokens of each gradient, so that spectra are compared at equal T.
-
-    The kept tokens are not reweighted: spectra, subspaces and cosines do not depend on the scale.
-
-    Args:
-        gradients: Factored gradients by parameter; see ``keep_factors`` of :func:`geomkit.gradients.arithmetic.add`.
-        tokens: How many tokens to keep: one number, or one for each parameter.
-        generator: Source of randomness, on the CPU.
-
-    Returns:
-        Factored gradients with that many tokens, by parameter.
-
-    Raises:
-        GeometryError: If a gradient is not factored, has fewer tokens, or has no count given.
-    """
-    counts = dict.fromkeys(gradients, tokens) if isinstance(tokens, int) else tokens
-    if missing := [name for name in gradients if name not in counts]:
-        raise GeometryError(f"expected a token count for every parameter, found none for {missing[:4]}; add them")
-    return {name: _subsampled(name, gradient, counts[name], generator) for name, gradient in gradients.items()}
-
-
-def _subsampled(name: str, gradient: LayerGradient, tokens: int, generator: torch.Generator) -> FactoredGradient:
-    if not isinstance(gradient, FactoredGradient):
-        found = type(gradient).__name__
-        raise GeometryError(f"expected a factored gradient of {name}, found {found}; leave it out or keep its factors")
-    if not 0 < tokens <= gradient.tokens:
-        raise GeometryError(
-            f"expected 1 to {gradient.tokens} tokens of {name}, found {tokens}; subsample the side with more tokens"
-        )
-    (kept,) = _some_tokens([gradient], tokens, generator)
-    return kept
-
-
-def _some_tokens(
-    parts: Sequence[FactoredGradient], tokens: int, generator: torch.Generator
-) -> tuple[FactoredGradient, ...]:
-    """Draw tokens from those of all parts together, and return each part with the ones drawn from it."""
-    ends = np.cumsum([part.tokens for part in parts])
-    drawn = torch.randperm(int(ends[-1]), generator=generator)[:tokens].sort().values.numpy()
-    if tokens == ends[-1]:
-        return tuple(parts)
-    places = np.split(drawn, np.searchsorted(drawn, ends[:-1]))
-    return tuple(
-        _rows(part, torch.from_numpy(own - end + part.tokens))
-        for part, own, end in zip(parts, places, ends, strict=True)
-    )
-
-
-def _rows(gradient: FactoredGradient, places: Tensor) -> FactoredGradient:
-    places = places.to(gradient.left.device)
-    return FactoredGradient(gradient.left[places], gradient.right[places])
+_Parts = dict[str, tuple[FactoredGradient, ...]]
+"""By parameter: the gradients of all examples, or the mean gradient alone."""
 
 
 @overload
@@ -81,27 +32,29 @@ def match_tokens(*sides: GradientSet, seed: int = 0) -> tuple[GradientSet, ...]:
 @overload
 def match_tokens(*sides: Mapping[str, LayerGradient], seed: int = 0) -> tuple[Mapping[str, LayerGradient], ...]: ...
 def match_tokens(*sides: Mapping[str, LayerGradient], seed: int = 0) -> tuple[Mapping[str, LayerGradient], ...]:
-    """Bring gradients to the same number of tokens, parameter by parameter, so that their spectra compare.
+    """Return the gradients with the same number of tokens on every side, parameter by parameter.
 
-    Where a side has more tokens than the least, a random subset of them is kept. Only factored gradients can be
-    thinned out: the linear layers of sets collected with ``form="factored"`` or ``per_sample=True``; all others are
-    left out. So is, with a logged warning, a layer whose gradient is zero on a side, as that of LoRA's ``lora_A`` is
+    A side with more tokens than the smallest side keeps a random subset of its tokens. Only factored gradients can be
+    thinned: the linear layers of sets collected with ``form="factored"`` or ``per_sample=True``; all other parameters
+    are left out. So is, with a logged warning, a layer with a zero gradient on some side, as that of LoRA's ``lora_A``
     before the first step.
 
-    A set collected per sample stays one: the subset is drawn from the tokens of all its examples, each example keeps
-    its own, and the mean is that of the thinned examples, with the weights the examples had. Its losses and counts of
-    examples and scored tokens stay those of the whole.
+    A set collected per sample stays a set with samples: the subset is drawn from the tokens of all examples together,
+    every example keeps its part of the subset, and the mean is that of the thinned examples with unchanged weights. The
+    losses and the counts of examples and scored tokens stay those of the whole set. The tokens are not reweighted:
+    spectra, subspaces and cosines do not depend on the scale.
 
     Args:
         sides: Two or more gradients by parameter, of the same model.
-        seed: Seed of the subsets; one parameter's does not depend on which others there are.
+        seed: Seed of the subsets; the subset of a parameter does not depend on the other parameters.
 
     Returns:
-        The sides, in order, with the parameters that are factored on all: sets for sets, dicts for other mappings.
+        The sides, in order, with the parameters that are factored on all of them: sets for sets, dicts for other
+        mappings.
 
     Raises:
-        GeometryError: If there are fewer than two sides, one is no gradients, a parameter has two shapes, or there is
-            no such parameter.
+        GeometryError: If there are fewer than two sides, a side is no gradients, a parameter has two shapes, or no
+            parameter is factored on all sides.
 
     Example:
         >>> short, long = (FactoredGradient(torch.ones(t, 3), torch.ones(t, 4)) for t in (2, 5))
@@ -112,45 +65,63 @@ def match_tokens(*sides: Mapping[str, LayerGradient], seed: int = 0) -> tuple[Ma
         raise GeometryError(f"expected two sides to match or more, found {len(sides)}; give e.g. safety and control")
     for side in sides:
         check_gradients("given", side)
+    # 1. The parameters that all sides have, are factored on all sides, and have tokens on all sides.
     first, *others = sides
     shared = [name for name in first if all(name in side for side in others)]
     parts = [{name: _parts(side, name) for name in shared} for side in sides]
-    factored = [name for name in shared if all(own[name] for own in parts)]
-    tokens = {name: min(sum(part.tokens for part in own[name]) for own in parts) for name in factored}
+    factored = [name for name in shared if all(side_parts[name] for side_parts in parts)]
+    # 2. The token count of a parameter is that of its smallest side.
+    tokens = {name: min(sum(part.tokens for part in side_parts[name]) for side_parts in parts) for name in factored}
     names = [name for name in factored if tokens[name] > 0]
     if not names:
-        raise GeometryError(_nothing_to_match([each for side in sides for each in side.values()], shared, factored))
+        gradients = [gradient for side in sides for gradient in side.values()]
+        raise GeometryError(_nothing_to_match(gradients, shared, factored))
     for name in names:
         check_one_shape(name, *(side[name] for side in sides))
     if zero := [name for name in factored if tokens[name] == 0]:
         _LOGGER.warning("left %d of %d layers out, whose gradient is zero: %s", len(zero), len(factored), zero[:4])
-
-    def thinned(own: Mapping[str, Sequence[FactoredGradient]], place: int) -> _Thinned:
+    # 3. Every side and parameter has a generator of its own, so that subsets do not depend on each other.
+    matched = []
+    for place, (side, side_parts) in enumerate(zip(sides, parts, strict=True)):
         generators = {name: parameter_generator(len(sides) * seed + place, name) for name in names}
-        return {name: _some_tokens(own[name], tokens[name], generators[name]) for name in names}
-
-    return tuple(
-        _rebuilt(side, thinned(own, place)) for place, (side, own) in enumerate(zip(sides, parts, strict=True))
-    )
-
-
-_Thinned = dict[str, tuple[FactoredGradient, ...]]
-"""By parameter: the gradient of each example, or the mean alone."""
+        thinned = {name: _thinned(side_parts[name], tokens[name], generators[name]) for name in names}
+        matched.append(_rebuilt(side, thinned))
+    return tuple(matched)
 
 
 def _parts(side: Mapping[str, LayerGradient], name: str) -> tuple[FactoredGradient, ...]:
-    """Return a parameter's gradient by example where there are some, otherwise the mean; none if not factored."""
+    """Return the gradients of all examples, without samples the mean gradient; nothing if they are not factored."""
     samples = side.samples if isinstance(side, GradientSet) else ()
     gradients = [sample[name] for sample in samples] or [side[name]]
     factored = tuple(gradient for gradient in gradients if isinstance(gradient, FactoredGradient))
     return factored if len(factored) == len(gradients) else ()
 
 
-def _rebuilt(side: Mapping[str, LayerGradient], thinned: _Thinned) -> Mapping[str, LayerGradient]:
-    """Put thinned gradients in the place of a side's own."""
+def _thinned(
+    parts: Sequence[FactoredGradient], tokens: int, generator: torch.Generator
+) -> tuple[FactoredGradient, ...]:
+    """Draw a number of tokens from those of all parts together, and return every part with its drawn tokens."""
+    ends = np.cumsum([part.tokens for part in parts])
+    drawn = torch.randperm(int(ends[-1]), generator=generator)[:tokens].sort().values.numpy()
+    if tokens == ends[-1]:
+        return tuple(parts)
+    places = np.split(drawn, np.searchsorted(drawn, ends[:-1]))
+    return tuple(
+        _at_tokens(part, torch.from_numpy(part_places - end + part.tokens))
+        for part, part_places, end in zip(parts, places, ends, strict=True)
+    )
+
+
+def _at_tokens(gradient: FactoredGradient, places: Tensor) -> FactoredGradient:
+    places = places.to(gradient.left.device)
+    return FactoredGradient(gradient.left[places], gradient.right[places])
+
+
+def _rebuilt(side: Mapping[str, LayerGradient], thinned: _Parts) -> Mapping[str, LayerGradient]:
+    """Return a side with thinned gradients in place of its gradients."""
     if not isinstance(side, GradientSet):
         return {name: mean for name, (mean,) in thinned.items()}
-    coverage = _only(side.coverage, thinned)
+    coverage = _restricted(side.coverage, thinned)
     if not side.samples:
         return replace(side, layers={name: mean for name, (mean,) in thinned.items()}, coverage=coverage)
     samples = (
@@ -166,17 +137,19 @@ def _weighted_sum(parts: Sequence[FactoredGradient], weights: Sequence[float]) -
     return FactoredGradient(left, torch.cat([part.right for part in parts]))
 
 
-def _only(coverage: Coverage, names: Mapping[str, object]) -> Coverage:
+def _restricted(coverage: Coverage, names: Mapping[str, object]) -> Coverage:
+    """Return the coverage with all parameters but the given ones moved to the missing ones."""
     seen = {name: size for name, size in coverage.seen.items() if name in names}
     dropped = {name: size for name, size in coverage.seen.items() if name not in names}
     reasons = {**coverage.reasons, **dict.fromkeys(dropped, "left out by match_tokens")}
     return replace(coverage, seen=seen, missing={**coverage.missing, **dropped}, reasons=reasons)
 
 
-def _nothing_to_match(gradients: Sequence[LayerGradient], both: Sequence[str], factored: Sequence[str]) -> str:
+def _nothing_to_match(gradients: Sequence[LayerGradient], shared: Sequence[str], factored: Sequence[str]) -> str:
+    """Return the error message that says why no parameter is left."""
     if factored:
         return f"expected a gradient other than zero on every side, found none in {factored[:4]}; train these first"
-    if not both:
+    if not shared:
         return "expected gradients of the same parameters, found none in common; collect all with the same layers="
     if any(
         isinstance(gradient, FactoredGradient) or len(gradient.shape) == 2
@@ -184,4 +157,4 @@ def _nothing_to_match(gradients: Sequence[LayerGradient], both: Sequence[str], f
         if not isinstance(gradient, IndexedGradient)
     ):
         return 'expected factored gradients on all sides, found none; collect all with form="factored"'
-    return f"expected the weight of a linear layer, found none among {both[:4]}; choose others with layers="
+    return f"expected the weight of a linear layer, found none among {shared[:4]}; choose others with layers="

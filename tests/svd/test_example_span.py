@@ -11,7 +11,7 @@ from geomkit.errors import GeometryError
 from geomkit.gradients.gradient_set import GradientSet, layer_grams
 from geomkit.stats.jackknife import jackknife_groups
 from geomkit.svd.example_span import ALL, span
-from geomkit.svd.layer_spectrum import SMOOTH
+from geomkit.svd.layer_spectrum import SMOOTH_STATISTICS
 from geomkit.svd.spectrum_contrast import compare_spectra
 from tests.helpers.tiny import SAFETY, UTILITY, tiny_llama, tiny_tokenizer
 
@@ -98,11 +98,11 @@ def test_intervals_cover(examples: int) -> None:
     for seed in range(300):
         rows = generator.standard_normal((examples, 300)) * np.arange(1, 301) ** -0.75
         measured = span({"w": torch.from_numpy(rows @ rows.T)}, seed=seed)
-        found.append([(measured.mean(statistic), *measured.interval(statistic)) for statistic in SMOOTH[:6]])
+        found.append([(measured.mean(statistic), *measured.interval(statistic)) for statistic in SMOOTH_STATISTICS[:6]])
     values, low, high = np.array(found).transpose(2, 0, 1)
     truth = values.mean(0)
     covered = ((low <= truth) & (truth <= high)).mean(0)
-    assert ((covered >= 0.9) & (covered <= 0.985)).all(), dict(zip(SMOOTH, covered, strict=False))
+    assert ((covered >= 0.9) & (covered <= 0.985)).all(), dict(zip(SMOOTH_STATISTICS, covered, strict=False))
 
 
 def drawn_gram(generator: np.random.Generator, directions: int) -> dict[str, torch.Tensor]:

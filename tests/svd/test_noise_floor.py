@@ -131,7 +131,7 @@ def several(kind: str) -> list[LayerGradient]:
     "few tokens|many tokens|many tokens, wide|rows|dense|dense, wide|experts|tied|some without".split("|"),
 )
 def test_weighted_sums_have_the_spectra_of_formed_ones(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("geomkit.svd.weighted_sums._HELD", 1000)  # several strips, and several blocks of weights
+    monkeypatch.setattr("geomkit.svd.weighted_sums._NUMBERS", 1000)  # several strips, and several blocks of weights
     gradients = several(kind)
     weights = gaussian(7, 5, seed=9).double()
     formed = torch.stack([gradient.take(slice(None)) for gradient in gradients])

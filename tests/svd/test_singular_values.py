@@ -13,7 +13,7 @@ from geomkit.gradients.factored import FactoredGradient
 from geomkit.gradients.indexed import IndexedGradient
 from geomkit.gradients.layer_gradient import LayerGradient
 from geomkit.gradients.summed import SumGradient
-from geomkit.svd import singular_values as _squares
+from geomkit.svd import singular_values as singular_values_module
 from geomkit.svd.layer_spectrum import LayerSpectrum, layer_spectrum
 from geomkit.svd.nulls import random_factor_null
 from geomkit.svd.singular_values import singular_values, singular_values_of, singular_values_of_gram, small_equivalent
@@ -159,7 +159,7 @@ def test_tokens_without_gradient_and_repeated_inputs_cost_no_decomposition(monke
 
 
 def test_one_call_for_all_gradients_gives_what_one_each_gives(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("geomkit.svd.singular_values._STACKED", 100)
+    monkeypatch.setattr("geomkit.svd.singular_values._BATCH_NUMBERS", 100)
     shared = gaussian(5, 20, seed=7)
     siblings = [FactoredGradient(gaussian(5, size, seed=size), shared) for size in (20, 30, 20)]
     gradients = [*GRADIENTS.values(), zero_gradient((6, 5)), zero_gradient((3,)), *siblings]
@@ -176,7 +176,7 @@ def test_one_call_for_all_gradients_gives_what_one_each_gives(monkeypatch: pytes
 
 def test_a_factor_in_common_is_squared_once(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
-    gram = _squares._gram
+    gram = singular_values_module._gram
     monkeypatch.setattr("geomkit.svd.singular_values._gram", lambda rows: made.append(rows) or gram(rows))
     inputs = gaussian(2, 5, 20, seed=7)  # two examples, as views of one batch
     gradients = [FactoredGradient(gaussian(5, 30, seed=k), inputs[k % 2]) for k in range(6)]

@@ -9,7 +9,7 @@ import pytest
 from geomkit.collection.collect import collect_gradients
 from geomkit.errors import GeometryError
 from geomkit.stats.jackknife import jackknife_groups, jackknife_interval
-from geomkit.svd.layer_spectrum import SMOOTH
+from geomkit.svd.layer_spectrum import SMOOTH_STATISTICS
 from geomkit.svd.spectrum import spectrum
 from tests.helpers.example_sets import Drawing, drawn_set, heavy, low_rank, matched_to, power_law
 from tests.helpers.tiny import UTILITY, tiny_llama, tiny_tokenizer
@@ -64,8 +64,8 @@ def test_what_has_no_interval() -> None:
     found = drawn_set(power_law, np.random.default_rng(0), [5] * 6)
     frame = spectrum(found, null_draws=0).to_frame().set_index("statistic")
     assert frame.loc[list(JUMPING), ["low", "high"]].isna().all(axis=None)
-    assert frame.loc[list(SMOOTH), ["low", "high"]].notna().all(axis=None)
-    assert {*JUMPING, *SMOOTH} == set(frame.index)
+    assert frame.loc[list(SMOOTH_STATISTICS), ["low", "high"]].notna().all(axis=None)
+    assert {*JUMPING, *SMOOTH_STATISTICS} == set(frame.index)
     alone = replace(found, samples=found.samples[:1])
     for bare in (spectrum(dict(found)), spectrum(found, groups=0), spectrum(alone)):
         assert bare.to_frame()[["low", "high"]].isna().all(axis=None)
@@ -134,11 +134,11 @@ def test_intervals_cover(draw: Drawing, examples: int, groups: int, tokens: int 
     for seed in range(200):
         drawn = drawn_set(draw, generator, generator.integers(8, 20, examples).tolist())
         measured = spectrum(matched_to(drawn, tokens) if tokens else drawn, null_draws=0, groups=groups, seed=seed)
-        found.append([(measured.mean(statistic), *measured.interval(statistic)) for statistic in SMOOTH])
+        found.append([(measured.mean(statistic), *measured.interval(statistic)) for statistic in SMOOTH_STATISTICS])
     values, low, high = np.array(found).transpose(2, 0, 1)
     truth = values.mean(0)
     covered = ((low <= truth) & (truth <= high)).mean(0)
-    assert (covered >= least).all(), dict(zip(SMOOTH, covered, strict=True))
+    assert (covered >= least).all(), dict(zip(SMOOTH_STATISTICS, covered, strict=True))
     assert covered.mean() < 0.995
 
 

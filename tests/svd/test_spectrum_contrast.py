@@ -10,7 +10,7 @@ from geomkit import plots
 from geomkit.errors import GeometryError
 from geomkit.stats.jackknife import jackknife_interval, jackknife_p_value
 from geomkit.stats.multiple_testing import benjamini_hochberg
-from geomkit.svd.layer_spectrum import SMOOTH
+from geomkit.svd.layer_spectrum import SMOOTH_STATISTICS
 from geomkit.svd.spectrum import Spectrum, spectrum
 from geomkit.svd.spectrum_contrast import SpectrumContrast, compare_spectra
 from tests.helpers.example_sets import Drawing, drawn_set, heavy, low_rank, matched_to, power_law
@@ -43,7 +43,7 @@ def test_rows_are_welch_jackknives_and_false_discoveries_are_bounded(contrast: S
     frame = contrast.to_frame()
     assert list(frame.columns[:4]) == ["parameter", "kind", "layer", "statistic"]
     assert list(dict.fromkeys(frame["parameter"])) == NAMES
-    for statistic in SMOOTH:
+    for statistic in SMOOTH_STATISTICS:
         rows = frame[frame["statistic"] == statistic]
         a, b = (np.array([each[name].statistics()[statistic] for name in NAMES]) for each in sides(contrast))
         without = [side.left_out(statistic) for side in (contrast.a, contrast.b)]
@@ -86,7 +86,7 @@ def test_what_does_not_compare_is_refused() -> None:
         compare_spectra(whole, measured(power_law, 1, NAMES[:2]))
     with pytest.raises(GeometryError, match=r"found 40 and 48 in model.layers.0.* \(3 differ\).*match_tokens first"):
         compare_spectra(whole, measured(power_law, 1, NAMES, tokens=6))
-    with pytest.raises(GeometryError, match="expected the utility spectra without some of their examples"):
+    with pytest.raises(GeometryError, match="expected utility spectra with groups of examples left out"):
         compare_spectra(whole, measured(power_law, 1, NAMES, groups=0), names=("safety", "utility"))
     with pytest.raises(GeometryError, match="found none"):
         compare_spectra(Spectrum({}, {}), Spectrum({}, {}))
@@ -102,7 +102,7 @@ def p_values(first: Drawing, second: Drawing, draws: int, examples: int = 16, to
     for _ in range(draws):
         sets = (drawn_set(draw, generator, generator.integers(5, 12, examples).tolist()) for draw in (first, second))
         contrast = compare_spectra(*(spectrum(matched_to(each, tokens), null_draws=0) for each in sets))
-        found.append([contrast.p_value(statistic) for statistic in SMOOTH])
+        found.append([contrast.p_value(statistic) for statistic in SMOOTH_STATISTICS])
     return np.array(found)
 
 
@@ -110,13 +110,13 @@ def p_values(first: Drawing, second: Drawing, draws: int, examples: int = 16, to
 def test_one_population_is_rarely_told_apart_from_itself(draw: Drawing) -> None:
     """At .05, of 150: 0 to .02 by statistic for low rank, .01 to .07 for heavy tails; jackknife errors are cautious."""
     rejected = (p_values(draw, draw, 70) < 0.05).mean(0)
-    assert (rejected <= 0.08).all(), dict(zip(SMOOTH, rejected, strict=True))
+    assert (rejected <= 0.08).all(), dict(zip(SMOOTH_STATISTICS, rejected, strict=True))
 
 
 def test_a_planted_difference_is_found_with_power_of_six_to_ten_in_ten() -> None:
     """3 shared directions against 12, 24 examples a side: seen were 1 by entropy, .98 nuclear, .6 effective rank."""
     found = p_values(low_rank(3), low_rank(12), 40, examples=24, tokens=120) < 0.05
-    power = dict(zip(SMOOTH, found.mean(0), strict=True))
+    power = dict(zip(SMOOTH_STATISTICS, found.mean(0), strict=True))
     assert min(power["entropy_rank"], power["nuclear_rank"]) >= 0.9
     assert power["effective_rank"] >= 0.5
 

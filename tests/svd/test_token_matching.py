@@ -12,7 +12,7 @@ from geomkit.gradients.dense import DenseGradient
 from geomkit.gradients.factored import FactoredGradient
 from geomkit.gradients.gradient_set import Coverage, GradientSet
 from geomkit.gradients.indexed import IndexedGradient
-from geomkit.svd.token_matching import match_tokens, subsample_tokens
+from geomkit.svd.token_matching import match_tokens
 from tests.helpers.tiny import SAFETY, UTILITY, tiny_llama, tiny_tokenizer
 
 
@@ -24,19 +24,12 @@ def factored(tokens: int, rows: int = 20, columns: int = 16, seed: int = 0) -> F
     return FactoredGradient(gaussian(tokens, rows, seed=seed), gaussian(tokens, columns, seed=seed + 1))
 
 
-def test_subsample_tokens_takes_rows_of_both_factors_together() -> None:
-    gradients = {"a": factored(9), "b": factored(7, seed=2)}
-    found = subsample_tokens(gradients, {"a": 4, "b": 7}, torch.Generator().manual_seed(0))
-    assert {name: gradient.tokens for name, gradient in found.items()} == {"a": 4, "b": 7}
-    assert torch.equal(found["b"].left, gradients["b"].left)
-    places = [(gradients["a"].left == row).all(1).nonzero().item() for row in found["a"].left]
+def test_match_tokens_takes_rows_of_both_factors_together() -> None:
+    whole = factored(9)
+    found, _ = match_tokens({"a": whole}, {"a": factored(4, seed=2)})
+    places = [(whole.left == row).all(1).nonzero().item() for row in found["a"].left]
     assert len(set(places)) == 4
-    assert torch.equal(found["a"].right, gradients["a"].right[places])
-
-
-def test_subsample_tokens_takes_one_number_for_all() -> None:
-    found = subsample_tokens({"a": factored(9), "b": factored(7)}, 5, torch.Generator())
-    assert {gradient.tokens for gradient in found.values()} == {5}
+    assert torch.equal(found["a"].right, whole.right[places])
 
 
 def test_match_tokens_thins_out_the_longer_side_only() -> None:
@@ -71,16 +64,6 @@ def test_match_tokens_says_why_nothing_is_left() -> None:
         match_tokens(bare, bare)
     with pytest.raises(GeometryError, match="found none in common"):
         match_tokens({"a": factored(9)}, {"b": factored(9)})
-
-
-def test_subsample_tokens_refuses_what_it_cannot_match() -> None:
-    generator = torch.Generator()
-    with pytest.raises(GeometryError, match="1 to 9 tokens of a, found 10"):
-        subsample_tokens({"a": factored(9)}, 10, generator)
-    with pytest.raises(GeometryError, match="found DenseGradient"):
-        subsample_tokens({"a": DenseGradient(gaussian(3, 3), 9)}, 4, generator)
-    with pytest.raises(GeometryError, match=r"none for .'a'"):
-        subsample_tokens({"a": factored(9)}, {}, generator)
 
 
 # ------------------------------------------------------------------------------------------- sets with examples
