@@ -1,51 +1,67 @@
-"""One function per figure: each lays out a finished result and returns a plotly figure, never shows it.
+"""One function per figure: each takes a finished result and returns a plotly figure, which it does not show.
 
-The figures share one template, registered with plotly as ``"geomkit"``, and fixed colours for the safety side, the
-utility side, the null, plain fine-tuning and SPF.
+All figures share a template, registered with plotly as ``"geomkit"``, and fixed colours for safety, utility, control
+and null, plain fine-tuning and SPF. The modules of figures rest on ``style`` (colours, template), ``labels`` (texts),
+``axes``, ``traces`` and ``panels``, and figures of experiments also on ``arms``; ``report`` and ``report_pages`` put
+figures, tables and text on an HTML page.
 """
 
-from geomkit.plots.along_training import plot_certificate_outcome, plot_drift, plot_refusal_during_training
-from geomkit.plots.certificates import plot_certificate, plot_certificate_blocks, plot_certificates
+from geomkit.plots.breakdown import plot_breakdown
+from geomkit.plots.certificate_blocks import plot_certificate_blocks
+from geomkit.plots.certificates import plot_certificate, plot_certificates
 from geomkit.plots.conflict import plot_conflict, plot_conflict_examples
 from geomkit.plots.directions import plot_conflict_directions
 from geomkit.plots.noise_floor import plot_noise_floor
-from geomkit.plots.one_sample import plot_anchor_curve, plot_gradient_map, plot_overlaps
-from geomkit.plots.outcomes import plot_attacks, plot_breakdown, plot_frontier
-from geomkit.plots.principal_angles import plot_angles, plot_one_sample
+from geomkit.plots.one_sample import plot_anchor_curve, plot_gradient_map, plot_one_sample, plot_overlaps
+from geomkit.plots.outcomes import plot_attacks, plot_frontier
+from geomkit.plots.principal_angles import plot_angles
 from geomkit.plots.ranks import plot_effective_rank, plot_spectrum_contrast
 from geomkit.plots.runs import plot_evaluation, plot_history
 from geomkit.plots.spectra import plot_cer, plot_spectrum
 from geomkit.plots.style import COLOURS, TEMPLATE
 from geomkit.plots.tokens import plot_token_conflict
+from geomkit.plots.training_curves import plot_certificate_outcome, plot_drift, plot_refusal_during_training
 from geomkit.plots.trajectory import plot_trajectory
 
-__all__ = [
+__all__ = [  # noqa: RUF022 - grouped by the result that is drawn
+    # The look of all figures.
     "COLOURS",
     "TEMPLATE",
-    "plot_anchor_curve",
-    "plot_angles",
-    "plot_attacks",
-    "plot_breakdown",
+    # Spectrum, one or several.
+    "plot_spectrum",
     "plot_cer",
+    "plot_effective_rank",
+    # SpectrumContrast.
+    "plot_spectrum_contrast",
+    # NoiseFloor.
+    "plot_noise_floor",
+    # Angles between two subspaces.
+    "plot_angles",
+    # OneSample, AnchorCurve, Overlaps and GradientMap, of single examples.
+    "plot_one_sample",
+    "plot_anchor_curve",
+    "plot_overlaps",
+    "plot_gradient_map",
+    # Conflict.
+    "plot_conflict",
+    "plot_conflict_examples",
+    # ConflictDirections and TokenConflict.
+    "plot_conflict_directions",
+    "plot_token_conflict",
+    # Trajectory of a probe over training.
+    "plot_trajectory",
+    # Certificate, one or several.
     "plot_certificate",
     "plot_certificate_blocks",
-    "plot_certificate_outcome",
     "plot_certificates",
-    "plot_conflict",
-    "plot_conflict_directions",
-    "plot_conflict_examples",
-    "plot_drift",
-    "plot_effective_rank",
+    # Evaluation and FineTuneResult, one or several.
     "plot_evaluation",
-    "plot_frontier",
-    "plot_gradient_map",
     "plot_history",
-    "plot_noise_floor",
-    "plot_one_sample",
-    "plot_overlaps",
+    # Results of a grid of experiments.
+    "plot_frontier",
+    "plot_breakdown",
+    "plot_attacks",
     "plot_refusal_during_training",
-    "plot_spectrum",
-    "plot_spectrum_contrast",
-    "plot_token_conflict",
-    "plot_trajectory",
+    "plot_drift",
+    "plot_certificate_outcome",
 ]

@@ -1,23 +1,18 @@
-"""What figures of experiments share: which arms and strengths are drawn, how arms look, where panels stand."""
+"""Arms in figures of experiments: which arms and which cells are drawn, and how each arm looks."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING
 
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
 from geomkit.errors import DataError
-from geomkit.plots.style import COLOURS, TEMPLATE, Look, legend_room
+from geomkit.experiments.results import Results
+from geomkit.plots.style import COLOURS, Look
+from geomkit.plots.traces import LEGEND_ONLY
 
-if TYPE_CHECKING:
-    from geomkit.experiments.results import Results
-
-_PER_ROW = 3
-NARROW_PER_ROW = 4
 FEW_ARMS = 9
-"""More arms than this do not fit into one panel; the caller chooses some then."""
+"""The most arms that fit into one panel."""
 
 _LOOKS: Mapping[str, Look] = MappingProxyType(
     {
@@ -34,63 +29,72 @@ _LOOKS: Mapping[str, Look] = MappingProxyType(
         "left + fence": Look("#56B4E9", "longdash", "hourglass"),
     }
 )
-"""Of arms that are drawn often, so that they look alike in all figures, whichever others stand beside them."""
+"""The fixed looks of frequent arms, which are the same in all figures, whichever other arms are drawn."""
 
 SPARE = Look(COLOURS["null"], "dot", "hexagon")
-"""Of arms that have no look of their own."""
+"""The look of arms without a fixed look when all fixed looks are taken."""
 
-LEGEND_ONLY = {"x": [None], "y": [None], "hoverinfo": "skip"}
-"""Of a trace that has an entry in the legend and nothing in a panel."""
+_OWN_STRENGTH = (1.0, 1.0)
+"""The rate and the length of a scenario as it is defined, as multiples of its own."""
 
 
-def of_one_organism(results: "Results") -> "Results":
-    """Keep the first organism's cells: prompts differ between organisms, so no panel shows two."""
+# ------------------------------------------------------------------------------------------- which cells and arms
+
+
+def of_one_organism(results: Results) -> Results:
+    """Return the cells of the first organism: prompts differ between organisms, so no panel shows two."""
     return results.where(organism=results.records[0]["cell"]["organism"]) if results.records else results
 
 
-def comparable(results: "Results") -> "Results":
-    """Keep one organism, and each scenario's own rate and length where there are others, else a single other one."""
+def comparable(results: Results) -> Results:
+    """Return the cells of one organism, at one rate and length per scenario.
+
+    Where a scenario has cells at its own rate and length, these are returned, else those at its only other strength.
+
+    Raises:
+        DataError: If a scenario has several strengths, none of them its own.
+    """
     results = of_one_organism(results)
     strengths = _strengths(results)
-    own = (1.0, 1.0)
-    for scenario, found in strengths.items():
-        if len(found) > 1 and own not in found:
-            several = ", ".join(f"({rate:g}, {length:g})" for rate, length in found)
+    for scenario, present in strengths.items():
+        if len(present) > 1 and _OWN_STRENGTH not in present:
+            several = ", ".join(f"({rate:g}, {length:g})" for rate, length in present)
             raise DataError(
                 f"{scenario}: expected cells at one rate and length, or at the scenario's own, found {several}; choose "
                 "with results.where(rate=…, length=…)"
             )
-    kept = tuple(
+    chosen = tuple(
         record
         for record in results.records
         for cell in [record["cell"]]
-        if (cell["rate"], cell["length"]) == own or own not in strengths[cell["scenario"]]
+        if (cell["rate"], cell["length"]) == _OWN_STRENGTH or _OWN_STRENGTH not in strengths[cell["scenario"]]
     )
-    return replace(results, records=kept)
+    return replace(results, records=chosen)
 
 
-def _strengths(results: "Results") -> dict[str, list[tuple[float, float]]]:
-    found: dict[str, dict[tuple[float, float], None]] = {}
-    for record in results.records:
-        cell = record["cell"]
-        found.setdefault(cell["scenario"], {})[cell["rate"], cell["length"]] = None
-    return {scenario: list(each) for scenario, each in found.items()}
-
-
-def scenario_labels(results: "Results", scenarios: Sequence[str]) -> list[str]:
-    """Return the label of each scenario: its name, and its strength where the results have another than 1 × 1."""
+def scenario_labels(results: Results, scenarios: Sequence[str]) -> list[str]:
+    """Return the label of each scenario: its name, with its strength in the results unless that is its own."""
     strengths = _strengths(results)
     return [at_strength(scenario, *strengths[scenario][0]) for scenario in scenarios]
 
 
+def _strengths(results: Results) -> dict[str, list[tuple[float, float]]]:
+    """Return the rates and lengths of each scenario, in the order of the records."""
+    strengths: dict[str, dict[tuple[float, float], None]] = {}
+    for record in results.records:
+        cell = record["cell"]
+        strengths.setdefault(cell["scenario"], {})[cell["rate"], cell["length"]] = None
+    return {scenario: list(present) for scenario, present in strengths.items()}
+
+
 def at_strength(scenario: str, rate: float, length: float) -> str:
-    """Name a scenario, and its strength where that is not its own.
+    """Return the name of a scenario, with its rate and length unless both are the scenario's own.
 
     Example:
         >>> at_strength("poison-10", 1.0, 1.0), at_strength("poison-10", 4.0, 0.1)
         ('poison-10', 'poison-10, rate 4×, steps 0.1×')
     """
-    return scenario if (rate, length) == (1.0, 1.0) else f"{scenario}, rate {times(rate)}, steps {times(length)}"
+    return scenario if (rate, length) == _OWN_STRENGTH else f"{scenario}, rate {times(rate)}, steps {times(length)}"
 
 
 def times(multiple: float) -> str:
@@ -98,13 +102,17 @@ def times(multiple: float) -> str:
     return f"{multiple:g}×"
 
 
-def arms_of(results: "Results") -> list[str]:
-    """Return the names of the arms in the order of the records, each once."""
+def arms_of(results: Results) -> list[str]:
+    """Return the names of the arms in the order of the records."""
     return list(dict.fromkeys(record["cell"]["arm"] for record in results.records))
 
 
 def among(known: list[str], arms: Sequence[str] | None) -> list[str]:
-    """Return the chosen arms, all known arms when ``None``; raise DataError for none or an unknown arm."""
+    """Return the chosen arms without duplicates, or all known arms if ``arms`` is ``None``.
+
+    Raises:
+        DataError: If no arm is chosen, or an arm is not known.
+    """
     if arms is None:
         return known
     if not arms:
@@ -115,74 +123,46 @@ def among(known: list[str], arms: Sequence[str] | None) -> list[str]:
 
 
 def few(names: list[str]) -> list[str]:
-    """Return the arm names unchanged; raise DataError where they are more than a panel can show."""
+    """Return the names of arms unchanged.
+
+    Raises:
+        DataError: If there are more arms than a panel can show.
+    """
     if len(names) > FEW_ARMS:
         raise DataError(f"expected at most {FEW_ARMS} arms in a panel, found {len(names)}; choose some with arms=[…]")
     return names
 
 
+# ---------------------------------------------------------------------------------------------------------- looks
+
+
 def arm_looks(names: Sequence[str]) -> dict[str, Look]:
-    """Give each arm its look: its own where it has one, otherwise the next that no arm here has."""
+    """Return the look of each arm: its fixed look if it has one, else the next look that no arm in ``names`` has."""
     free = [look for name, look in _LOOKS.items() if name not in names] + [SPARE]
-    others = [name for name in names if name not in _LOOKS]
-    drawn = {name: free[place % len(free)] for place, name in enumerate(others)}
+    unnamed = [name for name in names if name not in _LOOKS]
+    drawn = {name: free[number % len(free)] for number, name in enumerate(unnamed)}
     return {name: _LOOKS.get(name) or drawn[name] for name in names}
-
-
-def columns_for(panels: int, most: int = _PER_ROW) -> int:
-    """Return how many panels stand in a row, so that no row is much shorter than the others.
-
-    Example:
-        >>> [columns_for(panels) for panels in (1, 3, 4, 5, 6, 7)]
-        [1, 3, 2, 3, 3, 3]
-    """
-    return -(-panels // -(-panels // most))
-
-
-def panels_for(names: Sequence[str]) -> go.Figure:
-    """Return a figure with one empty panel for each name."""
-    columns = columns_for(len(names))
-    rows = -(-len(names) // columns)
-    return make_subplots(
-        rows, columns, subplot_titles=list(names), horizontal_spacing=0.08, vertical_spacing=0.28 / rows
-    )
-
-
-def panel_at(place: int, columns: int) -> dict[str, int]:
-    """Return the row and column of a panel, from 1, as plotly takes them."""
-    return {"row": place // columns + 1, "col": place % columns + 1}
 
 
 def add_legend(
     figure: go.Figure, names: Sequence[str], mode: str = "markers", looks_of: Mapping[str, Look] | None = None
 ) -> None:
-    """Add an entry per arm that stands in no panel, so that it has one also where the first panel lacks it."""
+    """Add a legend entry for each arm, independent of the panels, since the first panel may lack an arm.
+
+    Args:
+        figure: The figure.
+        names: The arms.
+        mode: Plotly's mode of the entries.
+        looks_of: The look of each arm; :func:`arm_looks` if left out.
+    """
     for name, look in (looks_of or arm_looks(names)).items():
         figure.add_trace(
             go.Scatter(
-                **LEGEND_ONLY, name=name, legendgroup=name, mode=mode,
+                **LEGEND_ONLY,
+                name=name,
+                legendgroup=name,
+                mode=mode,
                 marker={"color": look.colour, "symbol": look.symbol, "size": 9},
                 line={"color": look.colour, "dash": look.dash, "width": 2},
             )
-        )  # fmt: skip
-
-
-def name_lowest(figure: go.Figure, panels: int, columns: int, text: str) -> None:
-    """Write what is along the axis below the last panel of each column."""
-    for column in range(columns):
-        figure.update_xaxes(title=text, row=(panels - 1 - column) // columns + 1, col=column + 1)
-
-
-def lay_out(
-    figure: go.Figure, panels: int, legend: Sequence[str], words: dict[str, object], below: str, beside: str
-) -> None:
-    """Set the size, legend, title and axis titles of a figure with several panels."""
-    columns = columns_for(panels)
-    rows = -(-panels // columns)
-    room = legend_room(legend)
-    figure.update_layout(
-        template=TEMPLATE, title=words, height=150 + 235 * rows + room, margin={"t": 104, "b": 90 + room}
-    )
-    figure.update_annotations(font_size=13)
-    figure.update_yaxes(title=beside, col=1)
-    name_lowest(figure, panels, columns, below)
+        )

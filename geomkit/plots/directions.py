@@ -1,42 +1,42 @@
-"""The figure of the directions that carry the conflict."""
-
-from typing import TYPE_CHECKING
+"""The figure of the singular directions of the mean safety gradient that carry the conflict."""
 
 import numpy as np
+import pandas as pd
 import plotly.graph_objects as go
+from numpy.typing import NDArray
 from plotly.subplots import make_subplots
 
-from geomkit.plots.style import COLOURS, TEMPLATE, title, translucent, whole_ticks
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from geomkit.correlation.conflict_directions import ConflictDirections
+from geomkit.correlation.conflict_directions import ConflictDirections
+from geomkit.plots.axes import whole_ticks
+from geomkit.plots.style import COLOURS, INK, TEMPLATE, title, translucent
+from geomkit.plots.traces import band, error_bars
 
 _LABELLED = (1, 2, 5, 10, 20, 50)
-_APART = 0.04  # of the energy: labels closer than that would cover each other
+"""Numbers of directions that have a label in the left panel."""
+
+_APART = 0.04
+"""Smallest distance of two labels, as a share of the energy: closer labels would overlap."""
 
 
-def plot_conflict_directions(directions: "ConflictDirections") -> go.Figure:
-    """Draw how the conflict is divided among the singular directions of the mean safety gradient.
+def plot_conflict_directions(directions: ConflictDirections) -> go.Figure:
+    """Draw how much of the conflict lies in each singular direction of the mean safety gradient.
 
     Args:
-        directions: The parts of every direction.
+        directions: The contribution of each direction to the cosine.
 
     Returns:
-        The figure. Left, the cosine that the first k directions of each matrix hold against the energy they hold,
-        with the interval over utility examples, beside the straight line of a conflict spread like the energy. Right,
-        the part of each direction with its interval, beside its share by energy.
+        The figure. Left: the cosine within the first k directions of each matrix against their share of the energy,
+        with its interval over utility examples, and the straight line of a conflict that is spread like the energy.
+        Right: the contribution of each direction with its interval, and its share by energy.
     """
     frame = directions.by_index()
+    named = frame[frame["direction"] > 0]  # the last row, direction 0, holds all others together
     figure = make_subplots(
         1, 2, horizontal_spacing=0.12, subplot_titles=("the first k directions together", "each direction by itself")
     )
-    for trace in _together(frame, directions.cosine):
-        figure.add_trace(trace, row=1, col=1)
-    for trace in _each(frame[frame["direction"] > 0]):
-        figure.add_trace(trace, row=1, col=2)
-    figure.add_hline(y=0, line={"color": "#222222", "width": 1})
+    figure.add_traces(_cumulative(frame, directions.cosine), rows=1, cols=1)
+    figure.add_traces(_single(named), rows=1, cols=2)
+    figure.add_hline(y=0, line={"color": INK, "width": 1})
     figure.update_layout(
         template=TEMPLATE,
         title=title("Which directions of the mean safety gradient carry the conflict", _subtitle(directions)),
@@ -44,46 +44,32 @@ def plot_conflict_directions(directions: "ConflictDirections") -> go.Figure:
     )
     figure.update_annotations(font_size=13)
     figure.update_xaxes(title="share of the safety energy", tickformat=".0%", range=[-0.02, 1.04], row=1, col=1)
-    ticks = whole_ticks(frame["direction"][frame["direction"] > 0])
+    ticks = whole_ticks(named["direction"])
     figure.update_xaxes(title="direction, by singular value", tickvals=ticks, row=1, col=2)
     figure.update_yaxes(title="part of the cosine, cumulative", row=1, col=1)
     figure.update_yaxes(title="part of the cosine", row=1, col=2)
     return figure
 
 
-def _subtitle(directions: "ConflictDirections") -> str:
-    held = f"the first {directions.rank} of each matrix hold {directions.energy:.1%} of the safety energy"
+def _subtitle(directions: ConflictDirections) -> str:
+    energy = f"the first {directions.rank} of each matrix hold {directions.energy:.1%} of the safety energy"
     low, high = directions.share_interval
     if np.isinf([low, high]).any():
-        return f"{held}; the cosine, {directions.cosine:+.3f}, may be zero"
-    return f"{held} and {directions.share:.1%} [{low:.1%}, {high:.1%}] of the cosine, {directions.cosine:+.3f}"
+        return f"{energy}; the cosine, {directions.cosine:+.3f}, may be zero"
+    return f"{energy} and {directions.share:.1%} [{low:.1%}, {high:.1%}] of the cosine, {directions.cosine:+.3f}"
 
 
-def _together(frame: "pd.DataFrame", cosine: float) -> list[go.Scatter]:
+def _cumulative(frame: pd.DataFrame, cosine: float) -> list[go.Scatter]:
+    """Return the traces of the left panel: the band of the interval, the line of the null, and the curve."""
     energy = np.append(0.0, frame["cumulative_energy"])
     values, low, high = (np.append(0.0, frame[f"cumulative_{name}"]) for name in ("contribution", "low", "high"))
-    places = [*range(len(frame)), len(frame)]
-    names = ["none", *(f"first {place}" for place in places[1:-1]), "all"]
-    labels = [""] * len(places)
-    last = -1.0
-    for place in (place for place in _LABELLED if place < len(frame)):
-        if energy[place] - last > _APART:
-            labels[place], last = str(place), energy[place]
-    band = go.Scatter(
-        x=[*energy, *energy[::-1]],
-        y=[*high, *low[::-1]],
-        fill="toself",
-        fillcolor=translucent(COLOURS["utility"], 0.2),
-        line={"width": 0},
-        hoverinfo="skip",
-        showlegend=False,
-    )
-    line = go.Scatter(
+    names = ["none", *(f"first {number}" for number in range(1, len(frame))), "all"]
+    curve = go.Scatter(
         x=energy,
         y=values,
         name="conflict",
         mode="lines+markers+text",
-        text=labels,
+        text=_labels(energy),
         textposition="top center",
         textfont={"size": 11, "color": "#555555"},
         line={"color": COLOURS["utility"]},
@@ -100,10 +86,21 @@ def _together(frame: "pd.DataFrame", cosine: float) -> list[go.Scatter]:
         line={"color": COLOURS["null"], "dash": "dash"},
         hoverinfo="skip",
     )
-    return [band, null, line]
+    return [band(energy, low, high, translucent(COLOURS["utility"], 0.2), mode=None), null, curve]
 
 
-def _each(frame: "pd.DataFrame") -> list[go.Scatter]:
+def _labels(energy: NDArray[np.float64]) -> list[str]:
+    """Return the label of each point of the curve, empty for most; ``energy[k]`` is that of the first k directions."""
+    labels = [""] * len(energy)
+    last = -1.0
+    for number in _LABELLED:
+        if number < len(energy) - 1 and energy[number] - last > _APART:
+            labels[number], last = str(number), energy[number]
+    return labels
+
+
+def _single(frame: pd.DataFrame) -> list[go.Scatter]:
+    """Return the traces of the right panel: the shares by energy, and the contributions."""
     return [
         go.Scatter(
             x=frame["direction"],
@@ -120,12 +117,7 @@ def _each(frame: "pd.DataFrame") -> list[go.Scatter]:
             name="conflict",
             mode="markers",
             marker={"size": 7, "color": COLOURS["utility"]},
-            error_y={
-                "array": frame["high"] - frame["contribution"],
-                "arrayminus": frame["contribution"] - frame["low"],
-                "thickness": 1.2,
-                "width": 0,
-            },
+            error_y=error_bars(frame["contribution"], frame["low"], frame["high"], thickness=1.2),
             customdata=frame[["low", "high", "energy", "p_value"]].to_numpy(),
             hovertemplate="direction %{x}, %{customdata[2]:.1%} of the energy<br><b>%{y:+.4f}</b> "
             "[%{customdata[0]:+.4f}, %{customdata[1]:+.4f}]<br>against its share by energy: p = %{customdata[3]:.2g}"

@@ -1,28 +1,177 @@
-"""Figure of overlaps within and between sets of examples."""
-
-from typing import TYPE_CHECKING
+"""Figures of subspaces of single examples: one example, n examples, two examples, and a map of all gradients."""
 
 import numpy as np
+import pandas as pd
 import plotly.graph_objects as go
+from numpy.typing import NDArray
 
-from geomkit.plots.style import COLOURS, TEMPLATE, Look, legend_room, looks, title, translucent, wrapped
-from geomkit.utils.display import counted
+from geomkit.plots.labels import per_cent, wrapped
+from geomkit.plots.style import COLOURS, INK, TEMPLATE, Look, legend_room, looks, title, translucent
+from geomkit.plots.traces import band, error_bars
+from geomkit.svd.one_sample.anchor_curve import AnchorCurve
+from geomkit.svd.one_sample.gradient_map import GradientMap
+from geomkit.svd.one_sample.leave_one_out import Estimate
+from geomkit.svd.one_sample.overlaps import Overlaps
+from geomkit.svd.one_sample.results import OneSample
+from geomkit.utils.display import counted, signed
 
-if TYPE_CHECKING:
-    from geomkit.svd.one_sample.anchor_curve import AnchorCurve
-    from geomkit.svd.one_sample.gradient_map import GradientMap
-    from geomkit.svd.one_sample.overlaps import Overlaps
+# ----------------------------------------------------------------------------- one example and the mean of the others
 
 
-def plot_overlaps(overlaps: "Overlaps") -> go.Figure:
-    """Draw the mean overlap of two examples' subspaces, within each set and between every two.
+def plot_one_sample(study: OneSample) -> go.Figure:
+    """Draw the overlap of each example's subspace with that of the mean safety gradient, with the controls.
+
+    Args:
+        study: A leave-one-out study of single examples.
+
+    Returns:
+        The figure: a row per set of examples with a point per example, a box, and the mean with its interval; beside
+        each control its contrast with safety; and a line at the expectation for random subspaces.
+    """
+    names = [*reversed(study.controls), "safety"]
+    figure = go.Figure(layout={"template": TEMPLATE})
+    for name in names:
+        colour = COLOURS[name if name in {"safety", "utility"} else "control"]
+        figure.add_trace(_examples(study.groups[name].overlaps, name, colour))
+        figure.add_trace(_mean(study.groups[name].overlap, name))
+    figure.add_vline(
+        x=study.expected,
+        line={"color": INK, "dash": "dash", "width": 1.5},
+        annotation={"text": f"random subspaces: {study.expected:.3g}", "font_size": 12, "yanchor": "bottom"},
+        annotation_position="top right",
+    )
+    contrasts = [_contrast(study.groups[name].overlap, name) for name in study.controls]
+    figure.update_layout(
+        title=title(
+            "Overlap of one example's subspace with that of the mean safety gradient",
+            f"rank at most {study.rank}, mean over parameters; right of each control: safety − control with its "
+            f"{per_cent(study.confidence)} interval",
+        ),
+        xaxis={"title": "overlap, mean cos² of the principal angles", "rangemode": "tozero"},
+        yaxis={"tickvals": names, "ticktext": [wrapped(name) for name in names], "showgrid": False, "ticks": ""},
+        height=220 + 62 * len(names),
+        margin={"b": 56, "r": 172},
+        showlegend=False,
+        annotations=[*figure.layout.annotations, *contrasts],
+    )
+    return figure
+
+
+def _examples(overlaps: NDArray[np.float64], name: str, colour: str) -> go.Box:
+    return go.Box(
+        x=np.asarray(overlaps),
+        y=[name] * len(overlaps),
+        name=name,
+        orientation="h",
+        boxpoints="all",
+        jitter=0.5,
+        pointpos=0,
+        width=0.5,
+        line={"color": colour, "width": 1.5},
+        fillcolor=translucent(colour, 0.15),
+        marker={"color": translucent(colour, 0.7), "size": 6},
+        text=[str(index) for index in range(len(overlaps))],
+        hovertemplate=f"{name} example %{{text}}<br>overlap <b>%{{x:.3g}}</b><extra></extra>",
+        hoveron="points",
+    )
+
+
+def _mean(overlap: Estimate, name: str) -> go.Scatter:
+    return go.Scatter(
+        x=[overlap.value],
+        y=[name],
+        name=f"{name}: mean",
+        mode="markers",
+        marker={"symbol": "diamond", "size": 11, "color": INK, "line": {"color": "white", "width": 1}},
+        error_x=error_bars(overlap.value, *overlap.interval, thickness=2.5, width=6),
+        hovertemplate=f"{name}: mean {overlap}<extra></extra>",
+    )
+
+
+def _contrast(overlap: Estimate, name: str) -> dict[str, object]:
+    text = f"{overlap.contrast:+.3f} {signed(overlap.contrast_interval)}"
+    place = {"x": 1.01, "xref": "paper", "xanchor": "left", "y": name, "yref": "y"}
+    return {"text": text, "showarrow": False, "font": {"size": 12}, **place}
+
+
+# ------------------------------------------------------------------------------------- n examples and a reference
+
+
+def plot_anchor_curve(curve: AnchorCurve) -> go.Figure:
+    """Draw the overlap of the mean of n anchors with a disjoint reference over n, with the controls.
+
+    Args:
+        curve: Overlaps at several numbers of anchors.
+
+    Returns:
+        The figure: for each set of examples a line through the means and a band for the central 90 % of the draws, a
+        dotted line at the split-half reliability and a dashed line at the expectation for random subspaces. The scale
+        of n is logarithmic.
+    """
+    names = list(curve.draws)
+    figure = go.Figure(layout={"template": TEMPLATE})
+    for name, look in zip(names, _looks_with_control(names), strict=True):
+        figure.add_traces(_anchor_traces(curve, name, look))
+    for height, what, dash, colour, position in (
+        (curve.ceiling, "split-half reliability", "dot", COLOURS["safety"], "top left"),
+        (curve.expected, "random subspaces", "dash", INK, "bottom right"),
+    ):
+        figure.add_hline(
+            y=height,
+            line={"color": colour, "dash": dash, "width": 1.5},
+            annotation={"text": f"{what}: {height:.3g}", "font_size": 12},
+            annotation_position=position,
+        )
+    figure.update_layout(
+        title=title(
+            "Overlap of the mean of n anchors with that of a disjoint reference",
+            f"reference: {curve.reference} other safety examples; rank at most {curve.rank}, mean over "
+            f"{counted(len(curve.layers), 'parameter')}; band: 90 % of {len(curve.draws['safety'])} random splits",
+        ),
+        xaxis={"type": "log", "tickvals": curve.counts, "ticktext": list(map(str, curve.counts)), "title": "anchors n"},
+        yaxis={"title": "overlap, mean cos² of the principal angles", "rangemode": "tozero"},
+        height=460 + legend_room(names),
+    )
+    return figure
+
+
+def _anchor_traces(curve: AnchorCurve, name: str, look: Look) -> list[go.Scatter]:
+    low, high = curve.band(name)
+    line = go.Scatter(
+        x=curve.counts,
+        y=curve.means(name),
+        name=name,
+        legendgroup=name,
+        mode="lines+markers",
+        line={"color": look.colour, "width": 2.5, "dash": look.dash},
+        marker={"symbol": look.symbol, "size": 8},
+        customdata=list(zip(low, high, strict=True)),
+        hovertemplate=f"{name}, %{{x}} anchors<br>overlap <b>%{{y:.3f}}</b>, 90 % of draws "
+        "%{customdata[0]:.3f} to %{customdata[1]:.3f}<extra></extra>",
+    )
+    colour = translucent(look.colour, 0.18)
+    return [band(curve.counts, low, high, colour, name=f"{name}: 90 % of draws", legendgroup=name), line]
+
+
+def _looks_with_control(names: list[str]) -> list[Look]:
+    """Return the look of each set of examples; the first set without a fixed colour has that of controls."""
+    unnamed = [name for name in names if name.casefold() not in {known.casefold() for known in COLOURS}]
+    first = unnamed[:1] if "control" not in names else []
+    return looks(["control" if name in first else name for name in names])
+
+
+# ---------------------------------------------------------------------------------------------------- two examples
+
+
+def plot_overlaps(overlaps: Overlaps) -> go.Figure:
+    """Draw the mean overlap of two examples' subspaces, within each set and between every two sets.
 
     Args:
         overlaps: Overlaps between the examples of several sets.
 
     Returns:
-        The figure: a square per pair of sets with its mean; the intervals, and the contrast with the row's own mean,
-        are where the pointer is.
+        The figure: a heat map with the mean of each pair of sets; hover shows its interval, and its contrast with the
+        mean within the set of the row.
     """
     names = list(overlaps.names)
     figure = go.Figure(layout={"template": TEMPLATE})
@@ -31,7 +180,7 @@ def plot_overlaps(overlaps: "Overlaps") -> go.Figure:
             z=overlaps.matrix,
             x=names,
             y=names,
-            text=[[_text(overlaps, first, second) for second in names] for first in names],
+            text=[[_overlap_hover(overlaps, row, column) for column in names] for row in names],
             texttemplate="%{z:.3f}",
             textfont={"size": 14},
             hovertemplate="%{text}<extra></extra>",
@@ -49,145 +198,75 @@ def plot_overlaps(overlaps: "Overlaps") -> go.Figure:
             f"rank at most {overlaps.rank}, {overlaps.side} singular vectors, mean over "
             f"{counted(len(overlaps.parameters), 'parameter')}; random subspaces: {overlaps.expected:.3g}",
         ),
-        xaxis={**_axis(names, 12), "tickangle": 0},
-        yaxis={**_axis(names, 20), "autorange": "reversed"},
+        xaxis={**_axis_of_sets(names, 12), "tickangle": 0},
+        yaxis={**_axis_of_sets(names, 20), "autorange": "reversed"},
         height=190 + 62 * len(names),
         margin_b=56,
     )
     return figure
 
 
-def _axis(names: list[str], width: int) -> dict[str, object]:
+def _axis_of_sets(names: list[str], width: int) -> dict[str, object]:
     labels = {"tickvals": names, "ticktext": [wrapped(name, width) for name in names], "ticks": ""}
     return {**labels, "showgrid": False, "showline": False}
 
 
-def _text(overlaps: "Overlaps", first: str, second: str) -> str:
-    value = overlaps.matrix[overlaps.names.index(first), overlaps.names.index(second)]
-    low, high = overlaps.intervals[first, second]
-    text = f"{first} – {second}<br>overlap <b>{value:.3f}</b> [{low:.3f}, {high:.3f}]"
-    contrast = overlaps.contrasts.get((first, second))
-    return f"{text}<br>within {first} less this: {contrast}" if contrast else text
+def _overlap_hover(overlaps: Overlaps, row: str, column: str) -> str:
+    value = overlaps.matrix[overlaps.names.index(row), overlaps.names.index(column)]
+    low, high = overlaps.intervals[row, column]
+    text = f"{row} – {column}<br>overlap <b>{value:.3f}</b> [{low:.3f}, {high:.3f}]"
+    contrast = overlaps.contrasts.get((row, column))
+    return f"{text}<br>within {row} less this: {contrast}" if contrast else text
 
 
-def plot_anchor_curve(curve: "AnchorCurve") -> go.Figure:
-    """Draw the overlap with a disjoint reference over the number of anchors, beside the controls.
-
-    Args:
-        curve: Overlaps at several numbers of anchors.
-
-    Returns:
-        The figure: for each group a line through the means and a band for the central 90 % of the draws, a dotted line
-        at the split-half reliability and a dashed one where random subspaces lie. The scale of anchors is logarithmic.
-    """
-    names = list(curve.draws)
-    figure = go.Figure(layout={"template": TEMPLATE})
-    for name, look in zip(names, _looks(names), strict=True):
-        low, high = curve.band(name)
-        figure.add_trace(
-            go.Scatter(
-                x=[*curve.counts, *curve.counts[::-1]],
-                y=[*high, *low[::-1]],
-                name=f"{name}: 90 % of draws",
-                legendgroup=name,
-                mode="lines",
-                line={"width": 0},
-                fill="toself",
-                fillcolor=translucent(look.colour, 0.18),
-                hoverinfo="skip",
-                showlegend=False,
-            )
-        )
-        figure.add_trace(
-            go.Scatter(
-                x=curve.counts,
-                y=curve.means(name),
-                name=name,
-                legendgroup=name,
-                mode="lines+markers",
-                line={"color": look.colour, "width": 2.5, "dash": look.dash},
-                marker={"symbol": look.symbol, "size": 8},
-                customdata=list(zip(low, high, strict=True)),
-                hovertemplate=f"{name}, %{{x}} anchors<br>overlap <b>%{{y:.3f}}</b>, 90 % of draws "
-                "%{customdata[0]:.3f} to %{customdata[1]:.3f}<extra></extra>",
-            )
-        )
-    figure.add_hline(
-        y=curve.ceiling,
-        line={"color": COLOURS["safety"], "dash": "dot", "width": 1.5},
-        annotation={"text": f"split-half reliability: {curve.ceiling:.3g}", "font_size": 12},
-        annotation_position="top left",
-    )
-    figure.add_hline(
-        y=curve.expected,
-        line={"color": "#222222", "dash": "dash", "width": 1.5},
-        annotation={"text": f"random subspaces: {curve.expected:.3g}", "font_size": 12},
-        annotation_position="bottom right",
-    )
-    figure.update_layout(
-        title=title(
-            "Overlap of the mean of n anchors with that of a disjoint reference",
-            f"reference: {curve.reference} other safety examples; rank at most {curve.rank}, mean over "
-            f"{counted(len(curve.layers), 'parameter')}; band: 90 % of {len(curve.draws['safety'])} random splits",
-        ),
-        xaxis={"type": "log", "tickvals": curve.counts, "ticktext": list(map(str, curve.counts)), "title": "anchors n"},
-        yaxis={"title": "overlap, mean cos² of the principal angles", "rangemode": "tozero"},
-        height=460 + legend_room(names),
-    )
-    return figure
+# ---------------------------------------------------------------------------------------------- all examples in a plane
 
 
-def _looks(names: list[str]) -> list[Look]:
-    """The first of the controls has their colour, whatever its name; others must be told apart from it."""
-    unnamed = [name for name in names if name.casefold() not in {known.casefold() for known in COLOURS}]
-    first = unnamed[:1] if "control" not in names else []
-    return looks(["control" if name in first else name for name in names])
-
-
-def plot_gradient_map(found: "GradientMap") -> go.Figure:
-    """Draw every example as a point, in the colour of its set.
+def plot_gradient_map(gradient_map: GradientMap) -> go.Figure:
+    """Draw the gradient of each example as a point in the plane, in the colour of its set.
 
     Args:
-        found: A map of single gradients.
+        gradient_map: The map of gradients of single examples.
 
     Returns:
-        The figure; both axes have one scale, in units of a gradient's length where gradients were normalised.
+        The figure; both axes have the same scale, in units of a gradient's length if gradients were normalised.
     """
-    names = list(found.names)
-    frame = found.to_frame()
+    names = list(gradient_map.names)
+    frame = gradient_map.to_frame()
     figure = go.Figure(layout={"template": TEMPLATE})
     for name, look in zip(names, looks(names), strict=True):
-        rows = frame[frame["set"] == name]
-        figure.add_trace(
-            go.Scatter(
-                x=rows["x"],
-                y=rows["y"],
-                name=name,
-                mode="markers",
-                marker={
-                    "color": look.colour,
-                    "symbol": look.symbol,
-                    "size": 8,
-                    "opacity": 0.75,
-                    "line": {"color": "white", "width": 0.5},
-                },
-                customdata=rows[["example", "silhouette"]],
-                hovertemplate=f"{name}, example %{{customdata[0]}}<br>silhouette <b>%{{customdata[1]:+.3f}}</b>"
-                "<extra></extra>",
-            )
-        )
-    if found.method == "pca":
-        shown, axis = f"{found.quality:.0%} of the variance shown", "principal component"
+        figure.add_trace(_points(frame[frame["set"] == name], name, look))
+    if gradient_map.method == "pca":
+        quality, axis = f"{gradient_map.quality:.0%} of the variance shown", "principal component"
     else:
-        shown, axis = f"stress {found.quality:.3f}", "scaled dimension"
-    unit = "units of gradient length" if found.normalised else "gradient norm"
+        quality, axis = f"stress {gradient_map.quality:.3f}", "scaled dimension"
+    unit = "units of gradient length" if gradient_map.normalised else "gradient norm"
     figure.update_layout(
         title=title(
             "Gradients of single examples in the plane",
-            f"{shown}; mean silhouette over all dimensions {found.separation:+.3f}, p = {found.p_value:.2g}",
+            f"{quality}; mean silhouette over all dimensions {gradient_map.separation:+.3f}, p = "
+            f"{gradient_map.p_value:.2g}",
         ),
         xaxis={"title": f"{axis} 1, {unit}"},
         yaxis={"title": f"{axis} 2, {unit}", "scaleanchor": "x"},
         height=560,
     )
     return figure
+
+
+def _points(rows: pd.DataFrame, name: str, look: Look) -> go.Scatter:
+    return go.Scatter(
+        x=rows["x"],
+        y=rows["y"],
+        name=name,
+        mode="markers",
+        marker={
+            "color": look.colour,
+            "symbol": look.symbol,
+            "size": 8,
+            "opacity": 0.75,
+            "line": {"color": "white", "width": 0.5},
+        },
+        customdata=rows[["example", "silhouette"]],
+        hovertemplate=f"{name}, example %{{customdata[0]}}<br>silhouette <b>%{{customdata[1]:+.3f}}</b><extra></extra>",
+    )

@@ -1,7 +1,6 @@
-"""Figures of subspaces: principal angles, and what one sample captures."""
+"""The figure of the principal angles between two subspaces, and of their overlap by layer."""
 
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
 import numpy as np
 import plotly.graph_objects as go
@@ -10,37 +9,23 @@ from plotly.subplots import make_subplots
 
 from geomkit.errors import GeometryError
 from geomkit.inputs.parameters import kind_of
-from geomkit.plots.style import (
-    COLOURS,
-    TEMPLATE,
-    column_of,
-    columns_of,
-    layer_axis,
-    looks,
-    per_cent,
-    title,
-    translucent,
-    whole_ticks,
-    wrapped,
-)
-from geomkit.utils.display import signed
-
-if TYPE_CHECKING:
-    from geomkit.svd.one_sample.leave_one_out import Estimate
-    from geomkit.svd.one_sample.results import OneSample
-    from geomkit.svd.principal_angles import Angles, LayerAngles
+from geomkit.plots.axes import columns_of, layer_axis, whole_ticks
+from geomkit.plots.labels import column_of
+from geomkit.plots.style import COLOURS, INK, TEMPLATE, Look, looks, title
+from geomkit.svd.principal_angles import Angles, LayerAngles
 
 
-def plot_angles(angles: "Angles") -> go.Figure:
-    """Draw the principal angles of every parameter, and the overlap they amount to by layer.
+def plot_angles(angles: Angles) -> go.Figure:
+    """Draw the principal angles of every parameter, and their overlap by layer.
 
     Args:
         angles: Principal angles between two subspaces.
 
     Returns:
-        The figure. Left: one thin line per parameter, the angles ascending, the median over parameters, and the
-        edge below which the angles of random subspaces of these sizes hardly fall. Right: the overlap, the mean
-        squared cosine, with its expectation for random subspaces and, as open circles, what a control shows.
+        The figure. Left: a thin line per parameter through its angles in ascending order, their median over
+        parameters, and the edge above which almost all angles of random subspaces of these sizes lie. Right: the
+        overlap, the mean squared cosine, with its expectation for random subspaces and, as open circles, the overlap of
+        the control.
 
     Raises:
         GeometryError: If no parameter has a direction on both sides.
@@ -53,12 +38,11 @@ def plot_angles(angles: "Angles") -> go.Figure:
     for kind, look in zip(kinds, looks(kinds), strict=True):
         chosen = {name: layer for name, layer in layers.items() if kind_of(name) == kind}
         figure.add_trace(_angle_lines(chosen, kind, look.colour), row=1, col=1)
-        for trace in _overlaps(chosen, kind, look.colour, look.symbol):
-            figure.add_trace(trace, row=1, col=2)
-    figure.add_traces(_angle_summary(layers), rows=1, cols=1)
+        figure.add_traces([_expected_overlaps(chosen), _overlaps(chosen, kind, look)], rows=1, cols=2)
+    figure.add_traces(_summary(layers), rows=1, cols=1)
     control = ""
     if not np.isnan(angles.mean_control):
-        figure.add_trace(_controls(layers), row=1, col=2)
+        figure.add_trace(_control_overlaps(layers), row=1, col=2)
         control = f"control (open circles): {angles.mean_control:.3g}; "
     figure.update_layout(
         template=TEMPLATE,
@@ -67,108 +51,41 @@ def plot_angles(angles: "Angles") -> go.Figure:
             f"mean overlap {angles.mean_overlap:.3g}; {control}random subspaces: {angles.mean_expected_overlap:.3g}",
         ),
         yaxis={"range": [-2, 92], "dtick": 15, "ticksuffix": "°", "title": "principal angle, degrees"},
-        xaxis={"title": "index of the angle, ascending", "tickvals": _indices(layers)},
+        xaxis={
+            "title": "index of the angle, ascending",
+            "tickvals": whole_ticks(range(1, _longest(layers) + 1), 10),
+        },
         xaxis2={**layer_axis(columns_of(layers), most=8), "showgrid": False},
         yaxis2={"title": "overlap, mean cos²", "rangemode": "tozero"},
     )
     return figure
 
 
-def plot_one_sample(study: "OneSample") -> go.Figure:
-    """Draw how much of the mean safety subspace one example finds, anchor by anchor, beside the controls.
-
-    Args:
-        study: A leave-one-out study of single examples.
-
-    Returns:
-        The figure: a point per safety example and per control, a box for each group, the mean with its
-        interval, the contrast of each control, and the expectation for random subspaces.
-    """
-    names = [*reversed(study.controls), "safety"]
-    figure = go.Figure(layout={"template": TEMPLATE})
-    for name in names:
-        figure.add_trace(_strip(study.groups[name].overlaps, name, _colour(name)))
-        figure.add_trace(_mean(study.groups[name].overlap, name))
-    figure.add_vline(
-        x=study.expected,
-        line={"color": "#222222", "dash": "dash", "width": 1.5},
-        annotation={"text": f"random subspaces: {study.expected:.3g}", "font_size": 12, "yanchor": "bottom"},
-        annotation_position="top right",
-    )
-    figure.update_layout(
-        title=title(
-            "Overlap of one example's subspace with that of the mean safety gradient",
-            f"rank at most {study.rank}, mean over parameters; right of each control: safety − control with its "
-            f"{per_cent(study.confidence)} interval",
-        ),
-        xaxis={"title": "overlap, mean cos² of the principal angles", "rangemode": "tozero"},
-        yaxis={"tickvals": names, "ticktext": [wrapped(name) for name in names], "showgrid": False, "ticks": ""},
-        height=220 + 62 * len(names),
-        margin={"b": 56, "r": 172},
-        showlegend=False,
-        annotations=[
-            *figure.layout.annotations,
-            *(_contrast(study.groups[name].overlap, name) for name in study.controls),
-        ],
-    )
-    return figure
+# ----------------------------------------------------------------------------------------------------------- angles
 
 
-def _colour(group: str) -> str:
-    """Return a set's own colour; all others are controls."""
-    return COLOURS[group if group in {"safety", "utility"} else "control"]
+def _longest(layers: Mapping[str, LayerAngles]) -> int:
+    return max(len(layer.angles) for layer in layers.values())
 
 
-def _contrast(found: "Estimate", name: str) -> dict[str, object]:
-    text = f"{found.contrast:+.3f} {signed(found.contrast_interval)}"
-    place = {"x": 1.01, "xref": "paper", "xanchor": "left", "y": name, "yref": "y"}
-    return {"text": text, "showarrow": False, "font": {"size": 12}, **place}
+def _degrees(layer: LayerAngles) -> NDArray[np.float64]:
+    """Return the angles of a layer in degrees, ascending."""
+    degrees: NDArray[np.float64] = np.degrees(layer.angles[::-1])
+    return degrees
 
 
-def _strip(values: "NDArray[np.float64]", name: str, colour: str) -> go.Box:
-    return go.Box(
-        x=np.asarray(values),
-        y=[name] * len(values),
-        name=name,
-        orientation="h",
-        boxpoints="all",
-        jitter=0.5,
-        pointpos=0,
-        width=0.5,
-        line={"color": colour, "width": 1.5},
-        fillcolor=translucent(colour, 0.15),
-        marker={"color": translucent(colour, 0.7), "size": 6},
-        text=[str(place) for place in range(len(values))],
-        hovertemplate=f"{name} example %{{text}}<br>overlap <b>%{{x:.3g}}</b><extra></extra>",
-        hoveron="points",
-    )
-
-
-def _mean(found: "Estimate", name: str) -> go.Scatter:
-    low, high = found.interval
-    return go.Scatter(
-        x=[found.value],
-        y=[name],
-        name=f"{name}: mean",
-        mode="markers",
-        marker={"symbol": "diamond", "size": 11, "color": "#222222", "line": {"color": "white", "width": 1}},
-        error_x={"array": [high - found.value], "arrayminus": [found.value - low], "thickness": 2.5, "width": 6},
-        hovertemplate=f"{name}: mean {found}<extra></extra>",
-    )
-
-
-def _angle_lines(layers: "Mapping[str, LayerAngles]", kind: str, colour: str) -> go.Scatter:
-    """All lines of one kind in one trace, a gap between them: a large model has hundreds."""
-    x, y, labels = [], [], []
+def _angle_lines(layers: Mapping[str, LayerAngles], kind: str, colour: str) -> go.Scatter:
+    """Return the lines of all parameters of a kind as one trace with gaps, since a large model has hundreds."""
+    x, y, names = [], [], []
     for name, layer in layers.items():
-        degrees = np.degrees(layer.angles[::-1])
+        degrees = _degrees(layer)
         x += [*range(1, len(degrees) + 1), None]
         y += [*degrees, None]
-        labels += [name] * (len(degrees) + 1)
+        names += [name] * (len(degrees) + 1)
     return go.Scatter(
         x=x,
         y=y,
-        text=labels,
+        text=names,
         name=kind,
         legendgroup=kind,
         mode="lines",
@@ -179,15 +96,12 @@ def _angle_lines(layers: "Mapping[str, LayerAngles]", kind: str, colour: str) ->
     )
 
 
-def _indices(layers: "Mapping[str, LayerAngles]") -> list[int]:
-    return whole_ticks(range(1, max(len(layer.angles) for layer in layers.values()) + 1), 10)
-
-
-def _angle_summary(layers: "Mapping[str, LayerAngles]") -> list[go.Scatter]:
-    longest = max(len(layer.angles) for layer in layers.values())
+def _summary(layers: Mapping[str, LayerAngles]) -> list[go.Scatter]:
+    """Return the median over parameters of the angles, and that of the edge for random subspaces."""
+    longest = _longest(layers)
     padded = np.full((len(layers), longest), np.nan)
     for row, layer in zip(padded, layers.values(), strict=True):
-        row[: len(layer.angles)] = np.degrees(layer.angles[::-1])
+        row[: len(layer.angles)] = _degrees(layer)
     edges = [np.degrees(np.arccos(min(layer.random_edge, 1.0))) for layer in layers.values()]
     return [
         go.Scatter(
@@ -195,7 +109,7 @@ def _angle_summary(layers: "Mapping[str, LayerAngles]") -> list[go.Scatter]:
             y=np.nanmedian(padded, axis=0),
             name="median over parameters",
             mode="lines+markers",
-            line={"color": "#222222", "width": 2.5},
+            line={"color": INK, "width": 2.5},
             marker={"size": 5},
             hovertemplate="median over parameters<br>angle %{x}: <b>%{y:.1f}°</b><extra></extra>",
         ),
@@ -210,38 +124,35 @@ def _angle_summary(layers: "Mapping[str, LayerAngles]") -> list[go.Scatter]:
     ]
 
 
-def _controls(layers: "Mapping[str, LayerAngles]") -> go.Scatter:
+# --------------------------------------------------------------------------------------------------------- overlaps
+
+
+def _overlaps(layers: Mapping[str, LayerAngles], kind: str, look: Look) -> go.Scatter:
+    marker = {"symbol": look.symbol, "size": 8, "color": look.colour, "line": {"color": "white", "width": 1}}
+    values = {parameter: layer.overlap for parameter, layer in layers.items()}
+    return _by_layer(values, "overlap", name=kind, legendgroup=kind, marker=marker)
+
+
+def _expected_overlaps(layers: Mapping[str, LayerAngles]) -> go.Scatter:
+    name = "expected for random subspaces"
+    marker = {"symbol": "line-ew-open", "size": 12, "color": COLOURS["null"], "line": {"width": 2}}
+    values = {parameter: layer.expected_overlap for parameter, layer in layers.items()}
+    return _by_layer(values, name, name=name, legendgroup="expected", showlegend=False, marker=marker)
+
+
+def _control_overlaps(layers: Mapping[str, LayerAngles]) -> go.Scatter:
+    marker = {"symbol": "circle-open", "size": 8, "color": COLOURS["control"], "line": {"width": 1.5}}
+    values = {parameter: layer.control for parameter, layer in layers.items()}
+    return _by_layer(values, "overlap of the control", name="control", marker=marker)
+
+
+def _by_layer(values: Mapping[str, float], what: str, **look: object) -> go.Scatter:
+    """Return a marker per parameter at its layer, with ``what`` the values are in the hover text."""
     return go.Scatter(
-        x=[column_of(name) for name in layers],
-        y=[layer.control for layer in layers.values()],
-        name="control",
+        x=[column_of(parameter) for parameter in values],
+        y=list(values.values()),
         mode="markers",
-        marker={"symbol": "circle-open", "size": 8, "color": COLOURS["control"], "line": {"width": 1.5}},
-        text=list(layers),
-        hovertemplate="%{text}<br>overlap of the control <b>%{y:.3g}</b><extra></extra>",
-    )
-
-
-def _overlaps(layers: "Mapping[str, LayerAngles]", kind: str, colour: str, symbol: str) -> Iterator[go.Scatter]:
-    x = [column_of(name) for name in layers]
-    yield go.Scatter(
-        x=x,
-        y=[layer.expected_overlap for layer in layers.values()],
-        name="expected for random subspaces",
-        legendgroup="expected",
-        showlegend=False,
-        mode="markers",
-        marker={"symbol": "line-ew-open", "size": 12, "color": COLOURS["null"], "line": {"width": 2}},
-        text=list(layers),
-        hovertemplate="%{text}<br>expected for random subspaces <b>%{y:.3g}</b><extra></extra>",
-    )
-    yield go.Scatter(
-        x=x,
-        y=[layer.overlap for layer in layers.values()],
-        name=kind,
-        legendgroup=kind,
-        mode="markers",
-        marker={"symbol": symbol, "size": 8, "color": colour, "line": {"color": "white", "width": 1}},
-        text=list(layers),
-        hovertemplate="%{text}<br>overlap <b>%{y:.3g}</b><extra></extra>",
+        text=list(values),
+        hovertemplate=f"%{{text}}<br>{what} <b>%{{y:.3g}}</b><extra></extra>",
+        **look,
     )

@@ -1,77 +1,102 @@
-"""The figure of one statistic of the spectra, layer by layer."""
+"""Figures of one statistic of the spectra by layer, one panel per kind of matrix: its values, and their difference."""
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
+import pandas as pd
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
 from geomkit.errors import GeometryError
+from geomkit.plots.axes import whole_ticks
+from geomkit.plots.labels import per_cent, place_of, short
+from geomkit.plots.panels import Panels, panels
 from geomkit.plots.spectra import named
-from geomkit.plots.style import (
-    COLOURS,
-    TEMPLATE,
-    Look,
-    legend_room,
-    looks,
-    per_cent,
-    place_of,
-    short,
-    title,
-    translucent,
-    whole_ticks,
-)
+from geomkit.plots.style import COLOURS, TEMPLATE, Look, legend_room, looks, title, translucent
+from geomkit.plots.traces import error_bars, side_by_side
+from geomkit.svd.spectrum import Spectrum
+from geomkit.svd.spectrum_contrast import SpectrumContrast
 
-if TYPE_CHECKING:
-    import pandas as pd
+_COLUMNS = 4
+_FEW_LAYERS = 16
+"""Markers are smaller in panels of more layers."""
 
-    from geomkit.svd.spectrum import Spectrum
-    from geomkit.svd.spectrum_contrast import SpectrumContrast
+_OUTSIDE = "outside the layers"
+"""The panel of matrices that belong to no decoder layer; the last panel."""
 
-_SHOWN = ["parameter", "low", "high", "null", "null_low", "null_high", "tokens", "rank_bound"]
+_RANK_HOVER = ["parameter", "low", "high", "null", "null_low", "null_high", "tokens", "rank_bound"]
+_CONTRAST_HOVER = ["parameter", "low", "high", "a", "b", "p_value", "q_value", "tokens"]
 
 
 def plot_effective_rank(
-    *spectra: "Spectrum", names: Sequence[str] | None = None, statistic: str = "effective_rank"
+    *spectra: Spectrum, names: Sequence[str] | None = None, statistic: str = "effective_rank"
 ) -> go.Figure:
-    """Draw a statistic of the spectrum by layer, one panel for each kind of matrix, with the range of its null.
+    """Draw a statistic of the spectrum by layer, one panel per kind of matrix, with the range of its null.
 
     Args:
         spectra: One or more spectra of the same model.
-        names: A name for each, "safety" and "utility" when there are two; these have fixed colours.
-        statistic: One of the statistics in the spectra's frames.
+        names: A name for each spectrum; two spectra are "safety" and "utility" by default, which have fixed colours.
+        statistic: A statistic in the spectra's data frames.
 
     Returns:
-        The figure: markers are the gradients, with a line for their interval where there is one; the wide bars are
-        the range of their nulls.
+        The figure: a marker per gradient, with a line for its interval if there is one, and a wide bar for the range
+        of its null.
 
     Raises:
         GeometryError: If there is no spectrum, not one name for each, or no such statistic.
     """
     names = named(spectra, names)
-    frames = [rows_of(spectrum.to_frame(), statistic) for spectrum in spectra]
-    shown = panels(frames)
-    shifts = np.linspace(-0.15, 0.15, len(spectra)) if len(spectra) > 1 else np.zeros(1)
-    units = [spectrum.unit for spectrum in spectra]
-    for frame, name, unit, look, shift in zip(frames, names, units, looks(names), shifts, strict=True):
-        for number, place in enumerate(shown.places):
-            for trace in _traces(frame[frame["place"] == place], name, unit, look, float(shift)):
-                shown.add(number, trace)
-    word = words_for(statistic)
-    lay_out(shown, frames[0], f"{word} by layer and kind of matrix", _subtitle(spectra, frames), word)
-    shown.figure.update_yaxes(minallowed=0)
-    return shown.figure
-
-
-def _subtitle(spectra: Sequence["Spectrum"], frames: Sequence["pd.DataFrame"]) -> str:
+    frames = [_rows_of(spectrum.to_frame(), statistic) for spectrum in spectra]
+    drawn = _panels(frames)
+    shifts = side_by_side(len(spectra), 0.3)
+    series = zip(frames, names, spectra, looks(names), shifts, strict=True)
+    for frame, name, spectrum, look, shift in series:
+        for number, place in enumerate(drawn.names):
+            rows = frame[frame["place"] == place]
+            _add(drawn, number, _rank_traces(rows, name, spectrum.unit, look, float(shift)))
+    words = _in_words(statistic)
     intervals = any(frame["low"].notna().any() for frame in frames)
     lines = f"lines: {per_cent(spectra[0].confidence)} intervals over examples; " if intervals else ""
-    return f"{lines}bars: range of the null draws"
+    heading = title(_capitalised(f"{words} by layer and kind of matrix"), f"{lines}bars: range of the null draws")
+    _lay_out(drawn, frames[0], heading, words)
+    drawn.figure.update_yaxes(minallowed=0)
+    return drawn.figure
 
 
-def _traces(frame: "pd.DataFrame", name: str, unit: str, look: Look, shift: float) -> Iterator[go.Scatter]:
+def plot_spectrum_contrast(contrast: SpectrumContrast, statistic: str = "effective_rank") -> go.Figure:
+    """Draw the difference of a statistic between two spectra by layer, one panel per kind of matrix.
+
+    Args:
+        contrast: The comparison of two spectra.
+        statistic: A statistic in its data frame, which has an interval.
+
+    Returns:
+        The figure: a marker per matrix with its interval, full if the difference is significant after adjusting for
+        the number of matrices, else hollow; a line at zero, where the two sets are alike.
+
+    Raises:
+        GeometryError: If there is no such statistic.
+    """
+    frame = _rows_of(contrast.to_frame(), statistic)
+    drawn = _panels([frame])
+    for number, place in enumerate(drawn.names):
+        _add(drawn, number, _contrast_traces(contrast, frame[frame["place"] == place]))
+    difference, (low, high) = contrast.mean(statistic)
+    heading = title(
+        _capitalised(f"{_in_words(statistic)}: {' − '.join(map(short, contrast.names))}"),
+        f"by layer and kind of matrix; mean {difference:+.3g} [{low:+.3g}, {high:+.3g}]; lines: "
+        f"{per_cent(contrast.confidence)} intervals over examples",
+    )
+    _lay_out(drawn, frame, heading, "difference")
+    drawn.figure.add_hline(y=0, line={"color": COLOURS["null"], "width": 1}, row="all", col="all")
+    return drawn.figure
+
+
+# ---------------------------------------------------------------------------------------------------------- traces
+
+
+def _rank_traces(frame: pd.DataFrame, name: str, unit: str, look: Look, shift: float) -> Iterator[go.Scatter]:
+    """Yield the nulls of one spectrum in one panel, then its values with their intervals."""
     x = frame["x"] + shift
+    range_of_null = {"color": translucent(look.colour, 0.3), "thickness": 6}
     yield go.Scatter(
         x=x,
         y=frame["null"],
@@ -80,7 +105,7 @@ def _traces(frame: "pd.DataFrame", name: str, unit: str, look: Look, shift: floa
         showlegend=False,
         mode="markers",
         marker={"symbol": "line-ew-open", "size": 7, "color": look.colour},
-        error_y=bars(frame, "null", "null_low", "null_high", color=translucent(look.colour, 0.3), thickness=6),
+        error_y=error_bars(frame["null"], frame["null_low"], frame["null_high"], **range_of_null),
         hoverinfo="skip",
     )
     interval = "interval [%{customdata[1]:.4g}, %{customdata[2]:.4g}]<br>" if frame["low"].notna().any() else ""
@@ -92,12 +117,12 @@ def _traces(frame: "pd.DataFrame", name: str, unit: str, look: Look, shift: floa
         mode="markers",
         marker={
             "symbol": look.symbol,
-            "size": marker_size(frame),
+            "size": _marker_size(frame),
             "color": look.colour,
             "line": {"color": "white", "width": 1},
         },
-        error_y=bars(frame, "value", "low", "high", color=look.colour, thickness=1.5),
-        customdata=frame[_SHOWN].to_numpy(),
+        error_y=error_bars(frame["value"], frame["low"], frame["high"], color=look.colour, thickness=1.5),
+        customdata=frame[_RANK_HOVER].to_numpy(),
         hovertemplate=(
             f"{name}, %{{customdata[0]}}<br><b>%{{y:.4g}}</b><br>{interval}null %{{customdata[3]:.4g}} "
             f"[%{{customdata[4]:.4g}}, %{{customdata[5]:.4g}}]<br>%{{customdata[6]}} {unit}, "
@@ -106,63 +131,30 @@ def _traces(frame: "pd.DataFrame", name: str, unit: str, look: Look, shift: floa
     )
 
 
-_CONTRAST_COLUMNS = ["parameter", "low", "high", "a", "b", "p_value", "q_value", "tokens"]
-
-
-def plot_spectrum_contrast(contrast: "SpectrumContrast", statistic: str = "effective_rank") -> go.Figure:
-    """Draw the difference of a statistic by layer, one panel for each kind of matrix, with its interval.
-
-    Args:
-        contrast: A finished comparison of two spectra.
-        statistic: One of the statistics in its frame that has an interval.
-
-    Returns:
-        The figure: full markers are differences that are significant after adjusting for the number of matrices,
-        hollow ones are not; a line at zero, where the two sets are alike.
-
-    Raises:
-        GeometryError: If there is no such statistic.
-    """
-    frame = rows_of(contrast.to_frame(), statistic)
-    shown = panels([frame])
-    for number, place in enumerate(shown.places):
-        for trace in _contrast_traces(contrast, frame[frame["place"] == place]):
-            shown.add(number, trace)
-    heading = f"{words_for(statistic)}: {' − '.join(map(short, contrast.names))}"
-    lay_out(shown, frame, heading, _contrast_subtitle(contrast, statistic), "difference")
-    shown.figure.add_hline(y=0, line={"color": COLOURS["null"], "width": 1}, row="all", col="all")
-    return shown.figure
-
-
-def _contrast_subtitle(contrast: "SpectrumContrast", statistic: str) -> str:
-    difference, (low, high) = contrast.mean(statistic)
-    lines = f"lines: {per_cent(contrast.confidence)} intervals over examples"
-    return f"by layer and kind of matrix; mean {difference:+.3g} [{low:+.3g}, {high:+.3g}]; {lines}"
-
-
-def _contrast_traces(contrast: "SpectrumContrast", frame: "pd.DataFrame") -> Iterator[go.Scatter]:
+def _contrast_traces(contrast: SpectrumContrast, frame: pd.DataFrame) -> Iterator[go.Scatter]:
+    """Yield the significant differences in one panel, then all others."""
     level = 1 - contrast.confidence
     (look,) = looks(contrast.names[:1])
-    found = frame["q_value"] < level
-    for name, some, filling in (
-        (f"differs (q < {level:.2g})", frame[found], look.colour),
-        ("not told apart", frame[~found], "white"),
+    significant = frame["q_value"] < level
+    for name, rows, filling in (
+        (f"differs (q < {level:.2g})", frame[significant], look.colour),
+        ("not told apart", frame[~significant], "white"),
     ):
         yield go.Scatter(
-            # A trace of no points would have no place in the legend; one of a missing point has.
-            x=some["x"] if len(some) else [None],
-            y=some["difference"] if len(some) else [None],
+            # A trace without points has no entry in the legend; a trace of one missing point has.
+            x=rows["x"] if len(rows) else [None],
+            y=rows["difference"] if len(rows) else [None],
             name=name,
             legendgroup=name,
             mode="markers",
             marker={
                 "symbol": look.symbol,
-                "size": marker_size(frame),
+                "size": _marker_size(frame),
                 "color": filling,
                 "line": {"color": look.colour, "width": 1.5},
             },
-            error_y=bars(some, "difference", "low", "high", color=look.colour, thickness=1.5),
-            customdata=some[_CONTRAST_COLUMNS].to_numpy(),
+            error_y=error_bars(rows["difference"], rows["low"], rows["high"], color=look.colour, thickness=1.5),
+            customdata=rows[_CONTRAST_HOVER].to_numpy(),
             hovertemplate=(
                 "%{customdata[0]}<br><b>%{y:+.4g}</b> [%{customdata[1]:+.4g}, %{customdata[2]:+.4g}]<br>"
                 f"{contrast.names[0]} %{{customdata[3]:.4g}}, {contrast.names[1]} %{{customdata[4]:.4g}}<br>"
@@ -172,34 +164,15 @@ def _contrast_traces(contrast: "SpectrumContrast", frame: "pd.DataFrame") -> Ite
         )
 
 
-_COLUMNS = 4
-_FEW_LAYERS = 16
-_OUTSIDE = "outside the layers"
+def _marker_size(frame: pd.DataFrame) -> int:
+    return 8 if len(frame) <= _FEW_LAYERS else 5
 
 
-class Panels(NamedTuple):
-    """A figure with a panel for each of its places, row by row.
-
-    Attributes:
-        figure: The figure.
-        places: What each panel shows, such as ``"mlp.up_proj"``.
-        rows: Number of rows of panels.
-        columns: Number of panels in a row.
-    """
-
-    figure: go.Figure
-    places: Sequence[str]
-    rows: int
-    columns: int
-
-    def add(self, number: int, trace: go.Scatter) -> None:
-        """Put a trace into a panel; it is in the legend at most once, for the first."""
-        trace.showlegend = number == 0 and trace.showlegend is not False
-        self.figure.add_trace(trace, row=number // self.columns + 1, col=number % self.columns + 1)
+# ---------------------------------------------------------------------------------------------------------- panels
 
 
-def rows_of(frame: "pd.DataFrame", statistic: str) -> "pd.DataFrame":
-    """Return the rows of one statistic, with their panel in ``place`` and where they are along it in ``x``.
+def _rows_of(frame: pd.DataFrame, statistic: str) -> pd.DataFrame:
+    """Return the rows of a statistic, with two new columns: ``place``, the title of the panel, and ``x``.
 
     Raises:
         GeometryError: If there is no such statistic.
@@ -210,30 +183,60 @@ def rows_of(frame: "pd.DataFrame", statistic: str) -> "pd.DataFrame":
     chosen = frame[frame["statistic"] == statistic]
     outside = chosen["layer"].isna()
     places = chosen["parameter"].map(place_of).mask(outside, _OUTSIDE)
+    # Matrices outside the layers stand at 0, 1, 2, … of their panel.
     return chosen.assign(place=places, x=chosen["layer"].mask(outside, outside.cumsum() - 1).astype(float))
 
 
-def panels(frames: Sequence["pd.DataFrame"]) -> Panels:
-    """Make a panel for each kind of matrix, and one for those outside the decoder layers."""
+def _panels(frames: Sequence[pd.DataFrame]) -> Panels:
+    """Return a panel for each kind of matrix, and a last one for matrices outside the decoder layers."""
     places = sorted({place: None for frame in frames for place in frame["place"]}, key=_OUTSIDE.__eq__)
     columns = min(_COLUMNS, len(places))
-    rows = -(-len(places) // columns)
-    figure = make_subplots(
-        rows,
-        columns,
-        subplot_titles=places,
-        shared_yaxes="all",
-        horizontal_spacing=0.16 / columns,
-        vertical_spacing=0.3 / rows,
+    return panels(places, columns, across=0.16 / columns, down=0.3, shared_yaxes="all")
+
+
+def _add(drawn: Panels, number: int, traces: Iterator[go.Scatter]) -> None:
+    """Add traces to a panel; only traces of the first panel are in the legend."""
+    for trace in traces:
+        trace.showlegend = number == 0 and trace.showlegend is not False
+        drawn.add(number, trace)
+
+
+def _lay_out(drawn: Panels, frame: pd.DataFrame, heading: dict[str, object], beside: str) -> None:
+    """Set title, size and axes of a figure with a panel for each kind of matrix."""
+    figure = drawn.figure
+    figure.update_layout(
+        template=TEMPLATE,
+        title=heading,
+        height=150 + 210 * drawn.rows + legend_room(trace.name for trace in figure.data if trace.showlegend),
+        margin_t=104,
     )
-    return Panels(figure, places, rows, columns)
+    figure.update_annotations(font_size=13)
+    figure.update_xaxes(tickvals=whole_ticks(frame["layer"].dropna()), tickangle=0, showgrid=False)
+    figure.update_xaxes(title="layer", row=drawn.rows)
+    figure.update_yaxes(rangemode="tozero")
+    figure.update_yaxes(title=beside, col=1)
+    if drawn.names[-1] == _OUTSIDE:
+        _name_outside(drawn, frame[frame["place"] == _OUTSIDE])
 
 
-def words_for(statistic: str) -> str:
-    """Write a statistic's short name out.
+def _name_outside(drawn: Panels, frame: pd.DataFrame) -> None:
+    """Write the names of the matrices outside the layers along the last panel."""
+    labels = [place_of(parameter) for parameter in frame["parameter"]]
+    drawn.figure.update_xaxes(
+        tickvals=frame["x"],
+        ticktext=labels,
+        tickfont_size=11,
+        range=(-0.6, len(labels) - 0.4),
+        title="",
+        **drawn.at(len(drawn.names) - 1),
+    )
+
+
+def _in_words(statistic: str) -> str:
+    """Return the name of a statistic as text.
 
     Example:
-        >>> words_for("stable_rank"), words_for("cer10"), words_for("rank95")
+        >>> _in_words("stable_rank"), _in_words("cer10"), _in_words("rank95")
         ('stable rank', 'CER(10)', 'rank at 95 % of the energy')
     """
     if statistic.startswith("cer"):
@@ -243,44 +246,5 @@ def words_for(statistic: str) -> str:
     return statistic.replace("_", " ")
 
 
-def marker_size(frame: "pd.DataFrame") -> int:
-    """Return the size of a panel's markers, smaller where there are many layers."""
-    return 8 if len(frame) <= _FEW_LAYERS else 5
-
-
-def bars(frame: "pd.DataFrame", value: str, low: str, high: str, **look: object) -> dict[str, object]:
-    """Return the error bars of an interval around a column; there are none where the interval is NaN."""
-    above, below = frame[high] - frame[value], frame[value] - frame[low]
-    return {"array": above.to_numpy(), "arrayminus": below.to_numpy(), "width": 0, **look}
-
-
-def lay_out(shown: Panels, frame: "pd.DataFrame", heading: str, subtitle: str, axis: str) -> None:
-    """Give the figure its title and the axes their names."""
-    figure = shown.figure
-    figure.update_layout(
-        template=TEMPLATE,
-        title=title(heading[0].upper() + heading[1:], subtitle),
-        height=150 + 210 * shown.rows + legend_room(each.name for each in figure.data if each.showlegend),
-        margin_t=104,
-    )
-    figure.update_annotations(font_size=13)
-    figure.update_xaxes(tickvals=whole_ticks(frame["layer"].dropna()), tickangle=0, showgrid=False)
-    figure.update_xaxes(title="layer", row=shown.rows)
-    figure.update_yaxes(rangemode="tozero")
-    figure.update_yaxes(title=axis, col=1)
-    if shown.places[-1] == _OUTSIDE:
-        _name_ticks(shown, frame[frame["place"] == _OUTSIDE])
-
-
-def _name_ticks(shown: Panels, frame: "pd.DataFrame") -> None:
-    """Write the parameters outside the layers along the last panel."""
-    labels = [place_of(parameter) for parameter in frame["parameter"]]
-    shown.figure.update_xaxes(
-        tickvals=frame["x"],
-        ticktext=labels,
-        tickfont_size=11,
-        range=(-0.6, len(labels) - 0.4),
-        title="",
-        row=shown.rows,
-        col=(len(shown.places) - 1) % shown.columns + 1,
-    )
+def _capitalised(text: str) -> str:
+    return text[0].upper() + text[1:]

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 from geomkit.analysis.claims import claims_table
 from geomkit.plots.certificates import plot_certificate
 from geomkit.plots.conflict import plot_conflict, plot_conflict_examples
-from geomkit.plots.principal_angles import plot_angles, plot_one_sample
+from geomkit.plots.one_sample import plot_one_sample
+from geomkit.plots.principal_angles import plot_angles
 from geomkit.plots.ranks import plot_effective_rank
 from geomkit.plots.report import Section
 from geomkit.plots.runs import plot_evaluation, plot_history

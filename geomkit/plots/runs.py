@@ -1,39 +1,34 @@
-"""Figures of what models do and of runs: evaluations and the training loss."""
+"""Figures of evaluations and of fine-tuning runs: shares of prompts, and the training loss."""
 
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
 
-import numpy as np
 import plotly.graph_objects as go
 
-from geomkit.plots.style import TEMPLATE, looks, title, whole_ticks
+from geomkit.plots.axes import name_rows, step_ticks
+from geomkit.plots.style import TEMPLATE, looks, title
+from geomkit.plots.traces import error_bars, line_mode, side_by_side
+from geomkit.training.evaluate import Evaluation
+from geomkit.training.result import FineTuneResult
 
-if TYPE_CHECKING:
-    from geomkit.training.evaluate import Evaluation
-    from geomkit.training.finetune import FineTuneResult
-
-_DODGE = 0.56
-"""How much of the distance between two measures the arms of one take up."""
-
-_FEW_STEPS = 40
-"""Up to this many steps every one gets a marker."""
+_SPREAD = 0.56
+"""How much of the distance between two rows the markers of one row take up."""
 
 
-def plot_evaluation(evaluations: "Evaluation | Mapping[str, Evaluation]") -> go.Figure:
+def plot_evaluation(evaluations: Evaluation | Mapping[str, Evaluation]) -> go.Figure:
     """Draw refusal, over-refusal and skills with their 95 % Wilson intervals, models side by side.
 
     Args:
         evaluations: One evaluation, or several by name; "SFT" and "SPF" have fixed colours.
 
     Returns:
-        The figure: a row per measure, a marker with its interval per model.
+        The figure: a row per measure, with a marker and its interval per model.
     """
-    arms = evaluations if isinstance(evaluations, Mapping) else {"model": evaluations}
-    frames = {name: evaluation.to_frame() for name, evaluation in arms.items()}
+    models = evaluations if isinstance(evaluations, Mapping) else {"model": evaluations}
+    frames = {name: evaluation.to_frame() for name, evaluation in models.items()}
     measures = list(dict.fromkeys(measure for frame in frames.values() for measure in frame["measure"]))
-    shifts = np.linspace(-_DODGE / 2, _DODGE / 2, len(arms)) if len(arms) > 1 else np.zeros(1)
+    shifts = side_by_side(len(models), _SPREAD)
     figure = go.Figure(layout={"template": TEMPLATE})
-    for (name, frame), look, shift in zip(frames.items(), looks(list(arms)), shifts, strict=True):
+    for (name, frame), look, shift in zip(frames.items(), looks(list(models)), shifts, strict=True):
         figure.add_trace(
             go.Scatter(
                 x=frame["value"],
@@ -41,12 +36,7 @@ def plot_evaluation(evaluations: "Evaluation | Mapping[str, Evaluation]") -> go.
                 name=name,
                 mode="markers",
                 marker={"color": look.colour, "symbol": look.symbol, "size": 10},
-                error_x={
-                    "array": frame["high"] - frame["value"],
-                    "arrayminus": frame["value"] - frame["low"],
-                    "thickness": 2,
-                    "width": 4,
-                },
+                error_x=error_bars(frame["value"], frame["low"], frame["high"], thickness=2, width=4),
                 customdata=frame[["measure", "low", "high", "n"]].to_numpy(),
                 hovertemplate=(
                     f"{name}, %{{customdata[0]}}<br><b>%{{x:.1%}}</b> [%{{customdata[1]:.1%}}, "
@@ -54,36 +44,18 @@ def plot_evaluation(evaluations: "Evaluation | Mapping[str, Evaluation]") -> go.
                 ),
             )
         )
-    for boundary in range(1, len(measures)):
-        figure.add_hline(y=boundary - 0.5, line={"color": "#E6E6E6", "width": 1})
+    name_rows(figure, measures)
     figure.update_layout(
         title=title("Refusal, over-refusal and skills", "share of prompts, with 95 % Wilson intervals"),
         xaxis={"title": "share of prompts", "range": [-0.02, 1.02], "tickformat": ".0%"},
-        yaxis={
-            "tickvals": list(range(len(measures))),
-            "ticktext": measures,
-            "range": [len(measures) - 0.5, -0.5],
-            "showgrid": False,
-        },
-        height=180 + len(measures) * (26 + 16 * len(arms)),
-        showlegend=len(arms) > 1,
+        height=180 + len(measures) * (26 + 16 * len(models)),
+        showlegend=len(models) > 1,
     )
     return figure
 
 
-def step_ticks(steps: Iterable[int]) -> dict[str, object]:
-    """Return an axis of whole steps: a short run has its own ticks, a long one those that follow the zoom."""
-    known = set(steps)
-    return {"tickvals": whole_ticks(known, 10)} if len(known) <= _FEW_STEPS else {"tickformat": "d"}
-
-
-def line_mode(points: int) -> str:
-    """Return the mode of a line of so many points: few have markers."""
-    return "lines+markers" if points <= _FEW_STEPS else "lines"
-
-
-def plot_history(results: "FineTuneResult | Mapping[str, FineTuneResult]") -> go.Figure:
-    """Draw the training loss by optimizer step.
+def plot_history(results: FineTuneResult | Mapping[str, FineTuneResult]) -> go.Figure:
+    """Draw the training loss over the optimizer steps.
 
     Args:
         results: One fine-tuning run, or several by name; "SFT" and "SPF" have fixed colours.
@@ -105,12 +77,10 @@ def plot_history(results: "FineTuneResult | Mapping[str, FineTuneResult]") -> go
                 hovertemplate=f"{name}, step %{{x}}<br>loss <b>%{{y:.4g}}</b><extra></extra>",
             )
         )
+    steps = [step for run in runs.values() for step in run.history["step"]]
     figure.update_layout(
         title=title("Training loss"),
-        xaxis={
-            "title": "optimizer step",
-            **step_ticks([step for run in runs.values() for step in run.history["step"]]),
-        },
+        xaxis={"title": "optimizer step", **step_ticks(steps)},
         yaxis={"title": "loss, nats per token", "rangemode": "tozero"},
         showlegend=len(runs) > 1,
     )

@@ -1,30 +1,27 @@
-"""The figure of the tokens that conflict with safety, and of those that agree."""
+"""The figure of the tokens that conflict most with safety, and of those that agree most."""
 
-from typing import TYPE_CHECKING
-
+import pandas as pd
 import plotly.graph_objects as go
 
-from geomkit.plots.style import TEMPLATE, per_cent, title, told
+from geomkit.correlation.token_conflict import TokenConflict
+from geomkit.plots.labels import escaped, per_cent
+from geomkit.plots.style import INK, TEMPLATE, title
+from geomkit.plots.traces import error_bars
 from geomkit.utils.display import counted
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from geomkit.correlation.token_conflict import TokenConflict
 
 _AGAINST, _WITH = "#B2182B", "#2166AC"
 
 
-def plot_token_conflict(tokens: "TokenConflict", *, count: int = 12) -> go.Figure:
-    """Draw the tokens that add most to the conflict with safety, and those that add most to agreement.
+def plot_token_conflict(tokens: TokenConflict, *, count: int = 12) -> go.Figure:
+    """Draw the tokens that contribute most to the conflict with safety, and those that contribute most to agreement.
 
     Args:
-        tokens: The contributions of every token.
-        count: How many of each to show, at most.
+        tokens: The contribution of every token.
+        count: The most tokens to draw on either side.
 
     Returns:
-        The figure: what each token adds to the mean derivative of the utility examples' losses along the safety
-        gradient, with its interval over examples; red where learning it raises the safety loss.
+        The figure: the contribution of each token to the mean derivative of the utility examples' losses along the
+        safety gradient, with its interval over examples; red where learning the token raises the safety loss.
     """
     table = tokens.by_token()
     against = table[table["total"] < 0].head(count)
@@ -33,7 +30,7 @@ def plot_token_conflict(tokens: "TokenConflict", *, count: int = 12) -> go.Figur
     figure = go.Figure(layout={"template": TEMPLATE})
     for frame, name, colour in ((against, "against safety", _AGAINST), (agreeing, "with safety", _WITH)):
         figure.add_trace(_points(frame, name, colour))
-    figure.add_vline(x=0, line={"color": "#222222", "width": 1})
+    figure.add_vline(x=0, line={"color": INK, "width": 1})
     rows = [*against.index, *agreeing.index]
     figure.update_layout(
         title=title(
@@ -57,26 +54,21 @@ def plot_token_conflict(tokens: "TokenConflict", *, count: int = 12) -> go.Figur
 
 
 def _label(token: str, count: int) -> str:
+    """Return a token, visible even if it is white space, with the number of its occurrences."""
     visible = token.replace("\n", "⏎").strip(" ") or "␣"
-    return f"{told(visible)} ×{count}"
+    return f"{escaped(visible)} ×{count}"
 
 
-def _points(frame: "pd.DataFrame", name: str, colour: str) -> go.Scatter:
+def _points(frame: pd.DataFrame, name: str, colour: str) -> go.Scatter:
+    columns = ["token", "count", "examples", "contribution", "loss", "low", "high"]
     return go.Scatter(
         x=frame["total"],
         y=frame.index.astype(str),
         name=name,
         mode="markers",
         marker={"color": colour, "size": 8},
-        error_x={
-            "array": frame["high"] - frame["total"],
-            "arrayminus": frame["total"] - frame["low"],
-            "thickness": 1.4,
-            "width": 0,
-        },
-        customdata=frame.assign(token=frame["token"].map(told))[
-            ["token", "count", "examples", "contribution", "loss", "low", "high"]
-        ].to_numpy(),
+        error_x=error_bars(frame["total"], frame["low"], frame["high"], thickness=1.4),
+        customdata=frame.assign(token=frame["token"].map(escaped))[columns].to_numpy(),
         hovertemplate=(
             "%{customdata[0]}<br><b>%{x:+.3g}</b> [%{customdata[5]:+.3g}, %{customdata[6]:+.3g}]<br>%{customdata[1]} "
             "times in %{customdata[2]} examples, each %{customdata[3]:+.3g}<br>loss %{customdata[4]:.3g} nats"

@@ -1,75 +1,75 @@
-"""The figure of how the geometry moves in training: a panel for each measure."""
+"""The figure of the gradient geometry over training, one panel per measure."""
 
 from collections.abc import Collection, Hashable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
 from geomkit.errors import GeometryError
-from geomkit.plots.style import COLOURS, TEMPLATE, Look, looks, per_cent, title, translucent, whole_ticks, wrapped
+from geomkit.plots.axes import whole_ticks
+from geomkit.plots.labels import per_cent, wrapped
+from geomkit.plots.panels import Panels, panels
+from geomkit.plots.style import COLOURS, TEMPLATE, Look, looks, title, translucent
+from geomkit.plots.traces import band
 
 if TYPE_CHECKING:
-    import pandas as pd
-
-    from geomkit.analysis.tracking import Trajectory
+    from geomkit.analysis.tracking import Trajectory  # imports transformers, which takes seconds
 
 _COLUMNS = 3
 _DIFFERENCE = ", difference"
+"""The end of a measure's name if the measure is a difference to the control."""
 
 
 def plot_trajectory(trajectory: "Trajectory", *, questions: Collection[str] | None = None) -> go.Figure:
-    """Draw the measures of a probe over the moments of training.
+    """Draw the measures of a probe over the checkpoints of a training run.
 
     Args:
-        trajectory: What a probe found at several moments.
-        questions: Only the measures of these, such as ``["conflict?", "has it moved?"]``; all when left out.
+        trajectory: The measures of a probe at several steps or checkpoints.
+        questions: Draw only the measures of these questions, such as ``["conflict?", "has it moved?"]``; all if left
+            out.
 
     Returns:
-        The figure: a panel per measure; a line per side with its interval over examples as a band, and dotted the null
-        of that side, what it would be if there were nothing to find, with its interval in grey. Measures that are
-        unknown at every moment are left out.
+        The figure: a panel per measure with a line per side, its interval over examples as a band, and dotted the null
+        of that side, the value expected without any effect, with its interval in grey. Measures that are unknown at
+        every step are left out.
 
     Raises:
-        GeometryError: If a question is not among the trajectory's, or nothing has a value.
+        GeometryError: If a question is not among the trajectory's, or no measure has a value.
     """
-    frame = _asked(trajectory.to_frame(), questions)
+    frame = _chosen(trajectory.to_frame(), questions)
     steps = all(isinstance(at, int) for at in trajectory.moments)
     frame = frame.assign(x=frame["at"] if steps else frame["at"].astype(str))
-    panels = list(dict.fromkeys(zip(frame["question"], frame["measure"], strict=True)))
-    rows = -(-len(panels) // _COLUMNS)
-    figure = make_subplots(
-        rows,
-        _COLUMNS,
-        subplot_titles=[_short(measure) for _, measure in panels],
-        horizontal_spacing=0.07,
-        vertical_spacing=0.24 / rows,
-    )
+    measures = list(dict.fromkeys(zip(frame["question"], frame["measure"], strict=True)))
+    drawn = panels([_short(measure) for _, measure in measures], _COLUMNS, across=0.07, down=0.24)
     sides = list(dict.fromkeys(frame["of"]))
-    # A difference has the colour of what safety is compared with: it is in panels of its own.
-    drawn = dict(zip(sides, looks([side.rpartition(" − ")[2] for side in sides]), strict=True))
-    shown: set[str] = set()
-    for number, (question, measure) in enumerate(panels):
+    # A difference to the control has the colour of the control: differences have panels of their own.
+    look_of = dict(zip(sides, looks([side.rpartition(" − ")[2] for side in sides]), strict=True))
+    in_legend: set[str] = set()
+    for number, (question, measure) in enumerate(measures):
         chosen = frame[(frame["question"] == question) & (frame["measure"] == measure)]
         for side, part in chosen.groupby("of", sort=False):
-            for trace in _traces(part, str(side), measure, drawn[str(side)]):
-                trace.showlegend = bool(trace.showlegend) and trace.name not in shown
-                shown |= {trace.name} if trace.showlegend else set()
-                figure.add_trace(trace, row=number // _COLUMNS + 1, col=number % _COLUMNS + 1)
-    figure.update_layout(
+            for trace in _traces(part, str(side), measure, look_of[str(side)]):
+                trace.showlegend = bool(trace.showlegend) and trace.name not in in_legend
+                in_legend |= {trace.name} if trace.showlegend else set()
+                drawn.add(number, trace)
+    drawn.figure.update_layout(
         template=TEMPLATE,
         title=title("Gradient geometry along training", _subtitle(trajectory, frame)),
-        height=170 + 190 * rows,
+        height=170 + 190 * drawn.rows,
         margin_t=104,
     )
-    figure.update_annotations(font_size=12)
-    _name_moments(figure, list(trajectory.moments), steps, len(panels))
-    return figure
+    drawn.figure.update_annotations(font_size=12)
+    _name_moments(drawn, list(trajectory.moments), steps)
+    return drawn.figure
 
 
-def _asked(frame: "pd.DataFrame", questions: Collection[str] | None) -> "pd.DataFrame":
-    """Return the rows of the questions, without measures that are unknown throughout; no value has no interval."""
+def _chosen(frame: pd.DataFrame, questions: Collection[str] | None) -> pd.DataFrame:
+    """Return the rows of the questions, without measures that are unknown throughout.
+
+    Where a value is unknown, its interval is removed too.
+    """
     known = list(dict.fromkeys(frame["question"]))
     if unknown := [question for question in questions or () if question not in known]:
         raise GeometryError(f"expected questions among {', '.join(known)}, found {', '.join(unknown)}")
@@ -84,7 +84,7 @@ def _asked(frame: "pd.DataFrame", questions: Collection[str] | None) -> "pd.Data
 
 
 def _short(measure: str) -> str:
-    """Write a measure's name for the title of a narrow panel.
+    """Return a measure's name for the title of a narrow panel.
 
     Example:
         >>> _short("effective rank, difference")
@@ -94,28 +94,31 @@ def _short(measure: str) -> str:
     return f"Δ {name}" if name != measure else name
 
 
-def _subtitle(trajectory: "Trajectory", frame: "pd.DataFrame") -> str:
+def _subtitle(trajectory: "Trajectory", frame: pd.DataFrame) -> str:
     first = next(iter(trajectory.moments.values()))
     bands = f"bands: {per_cent(first.analysis.conflict.confidence)} intervals over examples; dotted: the null"
     grey = "; grey: its interval" if frame["null_low"].notna().any() else ""
     return f"{bands}{grey}{'; Δ: difference' if frame['measure'].str.endswith(_DIFFERENCE).any() else ''}"
 
 
-def _name_moments(figure: go.Figure, moments: list[int | str], steps: bool, panels: int) -> None:
-    """Write the moments below the lowest panel of each column only: above there is no room for names."""
+def _name_moments(drawn: Panels, moments: list[int | str], steps: bool) -> None:
+    """Write steps or names of checkpoints below the lowest panels only, since there is no room between panels."""
     if steps:
         axis = {"title": "optimizer step", "tickvals": whole_ticks(map(int, moments))}
     else:
         names = list(map(str, moments))
         axis = {"title": "checkpoint", "tickvals": names, "ticktext": [wrapped(name, 14) for name in names]}
-        figure.update_xaxes(type="category")
-    figure.update_xaxes(showgrid=False, showticklabels=False, tickvals=axis["tickvals"])
-    for number in range(max(0, panels - _COLUMNS), panels):
-        place = {"row": number // _COLUMNS + 1, "col": number % _COLUMNS + 1}
-        figure.update_xaxes(showticklabels=True, **axis, **place)
+        drawn.figure.update_xaxes(type="category")
+    drawn.figure.update_xaxes(showgrid=False, showticklabels=False, tickvals=axis["tickvals"])
+    for number in drawn.lowest():
+        drawn.figure.update_xaxes(showticklabels=True, **axis, **drawn.at(number))
 
 
-def _traces(frame: "pd.DataFrame", side: str, measure: str, look: Look) -> Iterator[go.Scatter]:
+# ----------------------------------------------------------------------------------------------------------- traces
+
+
+def _traces(frame: pd.DataFrame, side: str, measure: str, look: Look) -> Iterator[go.Scatter]:
+    """Yield the bands, the null and the values of one side in one panel."""
     yield from _band(frame, "null_low", "null_high", f"{side}: null interval", side, translucent(COLOURS["null"], 0.2))
     yield from _band(frame, "low", "high", f"{side}: interval", side, translucent(look.colour, 0.15))
     if frame["null"].notna().any():
@@ -138,36 +141,25 @@ def _traces(frame: "pd.DataFrame", side: str, measure: str, look: Look) -> Itera
         mode="lines+markers",
         line={"color": look.colour, "width": 2},
         marker={"symbol": look.symbol, "size": 7},
-        text=[_told(row) for row in frame.to_dict("records")],
+        text=[_hover(row) for row in frame.to_dict("records")],
         hovertemplate=f"{measure}, {side}, %{{x}}<br><b>%{{y:.4g}}</b>%{{text}}<extra></extra>",
     )
 
 
-def _band(frame: "pd.DataFrame", low: str, high: str, name: str, side: str, colour: str) -> Iterator[go.Scatter]:
-    """A band between two columns where both are known, if that is at two moments at least."""
-    banded = frame.dropna(subset=[low, high])
-    if len(banded) > 1:
-        yield go.Scatter(
-            x=[*banded["x"], *banded["x"][::-1]],
-            y=[*banded[high], *banded[low][::-1]],
-            name=name,
-            legendgroup=side,
-            showlegend=False,
-            mode="lines",
-            line={"width": 0},
-            fill="toself",
-            fillcolor=colour,
-            hoverinfo="skip",
-        )
+def _band(frame: pd.DataFrame, low: str, high: str, name: str, side: str, colour: str) -> Iterator[go.Scatter]:
+    """Yield a band between two columns where both are known, if that is at two steps at least."""
+    known = frame.dropna(subset=[low, high])
+    if len(known) > 1:
+        yield band(known["x"], known[low], known[high], colour, name=name, legendgroup=side)
 
 
-def _told(row: Mapping[Hashable, float]) -> str:
-    """Write the interval and the null behind a value, as far as they are known."""
-    interval = _span(row["low"], row["high"])
+def _hover(row: Mapping[Hashable, float]) -> str:
+    """Return the interval of a value and its null as text, as far as they are known."""
+    interval = _interval(row["low"], row["high"])
     null = f" {row['null']:.4g}" if np.isfinite(row["null"]) else ""
-    around = _span(row["null_low"], row["null_high"])
-    return f"{interval}<br>null{null}{around}" if null or around else interval
+    null_interval = _interval(row["null_low"], row["null_high"])
+    return f"{interval}<br>null{null}{null_interval}" if null or null_interval else interval
 
 
-def _span(low: float, high: float) -> str:
+def _interval(low: float, high: float) -> str:
     return f" [{low:.4g}, {high:.4g}]" if np.isfinite([low, high]).all() else ""

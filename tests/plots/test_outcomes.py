@@ -72,7 +72,7 @@ def test_of_several_organisms_the_first_is_drawn(found):
     more = {"along": [[10, 0.9], [20, 0.9]], "attacks": {"prefill 1": "1111"}}
     both = Results("x", (*found.records, record("SFT", outcomes(99), organism=1, **more),
                          record("SFT", outcomes(99), organism=1, rate=4.0)))  # fmt: skip
-    for draw in (plots.plot_frontier, plots.plot_attacks, plots.plot_refusal_along):
+    for draw in (plots.plot_frontier, plots.plot_attacks, plots.plot_refusal_during_training):
         assert draw(both) == draw(found)
     assert plots.plot_breakdown(both, "poison-10") == plots.plot_breakdown(found, "poison-10")
 
@@ -104,7 +104,7 @@ def test_arms_are_chosen_and_too_many_refused(found):
     "draw",
     [
         plots.plot_frontier,
-        plots.plot_refusal_along,
+        plots.plot_refusal_during_training,
         lambda found, **arms: plots.plot_breakdown(found, "poison-10", **arms),
         plots.plot_drift,
         plots.plot_attacks,
@@ -134,15 +134,15 @@ def test_where_every_run_broke_off_there_is_nothing_to_draw():
 
 
 def test_along_training(found):
-    figure = plots.plot_refusal_along(found)
+    figure = plots.plot_refusal_during_training(found)
     (mean,) = points(figure, "SFT")
     assert (list(mean.x), list(mean.y)) == ([10, 20], pytest.approx([0.6, 0.2]))
     thin = [trace for trace in figure.data if trace.legendgroup == "SFT" and trace.name is None]
     assert [list(trace.y) for trace in thin] == [[0.5, 0.1], [0.7, 0.3]]
-    (one,) = points(plots.plot_refusal_along(found.where(seed=0)), "SFT")
+    (one,) = points(plots.plot_refusal_during_training(found.where(seed=0)), "SFT")
     assert list(one.y) == [0.5, 0.1]
     with pytest.raises(gk.GeomkitError, match="along = 5"):
-        plots.plot_refusal_along(found.where(arm="mixing"))
+        plots.plot_refusal_during_training(found.where(arm="mixing"))
 
 
 def test_the_map_of_where_arms_break(found):

@@ -17,7 +17,8 @@ from geomkit.correlation.negative_shares import Share
 from geomkit.errors import GeometryError, SPFError
 from geomkit.gradients.factored import FactoredGradient
 from geomkit.gradients.layer_gradient import LayerGradient
-from geomkit.plots.style import looks, place_of
+from geomkit.plots.labels import place_of
+from geomkit.plots.style import looks
 from geomkit.spf.certificate import Certificate
 from geomkit.spf.step_record import StepRecord
 from geomkit.stats.pair_means import WithinBetween as PairContrast

@@ -1,0 +1,74 @@
+"""Texts of figures: short names of parameters and sets, shares in per cent, and escaped tokens."""
+
+from html import escape
+from textwrap import shorten, wrap
+
+from geomkit.inputs.parameters import layer_index
+
+OUTSIDE = "–"
+"""The column label of parameters that belong to no decoder layer."""
+
+
+def place_of(parameter: str) -> str:
+    """Return a parameter's place within its decoder layer, the same in all layers; outside the layers, its name.
+
+    Example:
+        >>> place_of("model.layers.11.self_attn.q_proj.weight"), place_of("lm_head.weight")
+        ('self_attn.q_proj', 'lm_head')
+    """
+    name = parameter.removesuffix(".weight")
+    index = layer_index(parameter)
+    if index is None:
+        return name.removeprefix("model.")
+    return name.partition(f".{index}.")[2]
+
+
+def column_of(parameter: str) -> str:
+    """Return the index of a parameter's decoder layer as a label, :data:`OUTSIDE` for parameters outside the layers.
+
+    Example:
+        >>> column_of("model.layers.11.self_attn.q_proj.weight"), column_of("lm_head.weight")
+        ('11', '–')
+    """
+    index = layer_index(parameter)
+    return OUTSIDE if index is None else str(index)
+
+
+def per_cent(share: float) -> str:
+    """Return a share, such as a confidence level, in per cent.
+
+    Example:
+        >>> per_cent(0.95), per_cent(0.999)
+        ('95 %', '99.9 %')
+    """
+    return f"{100 * share:.4g} %"
+
+
+def short(name: str, width: int = 26) -> str:
+    """Return a name that fits a title; a long name is cut after a word.
+
+    Example:
+        >>> short("benign requests, refused in the model's own words")
+        'benign requests, refused…'
+    """
+    return shorten(name, width, placeholder="…") if " " in name else name if len(name) <= width else f"{name[:width]}…"
+
+
+def wrapped(name: str, width: int = 20) -> str:
+    """Return a name broken into lines that fit beside an axis.
+
+    Example:
+        >>> wrapped("benign requests, refused in the model's own words")
+        "benign requests,<br>refused in the<br>model's own words"
+    """
+    return "<br>".join(wrap(name, width)) or name
+
+
+def escaped(text: str) -> str:
+    """Return a text, such as the token ``<|end|>``, so that plotly does not read it as mark-up.
+
+    Example:
+        >>> escaped("<|end|>")
+        '&lt;|end|&gt;'
+    """
+    return escape(text, quote=False)

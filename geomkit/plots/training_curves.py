@@ -1,0 +1,226 @@
+"""Figures of experiments over the training steps: refusal, the drift of the safety loss, and certificates."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from geomkit.errors import DataError
+from geomkit.experiments.results import Results
+from geomkit.plots.arms import (
+    FEW_ARMS,
+    SPARE,
+    add_legend,
+    among,
+    arm_looks,
+    arms_of,
+    at_strength,
+    comparable,
+    few,
+    scenario_labels,
+)
+from geomkit.plots.panels import lay_out, wide_panels
+from geomkit.plots.style import COLOURS, TEMPLATE, Look, legend_room, title, translucent
+from geomkit.plots.traces import LEGEND_ONLY, line_mode
+
+_OTHER_ARMS = "other arms"
+
+_RUN = ["organism", "scenario", "rate", "length", "seed"]
+"""Columns that identify a run of one arm."""
+
+_FEW_STEPS = 12
+"""Up to this many points of a line in a panel have markers."""
+
+_PARTS = (
+    ("drift", "measured: the sum of both", "safety", "solid"),
+    ("first_order", "first order", "SPF", "dash"),
+    ("curvature", "curvature", "utility", "dot"),
+)
+"""The parts of the drift: column, legend entry, colour and dash."""
+
+
+def plot_refusal_during_training(results: Results, *, arms: Sequence[str] | None = None) -> go.Figure:
+    """Draw refusal on held-out requests while the model is trained, one panel per scenario.
+
+    Args:
+        results: Results of cells that measured refusal during training. Of several organisms the first is drawn; of
+            several rates and lengths, each scenario's own.
+        arms: The arms to draw; if left out, all arms that measured refusal during training.
+
+    Returns:
+        The figure: a line per arm, the mean over its runs, and a thin line per run if there are several.
+
+    Raises:
+        DataError: If no cell measured refusal during training, an arm is unknown, there are too many arms to draw, or
+            a scenario has several rates and lengths, none of them its own.
+    """
+    measured = tuple(record for record in results.records if record.get("along"))
+    if not measured:
+        raise DataError(
+            "expected cells that measured refusal along training, found none; give the grid's block along = 5"
+        )
+    chosen = comparable(replace(results, records=measured))
+    frame = chosen.refusal_during_training()
+    names = few(among(arms_of(chosen), arms))
+    scenarios = list(dict.fromkeys(frame["scenario"]))
+    drawn = wide_panels(scenario_labels(chosen, scenarios))
+    for number, scenario in enumerate(scenarios):
+        for name, look in arm_looks(names).items():
+            rows = frame[(frame["scenario"] == scenario) & (frame["arm"] == name)]
+            hover = f"{name}, step %{{x}}<br>refusal <b>%{{y:.1%}}</b>"
+            drawn.add(number, *_curves(rows, "refusal", look, name, hover))
+    add_legend(drawn.figure, names, "lines+markers")
+    drawn.figure.update_xaxes(rangemode="tozero")
+    drawn.figure.update_yaxes(range=[-0.06, 1.06], tickformat=".0%", dtick=0.5)
+    words = title("Refusal along training", "share of 60 held-out requests; mean over seeds, thin: each seed")
+    lay_out(drawn, names, words, "optimizer step", "refusal")
+    return drawn.figure
+
+
+def plot_drift(results: Results, *, arms: Sequence[str] | None = None) -> go.Figure:
+    """Draw the drift of the safety loss over training: the sums of the steps' first-order parts and curvatures.
+
+    Args:
+        results: Results of cells that measured curvature.
+        arms: The arms to draw, one panel each; if left out, all arms that measured curvature.
+
+    Returns:
+        The figure: in each panel the mean over the runs of a scenario, and a thin line per run if there are several.
+
+    Raises:
+        DataError: If no cell measured curvature, or an arm is unknown.
+    """
+    frame = results.curves()
+    frame = frame.dropna(subset=["curvature"]) if "curvature" in frame else frame[:0]
+    if not len(frame):
+        raise DataError("expected cells that measured curvature, found none; give the grid's block curvature = true")
+    frame = frame.assign(drift=frame["first_order"] + frame["curvature"])
+    names = among(list(dict.fromkeys(frame["arm"])), arms)
+    drawn = wide_panels(names)
+    figure = drawn.figure
+    for number, name in enumerate(names):
+        for _, runs in frame[frame["arm"] == name].groupby(["scenario", "rate", "length"], sort=False):
+            where = at_strength(*runs[["scenario", "rate", "length"]].iloc[0])
+            for column, words, colour, dash in _PARTS:
+                hover = f"{where}, step %{{x}}<br>{words}<br><b>%{{y:.3g}}</b> nats"
+                look = Look(COLOURS[colour], dash, "circle")
+                drawn.add(number, *_curves(runs, column, look, column, hover))
+    for column, words, colour, dash in _PARTS:
+        line = {"color": COLOURS[colour], "dash": dash, "width": 2}
+        figure.add_trace(go.Scatter(**LEGEND_ONLY, name=words, legendgroup=column, mode="lines", line=line))
+    figure.update_yaxes(zeroline=True, zerolinecolor="#8A8A8A", exponentformat="power", nticks=6)
+    figure.update_xaxes(rangemode="tozero")
+    subtitle = "sums over the steps, each on its own anchors; every panel has its own scale"
+    legend = [words for _, words, *_ in _PARTS]
+    lay_out(drawn, legend, title("What the drift is made of", subtitle), "optimizer step", "nats per token")
+    return figure
+
+
+def plot_certificate_outcome(results: Results) -> go.Figure:
+    """Draw refusal after training against the share of steps that raised the safety loss on their anchors.
+
+    If the constraint alone decided the outcome, runs without such a step would lie at the top and all others below.
+    Runs without such a step are drawn in a panel of their own, one arm next to the other, since all would lie at zero.
+
+    Args:
+        results: Results with cells under SPF. Of more than nine arms, the eight with most runs have colours.
+
+    Returns:
+        The figure, a marker per run: at the left the runs in which no step raised the loss, at the right all others.
+
+    Raises:
+        DataError: If there is no cell under SPF.
+    """
+    frame = results.to_frame()
+    if not {"raising", "refusal"} <= set(frame) or frame["raising"].isna().all():
+        raise DataError("expected cells under SPF, which have a certificate, found none")
+    frame = _with_groups(frame.dropna(subset=["raising", "refusal"]))
+    names = sorted(dict.fromkeys(frame["group"]), key=_OTHER_ARMS.__eq__)
+    looks_of = arm_looks([name for name in names if name != _OTHER_ARMS]) | {_OTHER_ARMS: SPARE}
+    figure = make_subplots(
+        1, 2, column_widths=[0.34, 0.66], shared_yaxes=True, horizontal_spacing=0.04,
+        subplot_titles=["no step raised it", "some steps raised it"],
+    )  # fmt: skip
+    for number, name in enumerate(names):
+        for guaranteed in (True, False):
+            runs = frame[(frame["group"] == name) & (frame["guaranteed"].astype(bool) == guaranteed)]
+            never, sometimes = runs[runs["raising"] == 0], runs[runs["raising"] > 0]
+            for col, part, x in ((1, never, np.full(len(never), number)), (2, sometimes, sometimes["raising"])):
+                if len(part):
+                    figure.add_trace(_markers(part, x, name, looks_of[name], guaranteed), row=1, col=col)
+    add_legend(figure, names, looks_of={name: looks_of[name]._replace(symbol="square") for name in names})
+    for words, guaranteed in (("promised", True), ("nothing promised", False)):
+        marker = _marker("#444444", guaranteed)
+        figure.add_trace(go.Scatter(**LEGEND_ONLY, name=words, mode="markers", marker=marker))
+    figure.update_xaxes(title="arms", range=[-0.7, len(names) - 0.3], showticklabels=False, ticks="", col=1)
+    figure.update_xaxes(title="share of steps, to first order", tickformat=".0%", range=[-0.02, 1.04], col=2)
+    figure.update_xaxes(showgrid=False, col=1)
+    figure.update_annotations(font_size=13)
+    figure.update_yaxes(range=[-0.06, 1.06], tickformat=".0%")
+    figure.update_yaxes(title="held-out requests refused", col=1)
+    subtitle = "a dot per run, by the share of its steps that raised the anchors' loss"
+    figure.update_layout(
+        template=TEMPLATE,
+        title=title("Certificate against outcome", subtitle),
+        height=480 + (room := legend_room([*names, "promised", "nothing promised"])),
+        margin={"t": 104, "b": 90 + room},
+    )
+    return figure
+
+
+def _curves(frame: pd.DataFrame, column: str, look: Look, group: str, hover: str) -> list[go.Scatter]:
+    """Return the mean of the runs as a line with hover, and before it a thin line per run if there are several."""
+    runs = [run for _, run in frame.groupby(_RUN, sort=False)]
+    thin = {"color": translucent(look.colour, 0.35), "width": 1}
+    lines = [
+        go.Scatter(
+            x=run["step"], y=run[column], mode="lines", line=thin, legendgroup=group, showlegend=False, hoverinfo="skip"
+        )
+        for run in runs
+        if len(runs) > 1
+    ]
+    if runs:
+        mean = frame.groupby("step")[column].mean()
+        lines.append(
+            go.Scatter(
+                x=mean.index, y=mean, name=group, mode=line_mode(len(mean), _FEW_STEPS),
+                legendgroup=group, showlegend=False, marker={"symbol": look.symbol, "size": 7},
+                line={"color": look.colour, "dash": look.dash, "width": 2}, hovertemplate=f"{hover}<extra></extra>",
+            )
+        )  # fmt: skip
+    return lines
+
+
+def _with_groups(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return the frame with a column ``group``: the arm, or "other arms" for arms without a colour."""
+    counts = frame["arm"].value_counts()
+    common = set(counts.index[: FEW_ARMS - 1] if len(counts) > FEW_ARMS else counts.index)
+    return frame.assign(group=frame["arm"].where(frame["arm"].isin(common), _OTHER_ARMS))
+
+
+def _markers(
+    runs: pd.DataFrame, x: "pd.Series[float] | np.ndarray", name: str, look: Look, guaranteed: bool
+) -> go.Scatter:
+    return go.Scatter(
+        x=x,
+        y=runs["refusal"],
+        name=name,
+        legendgroup=name,
+        showlegend=False,
+        mode="markers",
+        marker=_marker(translucent(look.colour, 0.6), guaranteed),
+        customdata=runs[["arm", "scenario", "rate", "length", "seed", "raising"]].to_numpy(),
+        hovertemplate=(
+            "%{customdata[0]}, %{customdata[1]}<br>rate %{customdata[2]}×, steps %{customdata[3]}×, seed "
+            "%{customdata[4]}<br>%{customdata[5]:.1%} of the steps raised L_s<br>refusal <b>%{y:.1%}</b><extra></extra>"
+        ),
+    )
+
+
+def _marker(colour: str, guaranteed: bool) -> dict[str, object]:
+    """Return a circle for a run whose rule guarantees its constraint, else an open diamond."""
+    shape = {"symbol": "circle"} if guaranteed else {"symbol": "diamond-open", "line": {"width": 1.5}}
+    return {"color": colour, "size": 8, **shape}
