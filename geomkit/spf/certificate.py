@@ -121,7 +121,7 @@ class Certificate:
         """Draw what the updates did to the safety loss, step by step, or for every step and block.
 
         See :func:`geomkit.plots.certificates.plot_certificate` and
-        :func:`geomkit.plots.certificates.plot_certificate_blocks`.
+        :func:`geomkit.plots.certificate_blocks.plot_certificate_blocks`.
         """
         return draw("plot_certificate", self) if by == "step" else draw("plot_certificate_blocks", self)
 
