@@ -15,7 +15,7 @@ torch.set_num_threads(1)
 def pytest_collection_modifyitems(items):
     """Where pytest-xdist runs several processes, the notebooks come first: left for last, all would wait for one."""
     if "PYTEST_XDIST_WORKER" in os.environ:
-        items.sort(key=lambda item: getattr(item, "originalname", None) != "test_notebook_runs")
+        items.sort(key=lambda item: not str(getattr(item, "originalname", "")).startswith("test_notebook_runs"))
 
 
 @pytest.fixture(scope="session")

@@ -11,17 +11,39 @@ from tests.helpers.tiny import conversations, tiny_llama, tiny_tokenizer
 FOLDER = Path(__file__).parent.parent / "notebooks"
 
 
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+PLOTLY, PNG = "application/vnd.plotly.v1+json", "image/png"
+MOST_BYTES = 1_500_000
+
+
+def conclusions_of(notebook):
+    """What the cell of the conclusions prints: a line for each conclusion, whether it holds."""
+    (cell,) = [cell for cell in notebook.cells if "conclusions" in cell.metadata.get("tags", [])]
+    return "".join(output["text"] for output in cell.outputs if output.get("name") == "stdout").splitlines()
+
+
 @pytest.mark.filterwarnings("default")  # the kernel's own start-up
-@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.ipynb")), ids=lambda path: path.stem)
-def test_notebook_runs(path):
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_runs_and_its_conclusions_follow_from_the_numbers(path):
     notebook = nbformat.read(path, as_version=4)
+    stored = conclusions_of(notebook)
     NotebookClient(notebook, timeout=600, kernel_name="python3").execute()
+    lines = conclusions_of(notebook)
+    assert len(lines) > 4
+    assert [line for line in lines if not line.startswith("holds: ")] == []
+    assert lines == stored  # what a reader of the stored notebook sees
 
 
-@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.ipynb")), ids=lambda path: path.stem)
-def test_notebook_is_stored_without_outputs(path):
-    cells = nbformat.read(path, as_version=4).cells
-    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in cells)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_is_stored_with_its_outputs(path):
+    assert path.stat().st_size <= MOST_BYTES
+    cells = [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+    assert all(cell.execution_count for cell in cells)
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert not any(output["output_type"] == "error" for output in outputs)
+    figures = [output.data for output in outputs if PLOTLY in output.get("data", {})]
+    assert len(figures) > 3
+    assert all(PNG in figure for figure in figures)
 
 
 def some(count, answer):
