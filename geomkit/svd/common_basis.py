@@ -192,7 +192,7 @@ class CommonBasis:
         # leftᵀ = QS: the vectors are Q times those of the (T, q) matrix S right.
         frames, triangles = torch.linalg.qr(left.mT)
         bases = self._leading(triangles @ right, rank)
-        # In the memory layout that QR returns, products of many rows with few columns are 14 times slower.
+        # In the memory layout that QR returns, products of many rows with few columns are many times slower.
         return [frame.contiguous() @ basis for frame, basis in zip(frames, bases, strict=True)]
 
     def _leading(self, matrices: Tensor, rank: int) -> list[Tensor]:

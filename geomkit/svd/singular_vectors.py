@@ -42,7 +42,7 @@ class SingularVectors:
 
 
 def exact_vectors(gradient: LayerGradient, sides: Sides) -> SingularVectors:
-    """Return the singular value decomposition of a gradient from the smallest matrix that has all of it.
+    """Return the singular value decomposition of a gradient, from a matrix as small as its form allows.
 
     Args:
         gradient: The gradient.

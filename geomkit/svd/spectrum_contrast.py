@@ -84,7 +84,7 @@ class SpectrumContrast(Result):
         """Return a row per parameter and statistic.
 
         ``a`` and ``b`` are the two values, ``difference`` is a − b with its interval ``low``, ``high`` and two-sided
-        ``p_value``; ``q_value`` is that p-value adjusted for the number of parameters, within each statistic
+        ``p_value``; ``q_value`` is the p-value adjusted for the number of parameters, within each statistic
         (:func:`geomkit.stats.multiple_testing.benjamini_hochberg`).
         """
         return self._frame.copy()

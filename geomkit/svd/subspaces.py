@@ -268,7 +268,7 @@ def subspace(
         worst = min(short, key=lambda layer: layer.rank)
         warnings.warn(
             f"expected rank {rank}, found less in {len(short)} of {len(layers)} gradients (lowest: {worst.rank} in "
-            f"{worst.parameter}); took what they have, lower rank= or use more tokens for equal ranks",
+            f"{worst.parameter}); used their numeric rank, lower rank= or use more tokens for equal ranks",
             UserWarning,
             stacklevel=2,
         )

@@ -80,7 +80,7 @@ def match_tokens(*sides: Mapping[str, LayerGradient], seed: int = 0) -> tuple[Ma
         check_one_shape(name, *(side[name] for side in sides))
     if zero := [name for name in factored if tokens[name] == 0]:
         _LOGGER.warning("left %d of %d layers out, whose gradient is zero: %s", len(zero), len(factored), zero[:4])
-    # 3. Every side and parameter has a generator of its own, so that subsets do not depend on each other.
+    # 3. Every side and parameter has a generator, so that no subset depends on another.
     matched = []
     for place, (side, side_parts) in enumerate(zip(sides, parts, strict=True)):
         generators = {name: parameter_generator(len(sides) * seed + place, name) for name in names}
