@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from geomkit.collection.hooks import Call
-from geomkit.gradients.arithmetic import coalesce
 from geomkit.gradients.dense import DenseGradient
 from geomkit.gradients.factored import FactoredGradient
+from geomkit.gradients.indexed import coalesce
 from geomkit.gradients.layer_gradient import LayerGradient
 from geomkit.utils.precision import at_least_fp32
 

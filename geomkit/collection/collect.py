@@ -12,7 +12,8 @@ from geomkit.collection.passes import ProductSink
 from geomkit.collection.streaming import TOKENS_PER_BATCH, Streamed, stream
 from geomkit.collection.target import Target
 from geomkit.errors import CollectionError
-from geomkit.gradients.arithmetic import Accumulator, zero_gradient
+from geomkit.gradients.accumulator import Accumulator
+from geomkit.gradients.arithmetic import zero_gradient
 from geomkit.gradients.dense import DenseGradient
 from geomkit.gradients.gradient_set import Coverage, GradientSet
 from geomkit.gradients.layer_gradient import LayerGradient

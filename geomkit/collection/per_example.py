@@ -15,7 +15,7 @@ from geomkit.collection.closed_form import ClosedFormGradients
 from geomkit.collection.hooks import Call
 from geomkit.collection.replay import Replay, replayed
 from geomkit.collection.target import Target
-from geomkit.gradients.arithmetic import add
+from geomkit.gradients.accumulator import add
 from geomkit.gradients.dense import DenseGradient
 from geomkit.gradients.layer_gradient import LayerGradient
 from geomkit.inputs.batches import Batch

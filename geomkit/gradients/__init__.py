@@ -1,6 +1,6 @@
-"""The gradients as values: four forms of one layer's gradient, arithmetic between them, and the set of a whole model.
+"""Gradients as values: the forms of a parameter's gradient, their arithmetic, and the gradients of a whole model.
 
-Reading order: ``layer_gradient`` is what all forms share, ``factored``, ``indexed``, ``dense`` and ``summed`` are the
-forms; ``arithmetic`` has inner products and sums; ``gradient_set`` holds a model's gradients with their ``provenance``;
-``storage`` loads what was saved.
+Reading order: ``layer_gradient`` defines what all forms have in common; ``factored``, ``indexed``, ``dense`` and
+``summed`` are the forms; ``arithmetic`` has inner products and ``accumulator`` has sums; ``gradient_set`` holds the
+gradients of a model, with their ``provenance``; ``checks`` refuses wrong arguments; ``storage`` loads saved gradients.
 """

@@ -1,4 +1,4 @@
-"""Sets of examples by name: whether they are gradients at all, and whether each has examples enough."""
+"""Checks of arguments that are gradients: their type, and the number of per-sample gradients."""
 
 from collections.abc import Mapping
 
@@ -11,10 +11,10 @@ from geomkit.utils.arguments import type_in_words
 def with_controls(
     safety: GradientSet, control: GradientSet | Mapping[str, GradientSet] | None
 ) -> dict[str, GradientSet]:
-    """Return the safety set and the controls by name; a single one is called ``"control"``.
+    """Return the safety set and the control sets by name; a single control set is named ``"control"``.
 
     Raises:
-        GeometryError: If a control is called ``"safety"``, or one of them is no set of gradients.
+        GeometryError: If a control set is named ``"safety"``, or a set is not a :class:`GradientSet`.
     """
     if control is not None and not isinstance(control, Mapping):
         raise _no_gradients("control", control)
@@ -27,25 +27,25 @@ def with_controls(
 
 
 def check_sets(sets: object) -> None:
-    """Check that every set is one of gradients, and not of the examples that they are to be collected from.
+    """Check that the argument is a mapping from names to sets of gradients.
 
     Raises:
-        GeometryError: If one is not, or they have no names.
+        GeometryError: If it is not a mapping, or a set holds something else, such as examples.
     """
     if not isinstance(sets, Mapping):
         raise GeometryError(
             f'expected sets by name, found {type_in_words(sets)}; give e.g. {{"safety": …, "control": …}}'
         )
-    for name, found in sets.items():
-        if not isinstance(found, GradientSet):
-            raise _no_gradients(name, found)
+    for name, gradients in sets.items():
+        if not isinstance(gradients, GradientSet):
+            raise _no_gradients(name, gradients)
 
 
 def check_gradients(name: str, gradients: object) -> None:
-    """Check that it is a set of gradients, or gradients by parameter.
+    """Check that the argument is a mapping from parameters to gradients, such as a :class:`GradientSet`.
 
     Raises:
-        GeometryError: If it is not.
+        GeometryError: If it is something else.
     """
     if not isinstance(gradients, Mapping) or not all(
         isinstance(gradient, LayerGradient) for gradient in gradients.values()
@@ -53,18 +53,18 @@ def check_gradients(name: str, gradients: object) -> None:
         raise _no_gradients(name, gradients)
 
 
-def _no_gradients(name: str, found: object) -> GeometryError:
+def _no_gradients(name: str, value: object) -> GeometryError:
     return GeometryError(
-        f"expected gradients from collect_gradients(..., per_sample=True), found {type_in_words(found)} as the {name} "
+        f"expected gradients from collect_gradients(..., per_sample=True), found {type_in_words(value)} as the {name} "
         "set; collect them first"
     )
 
 
 def check_enough(counts: Mapping[str, int], fewest: int) -> None:
-    """Check that every set has per-sample gradients enough.
+    """Check that every set has at least ``fewest`` per-sample gradients.
 
     Raises:
-        GeometryError: If one has fewer.
+        GeometryError: If a set has fewer.
     """
     for name, count in counts.items():
         if count < fewest:
@@ -76,4 +76,4 @@ def check_enough(counts: Mapping[str, int], fewest: int) -> None:
 
 def sample_counts(sets: Mapping[str, GradientSet]) -> dict[str, int]:
     """Return the number of per-sample gradients in each set."""
-    return {name: len(found.samples) for name, found in sets.items()}
+    return {name: len(gradients.samples) for name, gradients in sets.items()}

@@ -1,4 +1,4 @@
-"""The gradient as a tensor of the parameter's shape."""
+"""The gradient as a tensor with the shape of the parameter."""
 
 from dataclasses import dataclass
 
@@ -12,11 +12,11 @@ from geomkit.utils.saving import saveable
 @saveable
 @dataclass(frozen=True, eq=False)
 class DenseGradient(LayerGradient):
-    """The gradient as a tensor of the parameter's own shape: vectors, experts, and sums over many tokens.
+    """The gradient as a tensor with the shape of the parameter: for vectors, experts, and sums over many tokens.
 
     Attributes:
-        tensor: The gradient, fp32.
-        tokens: Number of token positions it sums over.
+        tensor: The gradient, fp32 or fp64.
+        tokens: Number of token positions that contribute to it.
     """
 
     tensor: Tensor
@@ -29,9 +29,9 @@ class DenseGradient(LayerGradient):
 
     @property
     def rank_bound(self) -> int:
-        """min(rows, columns, T); of experts min(rows, columns), as a token goes to several."""
-        several = self.tokens and len(self.shape) > 2
-        return min(self.matrix_shape) if several else min(*self.matrix_shape, self.tokens)
+        """Upper bound of the rank: min(rows, columns, T); for experts min(rows, columns), as a token uses several."""
+        token_uses_several_experts = self.tokens and len(self.shape) > 2
+        return min(self.matrix_shape) if token_uses_several_experts else min(*self.matrix_shape, self.tokens)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -39,7 +39,7 @@ class DenseGradient(LayerGradient):
         return (self.tensor,)
 
     def dense(self) -> Tensor:
-        """Return the tensor."""
+        """Return the tensor, not a copy."""
         return self.tensor
 
     def add_to(self, weight: Tensor, scale: float) -> None:
@@ -47,26 +47,26 @@ class DenseGradient(LayerGradient):
         weight.add_(self.tensor.to(weight.dtype), alpha=scale)
 
     def dot(self, weight: Tensor) -> float:
-        """Return the inner product with a tensor of the same shape."""
-        own, other = self._matrix(), weight.reshape(self.matrix_shape)
-        return sum(float((own[strip].double() * other[strip]).sum()) for strip in strips(len(own)))
+        """Return the inner product with a tensor of the same shape, a strip of rows at a time, accumulated in fp64."""
+        matrix, other = self._matrix(), weight.reshape(self.matrix_shape)
+        return sum(float((matrix[strip].double() * other[strip]).sum()) for strip in strips(len(matrix)))
 
     def scaled(self, scale: float) -> "DenseGradient":
         """Return ``scale`` times the gradient."""
         return DenseGradient(self.tensor * scale, self.tokens)
 
     def take(self, rows: Tensor | slice, dtype: torch.dtype = torch.float64) -> Tensor:
-        """Return some rows of the gradient."""
+        """Return k rows of the matrix."""
         return self._matrix()[rows].to(dtype)
 
     def matmul(self, operand: Tensor) -> Tensor:
-        """Return G @ B, a strip of rows at a time."""
+        """Return G B, a strip of rows at a time."""
         (operand,) = to_common_dtype(operand)
         parts = [plain_matmul(self.take(strip, operand.dtype), operand) for strip in strips(self.matrix_shape[0])]
         return torch.cat(parts) if parts else operand.new_zeros(0, operand.shape[1])
 
     def rmatmul(self, operand: Tensor) -> Tensor:
-        """Return A @ G, summed over strips of rows."""
+        """Return A G, a sum over strips of rows of G."""
         (operand,) = to_common_dtype(operand)
         rows, columns = self.matrix_shape
         product = operand.new_zeros(len(operand), columns)
@@ -75,7 +75,7 @@ class DenseGradient(LayerGradient):
         return product
 
     def factors(self) -> None:
-        """Return nothing: there is no thin form."""
+        """Return ``None``: a dense gradient has no thin factors."""
 
     def _matrix(self) -> Tensor:
         return self.tensor.reshape(self.matrix_shape)

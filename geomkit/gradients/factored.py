@@ -1,22 +1,31 @@
-"""The gradient of a linear layer: two factors with a row for each token."""
+"""The gradient of a linear layer: two factors with a row per token."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from geomkit.gradients.layer_gradient import Factors, LayerGradient, plain_matmul, row_products, strips, to_common_dtype
+from geomkit.gradients.layer_gradient import (
+    Factors,
+    LayerGradient,
+    plain_matmul,
+    row_products,
+    strips,
+    to_common_dtype,
+)
 from geomkit.utils.saving import saveable
 
 
 @saveable
 @dataclass(frozen=True, eq=False)
 class FactoredGradient(LayerGradient):
-    """LᵀR, the gradient of a linear layer over T tokens.
+    """The gradient G = LᵀR of a linear layer over T tokens.
+
+    Row t of L is the gradient of the loss with respect to the layer's output at token t, row t of R is its input.
 
     Attributes:
-        left: (T, rows) factor, fp32 or fp64.
-        right: (T, columns) factor, fp32 or fp64.
+        left: L, (T, rows), fp32 or fp64.
+        right: R, (T, columns), fp32 or fp64.
     """
 
     left: Tensor
@@ -38,7 +47,7 @@ class FactoredGradient(LayerGradient):
         return self.left, self.right
 
     def dense(self) -> Tensor:
-        """Form the matrix."""
+        """Return the matrix LᵀR."""
         return plain_matmul(self.left.T, self.right)
 
     def add_to(self, weight: Tensor, scale: float) -> None:
@@ -46,19 +55,19 @@ class FactoredGradient(LayerGradient):
         weight.addmm_(self.left.T.to(weight.dtype), self.right.to(weight.dtype), alpha=scale)
 
     def dot(self, weight: Tensor) -> float:
-        """Return ⟨LᵀR, W⟩ = Σ_t l_tᵀ W r_t, two thin products over a few rows of W at a time."""
+        """Return ⟨LᵀR, W⟩ = Σ_t l_tᵀ W r_t = ⟨RWᵀ, L⟩, a strip of rows of W at a time, accumulated in fp64."""
         right = self.right.double()
         pieces = ((weight[strip].double(), self.left[:, strip]) for strip in strips(len(weight)))
         return sum(float(((right @ rows.T) * left).sum()) for rows, left in pieces)
 
     def scaled(self, scale: float) -> "FactoredGradient":
-        """Return ``scale`` times the gradient; of the two factors the smaller one is copied."""
+        """Return ``scale`` times the gradient; the smaller factor is scaled, and the larger is shared, not copied."""
         if self.right.numel() < self.left.numel():
             return FactoredGradient(self.left, self.right * scale)
         return FactoredGradient(self.left * scale, self.right)
 
     def take(self, rows: Tensor | slice, dtype: torch.dtype = torch.float64) -> Tensor:
-        """Return some rows of the gradient, from the same columns of ``left``."""
+        """Return k rows of the matrix, from the same k columns of L."""
         return plain_matmul(self.left[:, rows].to(dtype).T, self.right.to(dtype))
 
     def matmul(self, operand: Tensor) -> Tensor:
@@ -72,11 +81,11 @@ class FactoredGradient(LayerGradient):
         return plain_matmul(plain_matmul(operand, left.T), right)
 
     def factors(self) -> Factors:
-        """Return the two factors."""
+        """Return L and R."""
         return self.left, self.right
 
     def _squared_norm(self) -> float:
-        """Return Σ (LLᵀ) ∘ (RRᵀ), or with many tokens the sum over strips of the matrix."""
+        """Return Σ_st (LLᵀ)_st (RRᵀ)_st, or with many tokens the squared entries of the matrix, strip by strip."""
         rows, columns = self.shape
         if self.tokens * (rows + columns) >= rows * columns:
             return sum(float(self.take(strip, torch.float32).double().square().sum()) for strip in strips(rows))

@@ -12,13 +12,13 @@ from geomkit.utils.saving import saveable
 @saveable
 @dataclass(frozen=True, eq=False)
 class IndexedGradient(LayerGradient):
-    """The gradient of an embedding: rows of a large matrix that is zero elsewhere.
+    """The gradient of an embedding: R rows of a large matrix whose other rows are zero.
 
     Attributes:
         indices: (R,) distinct row numbers, ascending.
-        rows: (R, columns) their gradients, fp32.
+        rows: (R, columns) values of these rows, fp32 or fp64.
         size: Number of rows of the parameter.
-        tokens: Number of positions that looked a row up.
+        tokens: Number of token positions that looked up a row.
     """
 
     indices: Tensor
@@ -33,7 +33,7 @@ class IndexedGradient(LayerGradient):
 
     @property
     def rank_bound(self) -> int:
-        """No more than the distinct rows that were looked up."""
+        """Upper bound of the rank: min(R, columns)."""
         return min(len(self.indices), self.shape[1])
 
     @property
@@ -42,7 +42,7 @@ class IndexedGradient(LayerGradient):
         return (self.rows,)
 
     def dense(self) -> Tensor:
-        """Form the whole matrix."""
+        """Return the whole matrix."""
         return self.rows.new_zeros(self.shape).index_copy_(0, self.indices, self.rows)
 
     def add_to(self, weight: Tensor, scale: float) -> None:
@@ -50,7 +50,7 @@ class IndexedGradient(LayerGradient):
         weight.index_add_(0, self.indices, self.rows.to(weight.dtype), alpha=scale)
 
     def dot(self, weight: Tensor) -> float:
-        """Return the inner product with a tensor of the parameter's shape."""
+        """Return the inner product with a tensor that has the shape of the parameter, from R of its rows, in fp64."""
         return float((weight.index_select(0, self.indices).double() * self.rows).sum())
 
     def scaled(self, scale: float) -> "IndexedGradient":
@@ -58,28 +58,43 @@ class IndexedGradient(LayerGradient):
         return IndexedGradient(self.indices, self.rows * scale, self.size, self.tokens)
 
     def take(self, rows: Tensor | slice, dtype: torch.dtype = torch.float64) -> Tensor:
-        """Return some rows of the gradient: those that were looked up, and zeros."""
+        """Return k rows of the matrix: rows that were looked up, and zeros."""
         wanted = torch.arange(self.size, device=self.device)[rows] if isinstance(rows, slice) else rows
         if not len(self.indices):
             return self.rows.new_zeros(len(wanted), self.rows.shape[1], dtype=dtype)
-        place = torch.searchsorted(self.indices, wanted).clamp_(max=len(self.indices) - 1)
-        found = self.indices[place] == wanted
-        return self.rows[place].to(dtype).mul_(found[:, None])
+        position = torch.searchsorted(self.indices, wanted).clamp_(max=len(self.indices) - 1)
+        looked_up = self.indices[position] == wanted
+        return self.rows[position].to(dtype).mul_(looked_up[:, None])
 
     def matmul(self, operand: Tensor) -> Tensor:
-        """Return G @ B, whose rows are zero where nothing was looked up."""
+        """Return G B, whose rows are zero where G has no row that was looked up."""
         rows, operand = to_common_dtype(operand, self.rows)
-        return rows.new_zeros(self.size, operand.shape[1]).index_copy_(0, self.indices, plain_matmul(rows, operand))
+        product = plain_matmul(rows, operand)
+        return rows.new_zeros(self.size, operand.shape[1]).index_copy_(0, self.indices, product)
 
     def rmatmul(self, operand: Tensor) -> Tensor:
-        """Return A @ G, from the columns of A that were looked up."""
+        """Return A G, from the columns of A that belong to the rows that were looked up."""
         rows, operand = to_common_dtype(operand, self.rows)
         return plain_matmul(operand[:, self.indices], rows)
 
     def factors(self) -> Factors:
-        """Return a one-hot row for each that was looked up, and the rows."""
-        hot = self.rows.new_zeros(len(self.indices), self.size)
-        return hot.scatter_(1, self.indices[:, None], 1.0), self.rows
+        """Return a one-hot matrix, (R, rows of the parameter), and the rows that were looked up."""
+        one_hot = self.rows.new_zeros(len(self.indices), self.size)
+        return one_hot.scatter_(1, self.indices[:, None], 1.0), self.rows
 
     def _squared_norm(self) -> float:
         return float(self.rows.double().square().sum())
+
+
+def coalesce(indices: Tensor, rows: Tensor, size: int, tokens: int) -> IndexedGradient:
+    """Return an indexed gradient in which rows with the same index are added up.
+
+    Args:
+        indices: (T,) row numbers, in any order and with repetitions.
+        rows: (T, columns) values.
+        size: Number of rows of the parameter.
+        tokens: Number of token positions that looked up a row.
+    """
+    distinct, position = indices.unique(return_inverse=True)  # type: ignore[no-untyped-call]
+    summed = rows.new_zeros(len(distinct), rows.shape[1]).index_add_(0, position, rows)
+    return IndexedGradient(distinct, summed, size, tokens)

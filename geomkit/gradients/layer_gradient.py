@@ -1,9 +1,11 @@
-"""The gradient of one parameter, in the smallest form that is exact, and the arithmetic that the forms have in common.
+"""The gradient of one parameter: base class of its forms, and the arithmetic that the forms have in common.
 
-For a linear layer and T tokens the gradient is LᵀR with L of shape (T, rows) and R of shape (T, columns). With
-few tokens the two thin factors are far smaller than the matrix, and no method here but ``dense`` and ``add_to`` forms
-it. The forms are in :mod:`geomkit.gradients`; what takes two gradients or more is in
-:mod:`geomkit.gradients.arithmetic`.
+The gradient of a linear layer over T tokens is G = LᵀR, with L of shape (T, rows) and R of shape (T, columns). With few
+tokens the two thin factors are far smaller than the matrix; no method except ``dense`` and ``add_to`` forms the matrix.
+The forms are :class:`~geomkit.gradients.factored.FactoredGradient`,
+:class:`~geomkit.gradients.indexed.IndexedGradient`, :class:`~geomkit.gradients.dense.DenseGradient` and
+:class:`~geomkit.gradients.summed.SumGradient`. Operations on two or more gradients are in
+:mod:`geomkit.gradients.arithmetic` and :mod:`geomkit.gradients.accumulator`.
 """
 
 from abc import ABC, abstractmethod
@@ -16,18 +18,20 @@ from torch import Tensor
 
 from geomkit.utils.precision import no_autocast
 
-_STRIP = 4096
-"""Rows of a matrix that are converted to fp64 at a time: no full copy of a large one is ever made."""
+_STRIP_ROWS = 4096
+"""Number of rows of a matrix that are converted to fp64 at a time, so that no full fp64 copy is made."""
 
 Factors = tuple[Tensor, Tensor]
-"""A thin form of a matrix: left (R, rows) and right (R, columns), with G = leftᵀ right."""
+"""Thin factors of a matrix G: left (R, rows) and right (R, columns), with G = leftᵀ right."""
 
 
 class LayerGradient(ABC):
-    """The gradient of one parameter, whatever form it is kept in.
+    """The gradient of one parameter, in any form.
+
+    As a matrix G, a vector has one column, and experts of shape (E, m, n) have E·m rows; see :attr:`matrix_shape`.
 
     Attributes:
-        tokens: T, the number of token positions with a non-zero share in it.
+        tokens: T, number of token positions that contribute to the gradient.
         shape: Shape of the parameter.
     """
 
@@ -36,7 +40,7 @@ class LayerGradient(ABC):
 
     @abstractmethod
     def dense(self) -> Tensor:
-        """Return the gradient as a tensor of the parameter's shape, in its own type."""
+        """Return the gradient as a tensor with the shape of the parameter, in the dtype of the gradient."""
 
     @abstractmethod
     def add_to(self, weight: Tensor, scale: float) -> None:
@@ -44,32 +48,32 @@ class LayerGradient(ABC):
 
     @abstractmethod
     def dot(self, weight: Tensor) -> float:
-        """Return the inner product with a tensor of the parameter's shape, accumulated in fp64."""
+        """Return the inner product with a tensor that has the shape of the parameter, accumulated in fp64."""
 
     @abstractmethod
     def scaled(self, scale: float) -> "LayerGradient":
-        """Return ``scale`` times the gradient."""
+        """Return ``scale`` times the gradient, in the same form."""
 
     @abstractmethod
     def take(self, rows: Tensor | slice, dtype: torch.dtype = torch.float64) -> Tensor:
-        """Return some rows of the gradient as a matrix, (k, columns), without forming the others."""
+        """Return k rows of the matrix G, (k, columns), without forming the other rows."""
 
     @abstractmethod
     def matmul(self, operand: Tensor) -> Tensor:
-        """Return G @ B for B of shape (columns, k); fp64 if B is, else fp32."""
+        """Return G B, (rows, k), for B of shape (columns, k); fp64 if B is fp64, otherwise fp32."""
 
     @abstractmethod
     def rmatmul(self, operand: Tensor) -> Tensor:
-        """Return A @ G for A of shape (k, rows); fp64 if A is, else fp32."""
+        """Return A G, (k, columns), for A of shape (k, rows); fp64 if A is fp64, otherwise fp32."""
 
     @abstractmethod
     def factors(self) -> Factors | None:
-        """Return left (R, rows) and right (R, columns) with G = leftᵀ right, or ``None`` without such a form."""
+        """Return left (R, rows) and right (R, columns) with G = leftᵀ right, or ``None`` without such factors."""
 
     @property
     @abstractmethod
     def tensors(self) -> tuple[Tensor, ...]:
-        """The tensors that this form keeps its numbers in, fp32 or fp64."""
+        """Tensors that this form stores, fp32 or fp64."""
 
     @abstractmethod
     def _squared_norm(self) -> float:
@@ -77,47 +81,52 @@ class LayerGradient(ABC):
 
     @property
     def device(self) -> torch.device:
-        """Where the numbers are."""
+        """Device of the stored tensors."""
         return self.tensors[0].device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of the numbers: fp32, or fp64 for a model in fp64."""
+        """Dtype of the stored tensors: fp32, or fp64 for a model in fp64."""
         return reduce(torch.promote_types, (tensor.dtype for tensor in self.tensors))
 
     @property
     def floats(self) -> int:
-        """How many numbers this form keeps."""
+        """Number of floating-point numbers that this form stores."""
         return sum(tensor.numel() for tensor in self.tensors)
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
-        """Rows and columns: a vector counts as one column, experts (E, m, n) as E·m rows."""
+        """Rows and columns of the matrix G: a vector has one column, experts (E, m, n) have E·m rows."""
         *rows, columns = self.shape if len(self.shape) > 1 else (*self.shape, 1)
         return prod(rows), columns
 
     @property
     def rank_bound(self) -> int:
-        """min(rows, columns, T): no gradient of T tokens has a higher rank."""
+        """Upper bound of the rank: min(rows, columns, T), because a gradient is a sum of T matrices of rank one."""
         return min(*self.matrix_shape, self.tokens)
 
     @cached_property
     def norm(self) -> float:
-        """The Frobenius norm, accumulated in fp64."""
+        """Frobenius norm, accumulated in fp64."""
         return float(max(self._squared_norm(), 0.0) ** 0.5)
 
 
+def as_matrix(gradient: LayerGradient) -> Tensor:
+    """Return the gradient as a dense matrix of shape :attr:`LayerGradient.matrix_shape`."""
+    return gradient.dense().reshape(gradient.matrix_shape)
+
+
 def thin_factors(gradient: LayerGradient) -> Factors | None:
-    """Return the gradient's factors if they have fewer rows than the gradient has rows and columns."""
+    """Return the factors of a gradient if they have fewer rows than min(rows, columns), otherwise ``None``."""
     factors = gradient.factors()
     return factors if factors is not None and len(factors[0]) < min(gradient.matrix_shape) else None
 
 
 def row_products(a: Tensor, b: Tensor) -> Tensor:
-    """Return the inner products between the rows of two matrices, fp64.
+    """Return A Bᵀ, the inner products between the rows of two matrices, fp64.
 
-    On a CPU numpy multiplies: where both are one tensor it computes half of the product, which torch does not, and
-    it is several times faster where the rows are few and long.
+    On a CPU numpy multiplies: for A = B it computes only half of the symmetric product, which torch does not, and it is
+    several times faster for few long rows.
     """
     if a.device.type != "cpu":
         return a.double() @ b.double().T
@@ -127,17 +136,17 @@ def row_products(a: Tensor, b: Tensor) -> Tensor:
 
 
 def plain_matmul(a: Tensor, b: Tensor) -> Tensor:
-    """Return a @ b in the factors' own type, whatever autocast the caller is under."""
+    """Return A B in the dtype of the operands, also inside ``torch.autocast``."""
     with no_autocast(a.device):
         return a @ b
 
 
-def to_common_dtype(operand: Tensor, *own: Tensor) -> tuple[Tensor, ...]:
-    """Return a gradient's tensors and an operand, all fp64 if the operand is, else fp32."""
+def to_common_dtype(operand: Tensor, *stored: Tensor) -> tuple[Tensor, ...]:
+    """Return the stored tensors and then the operand, all as fp64 if the operand is fp64, otherwise as fp32."""
     dtype = torch.float64 if operand.dtype == torch.float64 else torch.float32
-    return tuple(tensor.to(dtype) for tensor in (*own, operand))
+    return tuple(tensor.to(dtype) for tensor in (*stored, operand))
 
 
 def strips(rows: int) -> Iterator[slice]:
-    """Divide the rows of a matrix into those that are converted at a time."""
-    return (slice(start, min(start + _STRIP, rows)) for start in range(0, rows, _STRIP))
+    """Return slices that divide the rows of a matrix into strips, which are converted to fp64 one after the other."""
+    return (slice(start, min(start + _STRIP_ROWS, rows)) for start in range(0, rows, _STRIP_ROWS))

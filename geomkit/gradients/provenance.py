@@ -1,7 +1,6 @@
-"""Where a result comes from: which model, which data, and which choices.
+"""Provenance of a result: the model, the data, the settings and the versions that it was computed with.
 
-Fingerprints are SHA-256 digests in hexadecimal. Equal fingerprints mean equal content for all that matters here;
-different ones say that something differs, and :func:`differences` says what.
+Fingerprints are SHA-256 digests in hexadecimal. :func:`differences` lists the fields in which two results differ.
 """
 
 import hashlib
@@ -20,7 +19,7 @@ from geomkit.utils.saving import saveable
 from geomkit.version import __version__
 
 _SAMPLED = 64
-"""About how many values of each parameter enter the fingerprint: fine-tuning moves every one of them."""
+"""About how many values of each parameter enter the fingerprint; an optimizer step usually changes all of them."""
 
 _FINGERPRINTS = ("weights", "data")
 
@@ -28,23 +27,23 @@ _FINGERPRINTS = ("weights", "data")
 @saveable
 @dataclass(frozen=True)
 class Provenance:
-    """What a result was computed from.
+    """Model, data, settings and versions that a result was computed with.
 
     Attributes:
-        model: The model's name or path, as transformers loaded it.
-        revision: The commit it was loaded at; None where the model does not say.
-        dtype: The types of its parameters, such as ``"bfloat16"``.
-        weights: Fingerprint of its parameters, see :func:`weights_fingerprint`.
+        model: Name or path of the model, as transformers loaded it.
+        revision: Commit of the model on the hub; ``None`` if the model does not name it.
+        dtype: Dtypes of the parameters, such as ``"bfloat16"``.
+        weights: Fingerprint of the parameters, see :func:`weights_fingerprint`.
         data: Fingerprint of the token ids and loss masks, see :class:`~geomkit.inputs.tokens.EncodedExamples`.
         examples: Number of examples.
-        assistant_mask: How the loss mask was made; None where the tokens were given with one.
-        max_length: The length that longer examples were cut to; None where none was cut.
-        reduction: How the losses of tokens and examples were averaged.
-        layers: Which parameters were asked for.
-        seed: The seed of what was drawn; None when nothing was.
-        geomkit: Version that computed it.
-        torch: Version that computed it.
-        transformers: Version that computed it.
+        assistant_mask: How assistant tokens were recognised; ``None`` if the loss mask was given with the tokens.
+        max_length: Number of tokens that longer examples were cut to; ``None`` for no cut.
+        reduction: Weighting of the examples in the mean loss, ``"example"`` or ``"token"``.
+        layers: The choice of parameters, as text.
+        seed: Seed of the random draws; ``None`` if there were none.
+        geomkit: Version of geomkit.
+        torch: Version of torch.
+        transformers: Version of transformers.
     """
 
     model: str
@@ -64,28 +63,29 @@ class Provenance:
 
 
 def weights_fingerprint(model: nn.Module) -> str:
-    """Return a fingerprint of a model's parameters: names, shapes, types and evenly spaced values of each.
+    """Return a fingerprint of a model's parameters: of names, shapes, dtypes and about 64 values of each parameter.
 
-    It reads some 64 values of each parameter, so it is cheap for a model of any size and on any device, and differs
-    for a fine-tuned copy. A change of a few entries by hand can escape it. Parameters without values (on the meta
-    device) count with their name, shape and type.
+    It is cheap for a model of any size, independent of the device, and differs for a fine-tuned copy. It may be equal
+    if only a few entries were changed by hand. Parameters on the meta device, which have no values, contribute their
+    name, shape and dtype.
     """
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
         if not parameter.is_meta:
-            digest.update(_some_values(parameter))
+            digest.update(_sampled_values(parameter))
     return digest.hexdigest()
 
 
-def _some_values(parameter: nn.Parameter) -> memoryview:
-    # An odd step: an even one would stay in the same few columns of most matrices.
+def _sampled_values(parameter: nn.Parameter) -> memoryview:
+    """Return the bytes of about :data:`_SAMPLED` evenly spaced values."""
+    # An odd step: with an even step, the values of most matrices would be from the same few columns.
     step = max(1, parameter.numel() // _SAMPLED) | 1
     return tensor_bytes(parameter.detach().reshape(-1)[::step])
 
 
 def model_fields(model: nn.Module) -> dict[str, Any]:
-    """Return the fields of a :class:`Provenance` that the model alone decides; wrappers such as DDP do not count."""
+    """Return the fields of a :class:`Provenance` that depend on the model only; wrappers such as DDP are removed."""
     model = unwrapped_model(model)
     config = getattr(model, "config", None)
     return {
@@ -99,14 +99,14 @@ def model_fields(model: nn.Module) -> dict[str, Any]:
 def provenance_of(
     model: nn.Module, examples: EncodedExamples, *, reduction: str, layers: str = "*", seed: int | None = None
 ) -> Provenance:
-    """Return what a result is about to be computed from.
+    """Return the provenance of a result that is computed from a model and examples.
 
     Args:
-        model: The model, with the weights that the result belongs to.
+        model: The model, with the weights that the result is computed with.
         examples: The examples.
-        reduction: How the losses of tokens and examples are averaged.
-        layers: Which parameters were asked for, as text.
-        seed: The seed of the random draws, where there are any.
+        reduction: Weighting of the examples in the mean loss.
+        layers: The choice of parameters, as text.
+        seed: Seed of the random draws, if there are any.
     """
     import transformers
 
@@ -126,7 +126,7 @@ def provenance_of(
 
 
 def differences(a: Provenance, b: Provenance) -> list[str]:
-    """Return a line for each field in which two results differ, in the fields' order.
+    """Return a line of text for each field in which two provenances differ, in the order of the fields.
 
     Example:
         >>> from dataclasses import replace
@@ -136,10 +136,10 @@ def differences(a: Provenance, b: Provenance) -> list[str]:
         ['weights: 3fa13fa1… ≠ 9bc09bc0…', 'examples: 2 ≠ 3']
     """
     pairs = [(field.name, getattr(a, field.name), getattr(b, field.name)) for field in fields(Provenance)]
-    return [f"{name}: {_shown(name, one)} ≠ {_shown(name, other)}" for name, one, other in pairs if one != other]
+    return [f"{name}: {_as_text(name, left)} ≠ {_as_text(name, right)}" for name, left, right in pairs if left != right]
 
 
-def _shown(name: str, value: object) -> str:
+def _as_text(name: str, value: object) -> str:
     return f"{str(value)[:8]}…" if name in _FINGERPRINTS else str(value)
 
 
@@ -153,25 +153,36 @@ def check_model(
     saved: Mapping[str, Size],
     size: Callable[[torch.Size], Size],
 ) -> None:
-    """Refuse a model whose names, shapes or weights are not those of the model that a result was computed from."""
+    """Raise an error if a saved result was not computed from this model.
+
+    Args:
+        model: The model to compare with.
+        provenance: Provenance of the result, if it was saved with one.
+        what: Name of the result in the error message.
+        saved: Size of each parameter in the result.
+        size: Function from the shape of a parameter to its size in the result.
+
+    Raises:
+        DataError: If names, shapes or weights differ, or the result has no provenance; the message lists differences.
+    """
     model = unwrapped_model(model)
-    own = {name: size(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
-    if unlike := [name for name in saved if own.get(name) != saved[name]]:
-        some = (f"{name}: {saved[name]} saved, {own.get(name, 'none')} in the model" for name in unlike[:3])
-        found = f"{len(unlike)} parameters that are not alike ({'; '.join(some)}{'; …' * (len(unlike) > 3)})"
+    sizes = {name: size(parameter.shape) for name, parameter in model.named_parameters(remove_duplicate=False)}
+    if unlike := [name for name in saved if sizes.get(name) != saved[name]]:
+        lines = (f"{name}: {saved[name]} saved, {sizes.get(name, 'none')} in the model" for name in unlike[:3])
+        finding = f"{len(unlike)} parameters that are not alike ({'; '.join(lines)}{'; …' * (len(unlike) > 3)})"
     elif provenance is None:
-        found = "that they do not say what weights they were collected with"
-    elif lines := _other_weights(model, provenance):
-        found = f"other weights ({'; '.join(lines)})"
+        finding = "that they do not say what weights they were collected with"
+    elif differing := _differing_weights(model, provenance):
+        finding = f"other weights ({'; '.join(differing)})"
     else:
         return
     origin = f", collected from {provenance.model} in {provenance.dtype}" if provenance else ""
     raise DataError(
-        f"expected the model of {what}{origin}, found {found}; give that model, or leave model= out to look at the "
+        f"expected the model of {what}{origin}, found {finding}; give that model, or leave model= out to look at the "
         "numbers alone"
     )
 
 
-def _other_weights(model: nn.Module, provenance: Provenance) -> list[str]:
-    here = replace(provenance, **model_fields(model))
-    return differences(provenance, here) if here.weights != provenance.weights else []
+def _differing_weights(model: nn.Module, provenance: Provenance) -> list[str]:
+    of_model = replace(provenance, **model_fields(model))
+    return differences(provenance, of_model) if of_model.weights != provenance.weights else []

@@ -1,4 +1,4 @@
-"""Saving gradients and subspaces, and loading them again without the model."""
+"""Loading of saved gradients, without the model that they were collected from."""
 
 from pathlib import Path
 
@@ -10,18 +10,18 @@ from geomkit.utils.saving import load
 
 
 def load_gradients(folder: str | Path, model: nn.Module | None = None) -> GradientSet:
-    """Load gradients that :meth:`~geomkit.gradients.gradient_set.GradientSet.save` wrote, bit for bit, on the CPU.
+    """Return gradients that :meth:`~geomkit.gradients.gradient_set.GradientSet.save` wrote, bit for bit, on the CPU.
 
     Args:
-        folder: Where they were saved.
-        model: Refuse them unless they were collected from this model with these weights.
+        folder: Folder of the saved gradients.
+        model: Model to compare with: an error is raised unless the gradients are from this model with these weights.
 
     Returns:
-        The gradients. Their numbers are read from the file when first used.
+        The gradients. Numbers are read from the file at their first use.
 
     Raises:
-        DataError: If there are none, the files are damaged or do not belong together, a later version wrote them, or
-            they were collected from another model; the message says how it differs.
+        DataError: If the folder has no gradients, the files are damaged or do not belong together, a later version of
+            geomkit wrote them, or they are from another model; the message says how it differs.
     """
     gradients: GradientSet = load("gradients", folder)
     if model is not None:

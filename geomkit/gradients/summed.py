@@ -1,4 +1,4 @@
-"""A sum of gradients in different forms, and the inner products between these."""
+"""A sum of gradients in different forms, and the inner product of two forms."""
 
 from dataclasses import dataclass
 from functools import reduce
@@ -17,10 +17,10 @@ from geomkit.utils.saving import saveable
 @saveable
 @dataclass(frozen=True, eq=False)
 class SumGradient(LayerGradient):
-    """A sum of gradients in different forms, kept apart: a tied embedding and head, say.
+    """A sum of gradients in different forms, stored part by part, e.g. of an embedding that is tied to the head.
 
     Attributes:
-        parts: The gradients, of one shape, none of them itself a sum.
+        parts: Gradients of one shape, none of which is a sum.
     """
 
     parts: tuple[LayerGradient, ...]
@@ -29,13 +29,13 @@ class SumGradient(LayerGradient):
         """Check the parts.
 
         Raises:
-            GeometryError: If there is no part, shapes differ, or a part is itself a sum.
+            GeometryError: If there is no part, the shapes differ, or a part is a sum.
         """
         shapes = {part.shape for part in self.parts}
         if len(shapes) != 1 or any(isinstance(part, SumGradient) for part in self.parts):
             raise GeometryError(
                 f"expected parts of one shape, none itself a sum, found {len(self.parts)} of {sorted(shapes)}; "
-                "use geomkit.gradients.arithmetic.add"
+                "use geomkit.gradients.accumulator.add"
             )
 
     @property
@@ -45,32 +45,32 @@ class SumGradient(LayerGradient):
 
     @property
     def tokens(self) -> int:  # type: ignore[override]
-        """The tokens of all parts together."""
+        """Sum of the parts' numbers of tokens."""
         return sum(part.tokens for part in self.parts)
 
     @property
     def rank_bound(self) -> int:
-        """No more than the parts' bounds together."""
+        """Upper bound of the rank: the sum of the parts' bounds, at most min(rows, columns)."""
         return min(*self.matrix_shape, sum(part.rank_bound for part in self.parts))
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """The numbers of all parts."""
+        """The tensors of all parts."""
         return tuple(chain.from_iterable(part.tensors for part in self.parts))
 
     def dense(self) -> Tensor:
-        """Form the whole tensor."""
+        """Return the whole tensor."""
         total = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
         self.add_to(total, 1.0)
         return total
 
     def add_to(self, weight: Tensor, scale: float) -> None:
-        """Add ``scale`` times the gradient to ``weight`` in place."""
+        """Add ``scale`` times the gradient to ``weight`` in place, part by part."""
         for part in self.parts:
             part.add_to(weight, scale)
 
     def dot(self, weight: Tensor) -> float:
-        """Return the inner product with a tensor of the parameter's shape."""
+        """Return the inner product with a tensor that has the shape of the parameter: Σ_k ⟨P_k, W⟩."""
         return sum(part.dot(weight) for part in self.parts)
 
     def scaled(self, scale: float) -> "SumGradient":
@@ -78,46 +78,53 @@ class SumGradient(LayerGradient):
         return SumGradient(tuple(part.scaled(scale) for part in self.parts))
 
     def take(self, rows: Tensor | slice, dtype: torch.dtype = torch.float64) -> Tensor:
-        """Return some rows of the gradient."""
+        """Return k rows of the matrix, summed over the parts."""
         return reduce(torch.add, (part.take(rows, dtype) for part in self.parts))
 
     def matmul(self, operand: Tensor) -> Tensor:
-        """Return G @ B, part by part."""
+        """Return G B = Σ_k P_k B."""
         return reduce(torch.add, (part.matmul(operand) for part in self.parts))
 
     def rmatmul(self, operand: Tensor) -> Tensor:
-        """Return A @ G, part by part."""
+        """Return A G = Σ_k A P_k."""
         return reduce(torch.add, (part.rmatmul(operand) for part in self.parts))
 
     def factors(self) -> Factors | None:
-        """Return the parts' factors one below the other, where all have some and fewer rows than either side."""
-        # The bounds are looked at first: the one-hot factor of a part may be large.
+        """Return the concatenated factors of the parts; ``None`` if a part has none, or they would not be thin.
+
+        With P_k = L_kᵀ R_k, the sum is Σ_k P_k = LᵀR, where L stacks all L_k and R stacks all R_k.
+        """
+        # 1. The rank bounds first, which cost nothing: the one-hot factor of an indexed part may be large.
         if sum(part.rank_bound for part in self.parts) >= min(self.matrix_shape):
             return None
-        thin = [factors for part in self.parts if (factors := part.factors()) is not None]
-        if len(thin) < len(self.parts):
+        # 2. The factors of all parts.
+        factors = [pair for part in self.parts if (pair := part.factors()) is not None]
+        if len(factors) < len(self.parts):
             return None
-        left, right = zip(*thin, strict=True)
+        left, right = zip(*factors, strict=True)
         return torch.cat(left), torch.cat(right)
 
     def _squared_norm(self) -> float:
-        own = sum(part.norm**2 for part in self.parts)
-        pairs = ((a, b) for place, a in enumerate(self.parts) for b in self.parts[:place])
-        return own + 2 * sum(product(a, b) for a, b in pairs)
+        """Return Σ_k ‖P_k‖² + 2 Σ_{j<k} ⟨P_j, P_k⟩."""
+        squares = sum(part.norm**2 for part in self.parts)
+        pairs = ((a, b) for index, a in enumerate(self.parts) for b in self.parts[:index])
+        return squares + 2 * sum(inner_of_parts(a, b) for a, b in pairs)
 
 
-def product(a: LayerGradient, b: LayerGradient) -> float:
+def inner_of_parts(a: LayerGradient, b: LayerGradient) -> float:
     """Return ⟨A, B⟩ of two gradients of one shape that are not sums, accumulated in fp64.
 
-    The thinner of the two is kept thin; :func:`geomkit.gradients.arithmetic.inner` takes any two, and checks their
-    shapes.
+    :func:`geomkit.gradients.arithmetic.inner` also takes sums, and checks the shapes.
     """
+    # 1. An indexed gradient meets only the rows that it has: Σ_i ⟨a_i, B[i]⟩. Of two, the one with fewer rows is A.
     if isinstance(b, IndexedGradient) and not (isinstance(a, IndexedGradient) and len(a.indices) < len(b.indices)):
         a, b = b, a
     if isinstance(a, IndexedGradient):
         return float((b.take(a.indices) * a.rows).sum())
+    # 2. A factored gradient meets the other in a thin product: ⟨LᵀR, B⟩ = ⟨LB, R⟩. Of two, A has fewer tokens.
     if isinstance(b, FactoredGradient) and not (isinstance(a, FactoredGradient) and a.tokens < b.tokens):
         a, b = b, a
     if isinstance(a, FactoredGradient):
         return float((b.rmatmul(a.left.double()) * a.right).sum())
+    # 3. Two dense gradients.
     return a.dot(b.dense())

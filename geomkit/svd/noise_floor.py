@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from geomkit.errors import GeometryError
-from geomkit.gradients.arithmetic import add
+from geomkit.gradients.accumulator import add
 from geomkit.gradients.checks import check_enough, check_sets
 from geomkit.gradients.gradient_set import GradientSet, shared_layers
 from geomkit.gradients.layer_gradient import LayerGradient

@@ -17,10 +17,11 @@ from geomkit.collection.collect import collect_from_tokens
 from geomkit.collection.measures import inner_products, norms, singular_values, sketch
 from geomkit.collection.sample_measures import measure_samples, measures_from_tokens
 from geomkit.errors import CollectionError, GeometryError
-from geomkit.gradients.arithmetic import as_matrix, inner, zero_gradient
+from geomkit.gradients.arithmetic import inner, zero_gradient
 from geomkit.gradients.dense import DenseGradient
 from geomkit.gradients.factored import FactoredGradient
 from geomkit.gradients.indexed import IndexedGradient
+from geomkit.gradients.layer_gradient import as_matrix
 from geomkit.gradients.summed import SumGradient
 from geomkit.inputs.parameters import select
 from geomkit.inputs.tokens import Tokens

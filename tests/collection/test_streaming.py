@@ -7,7 +7,7 @@ import torch
 
 from geomkit.collection.collect import collect_from_tokens
 from geomkit.collection.streaming import stream
-from geomkit.gradients.arithmetic import Accumulator
+from geomkit.gradients.accumulator import Accumulator
 from geomkit.inputs.parameters import select
 from geomkit.inputs.tokens import encode
 from tests.helpers.tiny import UTILITY, tiny_llama, tiny_tokenizer

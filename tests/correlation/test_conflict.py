@@ -10,7 +10,7 @@ from scipy.stats import kstest
 from geomkit.correlation.conflict import conflict
 from geomkit.correlation.cosine import PairGrams, expected_cosine, permutation_test, permuted_cosines
 from geomkit.errors import GeometryError
-from geomkit.gradients.arithmetic import add
+from geomkit.gradients.accumulator import add
 from geomkit.gradients.dense import DenseGradient
 from geomkit.gradients.factored import FactoredGradient
 from geomkit.gradients.gradient_set import Coverage, GradientSet

@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from geomkit.errors import GeometryError
-from geomkit.gradients.arithmetic import as_matrix
 from geomkit.gradients.dense import DenseGradient
 from geomkit.gradients.factored import FactoredGradient
 from geomkit.gradients.indexed import IndexedGradient
+from geomkit.gradients.layer_gradient import as_matrix
 from geomkit.gradients.summed import SumGradient
 from tests.helpers.forms import FORMS, THIN, dense, drawn, forms, seeded, seeds, shapes
 
@@ -93,7 +93,7 @@ def test_thin_forms(form, shape, seed):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_large_matrices_are_read_strip_by_strip(form, monkeypatch):
-    monkeypatch.setattr("geomkit.gradients.layer_gradient._STRIP", 3)
+    monkeypatch.setattr("geomkit.gradients.layer_gradient._STRIP_ROWS_ROWS", 3)
     generator = seeded()
     gradient = drawn(form, (8, 5), generator)
     matrix = dense(gradient)

@@ -348,7 +348,7 @@ def test_what_cannot_be_saved_is_refused_and_leaves_the_old_save(tmp_path):
 
     class Foreign(LayerGradient):
         shape = (4,)
-        dense = add_to = dot = scaled = take = matmul = rmatmul = factors = numbers = _squared_norm = None
+        dense = add_to = dot = scaled = take = matmul = rmatmul = factors = tensors = _squared_norm = None
 
     for changed, found in (
         (

@@ -4,10 +4,10 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
-from geomkit.gradients.arithmetic import coalesce, zero_gradient
+from geomkit.gradients.arithmetic import zero_gradient
 from geomkit.gradients.dense import DenseGradient
 from geomkit.gradients.factored import FactoredGradient
-from geomkit.gradients.indexed import IndexedGradient
+from geomkit.gradients.indexed import IndexedGradient, coalesce
 from geomkit.gradients.summed import SumGradient
 
 FORMS = ("factored", "indexed", "dense", "tied", "sum", "zero")

@@ -9,7 +9,8 @@ import torch
 from geomkit.collection.passes import run_pass
 from geomkit.collection.target import Target
 from geomkit.errors import GeometryError
-from geomkit.gradients.arithmetic import add, inner, zero_gradient
+from geomkit.gradients.accumulator import add
+from geomkit.gradients.arithmetic import inner, zero_gradient
 from geomkit.gradients.dense import DenseGradient
 from geomkit.gradients.factored import FactoredGradient
 from geomkit.gradients.indexed import IndexedGradient

@@ -14,7 +14,7 @@ from geomkit.collection.collect import coverage_of
 from geomkit.collection.passes import run_pass
 from geomkit.collection.streaming import padded_length
 from geomkit.collection.target import Target
-from geomkit.gradients.arithmetic import Accumulator
+from geomkit.gradients.accumulator import Accumulator
 from geomkit.gradients.gradient_set import Coverage
 from geomkit.inputs.batches import Batch, collate
 from geomkit.inputs.parameters import Selection

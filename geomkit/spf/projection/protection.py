@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from geomkit.gradients.arithmetic import add, as_matrix
+from geomkit.gradients.accumulator import add
 from geomkit.gradients.dense import DenseGradient
 from geomkit.gradients.factored import FactoredGradient
-from geomkit.gradients.layer_gradient import LayerGradient
+from geomkit.gradients.layer_gradient import LayerGradient, as_matrix
 from geomkit.gradients.summed import SumGradient
 from geomkit.spf.rules import Rule
 from geomkit.svd.subspaces import layer_subspace

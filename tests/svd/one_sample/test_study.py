@@ -8,7 +8,7 @@ import torch
 from scipy.linalg import subspace_angles
 
 from geomkit.errors import GeometryError
-from geomkit.gradients.arithmetic import add
+from geomkit.gradients.accumulator import add
 from geomkit.gradients.dense import DenseGradient
 from geomkit.gradients.factored import FactoredGradient
 from geomkit.gradients.gradient_set import Coverage, GradientSet
