@@ -1,4 +1,4 @@
-"""One self-contained HTML page with text, figures and tables, to send or to keep: it needs no network."""
+"""The report: one self-contained HTML page with text, figures and tables, which needs no network."""
 
 import datetime as dt
 from collections.abc import Sequence
@@ -7,19 +7,17 @@ from html import escape
 from importlib.resources import files
 from pathlib import Path
 from string import Template
-from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
+from plotly.graph_objects import Figure
+from plotly.offline import get_plotlyjs
 
 from geomkit.utils.files import write_atomically
 from geomkit.version import __version__
 
-if TYPE_CHECKING:
-    import pandas as pd
-    from plotly.graph_objects import Figure
-
 _CONFIG = {"displaylogo": False, "responsive": True, "showSendToCloud": False, "plotlyServerURL": ""}
-"""Plotly 7 puts a button on every figure that sends its data to a server unless told not to."""
+"""Options of every figure; without the last two, plotly 7 adds a button that sends the figure's data to a server."""
 
 
 @dataclass(frozen=True)
@@ -27,28 +25,28 @@ class Section:
     """One section of a report.
 
     Attributes:
-        heading: Its heading.
-        text: Plain text; blank lines part paragraphs.
-        figures: Figures, below the text.
-        tables: Tables, below the figures; their indices are not shown.
+        heading: The heading.
+        text: Plain text; blank lines separate paragraphs.
+        figures: Figures, shown below the text.
+        tables: Tables, shown below the figures without their indices.
     """
 
     heading: str
     text: str = ""
-    figures: "tuple[Figure, ...]" = ()
-    tables: "tuple[pd.DataFrame, ...]" = ()
+    figures: tuple[Figure, ...] = ()
+    tables: tuple[pd.DataFrame, ...] = ()
 
 
 def write_report(path: str | Path, title: str, sections: Sequence[Section], *, date: dt.date) -> Path:
-    """Write one HTML page that shows everything offline.
+    """Write a report as one HTML page that needs no network.
 
-    The page appears whole or not at all, and the same input gives the same bytes. It holds plotly.js once, about
-    5 MB; its policy forbids the browser to load anything.
+    The file is written atomically, and the same input gives the same bytes. The page contains plotly.js once, about
+    5 MB, if there is a figure; its content security policy forbids the browser to load anything.
 
     Args:
         path: The file to write, replaced if it exists; missing folders are made.
-        title: The page's title.
-        sections: What it shows.
+        title: The title of the page.
+        sections: The sections, in order.
         date: The date in the footer.
 
     Returns:
@@ -60,22 +58,16 @@ def write_report(path: str | Path, title: str, sections: Sequence[Section], *, d
 
 
 def render_report(title: str, sections: Sequence[Section], *, date: dt.date) -> str:
-    """Return the page that :func:`write_report` writes."""
-    drawn = any(section.figures for section in sections)
+    """Return the HTML of the page that :func:`write_report` writes; the arguments are the same."""
+    has_figures = any(section.figures for section in sections)
     template = files("geomkit.plots").joinpath("templates/report.html").read_text(encoding="utf-8")
     return Template(template).substitute(
         title=escape(title),
-        plotly=_plotly() if drawn else "",
+        plotly=f"<script>{get_plotlyjs()}</script>" if has_figures else "",
         contents=_contents(sections) if len(sections) > 2 else "",
         sections="\n".join(_section(number, section) for number, section in enumerate(sections, 1)),
         footer=f"Written by geomkit {escape(__version__)} on {date.isoformat()}.",
     )
-
-
-def _plotly() -> str:
-    from plotly.offline import get_plotlyjs
-
-    return f"<script>{get_plotlyjs()}</script>"
 
 
 def _contents(sections: Sequence[Section]) -> str:
@@ -99,17 +91,17 @@ def _section(number: int, section: Section) -> str:
     return "\n".join(parts)
 
 
-def _figure(figure: "Figure", name: str) -> str:
+def _figure(figure: Figure, name: str) -> str:
     html = figure.to_html(full_html=False, include_plotlyjs=False, config=_CONFIG, div_id=name)
     return f'<div class="wide"><div class="figure">{html}</div></div>'
 
 
-def _table(frame: "pd.DataFrame") -> str:
-    """A table of our own rather than pandas': numbers stand right, under a heading that does too."""
+def _table(frame: pd.DataFrame) -> str:
+    """Return a frame as an HTML table in which numbers and their headings are aligned right, unlike in pandas'."""
     numeric = [dtype.kind in "iuf" for dtype in frame.dtypes]
     heads = "".join(_cell("th", str(name), number) for name, number in zip(frame.columns, numeric, strict=True))
     rows = (
-        "".join(_cell("td", _shown(value), number) for value, number in zip(row, numeric, strict=True))
+        "".join(_cell("td", _text(value), number) for value, number in zip(row, numeric, strict=True))
         for row in frame.itertuples(index=False, name=None)
     )
     body = "".join(f"<tr>{row}</tr>" for row in rows)
@@ -120,15 +112,13 @@ def _cell(tag: str, text: str, number: bool) -> str:
     return f"<{tag} class=number>{escape(text)}</{tag}>" if number else f"<{tag}>{escape(text)}</{tag}>"
 
 
-def _shown(value: object) -> str:
-    """Numbers to four significant digits; whole ones, and those of five digits and more, in full.
+def _text(value: object) -> str:
+    """Return a value as text: floats with four significant digits or up to the decimal point, the rest in full.
 
     Example:
-        >>> _shown(0.123456), _shown(12345.6), _shown(1e-9), _shown(float("nan")), _shown("a & b")
+        >>> _text(0.123456), _text(12345.6), _text(1e-9), _text(float("nan")), _text("a & b")
         ('0.1235', '12346', '1e-09', '–', 'a & b')
     """
-    import pandas as pd
-
     if pd.api.types.is_scalar(value) and pd.isna(value):  # type: ignore[call-overload]
         return "–"
     if isinstance(value, float | np.floating):

@@ -1,7 +1,8 @@
-"""What the report pages of an analysis and of the tour say: figures, tables, and sentences made of the numbers."""
+"""The sections of the reports of an analysis and of the tour: figures, tables, and sentences with the numbers."""
 
 from typing import TYPE_CHECKING
 
+from geomkit.analysis.analysis import Analysis
 from geomkit.analysis.claims import claims_table
 from geomkit.plots.certificates import plot_certificate
 from geomkit.plots.conflict import plot_conflict, plot_conflict_examples
@@ -11,20 +12,19 @@ from geomkit.plots.ranks import plot_effective_rank
 from geomkit.plots.report import Section
 from geomkit.plots.runs import plot_evaluation, plot_history
 from geomkit.plots.spectra import plot_spectrum
+from geomkit.svd.spectrum import Spectrum
 from geomkit.utils.display import signed
 
 if TYPE_CHECKING:
-    from geomkit.analysis.analysis import Analysis
-    from geomkit.experiments.tour import Tour
-    from geomkit.svd.spectrum import Spectrum
+    from geomkit.experiments.tour import Tour  # imports transformers, which takes seconds
 
 
-def analysis_sections(analysis: "Analysis") -> list[Section]:
-    """Lay an analysis out: what survives, then one section for each of the three questions."""
+def analysis_sections(analysis: Analysis) -> list[Section]:
+    """Return the sections of an analysis: the claims, then one section for each of the three questions."""
     return [_claims(analysis), _spectra(analysis), _conflict(analysis), _one_sample(analysis)]
 
 
-def _claims(analysis: "Analysis") -> Section:
+def _claims(analysis: Analysis) -> Section:
     text = (
         "What the paper claims of gradients, with and without a control: benign requests that get the safety set's own "
         "responses, so that only what is forbidden is missing. A claim holds if its whole 95 % interval over examples "
@@ -35,53 +35,53 @@ def _claims(analysis: "Analysis") -> Section:
     return Section("What survives its controls?", text, (), (claims_table(analysis.claims()), analysis.to_frame()))
 
 
-def _spectra(analysis: "Analysis") -> Section:
-    names, sides = tuple(analysis.spectra), tuple(analysis.spectra.values())
+def _spectra(analysis: Analysis) -> Section:
+    names, spectra = tuple(analysis.spectra), tuple(analysis.spectra.values())
+    sentences = " ".join(_rank_sentence(name, spectrum) for name, spectrum in analysis.spectra.items())
     text = (
         f"Spectra of the mean gradients of {len(analysis.safety.layers)} weight matrices, all sides cut to the same "
         f"tokens ({analysis.tokens} in the median layer): with fewer tokens any gradient has a lower rank. The null "
         "keeps each gradient's tokens, inputs and token weights and randomises the output directions.\n\n"
-        f"{' '.join(_rank_sentence(*each) for each in analysis.spectra.items())} What a gradient shows below "
-        "its own null may still come from words that its examples repeat, as it does in a model that has learnt "
-        "nothing; what is about safety is the difference to the control.\n\n"
+        f"{sentences} What a gradient shows below its own null may still come from words that its examples repeat, as "
+        "it does in a model that has learnt nothing; what is about safety is the difference to the control.\n\n"
         f"{analysis.rank_contrast('control')}. {analysis.rank_contrast('utility')}."
     )
-    figures = (plot_spectrum(*sides, names=names), plot_effective_rank(*sides, names=names))
+    figures = (plot_spectrum(*spectra, names=names), plot_effective_rank(*spectra, names=names))
     return Section("Are safety gradients of low rank?", text, figures)
 
 
-def _rank_sentence(name: str, side: "Spectrum") -> str:
-    frame = side.to_frame()
+def _rank_sentence(name: str, spectrum: Spectrum) -> str:
+    frame = spectrum.to_frame()
     ranks = frame[frame["statistic"] == "effective_rank"]
     below = int((ranks["value"] < ranks["null_low"]).sum())
-    low, high = side.interval("effective_rank")
+    low, high = spectrum.interval("effective_rank")
     return (
-        f"{name.capitalize()}: mean effective rank {side.mean('effective_rank'):.1f} [{low:.1f}, {high:.1f}] against "
-        f"{side.null_mean('effective_rank'):.1f} under the null, below every draw of it in {below} of {len(ranks)} "
-        "matrices."
+        f"{name.capitalize()}: mean effective rank {spectrum.mean('effective_rank'):.1f} [{low:.1f}, {high:.1f}] "
+        f"against {spectrum.null_mean('effective_rank'):.1f} under the null, below every draw of it in {below} of "
+        f"{len(ranks)} matrices."
     )
 
 
-def _conflict(analysis: "Analysis") -> Section:
-    found = analysis.conflict
-    null_low, null_high = found.null_interval
+def _conflict(analysis: Analysis) -> Section:
+    conflict = analysis.conflict
+    null_low, null_high = conflict.null_interval
     text = (
-        f"The cosine of the expected gradients is {found.corrected:+.3f} {signed(found.interval)}; with one "
-        f"voice for every example and parameter it is {found.unweighted.corrected:+.3f} "
-        f"{signed(found.unweighted.interval)}. Untrained models conflict too: what counts is the difference to the "
-        f"control. {found.contrast}.\n\n"
-        f"The cosine of the two mean gradients is {found.cosine:+.3f}; with the labels safety and utility shuffled it "
-        f"lies between {null_low:+.3f} and {null_high:+.3f} (p = {found.p_value:.3g}). That tells whether the two sets "
-        "differ, not whether they conflict.\n\n"
-        f"{found.negative} of the utility examples point against the mean safety gradient; of unrelated gradients, "
+        f"The cosine of the expected gradients is {conflict.corrected:+.3f} {signed(conflict.interval)}; with one "
+        f"voice for every example and parameter it is {conflict.unweighted.corrected:+.3f} "
+        f"{signed(conflict.unweighted.interval)}. Untrained models conflict too: what counts is the difference to the "
+        f"control. {conflict.contrast}.\n\n"
+        f"The cosine of the two mean gradients is {conflict.cosine:+.3f}; with the labels safety and utility shuffled "
+        f"it lies between {null_low:+.3f} and {null_high:+.3f} (p = {conflict.p_value:.3g}). That tells whether the "
+        "two sets differ, not whether they conflict.\n\n"
+        f"{conflict.negative} of the utility examples point against the mean safety gradient; of unrelated gradients, "
         "half would. The principal angles below stand beside what random subspaces show; shared inputs alone bring "
         "subspaces closer than that."
     )
-    figures = (plot_conflict(found), plot_conflict_examples(found), plot_angles(analysis.angles))
+    figures = (plot_conflict(conflict), plot_conflict_examples(conflict), plot_angles(analysis.angles))
     return Section("Do safety and utility conflict?", text, figures)
 
 
-def _one_sample(analysis: "Analysis") -> Section:
+def _one_sample(analysis: Analysis) -> Section:
     study = analysis.one_sample
     text = (
         f"{str(study).capitalize()}.\n\nA safety example is compared with the mean of the others, never with itself. "
@@ -92,7 +92,7 @@ def _one_sample(analysis: "Analysis") -> Section:
 
 
 def tour_sections(tour: "Tour") -> list[Section]:
-    """Lay the tour out: outcome first, then the three questions, then the certificates."""
+    """Return the sections of the tour: the outcome of fine-tuning, those of its analysis, then the certificates."""
     outcome = Section(
         "Fine-tuning with and without SPF",
         "Held-out forbidden requests refused, benign requests refused, and exact answers on the task learnt (on the "
