@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from geomkit.gradients.arithmetic import add
+from geomkit.gradients.accumulator import add
 from geomkit.gradients.checks import check_gradients
 from geomkit.gradients.dense import DenseGradient
 from geomkit.gradients.gradient_set import GradientSet
@@ -29,8 +29,6 @@ from geomkit.utils.seeding import parameter_generator
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
-
-__all__ = ["LayerSpectrum", "Spectrum", "layer_spectrum", "spectrum"]
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -211,7 +209,7 @@ def spectrum(
     leaving examples out overstates the variance of a curved statistic (Efron and Stein 1981), except where a few
     examples have most of the squared norm; see tests/benchmarks/README.md. Statistics that jump have no interval: the
     ranks at a share of the energy, and the numeric rank, which mostly equals its bound. CER(k) has no interval if
-    leaving a group out leaves k tokens or fewer, and a short one up to 1.6 k tokens.
+    leaving a group out leaves k tokens or fewer, and one that is too short if it leaves few more.
 
     Args:
         gradients: Gradients by parameter, such as a :class:`~geomkit.gradients.gradient_set.GradientSet`; vectors are

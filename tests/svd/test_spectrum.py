@@ -1,19 +1,24 @@
-"""Intervals of spectra over examples; the singular values themselves are in test_svd."""
+"""Spectra of sets: their nulls, and their intervals over examples."""
 
 import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from geomkit.collection.collect import collect_gradients
 from geomkit.errors import GeometryError
+from geomkit.gradients.dense import DenseGradient
+from geomkit.gradients.factored import FactoredGradient
 from geomkit.stats.jackknife import jackknife_groups, jackknife_interval
 from geomkit.svd.layer_spectrum import SMOOTH_STATISTICS
 from geomkit.svd.spectrum import spectrum
 from tests.helpers.example_sets import Drawing, drawn_set, heavy, low_rank, matched_to, power_law
+from tests.helpers.gradients import factored, gaussian, indexed
 from tests.helpers.tiny import UTILITY, tiny_llama, tiny_tokenizer
 
+RANKS = ("numeric_rank", "effective_rank", "entropy_rank", "participation_ratio", "stable_rank")
 JUMPING = ("numeric_rank", "rank90", "rank95", "rank99")
 
 
@@ -173,3 +178,55 @@ def test_what_is_not_finite_is_refused() -> None:
     for bad in ({"w": spoilt["w"]}, replace(found, samples=(spoilt, *others))):
         with pytest.raises(GeometryError, match=r"not finite in a gradient of shape \(48, 40\)"):
             spectrum(bad)
+
+
+def test_a_zero_gradient_has_rank_zero_and_is_left_out_of_means() -> None:
+    found = spectrum({"a": factored(4, 8, 6), "zero": FactoredGradient(torch.zeros(4, 8), torch.ones(4, 6))})
+    zero = found.layers["zero"].statistics()
+    assert {zero[name] for name in RANKS} == {0.0}
+    assert math.isnan(zero["cer10"])
+    assert found.mean("cer10") == 1.0
+    assert found.mean("stable_rank") == found.layers["a"].stable_rank
+
+
+def test_spectrum_of_a_set_has_a_null_for_each_matrix_and_none_for_vectors() -> None:
+    gradients = {
+        "model.layers.0.mlp.up_proj.weight": factored(6, 40, 30),
+        "model.embed_tokens.weight": indexed(),
+        "lm_head.weight": DenseGradient(gaussian(14, 9), tokens=50),
+        "model.norm.weight": DenseGradient(gaussian(9), tokens=50),
+    }
+    found = spectrum(gradients, null_draws=3)
+    frame = found.to_frame()
+    assert list(found.layers) == list(gradients)[:3]
+    assert {len(draws) for draws in found.null.values()} == {3}
+    assert len(frame) == 3 * 11
+    assert ((frame.null_low <= frame.null) & (frame.null <= frame.null_high)).all()
+    assert set(frame.kind) == {"mlp", "embedding", "head"}
+    assert found.null_mean("numeric_rank") == pytest.approx((6 + 3 + 9) / 3)
+    assert "3 parameters" in found._repr_html_()
+
+
+def test_null_is_reproducible_and_independent_of_the_other_parameters() -> None:
+    gradients = {"a": factored(6, 40, 30), "b": factored(6, 40, 30)}
+    both, alone = spectrum(gradients, seed=1), spectrum({"b": gradients["b"]}, seed=1)
+    assert np.array_equal(both.null["b"][0].singular_values, alone.null["b"][0].singular_values)
+    assert not np.array_equal(both.null["a"][0].singular_values, both.null["b"][0].singular_values)
+    other = spectrum(gradients, seed=2).null["b"][0]
+    assert not np.array_equal(both.null["b"][0].singular_values, other.singular_values)
+
+
+def test_spectrum_without_a_null_says_so() -> None:
+    found = spectrum({"a": factored(6, 40, 30)}, null_draws=0)
+    assert found.to_frame().null.isna().all()
+    assert math.isnan(found.null_mean("cer10"))
+
+
+def test_misuse_is_explained() -> None:
+    found = spectrum({"a": factored(6, 40, 30)})
+    with pytest.raises(GeometryError, match="cer10"):
+        found.mean("rank")
+    with pytest.raises(GeometryError, match="at least 1"):
+        found.layers["a"].cer(0)
+    with pytest.raises(GeometryError, match="at most 1"):
+        found.layers["a"].rank_at(1.5)
