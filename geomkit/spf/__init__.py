@@ -1,8 +1,9 @@
-"""SPF: keeping a fine-tuning step from conflicting with safety, and proving that it does.
+"""SPF: projecting every optimizer step so that it does not conflict with safety, and checking that it does not.
 
-The way of a step, which is also the reading order: ``settings`` are what a user gives; ``rules`` say what is asked;
-``constraints`` runs the ``anchors`` and turns the rule into numbers (``demands``); ``weights`` are the blocks of
-weights
-that are guarded; ``projection`` reads what the optimizer's step did and corrects it; the ``guard`` does all this around
-``optimizer.step``, and ``assess`` makes of it a ``step_record`` in the ``certificate``.
+Reading order: ``settings`` are what a user gives; a ``rule`` says how a conflicting step is changed, and ``rules`` is
+the table of all rules; ``constraints`` runs the ``anchors`` (with ``kl``) and turns the rule into bounds (``demands``);
+``weights`` are the blocks of weights under guard; ``projection`` reads the optimizer's step and corrects it;
+``protected`` holds the blocks with their protections; ``utility_gradients`` changes gradients before a step; the
+``guard`` does all this around ``optimizer.step``; ``assess`` makes a ``step_record`` of it, for the ``certificate``;
+``checkpoint_state`` serves resumed runs, and ``callback`` the Trainer.
 """

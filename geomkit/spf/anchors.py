@@ -1,4 +1,4 @@
-"""The examples an SPF run measures its constraints on: a pool of them, and a draw for each step."""
+"""The examples on which SPF measures its constraints: a pool, and a random draw from it for each step."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,11 +11,11 @@ from geomkit.inputs.tokens import Tokens
 
 @dataclass(frozen=True)
 class AnchorPool:
-    """A pool of anchors and a seeded draw of some of them for each step.
+    """A pool of anchors, of which each step draws a few.
 
     Attributes:
-        rows: The pool.
-        per_step: How many are drawn for a step, without replacement; the whole pool when it is no larger.
+        rows: The anchors.
+        per_step: Number of anchors drawn for a step, without replacement; the whole pool if it is not larger.
         seed: Seed of the draws.
     """
 
@@ -24,10 +24,10 @@ class AnchorPool:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Check that something can be drawn.
+        """Check that each step draws at least one anchor.
 
         Raises:
-            DataError: If the pool is empty or nothing is to be drawn.
+            DataError: If the pool is empty or ``per_step`` is below 1.
         """
         if not self.rows or self.per_step < 1:
             raise DataError(
@@ -40,7 +40,7 @@ class AnchorPool:
         return self.per_step >= len(self.rows)
 
     def draw(self, step: int) -> Sequence[int]:
-        """Choose the anchors of one step; the same for the same seed and step, so that a run can be resumed."""
+        """Return the indices of the anchors of one step, which depend on the seed and the step's number alone."""
         if self.fixed:
             return range(len(self.rows))
         generator = np.random.default_rng((self.seed, step))

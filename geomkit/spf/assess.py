@@ -1,4 +1,4 @@
-"""From the readings of one step to its record: what was promised, and whether it holds."""
+"""The record of one step, made from its readings: the constraints' values, and whether the promise holds."""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -8,28 +8,28 @@ import numpy as np
 
 from geomkit.errors import SPFError
 from geomkit.spf.demands import Measured
-from geomkit.spf.projection.corrections import Plan, coordinates, left_over
+from geomkit.spf.projection.corrections import Plan, coordinates, remaining_coordinates
 from geomkit.spf.projection.protection import Protection
 from geomkit.spf.projection.reading import Reading
-from geomkit.spf.rules import Rule
+from geomkit.spf.rule import Rule
 from geomkit.spf.step_record import StepRecord
 from geomkit.spf.weights.blocks import Block
 
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """All that was read of one step.
+    """The readings of one step.
 
     Attributes:
-        number: Its number, from 1.
-        fresh: Whether its constraints were measured at this step.
+        number: Number of the step, from 1.
+        fresh: Whether the constraints were measured at this step.
         measured: The constraints.
-        before: The blocks before the step.
-        raw: The optimizer's own update.
-        applied: The update after the corrections.
-        plan: The corrections; of a rule on the gradient those of the gradient.
-        corrected: Norm of what was added for drift and the fence.
-        bounds: (m,) what the sums over the blocks may be, ∞ where nothing is asked.
+        before: Reading of each block before the step.
+        raw: The optimizer's own update of each block.
+        applied: The update of each block after the corrections.
+        plan: The corrections; for a rule on the gradient the corrections of the gradient.
+        corrected: Norm of the correction for drift and the benign fence.
+        bounds: (m,) upper bounds of the sums over the blocks; ∞ for no bound.
     """
 
     number: int
@@ -44,44 +44,48 @@ class Step:
 
 
 _ROUNDINGS = 3
-"""How often a coordinate that should stand still is rounded: read before training, read now, kept in the weights."""
+"""Roundings of a coordinate that must not move: in the reading before training, in this one, and in the weights."""
 
 
 def assess(step: Step, rule: Rule, blocks: Mapping[str, Block], protections: Mapping[str, Protection]) -> StepRecord:
-    """Say what a step did, and whether it kept what the rule promises.
+    """Return the record of a step: its first-order effect on the safety loss, and whether the rule's promise holds.
 
     Args:
-        step: What was read of it.
+        step: The readings of the step.
         rule: The rule.
         blocks: The blocks.
-        protections: What they are protected by.
+        protections: The protection of each block.
 
     Raises:
         SPFError: If a weight is not finite.
     """
-    mean = step.measured.demands.mean
-    # The weights before and after are rounded; an adapter's are zero before the first step.
+    weights = step.measured.demands.safety_weights
+    # 1. Tolerances. Weights are rounded to eps‖W‖ before and after the step; in ⟨Δθ, g_i⟩ that is eps‖W‖‖g_i‖. The
+    #    update's own norm is added, as an adapter's weights are zero before the first step.
     ulps = {name: blocks[name].eps * (step.before[name].norm + step.applied[name].norm) for name in protections}
     rounding = {
-        name: ulps[name] * np.array([one.norm for one in protection.gradients])
+        name: ulps[name] * np.array([gradient.norm for gradient in protection.gradients])
         for name, protection in protections.items()
     }
+    # 2. ⟨Δθ, g_i⟩ of each block, and sums over the blocks.
     dots = {name: change.dots.cpu().numpy() for name, change in step.applied.items()}
-    totals, tolerances = (sum(side.values(), np.zeros(len(mean))) for side in (dots, rounding))
-    first_order = float(totals @ mean)
+    totals, tolerances = (sum(parts.values(), np.zeros(len(weights))) for parts in (dots, rounding))
+    first_order = float(totals @ weights)
     if not math.isfinite(first_order):
         raise SPFError("expected finite weights after the step, found NaN or inf; lower the learning rate")
-    bounds = np.where(np.isfinite(step.bounds), step.bounds, np.where(mean > 0, 0.0, np.inf))
+    # 3. The promise. A rule without bounds is compared with 0, so that the record says where the safety loss rises.
+    bounds = np.where(np.isfinite(step.bounds), step.bounds, np.where(weights > 0, 0.0, np.inf))
     over = totals > bounds + tolerances
     left, was = _leaks(step, rule, protections)
-    worst, broken = _worst(rule, mean, dots, rounding, totals, tolerances)
+    worst, broken = _worst(rule, weights, dots, rounding, totals, tolerances)
     if rule.promise == "subspace":
         broken = any(norm > _ROUNDINGS * ulps[name] for name, norm in left.items())
     else:
         broken = bool(over.any()) or (rule.promise == "every block" and broken)
+    # 4. The record.
     fired = step.plan.fired if step.plan else frozenset()
     removed = step.plan.removed if step.plan else {}
-    raw = {name: float(change.dots.cpu().numpy() @ mean) for name, change in step.raw.items()}
+    raw = {name: float(change.dots.cpu().numpy() @ weights) for name, change in step.raw.items()}
     return StepRecord(
         step=step.number,
         fresh=step.fresh,
@@ -89,9 +93,9 @@ def assess(step: Step, rule: Rule, blocks: Mapping[str, Block], protections: Map
         loss_after=math.nan,
         first_order_raw=sum(raw.values()),
         first_order=first_order,
-        bound=float(bounds[mean > 0] @ mean[mean > 0]),
+        bound=float(bounds[weights > 0] @ weights[weights > 0]),
         worst=worst,
-        tolerance=float(tolerances @ mean),
+        tolerance=float(tolerances @ weights),
         update_norm=float(sum(change.norm**2 for change in step.applied.values()) ** 0.5),
         fired=len(fired) / max(len(dots), 1),
         removed=float(sum(norm**2 for norm in removed.values()) ** 0.5),
@@ -102,50 +106,50 @@ def assess(step: Step, rule: Rule, blocks: Mapping[str, Block], protections: Map
             name: np.array(
                 [
                     raw[name],
-                    float(own @ mean),
+                    float(products @ weights),
                     name in fired,
                     removed.get(name, 0.0),
                     _ratio([left.get(name, 0.0)], [was.get(name, 0.0)]),
                 ],
                 dtype=np.float32,
             )
-            for name, own in dots.items()
+            for name, products in dots.items()
         },
     )
 
 
 def _worst(
     rule: Rule,
-    mean: np.ndarray,
+    weights: np.ndarray,
     dots: Mapping[str, np.ndarray],
     rounding: Mapping[str, np.ndarray],
     totals: np.ndarray,
     tolerances: np.ndarray,
 ) -> tuple[float, bool]:
-    """Return the largest ⟨Δθ, g_s⟩ of a block, or of an anchor, beyond its rounding, and whether it is beyond."""
-    safety = mean > 0
+    """Return ⟨Δθ, g_s⟩ of the block, or the anchor, that exceeds its rounding most, and whether it does exceed it."""
+    is_safety = weights > 0
     if rule.promise == "every anchor":
-        place = int(np.argmax((totals - tolerances)[safety]))
-        return float(totals[safety][place]), bool((totals > tolerances)[safety][place])
-    own = {name: float(each @ mean) for name, each in dots.items()}
-    beyond = {name: own[name] - float(rounding[name] @ mean) for name in own}
-    if not own:
+        place = int(np.argmax((totals - tolerances)[is_safety]))
+        return float(totals[is_safety][place]), bool((totals > tolerances)[is_safety][place])
+    changes = {name: float(products @ weights) for name, products in dots.items()}
+    excess = {name: changes[name] - float(rounding[name] @ weights) for name in changes}
+    if not changes:
         return 0.0, False
-    name = max(beyond, key=lambda one: beyond[one])
-    return own[name], beyond[name] > 0
+    name = max(excess, key=lambda block: excess[block])
+    return changes[name], excess[name] > 0
 
 
 def _leaks(
     step: Step, rule: Rule, protections: Mapping[str, Protection]
 ) -> tuple[Mapping[str, float], Mapping[str, float]]:
-    """Return, of each block that fired, the norm of what should be gone and is not, and of what it was."""
+    """Return, for each projected block, the norm of the conflicting part that remains, and its norm before."""
     if step.plan is None or rule.level == "gradient" or rule.removal == "norm-matched":
         return {}, {}
     fired = [name for name in step.raw if name in step.plan.fired and protections[name].gradient.norm]
-    left = {name: left_over(step.plan, name, protections[name], step.applied[name]) for name in fired}
+    left = {name: remaining_coordinates(step.plan, name, protections[name], step.applied[name]) for name in fired}
     return left, {name: coordinates(protections[name], step.raw[name]) for name in fired}
 
 
 def _ratio(left: Iterable[float], was: Iterable[float]) -> float:
-    whole = sum(one**2 for one in was)
-    return float((sum(one**2 for one in left) / whole) ** 0.5) if whole else 0.0
+    whole = sum(norm**2 for norm in was)
+    return float((sum(norm**2 for norm in left) / whole) ** 0.5) if whole else 0.0

@@ -1,4 +1,4 @@
-"""SPF in ``transformers.Trainer`` and everything built on it."""
+"""SPF as a callback of ``transformers.Trainer``, and of trainers built on it."""
 
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,11 @@ from geomkit.spf.guard import Guard
 from geomkit.spf.settings import SPF
 
 LOGGED = ("anchor_loss", "first_order_raw", "first_order", "fired", "removed", "corrected", "leak", "update_norm")
-"""The fields of a step's record that the Trainer logs, as ``spf/…``."""
+"""The fields of :class:`~geomkit.spf.step_record.StepRecord` that the Trainer logs, as ``spf/…``."""
 
 
 class SPFCallback(TrainerCallback):
-    """Attaches SPF when training begins, adds its measures to the logs, detaches when training ends.
+    """Attaches SPF when training begins, adds its measurements to the logs, and detaches SPF when training ends.
 
     Example::
 
@@ -25,11 +25,11 @@ class SPFCallback(TrainerCallback):
     """
 
     def __init__(self, spf: SPF, *, resume: str | Path | None = None) -> None:
-        """Keep what to attach.
+        """Store the settings.
 
         Args:
-            spf: What to protect and how.
-            resume: The checkpoint that a resumed training goes on from, where it is not in the output folder.
+            spf: The settings of SPF.
+            resume: The checkpoint from which training is resumed, if it is not in the output folder.
         """
         self.spf = spf
         self._resume = resume
@@ -38,16 +38,16 @@ class SPFCallback(TrainerCallback):
 
     @property
     def certificate(self) -> Certificate | None:
-        """What the steps so far did to the safety loss; ``None`` before training."""
+        """The certificate of the steps so far; ``None`` before training."""
         return self._guard.certificate if self._guard else None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Attach to the optimizer that the Trainer has made by now, in the saved state where training is resumed.
+        """Attach SPF to the Trainer's optimizer, in the saved state where training is resumed.
 
         Raises:
-            SPFError: If SPF cannot be attached, or the checkpoint has no state of it.
+            SPFError: If SPF cannot be attached, or the checkpoint has no state of SPF.
         """
         self.detach()
         folder = self._resume or (_checkpoint(args, state) if state.global_step > 0 else None)
@@ -58,17 +58,17 @@ class SPFCallback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Add the safety gradient of a rule that mixes, before the task's, so that both are clipped together."""
-        if self._guard and not args.fp16:  # there gradients are scaled until the optimizer steps
+        """Add the safety gradient for a rule that mixes, before the task's gradient, so that their sum is clipped."""
+        if self._guard and not args.fp16:  # in fp16 gradients stay scaled until the optimizer steps
             self._guard.mix()
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Check that the step which was just taken went through SPF.
+        """Check that the last optimizer step ran SPF's hooks.
 
         Raises:
-            SPFError: If it did not.
+            SPFError: If the step did not run them.
         """
         if self._guard is None:
             return
@@ -81,12 +81,12 @@ class SPFCallback(TrainerCallback):
         self._steps = self._guard.steps
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Write the state that a resumed training needs into the checkpoint, last of all."""
+        """Write the guard's state into the checkpoint, as its last file."""
         if self._guard:
             self._guard.save(_checkpoint(args, state))
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Add the last step's measures to what is logged, and to the history, which has its own copy by now."""
+        """Add the last step's measurements to the logs, and to the history, which is a copy of them."""
         logs, certificate = kwargs.get("logs"), self.certificate
         if certificate and certificate.steps and logs is not None and "loss" in logs:
             last = certificate.records[-1]
@@ -97,11 +97,11 @@ class SPFCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Detach."""
+        """Detach SPF."""
         self.detach()
 
     def detach(self) -> None:
-        """End the projection, also after training broke off; the certificate stays."""
+        """End the projection, also after an error in training; the certificate stays available."""
         if self._guard:
             self._guard.detach()
 

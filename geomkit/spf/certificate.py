@@ -1,4 +1,4 @@
-"""The run-time proof of an SPF run: what each applied update did to the safety loss, to first order."""
+"""The certificate of an SPF run: the first-order effect of each applied update on the safety loss."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from geomkit.errors import SPFError
-from geomkit.spf.rules import Promise
+from geomkit.spf.rule import Promise
 from geomkit.spf.step_record import BLOCK_COLUMNS, StepRecord
-from geomkit.utils.display import html_table
+from geomkit.utils.display import Result, html_table
 from geomkit.utils.figures import draw
 
 if TYPE_CHECKING:
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Certificate:
-    """What a run's updates did to the safety loss.
+class Certificate(Result):
+    """The first-order effect of each update of a run on the safety loss, and whether the rule's promise held.
 
     Attributes:
         rule: Name of the rule.
-        promise: What the rule promises, see :attr:`geomkit.spf.rules.Rule.promise`.
+        promise: The rule's promise, see :attr:`geomkit.spf.rule.Rule.promise`.
         records: One record per step.
     """
 
@@ -33,7 +33,7 @@ class Certificate:
 
     @property
     def guaranteed(self) -> bool:
-        """Whether the rule promises anything of the updates that are applied."""
+        """Whether the rule promises a property of the applied updates."""
         return self.promise != "nothing"
 
     @property
@@ -43,12 +43,12 @@ class Certificate:
 
     @property
     def violations(self) -> int:
-        """Number of steps that broke what the rule promises, or without a promise raised the safety loss."""
+        """Number of steps that broke the rule's promise, or, under a rule without a promise, raised the safety loss."""
         return sum(record.violated for record in self.records)
 
     @property
     def undecided(self) -> int:
-        """Number of steps whose own change of the safety loss is smaller than what rounding can do."""
+        """Number of steps whose first-order change, before the corrections, is below the tolerance for rounding."""
         return sum(abs(record.first_order_raw) < record.tolerance for record in self.records)
 
     @property
@@ -57,10 +57,10 @@ class Certificate:
         return max((record.first_order for record in self.records), default=0.0)
 
     def raise_on_violation(self) -> None:
-        """Raise where the rule's promise was not kept.
+        """Raise an error if a step broke the rule's promise.
 
         Raises:
-            SPFError: If the rule promises a constraint and a step violates it.
+            SPFError: If the rule makes a promise and a step breaks it.
         """
         broken = next((record for record in self.records if record.violated), None)
         if not self.guaranteed or broken is None:
@@ -68,8 +68,8 @@ class Certificate:
         if self.promise == "subspace":
             expected, found = "no movement inside the protected subspace", f"{broken.leak:.2g} of it"
         else:
-            each = self.promise.removeprefix("every ")
-            expected = f"Σ⟨Δθ, g_s⟩ ≤ {broken.bound:.2g}, and no {each}'s beyond its bound"
+            unit = self.promise.removeprefix("every ")
+            expected = f"Σ⟨Δθ, g_s⟩ ≤ {broken.bound:.2g}, and no {unit}'s beyond its bound"
             found = f"{broken.first_order:.2g} and {broken.worst:.2g} (rounding allows {broken.tolerance:.2g})"
         raise SPFError(
             f"step {broken.step}: expected {expected}, found {found}; another hook may change the weights after the "
@@ -77,24 +77,24 @@ class Certificate:
         )
 
     def drift_bound(self, smoothness: float) -> np.ndarray:
-        """Bound the drift of the safety loss after each step: Σ ⟨Δθ, g_s⟩ + β/2 Σ ‖Δθ‖².
+        """Return a bound on the drift of the safety loss after each step: Σ ⟨Δθ, g_s⟩ + β/2 Σ ‖Δθ‖².
 
-        With a β-smooth loss, L(θ + Δ) ≤ L(θ) + ⟨Δ, g⟩ + β‖Δ‖²/2, whatever the optimizer; a rule that keeps its
-        promise makes the first sum negative. The norms are estimates, see :attr:`StepRecord.update_norm`.
+        For a β-smooth loss and any optimizer, L(θ + Δ) ≤ L(θ) + ⟨Δ, g⟩ + β‖Δ‖²/2; a rule that keeps its promise makes
+        the first sum negative. The norms are estimates, see :attr:`StepRecord.update_norm`.
 
         Args:
-            smoothness: β, the largest eigenvalue of the safety loss's Hessian on the way.
+            smoothness: β, the largest eigenvalue of the safety loss's Hessian along the training path.
 
         Returns:
-            (steps,) bounds on L_s after each step less L_s before training, nats per token; for anchors that are the
-            same at every step.
+            (steps,) upper bounds of L_s after each step minus L_s before training, nats per token; valid where every
+            step has the same anchors.
         """
         first = np.array([record.first_order for record in self.records])
         squared = np.array([record.update_norm for record in self.records]) ** 2
         return np.asarray(np.cumsum(first + smoothness / 2 * squared))
 
     def to_frame(self, by: Literal["step", "block"] = "step") -> "pd.DataFrame":
-        """Return one row per step, or one per step and block.
+        """Return the records as a data frame, one row per step, or one row per step and block.
 
         Args:
             by: ``"step"`` for the fields of :class:`StepRecord` and its ``curvature``; ``"block"`` for ``step``,
@@ -110,7 +110,7 @@ class Certificate:
         return pd.DataFrame(rows, columns=["step", "block", *BLOCK_COLUMNS])
 
     def to_dict(self) -> dict[str, float | int]:
-        """Return the summary: ``steps``, ``violations``, ``max_first_order_change``."""
+        """Return the summary as a dictionary: ``steps``, ``violations`` and ``max_first_order_change``."""
         return {
             "steps": self.steps,
             "violations": self.violations,
@@ -118,7 +118,7 @@ class Certificate:
         }
 
     def plot(self, by: Literal["step", "block"] = "step") -> "Figure":
-        """Draw what the updates did to the safety loss, step by step, or for every step and block.
+        """Draw the effect of the updates on the safety loss, for each step, or for each step and block.
 
         See :func:`geomkit.plots.certificates.plot_certificate` and
         :func:`geomkit.plots.certificate_blocks.plot_certificate_blocks`.
@@ -126,7 +126,7 @@ class Certificate:
         return draw("plot_certificate", self) if by == "step" else draw("plot_certificate_blocks", self)
 
     def __str__(self) -> str:
-        """Say in one line whether the constraint held, and whether rounding lets that be known."""
+        """Return one sentence: the number of violations, the largest change, and the steps below rounding."""
         promise = f"promised of {self.promise}" if self.guaranteed else "not promised by this rule"
         unknown = f"; {self.undecided} steps cannot be told from rounding" if self.undecided else ""
         return (

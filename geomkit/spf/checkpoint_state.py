@@ -1,8 +1,9 @@
-"""The state of a guard beside a checkpoint, so that a resumed run goes on as the uninterrupted one would."""
+"""The state of a guard in a checkpoint, with which a resumed run continues as the uninterrupted run would."""
 
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -12,32 +13,33 @@ from geomkit.errors import SPFError
 from geomkit.utils.files import Draft
 
 STATE_FILE = "spf.safetensors"
-"""Written last into a checkpoint, and in one step: where it is, the checkpoint is complete."""
+"""The last file of a checkpoint, moved into it atomically: a checkpoint that has it is complete."""
 
 
 def save_state(state: Mapping[str, Tensor], description: Mapping[str, object], folder: Path) -> None:
-    """Write a guard's state.
+    """Write a guard's state into a checkpoint.
 
     Args:
         state: The tensors.
-        description: What :meth:`SPF.describe` said.
+        description: The result of :meth:`SPF.describe`.
         folder: The checkpoint, which exists.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     with Draft(folder, STATE_FILE) as draft:
-        draft.write(save(tensors, {"spf": _written(description)}))
+        draft.write(save(tensors, {"spf": _to_json(description)}))
         draft.move_to(folder / STATE_FILE)
 
 
 def load_state(folder: Path, description: Mapping[str, object]) -> dict[str, Tensor]:
-    """Read a guard's state.
+    """Read a guard's state from a checkpoint.
 
     Args:
         folder: The checkpoint.
-        description: What :meth:`SPF.describe` says of the run that goes on.
+        description: The result of :meth:`SPF.describe` for the run that is resumed.
 
     Raises:
-        SPFError: If there is none, it cannot be read, or it belongs to a run with other settings.
+        SPFError: If the checkpoint has no state, it cannot be read, it belongs to a run with other settings, or another
+            version of geomkit wrote it.
     """
     path = folder / STATE_FILE
     if not path.is_file():
@@ -51,15 +53,38 @@ def load_state(folder: Path, description: Mapping[str, object]) -> dict[str, Ten
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
     except (SafetensorError, json.JSONDecodeError) as error:
         raise SPFError(f"expected the state of SPF at {path}, found a corrupt file: {error}") from None
-    now = json.loads(_written(description))
-    if different := sorted(name for name in {*saved, *now} if saved.get(name) != now.get(name)):
-        name = different[0]
-        raise SPFError(
-            f"expected a run that goes on with {name}={saved.get(name)!r}, found {now.get(name)!r}; resume with the "
-            "same SPF"
-        )
+    _refuse_other_settings(path, _flat(saved), _flat(json.loads(_to_json(description))))
     return state
 
 
-def _written(description: Mapping[str, object]) -> str:
+def _refuse_other_settings(path: Path, saved: Mapping[str, object], now: Mapping[str, object]) -> None:
+    """Compare the settings of two runs.
+
+    Raises:
+        SPFError: If the settings have other names, as in another version, or other values.
+    """
+    if unknown := sorted({*saved} ^ {*now}):
+        raise SPFError(
+            f"expected a state of SPF that this version of geomkit wrote at {path}, found one with other settings "
+            f"({', '.join(unknown)}); end the run with the version that began it, or start anew"
+        )
+    if different := sorted(name for name in saved if saved[name] != now[name]):
+        name = different[0]
+        raise SPFError(
+            f"expected a run that goes on with {name}={saved[name]!r}, found {now[name]!r}; resume with the same SPF"
+        )
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[str, object]:
+    """Return settings with those of a nested mapping by dotted names, such as ``rule.rank``."""
+    flat: dict[str, object] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            flat |= {f"{name}.{inner}": content for inner, content in _flat(value).items()}
+        else:
+            flat[name] = value
+    return flat
+
+
+def _to_json(description: Mapping[str, object]) -> str:
     return json.dumps(description, default=str, ensure_ascii=False)

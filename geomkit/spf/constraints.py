@@ -1,4 +1,4 @@
-"""Measuring the constraints of a step: the gradients of its anchors at the current weights, and what each may be."""
+"""Measuring the constraints of a step: gradients of the anchors at the current weights, and bounds on the update."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,16 +18,16 @@ from geomkit.inputs.loss import TokenLoss, losses_of, token_losses
 from geomkit.spf.anchors import AnchorPool
 from geomkit.spf.demands import Demands, Measured
 from geomkit.spf.kl import ReferenceModel
-from geomkit.spf.rules import Rule
+from geomkit.spf.rule import Rule
 
 
 @dataclass(frozen=True)
 class BenignFence:
-    """Benign examples that the model should go on to answer.
+    """Benign examples that the model has to keep answering.
 
     Attributes:
         pool: The examples.
-        margin: How far their loss may exceed that of the model before training, nats per token.
+        margin: Tolerated excess of their loss over their loss before training, nats per token.
     """
 
     pool: AnchorPool
@@ -35,15 +35,20 @@ class BenignFence:
 
 
 class ConstraintMeter:
-    """Runs the anchors, and the benign examples of a fence, at the current weights.
+    """Measures the constraints of a step: runs the anchors, and the benign examples of a fence, through the model.
 
     Args:
         model: The model.
-        rule: What the gradients are for.
+        rule: The rule that the gradients are for.
         pool: The anchors.
         pad: The id that fills short rows.
         fence: Benign examples, if any.
         budget: See :class:`~geomkit.spf.demands.Demands`.
+
+    Attributes:
+        reference_model: The model before training, for a rule with the KL loss.
+        references: (anchors,) safety loss of each anchor before training, for a rule that corrects drift.
+        benign_references: (examples,) loss of each benign example before training.
     """
 
     def __init__(
@@ -55,11 +60,11 @@ class ConstraintMeter:
         fence: BenignFence | None = None,
         budget: float = 0.5,
     ) -> None:
-        """Measure what the model does before training, as far as the rule asks for it."""
+        """Measure the losses before training that the rule needs."""
         self._model, self._rule, self._pool, self._pad = model, rule, pool, pad
         self._fence, self._budget = fence, budget
         kl = rule.loss == "kl"
-        self.teacher = ReferenceModel.of(model, pool.rows, pad) if kl else None
+        self.reference_model = ReferenceModel.of(model, pool.rows, pad) if kl else None
         drift = rule.drift_correction
         before = [0.0] * len(pool.rows) if kl else losses_of(model, pool.rows, pad) if drift else []
         self.references = np.array(before)
@@ -71,100 +76,108 @@ class ConstraintMeter:
         return self._pool.fixed
 
     def losses(self, chosen: Sequence[int]) -> np.ndarray:
-        """Return the safety loss of each of some anchors."""
+        """Return the safety loss of each anchor with these indices, nats per token."""
         rows = [self._pool.rows[index] for index in chosen]
         return np.array(losses_of(self._model, rows, self._pad, token_loss=self._token_loss(chosen)))
 
     def measure(self, step: int, blocks: Iterable[str]) -> Measured:
-        """Collect the gradients of the step's constraints.
+        """Collect the gradients of a step's constraints, and set their bounds.
 
         Args:
             step: Number of the step, from 0.
-            blocks: The parameters to collect.
+            blocks: Names of the parameters to collect.
 
         Raises:
             CollectionError: If a loss or gradient is not finite.
         """
+        # 1. Gradients: one constraint for each anchor, or one for the mean over the anchors.
         chosen = self._pool.draw(step)
         rows = [self._pool.rows[index] for index in chosen]
-        each = self._rule.each_anchor and len(rows) > 1
-        told: dict[str, list[Tensor | None]] = defaultdict(list)
+        per_anchor = self._rule.each_anchor and len(rows) > 1
+        parts: dict[str, list[Tensor | None]] = defaultdict(list)
         safety = collect_from_tokens(
             self._model,
             rows,
             self._pad,
-            per_sample=each,
-            products=None if each or self._fence else lambda name, part: told[name].append(part),
+            per_sample=per_anchor,
+            products=None if per_anchor or self._fence else lambda name, part: parts[name].append(part),
             token_loss=self._token_loss(chosen),
         )
-        sets = list(safety.samples) if each else [safety]
+        constraints = list(safety.samples) if per_anchor else [safety]
+        # 2. Bounds on Σ ⟨Δθ, g_i⟩: hard, 0 for a rule that constrains; soft, L_ref + margin − L_s where that is
+        #    negative: the loss has drifted further than the margin, and this change brings it back to first order.
         references = self.references[list(chosen)] if len(self.references) else np.full(len(rows), np.inf)
-        allowed = references if each else [references.mean()]
-        bounds = [reference + self._rule.drift_margin - own.loss for own, reference in zip(sets, allowed, strict=True)]
-        mean = np.full(len(sets), 1 / len(sets))
-        firm = np.full(len(sets), 0.0 if self._rule.constrains else np.inf)
-        drift = np.array([bound if self._rule.drift_correction and bound < 0 else np.inf for bound in bounds])
+        allowed = references if per_anchor else [references.mean()]
+        distances = [
+            reference + self._rule.drift_margin - constraint.loss
+            for constraint, reference in zip(constraints, allowed, strict=True)
+        ]
+        weights = np.full(len(constraints), 1 / len(constraints))
+        hard = np.full(len(constraints), 0.0 if self._rule.constrains else np.inf)
+        corrects = self._rule.drift_correction
+        soft = np.array([distance if corrects and distance < 0 else np.inf for distance in distances])
+        # 3. The benign fence is one constraint more, with a soft bound and no part in the safety gradient.
         if self._fence is not None:
             benign, bound = self._benign(step, self._fence)
-            sets.append(benign)
-            mean, firm = np.append(mean, 0.0), np.append(firm, np.inf)
-            drift = np.append(drift, bound)
+            constraints.append(benign)
+            weights, hard, soft = np.append(weights, 0.0), np.append(hard, np.inf), np.append(soft, bound)
         return Measured(
-            {name: found for name in blocks if (found := _of_block(sets, name))},
-            Demands(mean, firm, drift, self._budget),
+            {name: gradients for name in blocks if (gradients := _of_block(constraints, name))},
+            Demands(weights, hard, soft, self._budget),
             safety.loss,
             chosen,
-            _mean_products(told, len(rows)),
+            _mean_products(parts, len(rows)),
         )
 
     def _benign(self, step: int, fence: BenignFence) -> tuple[GradientSet, float]:
-        """Return the gradient of the benign examples, and what an update may do: nothing is asked inside the fence."""
+        """Return the gradient of the benign examples and its bound: ∞ while their loss is within the margin."""
         chosen = fence.pool.draw(step)
-        found = collect_from_tokens(self._model, [fence.pool.rows[index] for index in chosen], self._pad)
+        benign = collect_from_tokens(self._model, [fence.pool.rows[index] for index in chosen], self._pad)
         allowed = float(self.benign_references[list(chosen)].mean()) + fence.margin
-        return found, allowed - found.loss if found.loss > allowed else np.inf
+        return benign, allowed - benign.loss if benign.loss > allowed else np.inf
 
     def _token_loss(self, chosen: Sequence[int]) -> TokenLoss:
-        if self.teacher is None:
+        if self.reference_model is None:
             return token_losses
-        return partial(_divergences, self.teacher, chosen)
+        return partial(_divergences, self.reference_model, chosen)
 
     def state(self) -> dict[str, Tensor]:
-        """Return what is known of the model before training, for a run that is resumed."""
-        said = {} if self.teacher is None else {f"teacher.{i}": one for i, one in enumerate(self.teacher.said)}
+        """Return the measurements before training, which a resumed run needs."""
+        before = [] if self.reference_model is None else self.reference_model.log_probabilities
         return {
             "references": torch.from_numpy(self.references),
             "benign_references": torch.from_numpy(self.benign_references),
-            **said,
+            **{f"teacher.{index}": log_probabilities for index, log_probabilities in enumerate(before)},
         }
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Take over what another run with the same settings knew."""
+        """Load the measurements before training of another run with the same settings."""
         self.references, self.benign_references = (state[name].numpy() for name in ("references", "benign_references"))
-        if self.teacher is not None:
-            device = self.teacher.said[0].device
-            self.teacher.said = [state[f"teacher.{i}"].to(device) for i in range(len(self.teacher.said))]
+        if self.reference_model is not None:
+            before = self.reference_model.log_probabilities
+            device = before[0].device
+            before[:] = [state[f"teacher.{index}"].to(device) for index in range(len(before))]
 
 
-def _divergences(teacher: ReferenceModel, chosen: Sequence[int], model: nn.Module, batch: Batch) -> Tensor:
-    return teacher.losses(model, batch, chosen)
+def _divergences(reference_model: ReferenceModel, chosen: Sequence[int], model: nn.Module, batch: Batch) -> Tensor:
+    return reference_model.losses(model, batch, chosen)
 
 
-def _mean_products(told: Mapping[str, Sequence[Tensor | None]], examples: int) -> dict[str, Tensor]:
-    """Return (1,) the mean product of each parameter of which every part is known."""
-    known = {name: [part for part in parts if part is not None] for name, parts in told.items()}
+def _mean_products(parts: Mapping[str, Sequence[Tensor | None]], examples: int) -> dict[str, Tensor]:
+    """Return (1,) the mean ⟨W, g⟩ over the examples, for parameters of which every part of the pass gave a product."""
+    known = {name: [part for part in products if part is not None] for name, products in parts.items()}
     return {
-        name: torch.stack(parts).sum(0, keepdim=True) / examples
-        for name, parts in known.items()
-        if len(parts) == len(told[name])
+        name: torch.stack(products).sum(0, keepdim=True) / examples
+        for name, products in known.items()
+        if len(products) == len(parts[name])
     }
 
 
-def _of_block(sets: Sequence[GradientSet], name: str) -> tuple[LayerGradient, ...]:
-    """Return a block's gradient in each set, if one of them is not zero."""
-    found = [own.layers.get(name) for own in sets]
-    known = [one for one in found if one is not None]
-    if not any(one.norm > 0 for one in known):
+def _of_block(constraints: Sequence[GradientSet], name: str) -> tuple[LayerGradient, ...]:
+    """Return a block's gradient of each constraint; an empty tuple if all of them are zero."""
+    gradients = [constraint.layers.get(name) for constraint in constraints]
+    known = [gradient for gradient in gradients if gradient is not None]
+    if not any(gradient.norm > 0 for gradient in known):
         return ()
     shape, device = known[0].shape, known[0].device
-    return tuple(zero_gradient(shape, device) if one is None else one for one in found)
+    return tuple(zero_gradient(shape, device) if gradient is None else gradient for gradient in gradients)

@@ -1,4 +1,4 @@
-"""What is asked of one step: the measured constraints and their bounds."""
+"""Upper bounds that one step has to keep, and the measured gradients of its constraints."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,45 +11,47 @@ from geomkit.gradients.layer_gradient import LayerGradient
 
 @dataclass(frozen=True, eq=False)
 class Demands:
-    """What is asked of Σ ⟨d, g_i⟩ over all blocks, for each constraint i.
+    """Upper bounds on Σ ⟨d, g_i⟩, summed over all blocks, for each of m constraints i on a step d.
 
     Attributes:
-        mean: (m,) weights of the constraints in the mean safety gradient; 0 for those that are not about safety.
-        firm: (m,) bounds that every step keeps, ∞ for none.
-        drift: (m,) bounds that are kept as far as ``budget`` allows, for drift and the benign fence; ∞ for none.
-        budget: The most that may be added for these, as a share of the norm of the step.
+        safety_weights: (m,) weights of the constraints in the mean safety gradient; 0 for constraints that do not
+            concern safety.
+        hard_bounds: (m,) bounds that every step keeps; ∞ for no bound.
+        soft_bounds: (m,) bounds for drift correction and the benign fence, kept as far as ``budget`` allows; ∞ for no
+            bound.
+        budget: Largest correction for the soft bounds, as a fraction of the norm of the step.
     """
 
-    mean: np.ndarray
-    firm: np.ndarray
-    drift: np.ndarray
+    safety_weights: np.ndarray
+    hard_bounds: np.ndarray
+    soft_bounds: np.ndarray
     budget: float = np.inf
 
     @property
-    def wanted(self) -> np.ndarray:
-        """(m,) the lower of the two bounds."""
-        return np.asarray(np.minimum(self.firm, self.drift))
+    def tightest_bounds(self) -> np.ndarray:
+        """(m,) the smaller of the hard and the soft bound."""
+        return np.asarray(np.minimum(self.hard_bounds, self.soft_bounds))
 
-    def only_firm(self) -> "Demands":
-        """Return what is asked at once."""
-        return replace(self, drift=np.full_like(self.drift, np.inf))
+    def only_hard(self) -> "Demands":
+        """Return the demands without soft bounds."""
+        return replace(self, soft_bounds=np.full_like(self.soft_bounds, np.inf))
 
-    def only_drift(self) -> "Demands":
-        """Return what is asked for drift and the fence alone."""
-        return replace(self, firm=np.full_like(self.firm, np.inf))
+    def only_soft(self) -> "Demands":
+        """Return the demands without hard bounds."""
+        return replace(self, hard_bounds=np.full_like(self.hard_bounds, np.inf))
 
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """The constraints at one point of training.
+    """The constraints, measured at one point of training.
 
     Attributes:
-        gradients: The gradient of each constraint, by block.
-        demands: What is asked of the update.
+        gradients: For each block the gradients of the m constraints.
+        demands: Bounds on the update.
         loss: Safety loss on the anchors, nats per token.
-        chosen: The anchors.
-        products: (m,) ⟨W, g⟩ for the gradient of each constraint, fp64, of the parameters of which the pass over the
-            anchors told it: :class:`~geomkit.spf.projection.reading.Reading` ``dots`` that need not be read.
+        chosen: Indices of the anchors in the pool.
+        products: (m,) ⟨W, g_i⟩ in fp64, for the parameters W whose products the pass over the anchors has computed:
+            ``dots`` of a :class:`~geomkit.spf.projection.reading.Reading` that need not be read.
     """
 
     gradients: Mapping[str, tuple[LayerGradient, ...]]

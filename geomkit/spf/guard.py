@@ -1,7 +1,7 @@
-"""SPF at work: the hooks that sit around ``optimizer.step`` and project what it does."""
+"""The guard: the hooks around ``optimizer.step`` that project an update and check it."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -18,11 +18,12 @@ from geomkit.spf.checkpoint_state import save_state
 from geomkit.spf.constraints import ConstraintMeter
 from geomkit.spf.demands import Measured
 from geomkit.spf.projection.corrections import Plan, plan
-from geomkit.spf.projection.protection import Protection, protect, renewed, without_subspaces
-from geomkit.spf.projection.reading import Reading, read_all
-from geomkit.spf.rules import RULES, Rule
+from geomkit.spf.projection.reading import Reading
+from geomkit.spf.protected import ProtectedBlocks
+from geomkit.spf.rule import Rule
+from geomkit.spf.rules import RULES
 from geomkit.spf.step_record import Log, StepRecord
-from geomkit.spf.weights.blocks import Block, Move
+from geomkit.spf.utility_gradients import add_safety_gradient, project_gradients, refuse_missing_gradients
 from geomkit.spf.weights.guarded import Guarded, refuse_broken_gradients, unwrapped
 from geomkit.spf.weights.processes import Processes
 from geomkit.utils.precision import full_precision
@@ -30,13 +31,14 @@ from geomkit.utils.precision import full_precision
 
 @dataclass(frozen=True)
 class Options:
-    """How a guard works, beside its rule.
+    """Settings of a guard that do not belong to its rule.
 
     Attributes:
-        refresh_every: Measure the safety gradient every so many steps.
-        refresh_energy: Compute subspaces anew only when they hold less than this share of what they held at first.
-        measure_curvature: Run the anchors once more after each step.
-        log: Where to write a line per step.
+        refresh_every: Number of steps from one measurement of the safety gradient to the next.
+        refresh_energy: Recompute a subspace only when the fraction of ‖g_s‖² inside it is less than this multiple of
+            the fraction at first; ``None`` recomputes it at every measurement.
+        measure_curvature: Whether to run the anchors once more after each step.
+        log: File to which each step appends a line.
         seed: Seed of random directions.
     """
 
@@ -49,7 +51,7 @@ class Options:
 
 @dataclass
 class _Pending:
-    """What is known between the two hooks of one step."""
+    """What the hook before a step hands to the hook after it."""
 
     measured: Measured
     fresh: bool
@@ -58,19 +60,19 @@ class _Pending:
 
 
 _GUARDED: WeakSet[torch.optim.Optimizer] = WeakSet()
-"""The optimizers with a guard: two would each undo what the other certifies."""
+"""The optimizers with a guard: of two guards each would undo what the other certifies."""
 
 
 _READING = 1e-5
-"""How far two readings of the same weights may be apart, as a share of their norm: fp32 products of other shapes."""
+"""Largest difference of two readings of the same weights, relative to their norm: fp32 products of other shapes."""
 
 
 class Guard:
     """SPF attached to one optimizer: it projects, measures and checks every step.
 
-    Before a step it collects the safety gradient of some anchors at the current weights and reads the protected
-    coordinates of the weights; after the step it reads them again, corrects the weights where the update conflicts,
-    reads them once more and checks.
+    Before a step the guard collects the safety gradient of a few anchors at the present weights and reads the protected
+    coordinates of the weights. After the step it reads them again, corrects the weights where the update conflicts,
+    reads them once more and checks the rule's promise.
     """
 
     def __init__(
@@ -78,30 +80,33 @@ class Guard:
         guarded: Guarded,
         optimizer: torch.optim.Optimizer,
         rule: Rule,
-        meter: ConstraintMeter,
+        constraint_meter: ConstraintMeter,
         options: Options,
         state: Mapping[str, Tensor] | None = None,
         description: Mapping[str, object] | None = None,
     ) -> None:
-        """Attach to an optimizer, from the beginning or in a saved state; :meth:`SPF.attach` is the door."""
+        """Attach to an optimizer, from the beginning or in a saved state; see :meth:`SPF.attach`."""
         self.rule = rule
         self._description = description or {}
-        self._guarded, self._meter, self._options = guarded, meter, options
+        self._guarded, self._constraint_meter, self._options = guarded, constraint_meter, options
+        self._protected = ProtectedBlocks(
+            guarded,
+            constraint_meter,
+            rule,
+            refresh_every=options.refresh_every,
+            refresh_energy=options.refresh_energy,
+            seed=options.seed,
+        )
         self._optimizer = unwrapped(optimizer)
         self._records: list[StepRecord] = []
-        self._before = 0  # steps of the run that this one resumes, of which there are no records
-        self._kept: dict[str, Tensor] = {}  # subspaces of that run
-        self._measured: Measured | None = None  # forgotten when a run is saved
-        self._measured_at = -1  # the step, from 0
-        self._mixed = False
-        self._protections: dict[str, Protection] = {}
-        self._probes: dict[str, Tensor] = {}  # drawn once
-        self._origin: dict[str, Tensor] = {}
+        self._earlier_steps = 0  # of the run that this run resumes, without records
+        self._is_mixed = False  # whether the safety gradient has been added for the next step
+        self._origin: dict[str, Tensor] = {}  # UᵀW₀ of each block under a rule with a closed subspace
         self._pending: _Pending | None = None
-        self._left_at: dict[str, Tensor] = {}  # WΩ of each block after the last step
+        self._probes_after: dict[str, Tensor] = {}  # WΩ of each block after the last step
         if self._optimizer in _GUARDED:
             raise SPFError("expected an optimizer without a guard, found one that has one; detach() the other first")
-        self._log = self._begun() if state is None else self._resumed(state)
+        self._log = self._begin_log() if state is None else self._resume(state)
         self._handles = [
             self._optimizer.register_step_pre_hook(_as_hook(self._before_step)),
             self._optimizer.register_step_post_hook(_as_hook(self._after_step)),
@@ -110,16 +115,16 @@ class Guard:
 
     @property
     def certificate(self) -> Certificate:
-        """What the steps so far did to the safety loss."""
+        """The certificate of the steps so far."""
         return Certificate(self.rule.name, self.rule.promise, tuple(self._records))
 
     @property
     def steps(self) -> int:
         """Number of steps so far."""
-        return self._before + len(self._records)
+        return self._earlier_steps + len(self._records)
 
     def detach(self) -> None:
-        """End the projection; the certificate stays."""
+        """End the projection; the certificate stays available."""
         for handle in self._handles:
             handle.remove()
         if self._handles:
@@ -128,16 +133,16 @@ class Guard:
 
     @torch.no_grad()
     def mix(self) -> None:
-        """Add the safety gradient now, before the task's is added and both are clipped, if the rule adds one.
+        """Add the safety gradient to ``.grad`` now, if the rule adds it, so that both gradients are clipped together.
 
-        Without this call it is added just before the optimizer's step, to a task gradient that is already clipped. Not
-        for gradients that a ``GradScaler`` is still to divide.
+        Call it before the backward pass of the task. Without this call the safety gradient is added just before the
+        optimizer's step, to a task gradient that is already clipped. Do not call it if a ``GradScaler`` still has to
+        divide the gradients.
         """
-        projects_gradient = self.rule.level == "gradient" and self.rule.removal != "nothing"
-        if self.rule.adds and not projects_gradient and self._handles:
+        if self.rule.safety_gradient_weight and not self.rule.projects_gradient and self._handles:
             with full_precision():
-                self._add(self._measure())
-            self._mixed = True
+                add_safety_gradient(self.rule, self._guarded, self._measure(), self._optimizer)
+            self._is_mixed = True
 
     def __enter__(self) -> Self:
         """Return the guard."""
@@ -149,222 +154,166 @@ class Guard:
         """End the projection."""
         self.detach()
 
-    # ------------------------------------------------------------------------------------------------- measuring
-
     def _measure(self) -> Measured:
-        """Return the constraints of the step, measured now if they are due."""
-        known, due = self._measured, self.steps % self._options.refresh_every == 0
-        if known is not None and (not due or self._mixed):
-            return known
-        with self._guarded.collecting():
-            found = self._guarded.processes.agreed(self._meter.measure(self.steps, self._guarded.blocks))
-        self._measured, self._measured_at = found, self.steps
-        self._protections = {name: self._protected(name, found) for name in found.gradients}
-        self._probes = {name: one.probe for name, one in self._protections.items() if one.probe is not None}
-        return found
+        return self._protected.measure(self.steps, is_mixed=self._is_mixed)
 
-    def _protected(self, name: str, measured: Measured) -> Protection:
-        """Protect a block by its new gradients, with the subspaces it had where these are to be kept."""
-        gradients, kept = measured.gradients[name], self._protections.get(name)
-        seed, probe, left = self._options.seed, self._probes.get(name), self._kept.pop(name, None)
-        if left is None and (kept is None or kept.left is None):
-            return protect(self.rule, gradients, name, seed, probe)
-        bare = without_subspaces(gradients, name, seed, probe)
-        old = replace(bare, left=left) if kept is None or kept.left is None else renewed(bare, kept)
-        share = self._options.refresh_energy
-        if self.rule.always or (share is not None and old.captured >= share * old.energy):
-            return old
-        return protect(self.rule, gradients, name, seed, probe)
-
-    def _read(
-        self,
-        names: Iterable[str],
-        moves: Mapping[str, Sequence[Move]] | None = None,
-        known: Mapping[str, Tensor] | None = None,
-    ) -> dict[str, Reading]:
-        """Read some blocks, see :func:`read_all`."""
-        protections = {name: self._protections[name] for name in names}
-        return read_all(self._guarded.blocks, protections, self._guarded.processes.group, moves=moves, known=known)
-
-    def _changed(self, before: Mapping[str, Reading], now: Mapping[str, Reading]) -> dict[str, Reading]:
-        """Return what has changed since a reading; inside a subspace that is closed for good, since the first."""
-        found = {name: one - before[name] for name, one in now.items()}
+    def _changes(self, before: Mapping[str, Reading], now: Mapping[str, Reading]) -> dict[str, Reading]:
+        """Return the change since an earlier reading; inside a closed subspace, the change since the first reading."""
+        changes = {name: reading - before[name] for name, reading in now.items()}
         for name, origin in self._origin.items():
-            if name in found and (left := now[name].left) is not None:
-                found[name] = replace(found[name], left=left - origin)
-        return found
+            if name in changes and (left := now[name].left) is not None:
+                changes[name] = replace(changes[name], left=left - origin)
+        return changes
 
-    # --------------------------------------------------------------------------------------------- the two hooks
+    # ------------------------------------------------------------------------------------------- before the step
 
     def _before_step(self) -> None:
-        if bool(getattr(self._optimizer, "found_inf", None) or False):  # a fused optimizer itself skips an overflow
+        """Measure, read and, under a rule on the gradient, project the gradients."""
+        if bool(getattr(self._optimizer, "found_inf", None) or False):  # a fused optimizer skips the overflow itself
             return
+        # 1. The weights, if others are trained than at the last step, and their gradients.
         if self._guarded.refresh():
-            self._measured, self._probes = None, {}
+            self._protected.discard()
         refuse_broken_gradients(self._guarded.parameters)
-        measured, fresh = self._measure(), self._measured_at == self.steps
-        if self._records and fresh and self._meter.fixed:
+        # 2. The constraints at θ. With fixed anchors their loss at θ is the loss after the last step.
+        measured, fresh = self._measure(), self._protected.measured_at == self.steps
+        if self._records and fresh and self._constraint_meter.fixed:
             self._records[-1] = replace(self._records[-1], loss_after=measured.loss)
-        self._guarded.settle()
+        # 3. The reading of θ; ⟨W, g⟩ is taken from the pass over the anchors where that pass used these weights.
+        self._guarded.pull_updates_into_masters()
         known = self._guarded.as_used(measured.products) if fresh else {}
-        before = self._read(self._protections, known=known)
+        before = self._protected.read(self._protected.protections, known=known)
         self._refuse_other_changes(before)
-        if self.rule.always:
-            self._origin = {name: one.left for name, one in before.items() if one.left is not None} | self._origin
+        if self.rule.closed_subspace:
+            origin = {name: reading.left for name, reading in before.items() if reading.left is not None}
+            self._origin = origin | self._origin
         self._pending = _Pending(measured, fresh, before)
+        # 4. The utility gradients: project g_u, then add g_s, unless it has been added before the backward pass.
         if self.rule.level == "gradient":
-            self._project_gradients(self._pending)
-        if self.rule.adds and not self._mixed:
-            if all(parameter.grad is None for parameter in self._guarded.parameters.values()):
-                raise self._no_gradients()
-            self._add(measured)
-        self._mixed = False
+            self._pending.plan = project_gradients(self.rule, self._guarded, self._protected, measured, self._seed())
+        if self.rule.safety_gradient_weight and not self._is_mixed:
+            refuse_missing_gradients(self.rule, self._guarded)
+            add_safety_gradient(self.rule, self._guarded, measured, self._optimizer)
+        self._is_mixed = False
 
-    def _project_gradients(self, pending: _Pending) -> None:
-        """Project the utility gradients in place, the step being −g_u."""
-        steps: dict[str, Block] = {
-            name: block for name in self._protections if (block := self._guarded.gradient_block(name)) is not None
-        }
-        if self._protections and not steps:
-            raise self._no_gradients()
-        if self.rule.removal == "nothing":
-            return
-        protections = {name: self._protections[name] for name in steps}
-        changes = read_all(steps, protections, self._guarded.processes.group)
-        demands = pending.measured.demands.only_firm()
-        pending.plan = plan(self.rule, steps, protections, changes, demands, self._seed())
-        for name, moves in pending.plan.moves.items():
-            steps[name].apply(moves)
+    def _refuse_other_changes(self, before: Mapping[str, Reading]) -> None:
+        """Check that the weights are where the last step left them.
 
-    def _no_gradients(self) -> SPFError:
-        return SPFError(
-            f"expected gradients before optimizer.step() for the rule '{self.rule.name}', found none; call backward() "
-            "first, and give step() no closure"
-        )
+        Raises:
+            SPFError: If the rule makes a promise and a block has been changed since the last step.
+        """
+        for name, reading in before.items():
+            expected = self._probes_after.get(name)
+            if not self.rule.guarantees or expected is None or expected.shape != reading.probe.shape:
+                continue
+            rounding = _READING * float(torch.linalg.vector_norm(reading.probe))
+            if float(torch.linalg.vector_norm(reading.probe - expected)) > rounding:
+                raise SPFError(
+                    f"expected '{name}' where step {self.steps} left it, found it changed since: a later hook moves "
+                    "weights that were certified; attach SPF last, or after changing weights detach and attach again"
+                )
 
-    def _add(self, measured: Measured) -> None:
-        """Add the mean safety gradient to the utility gradients."""
-        mean, scale = measured.demands.mean, getattr(self._optimizer, "grad_scale", None)
-        adds = self.rule.adds * (1.0 if scale is None else float(scale))  # a fused optimizer divides gradients by it
-        for name, gradients in measured.gradients.items():
-            pairs = zip(gradients, mean, strict=True)
-            self._guarded.add_to_gradients(name, [(one, adds * float(weight)) for one, weight in pairs if weight])
+    # -------------------------------------------------------------------------------------------- after the step
 
     def _after_step(self) -> None:
+        """Read the update, correct it, read it again, and record and check it."""
         pending, self._pending = self._pending, None
         if pending is None:
             return
-        measured, self._measured, self._left_at = self._measured, None, {}  # forgotten where the step breaks off
-        self._guarded.settle()
-        raw = self._changed(pending.before, self._read(pending.before))
+        # Where this step fails, its measurement and its readings must not serve the next step.
+        measured, self._protected.measured, self._probes_after = self._protected.measured, None, {}
+        # 1. The optimizer's update Δ: the difference of two readings.
+        self._guarded.pull_updates_into_masters()
+        raw = self._changes(pending.before, self._protected.read(pending.before))
         _refuse_broken_update(raw)
-        found = self._plan_corrections(pending, raw)
-        applied = raw | self._changed(pending.before, self._read(found.moves, moves=found.moves))
-        self._guarded.release()
+        # 2. The corrections of Δ, applied to the weights; the applied update is read from the corrected weights.
+        corrections = self._plan_corrections(pending, raw)
+        corrected = self._protected.read(corrections.moves, moves=corrections.moves)
+        applied = raw | self._changes(pending.before, corrected)
+        self._guarded.round_masters_into_weights()
+        # 3. The record, which is written before a broken promise ends the run.
         step = Step(
             self.steps + 1, pending.fresh, pending.measured, pending.before, raw, applied, pending.plan,
-            found.corrected, found.bounds,
+            corrections.corrected, corrections.bounds,
         )  # fmt: skip
-        self._records.append(assess(step, self.rule, self._guarded.blocks, self._protections))
+        self._records.append(assess(step, self.rule, self._guarded.blocks, self._protected.protections))
         try:
             self._records[-1] = replace(self._records[-1], loss_after=self._loss_after(pending))
         finally:
             if self._log:
                 self._log.write(self._records[-1])
         Certificate(self.rule.name, self.rule.promise, self._records[-1:]).raise_on_violation()
-        self._left_at = {name: pending.before[name].probe + change.probe for name, change in applied.items()}
-        self._keep(measured)
-
-    def _keep(self, measured: Measured | None) -> None:
-        """Keep what the next step needs: gradients hold the anchors' activations."""
-        if self._options.refresh_every > 1:
-            self._measured = measured
-        elif not (self.rule.always or self._options.refresh_energy):
-            self._protections = {}
-
-    def _refuse_other_changes(self, before: Mapping[str, Reading]) -> None:
-        """Refuse a rule's promise for weights that something else has moved since the last step.
-
-        Raises:
-            SPFError: If a block is not where the last step left it.
-        """
-        for name, one in before.items():
-            left = self._left_at.get(name)
-            if not self.rule.guarantees or left is None or left.shape != one.probe.shape:
-                continue
-            rounding = _READING * float(torch.linalg.vector_norm(one.probe))
-            if float(torch.linalg.vector_norm(one.probe - left)) > rounding:
-                raise SPFError(
-                    f"expected '{name}' where step {self.steps} left it, found it changed since: a later hook moves "
-                    "weights that were certified; attach SPF last, or after changing weights detach and attach again"
-                )
+        # 4. What the next step needs.
+        self._probes_after = {name: pending.before[name].probe + change.probe for name, change in applied.items()}
+        self._protected.keep(measured)
 
     def _plan_corrections(self, pending: _Pending, raw: dict[str, Reading]) -> Plan:
-        """Plan what the update needs: all that the rule says, or beside a rule on the gradient what drift asks."""
-        # What has drifted is known when the anchors are measured; asked for again and again it would overshoot.
-        known = pending.measured.demands
-        demands = known if pending.fresh else known.only_firm()
+        """Return the corrections of this update.
+
+        Update-level rules apply in full; gradient-level rules get only the corrections for drift and benign answers.
+        """
+        blocks, protections = self._guarded.blocks, self._protected.protections
+        # Drift is known from a measurement; corrected again at later steps without one, it would be overcorrected.
+        demands = pending.measured.demands if pending.fresh else pending.measured.demands.only_hard()
         if self.rule.level == "update":
-            pending.plan = plan(self.rule, self._guarded.blocks, self._protections, raw, demands, self._seed())
+            pending.plan = plan(self.rule, blocks, protections, raw, demands, self._seed())
             return pending.plan
-        only_measured = RULES["measure"]
-        return plan(only_measured, self._guarded.blocks, self._protections, raw, demands.only_drift(), self._seed())
+        return plan(RULES["monitor"], blocks, protections, raw, demands.only_soft(), self._seed())
 
     def _loss_after(self, pending: _Pending) -> float:
         if not (self._options.measure_curvature and pending.fresh):
             return math.nan
         with self._guarded.collecting():
-            return float(self._meter.losses(pending.measured.chosen).mean())
+            return float(self._constraint_meter.losses(pending.measured.chosen).mean())
 
     def _seed(self) -> int:
         return self._options.seed + self.steps
 
-    # --------------------------------------------------------------------------------------------------- resuming
+    # -------------------------------------------------------------------------------------------------- resuming
 
     def save(self, folder: str | Path) -> None:
-        """Write into a checkpoint what a run that goes on from it needs, see ``resume`` of :meth:`SPF.attach`.
+        """Write into a checkpoint the state that a resumed run needs, see ``resume`` of :meth:`SPF.attach`.
 
-        All else the next step measures anew, here as there. Of several processes the first one writes.
+        The measurement is discarded, so that the next step measures anew in this run as in a resumed one. Of several
+        processes the first one writes.
 
         Args:
             folder: The checkpoint, which exists.
         """
-        state = self._forgotten()
+        state = {
+            "steps": torch.tensor(self.steps),
+            **self._constraint_meter.state(),
+            **_with_prefix("origin", self._origin),
+            **_with_prefix("left", self._protected.bases()),
+            **_with_prefix("master", self._guarded.fp32_masters()),
+        }
         if Processes.first():
             save_state(state, self._description, Path(folder))
 
-    def _forgotten(self) -> dict[str, Tensor]:
-        """Forget what will be measured anew, and return the rest."""
-        self._measured = None
-        if not self.rule.always:
-            self._protections = {}
-        bases = {name: one for name, one in self._protections.items() if one.left is not None}
-        return {
-            "steps": torch.tensor(self.steps),
-            **self._meter.state(),
-            **{f"origin.{name}": one for name, one in self._origin.items()},
-            **{f"left.{name}": one.left for name, one in bases.items() if one.left is not None},
-            **{f"master.{name}": one for name, one in self._guarded.masters().items()},
-        }
-
-    def _begun(self) -> Log | None:
+    def _begin_log(self) -> Log | None:
         return Log.begun(self._options.log) if self._options.log and Processes.first() else None
 
-    def _resumed(self, state: Mapping[str, Tensor]) -> Log | None:
-        self._meter.load(state)
-        self._guarded.load_masters(_of("master", state))
-        self._kept = _of("left", state)
-        self._origin = _of("origin", state)
-        self._before = int(state["steps"])
+    def _resume(self, state: Mapping[str, Tensor]) -> Log | None:
+        """Load a saved state, and return the continued log, if there is one."""
+        self._constraint_meter.load(state)
+        self._guarded.load_fp32_masters(_without_prefix("master", state))
+        self._protected.load(_without_prefix("left", state))
+        self._origin = _without_prefix("origin", state)
+        self._earlier_steps = int(state["steps"])
         if not (self._options.log and Processes.first()):
             return None
-        log, self._records = Log.resumed(self._options.log, self._before)
-        self._before = 0
+        log, self._records = Log.resumed(self._options.log, self._earlier_steps)
+        self._earlier_steps = 0
         return log
 
 
-def _of(kind: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(f"{kind}."): one for name, one in state.items() if name.startswith(f"{kind}.")}
+def _with_prefix(kind: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{kind}.{name}": tensor for name, tensor in tensors.items()}
+
+
+def _without_prefix(kind: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    prefix = f"{kind}."
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
 def _refuse_broken_update(raw: Mapping[str, Reading]) -> None:
@@ -374,6 +323,8 @@ def _refuse_broken_update(raw: Mapping[str, Reading]) -> None:
 
 
 def _as_hook(action: Callable[[], None]) -> Callable[..., None]:
+    """Return an optimizer hook that runs the action without autograd, in full precision and outside torch.compile."""
+
     def hook(*_: Any) -> None:
         with torch.no_grad(), full_precision():
             action()

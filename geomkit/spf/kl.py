@@ -12,35 +12,37 @@ from geomkit.inputs.tokens import Tokens
 
 
 class ReferenceModel:
-    """What the model said before training, at every scored token of some anchors.
+    """The next-token log-probabilities of the model before training, at every scored token of the anchors.
 
     Attributes:
-        said: For each anchor the log-probabilities of its scored tokens, (scored tokens, vocabulary), fp32.
+        log_probabilities: One fp32 tensor per anchor, (scored tokens, vocabulary).
     """
 
-    def __init__(self, said: Sequence[Tensor]) -> None:
-        """Keep what was said."""
-        self.said = list(said)
+    def __init__(self, log_probabilities: Sequence[Tensor]) -> None:
+        """Store the log-probabilities."""
+        self.log_probabilities = list(log_probabilities)
 
     @classmethod
     def of(cls, model: nn.Module, rows: Sequence[Tokens], pad: int, *, batch_size: int = 16) -> "ReferenceModel":
-        """Run a model over anchors; it is left as found.
+        """Run a model over anchors in eval mode, and restore its mode.
 
         Args:
             model: A causal language model.
             rows: The anchors.
             pad: The id that fills short rows.
-            batch_size: Anchors run at a time.
+            batch_size: Anchors per forward pass.
         """
-        said: list[Tensor] = []
+        log_probabilities: list[Tensor] = []
         device = next(model.parameters()).device
         with model_state_kept(model), torch.no_grad():
             model.eval()
             for batch in batches(rows, pad, batch_size):
-                here = batch.to(device)
-                words = torch.log_softmax(next_token_logits(model, here), -1).float()
-                said.extend(own[counts] for own, counts in zip(words, scored(here), strict=True))
-        return cls(said)
+                moved = batch.to(device)
+                predictions = torch.log_softmax(next_token_logits(model, moved), -1).float()
+                log_probabilities.extend(
+                    prediction[mask] for prediction, mask in zip(predictions, scored(moved), strict=True)
+                )
+        return cls(log_probabilities)
 
     def losses(self, model: nn.Module, batch: Batch, chosen: Sequence[int]) -> Tensor:
         """Return KL(before ‖ now) at each next token.
@@ -48,12 +50,14 @@ class ReferenceModel:
         Args:
             model: The model now.
             batch: B anchors of length L.
-            chosen: Which anchor each of the batch's examples is.
+            chosen: Index of the anchor of each example in the batch.
 
         Returns:
             (B, L − 1) divergences in nats; 0 where a token is not scored.
         """
         now = torch.log_softmax(next_token_logits(model, batch), -1)
         before = torch.zeros_like(now)
-        before[scored(batch)] = torch.cat([self.said[chosen[example]] for example in batch.examples]).to(now)
+        before[scored(batch)] = torch.cat([self.log_probabilities[chosen[example]] for example in batch.examples]).to(
+            now
+        )
         return (before.exp() * (before - now)).sum(-1) * scored(batch)

@@ -1,4 +1,4 @@
-"""What to protect and how: the settings of an SPF run."""
+"""The settings of an SPF run: the anchors, the rule, and how the guard works."""
 
 from dataclasses import asdict, dataclass, fields, replace
 from hashlib import sha256
@@ -14,7 +14,8 @@ from geomkit.spf.anchors import AnchorPool
 from geomkit.spf.checkpoint_state import load_state
 from geomkit.spf.constraints import BenignFence, ConstraintMeter
 from geomkit.spf.guard import Guard, Options
-from geomkit.spf.rules import DEFAULT_RULE, Rule, get_rule
+from geomkit.spf.rule import PROSE, Rule
+from geomkit.spf.rules import DEFAULT_RULE, get_rule
 from geomkit.spf.weights.guarded import Guarded, warn_of_rounding
 
 if TYPE_CHECKING:
@@ -24,37 +25,39 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class SPF:
-    """Safety-preserving fine-tuning: what to protect and how (arXiv 2601.10141, and geomkit's own rules).
+    """Settings of safety-preserving fine-tuning (arXiv 2601.10141, and geomkit's own rules).
 
     Attributes:
-        anchors: Safety examples, forbidden request and refusal, or where :func:`geomkit.load_examples` finds them; the
-            model's own refusals are the safe choice, see :func:`geomkit.own_refusals`.
-        rule: A name in :data:`geomkit.spf.rules.RULES`, or a rule. ``"mixed-left"`` also learns the anchors;
-            ``"rank1"`` is the cheapest that only removes what conflicts with them.
-        rank: Rank k of a rule that protects a subspace; the rule's own when left out.
-        drift_correction: Also undo, to first order, what earlier steps did to the safety loss through curvature; the
-            rule's own choice when left out.
-        mix: Multiple of the safety gradient that is added to the task's before the optimizer takes its step, so that
-            both are learnt, beside what the rule then does; the rule's own, mostly 0, when left out.
-        drift_margin: How far the anchors' loss may exceed that before training until drift is corrected, nats per
-            token; the rule's own when left out.
-        anchors_per_step: How many anchors each step draws from the pool.
-        benign: The benign fence: requests that the model should go on to answer, with the answers. Where their loss
-            exceeds that before training by more than ``benign_margin``, the update must bring it back, to first order
-            and without a conflict with safety.
-        benign_per_step: How many of these each step draws.
-        benign_margin: Nats per token.
-        correction_limit: The most that is added for drift and the fence, as a share of the norm of the update.
-        refresh_every: Measure the safety gradient every so many steps, and keep it in between.
-        refresh_energy: Measure it, but compute subspaces anew only when they hold less than this share of the part of
-            ‖g_s‖² that they held at first; at every measurement when left out.
-        master_weights: Keep weights below fp32 in fp32 beside (4 bytes per parameter), where the constraint is kept
-            exactly; the weights themselves are these, rounded once.
-        measure_curvature: Run the anchors once more after each step, to tell what of the drift is beyond first order;
-            where the anchors are the same at every step that is known anyway.
-        log: Where to write the certificate as it comes, a line of JSON per step.
+        anchors: Safety examples, each a forbidden request with its refusal, or the path or name under which
+            :func:`geomkit.load_examples` finds them; the model's own refusals are the safe choice, see
+            :func:`geomkit.own_refusals`.
+        rule: A name in :data:`geomkit.spf.rules.RULES`, or a rule; :func:`geomkit.spf.rules.rules` says when to choose
+            which. ``"mixed-left"`` also learns the anchors; ``"rank1"`` is the cheapest rule that only removes the
+            conflict with them.
+        rank: Rank k for a rule that protects a subspace; ``None`` for the rule's own.
+        drift_correction: Whether to undo, to first order, the increase of the safety loss that earlier steps caused
+            through curvature; ``None`` for the rule's own setting.
+        mix: Multiple of the safety gradient that is added to the task's gradient before the optimizer's step, in
+            addition to the rule, so that both are learnt; ``None`` for the rule's own multiple, mostly 0.
+        drift_margin: Excess of the anchors' loss over its value before training above which drift is corrected, nats
+            per token; ``None`` for the rule's own margin.
+        anchors_per_step: Number of anchors that each step draws from the pool.
+        benign: The benign fence: requests that the model has to keep answering, with the answers. Where their loss
+            exceeds its value before training by more than ``benign_margin``, the update must bring it back, to first
+            order and without a conflict with safety.
+        benign_per_step: Number of benign examples that each step draws.
+        benign_margin: Tolerated excess of their loss, nats per token.
+        correction_limit: Largest correction for drift and the benign fence, as a fraction of the norm of the update.
+        refresh_every: Number of steps from one measurement of the safety gradient to the next.
+        refresh_energy: Recompute a subspace only when the fraction of ‖g_s‖² inside it is less than this multiple of
+            the fraction at first; ``None`` recomputes it at every measurement.
+        master_weights: Whether to store weights of fewer bits also in fp32 (4 bytes per parameter): the constraint is
+            kept exactly by these, and the weights are these rounded once.
+        measure_curvature: Whether to run the anchors once more after each step, which tells the drift beyond first
+            order; where every step has the same anchors it is known without another run.
+        log: File to which each step appends its record, a line of JSON.
         tokenizer: The model's tokenizer; :func:`geomkit.finetune` and the Trainer bring their own.
-        seed: Seed of the draws.
+        seed: Seed of the draws of anchors and of random directions.
 
     Example:
         >>> import geomkit as gk, torch
@@ -97,21 +100,20 @@ class SPF:
         *,
         resume: str | Path | None = None,
     ) -> "Guard":
-        """Project every step of an optimizer from now on.
+        """Attach SPF to an optimizer, whose every step is projected from then on.
 
         Args:
             model: The model that is trained.
             optimizer: Its optimizer, plain or wrapped by accelerate.
-            tokenizer: The model's tokenizer, when it was not given before.
-            resume: The checkpoint that training goes on from, where :meth:`Guard.save` has written.
+            tokenizer: The model's tokenizer; the one in the settings if left out.
+            resume: The checkpoint from which training is resumed, into which :meth:`Guard.save` has written.
 
         Returns:
-            A :class:`Guard`: a context manager that ends the projection, and the certificate.
+            A :class:`Guard`, which holds the certificate; as a context manager it ends the projection.
 
         Raises:
             SPFError: If there is no tokenizer, the rule is unknown, the optimizer holds parameters that are not the
-                model's or is DeepSpeed's, weights are sharded in a way that cannot be seen, or there is nothing to
-                resume.
+                model's or is DeepSpeed's, weights are sharded in an unsupported way, or there is nothing to resume.
             DataError: If the anchors cannot be encoded.
         """
         tokenizer = tokenizer or self.tokenizer
@@ -125,7 +127,9 @@ class SPF:
         guarded = Guarded(model, optimizer, rule.level, master=self.master_weights)
         warn_of_rounding(guarded.without_masters())
         with guarded.collecting():
-            meter = ConstraintMeter(guarded.model, rule, pool, pad_id(tokenizer), fence, self.correction_limit)
+            constraint_meter = ConstraintMeter(
+                guarded.model, rule, pool, pad_id(tokenizer), fence, self.correction_limit
+            )
         options = Options(
             refresh_every=self.refresh_every,
             refresh_energy=self.refresh_energy,
@@ -135,19 +139,22 @@ class SPF:
         )
         description = self.describe()
         state = load_state(Path(resume), description) if resume else None
-        return Guard(guarded, optimizer, rule, meter, options, state, description)
+        return Guard(guarded, optimizer, rule, constraint_meter, options, state, description)
 
     def describe(self) -> dict[str, object]:
-        """Return what a run under this depends on, the anchors by their text's hash."""
-        own = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in {"tokenizer", "log"}}
-        hashes = {name: _content_hash(own[name]) for name in ("anchors", "benign") if own[name] is not None}
-        return own | hashes | {"rule": asdict(self.checked_rule())}
+        """Return the settings that the numbers of a run depend on, with hashes in place of the examples."""
+        settings = {
+            entry.name: getattr(self, entry.name) for entry in fields(self) if entry.name not in {"tokenizer", "log"}
+        }
+        hashes = {name: _content_hash(settings[name]) for name in ("anchors", "benign") if settings[name] is not None}
+        rule = {name: value for name, value in asdict(self.checked_rule()).items() if name not in PROSE}
+        return settings | hashes | {"rule": rule}
 
     def checked_rule(self) -> Rule:
-        """Return the rule with what is said of it here.
+        """Return the rule with this object's overrides (rank, drift correction, drift margin, mix) applied.
 
         Raises:
-            SPFError: If there is no such rule, or it does not go with the settings.
+            SPFError: If the rule is unknown, or does not fit the settings.
         """
         rule = get_rule(
             self.rule,
@@ -169,7 +176,7 @@ class SPF:
         return rule
 
     def encoded_like(self, rows: EncodedExamples) -> "SPF":
-        """Return these settings with anchors and benign examples encoded as other rows are, unless they are already."""
+        """Return the settings with anchors and benign examples encoded as other rows are, unless they are encoded."""
 
         def encoded(examples: "Dataset | EncodedExamples | str | Path") -> EncodedExamples:
             if isinstance(examples, EncodedExamples):
@@ -188,7 +195,7 @@ class SPF:
 
 
 def _content_hash(examples: "Dataset | EncodedExamples | str | Path") -> str:
-    """Return a hash of what examples say, and of their tokens where they are encoded."""
+    """Return a hash of the text of examples; for encoded examples, of their text and tokens."""
     if isinstance(examples, EncodedExamples):
         return examples.fingerprint
     return sha256(repr(load_examples(examples)["messages"][:]).encode()).hexdigest()

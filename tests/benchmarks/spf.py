@@ -28,7 +28,7 @@ from tests.benchmarks.workload import SIZES
 Maker = Callable[[Training], Step]
 
 CONTENDERS: dict[str, tuple[Maker, float | None]] = {
-    "measure, 1 anchor": (lambda own: GuardedStep(own, "measure"), None),
+    "monitor, 1 anchor": (lambda own: GuardedStep(own, "monitor"), None),
     "rank1, 1 anchor": (lambda own: GuardedStep(own, "rank1"), 1.06),
     "mixed-left, 1 anchor": (lambda own: GuardedStep(own, "mixed-left"), None),
     "left-20, 1 anchor": (lambda own: GuardedStep(own, "left", rank=20), 1.10),

@@ -13,29 +13,27 @@ from unittest.mock import patch
 
 import torch
 
-from geomkit.spf import constraints as meter
-from geomkit.spf import guard
-from geomkit.spf.projection import corrections as plans
+from geomkit.spf import assess, constraints, guard, protected
 from geomkit.spf.projection import nearest, protection, removal
-from geomkit.spf.weights import guarded as parameters
+from geomkit.spf.weights import guarded
 from geomkit.spf.weights.blocks import TensorBlock
 
 _READINGS = ("reading before", "reading the update", "reading what is applied")
 _BEFORE = "_before_step"
 
 _STAGES: dict[str, tuple[tuple[Any, str], ...]] = {
-    "looking for the weights": ((parameters.Guarded, "refresh"),),
+    "looking for the weights": ((guarded.Guarded, "refresh"),),
     "refusing broken gradients": ((guard, "refuse_broken_gradients"),),
-    "anchor pass": ((meter, "collect_from_tokens"),),
-    "norms of gradients": ((meter, "_of_block"),),
+    "anchor pass": ((constraints, "collect_from_tokens"),),
+    "norms of gradients": ((constraints, "_of_block"),),
     "SVDs": ((protection, "layer_subspace"),),
-    "probes, operands, tails": ((guard.Guard, "_protected"), (protection, "_outside")),
+    "probes, operands, tails": ((protected.ProtectedBlocks, "_protect"), (protection, "_outside")),
     "planning": ((guard, "plan"),),
     "planning: Grams and inner products": ((removal, "gram"), (removal, "inner")),
     "planning: programme": ((nearest, "multipliers"),),
     "applying": ((TensorBlock, "apply"),),
     "assessing": ((guard, "assess"),),
-    "assessing: leaks": ((plans, "left_over"), (plans, "coordinates")),
+    "assessing: leaks": ((assess, "remaining_coordinates"), (assess, "coordinates")),
     "the rest of the hooks": ((guard.Guard, _BEFORE), (guard.Guard, "_after_step")),
 }
 
@@ -55,7 +53,7 @@ class Stages:
             for stage, places in _STAGES.items():
                 for owner, name in places:
                     stack.enter_context(patch.object(owner, name, self._timed(stage, getattr(owner, name))))
-            stack.enter_context(patch.object(guard, "read_all", self._timed("", guard.read_all)))
+            stack.enter_context(patch.object(protected, "read_all", self._timed("", protected.read_all)))
             yield
 
     def _timed(self, stage: str, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -126,8 +126,9 @@ class GuardedStep(Step):
         guarded = Guarded(training.model, training.optimizer, chosen.level)
         with guarded.collecting():
             pool = AnchorPool(tuple(training.setting.anchors(anchors)), anchors)
-            meter = ConstraintMeter(guarded.model, chosen, pool, pad=0)
-        self.guard = Guard(guarded, training.optimizer, chosen, meter, Options(refresh_energy=refresh_energy))
+            constraint_meter = ConstraintMeter(guarded.model, chosen, pool, pad=0)
+        options = Options(refresh_energy=refresh_energy)
+        self.guard = Guard(guarded, training.optimizer, chosen, constraint_meter, options)
 
     def update(self) -> None:
         self.training.update()
@@ -135,7 +136,8 @@ class GuardedStep(Step):
     def check(self) -> None:
         super().check()
         certificate: Certificate = self.guard.certificate
-        projects = self.fired or self.guard.rule.adds  # with g_s in the gradient there may be nothing left to project
+        # With g_s in the gradient there may be nothing left to project.
+        projects = self.fired or self.guard.rule.safety_gradient_weight
         if certificate.guaranteed and (certificate.violations or not projects):
             raise AssertionError(f"expected steps that are projected and keep the promise, found {certificate}")
 

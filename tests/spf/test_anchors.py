@@ -27,13 +27,13 @@ def sgd(rate=0.1):
 @pytest.fixture
 def passes(monkeypatch):
     """The anchors of every pass over them."""
-    seen, collect = [], meters.gradients_of
+    seen, collect = [], meters.collect_from_tokens
 
     def counted(model, rows, *rest, **settings):
         seen.append(len(rows))
         return collect(model, rows, *rest, **settings)
 
-    monkeypatch.setattr(meters, "gradients_of", counted)
+    monkeypatch.setattr(meters, "collect_from_tokens", counted)
     return seen
 
 
@@ -94,11 +94,11 @@ def test_own_refusals_keeps_what_the_model_refuses(organism):
 def test_kl_is_zero_before_training_and_torchs_afterwards():
     model = tiny_llama()
     rows = encode(TOKENIZER, SAFETY)
-    teacher = ReferenceModel.of(model, rows, 0, batch_size=2)
+    reference_model = ReferenceModel.of(model, rows, 0, batch_size=2)
     batch = collate([rows[2], rows[0]], 0)
-    assert teacher.losses(model, batch, [2, 0]).abs().max() < 1e-6
+    assert reference_model.losses(model, batch, [2, 0]).abs().max() < 1e-6
     moved = tiny_llama(seed=1)
-    found = example_losses(teacher.losses(moved, batch, [2, 0]), batch)
+    found = example_losses(reference_model.losses(moved, batch, [2, 0]), batch)
     for place, index in enumerate((2, 0)):
         ids = torch.tensor([rows[index].input_ids])
         counts = torch.tensor(rows[index].loss_mask[1:])

@@ -33,7 +33,7 @@ def sgd(rate):
 # ----------------------------------------------------------------------------------------------- against autograd
 
 
-@pytest.mark.parametrize("rule", ["rank1", "left", "two-sided", "cone", "demo", "measure"])
+@pytest.mark.parametrize("rule", ["rank1", "left", "two-sided", "cone", "demo", "monitor"])
 def test_every_number_of_a_step_is_what_autograd_and_copies_of_the_weights_say(rule):
     """⟨Δθ, g_s⟩ by block and in all, to 1e-6; ‖Δθ‖ from four random projections of each block to 20 %."""
     model, seen = tiny_llama(), {}
@@ -116,8 +116,8 @@ def test_on_a_quadratic_the_drift_is_its_two_parts_and_within_the_bound(rule):
 
 def test_on_a_quadratic_the_papers_subspace_adds_its_tail_to_the_bound():
     """Without the rest of g_s: Σ⟨Δ, g⟩ ≤ Σ‖Δ‖‖g‖√(1 − CER(k)), and it is needed."""
-    always_left = get_rule("null-space", rank=2)
-    losses, first, squared, tails, _ = descend(always_left, 2.0)
+    closed_left = get_rule("null-space", rank=2)
+    losses, first, squared, tails, _ = descend(closed_left, 2.0)
     drift = losses[1:] - losses[0]
     assert (first > 1e-6).any()
     assert (first <= tails + 1e-9).all()
@@ -240,10 +240,10 @@ def test_rounding_is_not_taken_for_a_broken_promise(organism):
 
 
 def test_a_broken_promise_says_what_was_promised():
-    records = run(tiny_llama(), SPF(SAFETY, rule="measure", tokenizer=TOKENIZER), sgd(0.1), steps=5).records
+    records = run(tiny_llama(), SPF(SAFETY, rule="monitor", tokenizer=TOKENIZER), sgd(0.1), steps=5).records
     assert any(record.violated for record in records)
-    Certificate("measure", "nothing", records).raise_on_violation()
+    Certificate("monitor", "nothing", records).raise_on_violation()
     for promise, words in (("every block", "no block's"), ("every anchor", "no anchor's"), ("subspace", "no movement")):
         with pytest.raises(SPFError, match=f"expected .*{words}"):
             Certificate("mine", promise, records).raise_on_violation()
-    assert RULES["measure"].promise == "nothing"
+    assert RULES["monitor"].promise == "nothing"

@@ -217,7 +217,8 @@ def test_nothing_moves_inside_a_closed_subspace_for_drift_neither():
             optimizer.zero_grad()
             task_loss(model).backward()
             optimizer.step()
-            bases |= {name: one.left.double() for name, one in guard._protections.items() if one.left is not None}
+            protections = guard._protected.protections
+            bases |= {name: one.left.double() for name, one in protections.items() if one.left is not None}
     assert guard.certificate.violations == 0
     for name, left in bases.items():
         moved = weights_of(model)[name] - start[name]

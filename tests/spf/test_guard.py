@@ -7,7 +7,8 @@ from transformers import TrainerCallback
 
 from geomkit.collection.collect import collect_gradients
 from geomkit.errors import DataError, SPFError
-from geomkit.spf.rules import RULES, Rule, get_rule
+from geomkit.spf.rule import Rule
+from geomkit.spf.rules import RULES, get_rule
 from geomkit.spf.settings import SPF
 from geomkit.spf.weights.blocks import ProductBlock, TensorBlock
 from geomkit.spf.weights.guarded import Guarded
@@ -71,7 +72,8 @@ def test_the_applied_update_keeps_its_promise_under_every_optimizer(rule, optimi
             assert change <= 2 * bound, name
         record = certificate.records[0]
         assert record.first_order == pytest.approx(sum(changes.values()), abs=1e-6)
-        assert record.fired > 0 or chosen.adds  # with safety's gradient added there is nothing left to remove here
+        # With safety's gradient added there is nothing left to remove here.
+        assert record.fired > 0 or chosen.safety_gradient_weight
         assert record.leak < 1e-3
 
 
@@ -268,7 +270,7 @@ def test_steps_below_rounding_are_said_to_be_undecided():
     model = tiny_llama().to(torch.bfloat16)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
     utility_loss(model).backward()
-    with SPF(SAFETY, rule="measure", tokenizer=TOKENIZER).attach(model, optimizer) as guard:
+    with SPF(SAFETY, rule="monitor", tokenizer=TOKENIZER).attach(model, optimizer) as guard:
         optimizer.step()
     assert guard.certificate.undecided == 1
     assert "1 steps cannot be told from rounding" in str(guard.certificate)

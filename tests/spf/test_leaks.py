@@ -13,7 +13,7 @@ from geomkit.spf.demands import Demands
 from geomkit.spf.projection.corrections import plan
 from geomkit.spf.projection.protection import protect
 from geomkit.spf.projection.reading import read_all
-from geomkit.spf.rules import Rule
+from geomkit.spf.rule import Rule
 from geomkit.spf.weights.blocks import TensorBlock
 from tests.helpers.forms import seeded
 
@@ -35,9 +35,9 @@ GRADIENT_LEAKS = {"sgd": 1e-4, "sgd, momentum": 1e-4}
 """Where projecting the gradient is enough; under all others it leaves a visible share."""
 
 
-def always(level):
+def closed(level):
     """The subspace is closed to every step: of the update, or of the gradient that the optimizer is given."""
-    return Rule("closed", level, "block", "left", rank=RANK, always=True)
+    return Rule("closed", level, "block", "left", rank=RANK, closed_subspace=True)
 
 
 class Run:
@@ -49,7 +49,7 @@ class Run:
         self.inputs = torch.randn(512, 96, generator=generator)
         self.wanted = self.inputs @ (0.1 * torch.randn(96, 128, generator=generator))
         safety = torch.randn(128, 12, generator=generator) @ torch.randn(12, 96, generator=generator)
-        self.protection = protect(always("update"), [DenseGradient(safety, 12)], "weight")
+        self.protection = protect(closed("update"), [DenseGradient(safety, 12)], "weight")
         self.start = self.weight.detach().double().clone()
         self.block = TensorBlock(self.weight.detach(), master=master)
         self.origin = self.block.left_times(self.protection.left.T)
@@ -69,7 +69,7 @@ class Run:
         left = reading.left if origin is None else reading.left - origin
         change = type(reading)(reading.dots, left, None, reading.probe)
         nothing = Demands(*(torch.tensor([value]).numpy() for value in (1.0, torch.inf, torch.inf)))
-        for gradient, amount in plan(always(level), blocks, protections, {"weight": change}, nothing).moves["weight"]:
+        for gradient, amount in plan(closed(level), blocks, protections, {"weight": change}, nothing).moves["weight"]:
             block.apply([(gradient, amount)])
 
     @property
@@ -91,9 +91,9 @@ def trained(optimizer, level, *, accumulate=1, clip=None, dtype=torch.float32, m
             run.project("gradient")
         stepper.step()
         if level == "update":
-            run.block.settle()
+            run.block.pull_update_into_master()
             run.project("update")
-            run.block.release()
+            run.block.round_master_into_weight()
     return run
 
 

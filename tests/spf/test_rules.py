@@ -14,28 +14,28 @@ from hypothesis import strategies as st
 from geomkit.errors import SPFError
 from geomkit.gradients.dense import DenseGradient
 from geomkit.gradients.factored import FactoredGradient
-from geomkit.spf.rules import rules
 from geomkit.spf.demands import Demands
 from geomkit.spf.projection.corrections import plan
 from geomkit.spf.projection.protection import protect
 from geomkit.spf.projection.reading import read_all
-from geomkit.spf.rules import RULES, Rule, get_rule
+from geomkit.spf.rule import Rule
+from geomkit.spf.rules import RULES, get_rule, rules
 from geomkit.spf.weights.blocks import TensorBlock
 from tests.helpers.forms import FORMS, drawn, seeded
 
 INFINITE = np.inf
 
 
-def projected(rule, gradients, steps, *, scale=1.0, firm=None, drift=INFINITE, budget=np.inf, mean=None):
+def projected(rule, gradients, steps, *, scale=1.0, hard=None, soft=INFINITE, budget=np.inf, mean=None):
     """Apply a rule to the steps of some blocks; each block's gradient may be one per constraint."""
     gradients = {name: own if isinstance(own, list) else [own] for name, own in gradients.items()}
     tensors = {name: torch.as_tensor(step, dtype=torch.float32).clone() * scale for name, step in steps.items()}
     blocks = {name: TensorBlock(tensor, scale=scale) for name, tensor in tensors.items()}
     protections = {name: protect(rule, own, name) for name, own in gradients.items()}
     count = len(next(iter(gradients.values())))
-    firm = (0.0 if rule.constrains else INFINITE) if firm is None else firm
+    hard = (0.0 if rule.constrains else INFINITE) if hard is None else hard
     mean = 1 / count if mean is None else mean
-    demands = Demands(*(np.array(np.broadcast_to(each, count)) for each in (mean, firm, drift)), budget)
+    demands = Demands(*(np.array(np.broadcast_to(each, count)) for each in (mean, hard, soft)), budget)
     found = plan(rule, blocks, protections, read_all(blocks, protections), demands)
     for name, moves in found.moves.items():
         blocks[name].apply(moves)
@@ -94,17 +94,17 @@ def test_safegrad_values():
     np.testing.assert_allclose(np.concatenate([found["a"].ravel(), found["b"].ravel()]), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["mixing", "measure"])
+@pytest.mark.parametrize("name", ["mixing", "monitor"])
 def test_mixing_values(name):
     """Nothing is removed; what mixing adds is in tests of the guard."""
     safety, step = pair()
     found, done = projected(RULES[name], {"a": dense(safety)}, {"a": step}, scale=-1.0)
     assert (found["a"] == step).all()
     assert not done.moves
-    assert RULES[name].adds == (name == "mixing")
+    assert RULES[name].safety_gradient_weight == (name == "mixing")
 
 
-test_measure_values = test_mixing_values
+test_monitor_values = test_mixing_values
 
 
 # ----------------------------------------------------------------------------------------------- on the update
@@ -120,8 +120,8 @@ def test_rank1_values():
 
 def test_mix_leaves_all_else_of_a_rule():
     """What is added to the gradient is in tests of the guard."""
-    assert get_rule("rank1", mix=0.5) == replace(RULES["rank1"], adds=0.5)
-    assert get_rule("mixing", mix=0).adds == 0
+    assert get_rule("rank1", mix=0.5) == replace(RULES["rank1"], safety_gradient_weight=0.5)
+    assert get_rule("mixing", mix=0).safety_gradient_weight == 0
     for wrong in (-1, math.nan, math.inf):
         with pytest.raises(SPFError, match="finite number"):
             get_rule("rank1", mix=wrong)
@@ -130,11 +130,11 @@ def test_mix_leaves_all_else_of_a_rule():
 def test_rank1_with_drift_is_the_nearest_step_of_all():
     """Blocks (x), (y) with gradient 1 each: x, y ≤ 0 and x + y ≤ −1, from (1, −.2): nearest is (0, −1)."""
     one = {"a": dense([[1.0]]), "b": dense([[1.0]])}
-    found, done = projected(RULES["rank1"], one, {"a": [[1.0]], "b": [[-0.2]]}, drift=-1.0)
+    found, done = projected(RULES["rank1"], one, {"a": [[1.0]], "b": [[-0.2]]}, soft=-1.0)
     assert [float(found[name].item()) for name in "ab"] == pytest.approx([0.0, -1.0], abs=1e-6)
-    # Of the way from (0, −.2), the firm solution, a budget of a quarter of the step's norm allows that much.
+    # From (0, −.2), the solution for the hard bounds, a budget of a quarter of the step's norm allows that much.
     norm = float(np.hypot(1, 0.2))
-    found, done = projected(RULES["rank1"], one, {"a": [[1.0]], "b": [[-0.2]]}, drift=-1.0, budget=0.25)
+    found, done = projected(RULES["rank1"], one, {"a": [[1.0]], "b": [[-0.2]]}, soft=-1.0, budget=0.25)
     assert found["b"].item() == pytest.approx(-0.2 - 0.25 * norm, abs=1e-6)
     assert done.corrected == pytest.approx(0.25 * norm)
     assert -0.2 - 0.25 * norm <= done.bounds[0] <= 0
@@ -156,7 +156,7 @@ def test_left_values():
 def test_mixed_left_values():
     """What left does with k = 1; what it adds to the gradient before is in tests of the guard."""
     assert replace(get_rule("left", rank=1, drift_margin=0.01, mix=1), name="mixed-left") == replace(
-        RULES["mixed-left"], **{name: getattr(RULES["left"], name) for name in ("source", "formula", "test")}
+        RULES["mixed-left"], **{name: getattr(RULES["left"], name) for name in ("source", "formula", "test", "when")}
     )
     safety, step = pair()
     found, _ = projected(RULES["mixed-left"], {"a": dense(safety)}, {"a": step})
@@ -231,7 +231,7 @@ def test_the_fence_steps_back_without_a_new_conflict():
     step = generator.normal(size=(5, 4))
     gradients = {"a": [dense(safety), dense(benign)]}
     bound = float((step * benign).sum()) - 1
-    asked = {"firm": [0.0, INFINITE], "drift": [INFINITE, bound], "mean": [1.0, 0.0]}
+    asked = {"hard": [0.0, INFINITE], "soft": [INFINITE, bound], "mean": [1.0, 0.0]}
     found, done = projected(RULES["rank1"], gradients, {"a": step}, **asked)
     assert (found["a"] * safety).sum() <= 1e-5
     assert (found["a"] * benign).sum() == pytest.approx(bound, abs=1e-4)
@@ -242,7 +242,7 @@ def test_the_fence_steps_back_without_a_new_conflict():
 def test_where_benign_and_safety_contradict_safety_is_kept():
     safety = np.eye(3)
     gradients = {"a": [dense(safety), dense(-safety)]}
-    asked = {"firm": [0.0, INFINITE], "drift": [-1.0, -1.0], "mean": [1.0, 0.0]}
+    asked = {"hard": [0.0, INFINITE], "soft": [-1.0, -1.0], "mean": [1.0, 0.0]}
     found, done = projected(RULES["rank1"], gradients, {"a": safety + 0.1}, **asked)
     assert (found["a"] * safety).sum() == pytest.approx(0.0, abs=1e-6)
     assert done.bounds.tolist() == [0.0, INFINITE]
@@ -322,6 +322,7 @@ def test_every_rule_names_the_test_that_pins_it():
         file, name = rule.test.split("::")
         assert re.search(rf"^(def )?{name}\b", (root / file).read_text(), re.MULTILINE), rule.name
         assert rule.formula
+        assert rule.when
         assert rule.source
         assert (rule.guarantee != "nothing") == rule.guarantees
     assert rules()["rule"].tolist() == list(RULES)
@@ -334,7 +335,7 @@ def test_an_unknown_rule_lists_the_known_ones_and_a_rank_needs_a_subspace():
         with pytest.raises(SPFError, match="positive rank"):
             get_rule(rule, rank=rank)
     assert get_rule("demo", drift_correction=True).drift_correction
-    for wrong in ({"rank": 3}, {"always": True}, {"each_anchor": True}):
+    for wrong in ({"rank": 3}, {"closed_subspace": True}, {"each_anchor": True}):
         with pytest.raises(SPFError, match="rule 'mine': expected"):
             Rule("mine", "update", "block", "rank1", **wrong)
     assert Rule("mine", "update", "block", "rank1").promise == "every block"

@@ -1,4 +1,4 @@
-"""From what a step would do to the corrections that make it keep a rule: arithmetic, before anything is changed."""
+"""From the reading of a step to the corrections with which it keeps a rule: arithmetic only, no weight is changed."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from geomkit.spf.projection.nearest import Constraints, nearest
 from geomkit.spf.projection.protection import Protection
 from geomkit.spf.projection.reading import Reading
 from geomkit.spf.projection.removal import removal
-from geomkit.spf.rules import Rule
+from geomkit.spf.rule import Rule
 from geomkit.spf.weights.blocks import Block, Move
 
 
@@ -19,13 +19,13 @@ class Plan:
     """The corrections of one step.
 
     Attributes:
-        moves: What is added to each block that something is added to.
-        fired: The blocks whose step conflicts, or all where a rule asks once for all.
-        removed: Norm of what is removed, by block.
-        corrected: Norm of what is added for drift and the fence.
-        bounds: (m,) what Σ ⟨d, g_i⟩ may be after the corrections.
-        dots: (m,) ⟨d, g_i⟩ of each block after the corrections.
-        added: What is added for drift and the fence, by block.
+        moves: The gradients to add to each block, for the blocks that are corrected.
+        fired: The blocks whose step conflicts; for a constraint on the sum over the blocks, the blocks that it moves.
+        removed: For each block the norm of the part that is removed from its step.
+        corrected: Norm of the correction for drift and the benign fence.
+        bounds: (m,) upper bounds of Σ ⟨d, g_i⟩ after the corrections.
+        dots: For each block (m,) ⟨d, g_i⟩ after the corrections.
+        added: The part of ``moves`` that is added for drift and the benign fence.
     """
 
     moves: Mapping[str, Sequence[Move]]
@@ -45,76 +45,82 @@ def plan(
     demands: Demands,
     seed: int = 0,
 ) -> Plan:
-    """Plan the corrections of a step.
-
-    First the subspaces of blocks that conflict are removed; then comes the nearest step that satisfies every
-    constraint: one for each block, where the rule asks that of each, and those of ``demands`` over all blocks.
+    """Return the corrections with which a step keeps a rule.
 
     Args:
         rule: The rule.
         blocks: The blocks, which hold the step.
-        protections: What they are protected by.
-        changes: The reading of the step.
-        demands: The constraints over all blocks.
-        seed: Seed of a control's random directions.
+        protections: The protection of each block.
+        changes: The reading of each block's step d.
+        demands: The bounds on sums over all blocks.
+        seed: Seed of the random directions of a control.
     """
+    # 1. Which blocks conflict: ⟨d, g_s⟩ > 0.
     dots = {name: change.dots.cpu().numpy() for name, change in changes.items()}
-    fired = _fired(rule, dots, demands.mean)
+    fired = _fired(rule, dots, demands.safety_weights)
+    # 2. Remove the subspaces of these blocks: d ← d − parts, and ⟨d, g_i⟩ changes by the parts' effect.
     removals = {
         name: removal(rule, blocks[name], protections[name], change, name, fired=name in fired, seed=seed)
         for name, change in changes.items()
     }
-    bound_once = rule.constrains and rule.scope == "block"
-    constraints = Constraints(
-        {name: dots[name] + one.effect for name, one in removals.items()}, removals, own=bound_once, demands=demands
+    dots = {name: dots[name] + block_removal.effect for name, block_removal in removals.items()}
+    # 3. Find the nearest step that satisfies ⟨d, g_s⟩ ≤ 0 in each block, if the rule asks for it, and the demands.
+    per_block = rule.constrains and rule.scope == "block"
+    solution = nearest(Constraints(dots, removals, per_block, demands), limit=demands.budget * _norm(changes))
+    # 4. Moves of the weights: −1 × each removed part, and the moves along the directions.
+    hard, soft = (
+        {name: block_removal.moves(amounts.get(name)) for name, block_removal in removals.items()}
+        for amounts in solution.amounts
     )
-    found = nearest(constraints, limit=demands.budget * _norm(changes))
-    firm, added = ({name: one.moves(each.get(name)) for name, one in removals.items()} for each in found.amounts)
-    moves = {name: [*((part, -1.0) for part in one.parts), *firm[name], *added[name]] for name, one in removals.items()}
-    if rule.scope == "global" and rule.constrains:  # what was asked of all together moves those that it moves
-        fired = frozenset(name for name, some in firm.items() if some)
+    moves = {
+        name: [*((part, -1.0) for part in block_removal.parts), *hard[name], *soft[name]]
+        for name, block_removal in removals.items()
+    }
+    if rule.scope == "global" and rule.constrains:
+        fired = frozenset(name for name, block_moves in hard.items() if block_moves)
     return Plan(
-        moves={name: some for name, some in moves.items() if some},
+        moves={name: block_moves for name, block_moves in moves.items() if block_moves},
         fired=fired,
-        removed={name: one.norm(found.amounts[0].get(name)) for name, one in removals.items()},
-        corrected=found.added,
-        bounds=found.bounds,
-        dots=found.dots,
-        added={name: some for name, some in added.items() if some},
+        removed={name: block_removal.norm(solution.amounts[0].get(name)) for name, block_removal in removals.items()},
+        corrected=solution.added,
+        bounds=solution.bounds,
+        dots=solution.dots,
+        added={name: block_moves for name, block_moves in soft.items() if block_moves},
     )
 
 
-def _fired(rule: Rule, dots: Mapping[str, np.ndarray], mean: np.ndarray) -> frozenset[str]:
-    """Return the blocks that something is removed from."""
-    if rule.removal == "nothing":
+def _fired(rule: Rule, dots: Mapping[str, np.ndarray], weights: np.ndarray) -> frozenset[str]:
+    """Return the blocks from which the rule removes a part."""
+    if rule.removal == "none":
         return frozenset()
-    conflicts = {name: float(own @ mean) for name, own in dots.items()}
+    conflicts = {name: float(products @ weights) for name, products in dots.items()}
     if rule.scope == "global":
         conflicts = dict.fromkeys(conflicts, sum(conflicts.values()))
-    return frozenset(name for name, conflict in conflicts.items() if rule.always or conflict > 0)
+    return frozenset(name for name, conflict in conflicts.items() if rule.closed_subspace or conflict > 0)
 
 
 def _norm(changes: Mapping[str, Reading]) -> float:
     return float(sum(change.norm**2 for change in changes.values()) ** 0.5)
 
 
-def left_over(found: Plan, name: str, protection: Protection, applied: Reading) -> float:
-    """Return the norm of a block's coordinates that should have been removed and are not.
+def remaining_coordinates(corrections: Plan, name: str, protection: Protection, applied: Reading) -> float:
+    """Return the norm of the coordinates that the corrections should have removed from a block and did not.
 
     Args:
-        found: The corrections.
+        corrections: The corrections.
         name: The block.
-        protection: What it is protected by.
-        applied: The reading of the step after the corrections.
+        protection: Its protection.
+        applied: The reading of its step after the corrections.
 
     Returns:
-        A norm in the units of the weights; what it is a share of is :func:`coordinates` of the step before.
+        A norm in the units of the weights, comparable with :func:`coordinates` of the step before the corrections.
     """
     if protection.left is None or applied.left is None:
-        off = float(applied.dots[0]) - float(found.dots[name][0])
-        return abs(off) / protection.gradient.norm
+        error = float(applied.dots[0]) - float(corrections.dots[name][0])
+        return abs(error) / protection.gradient.norm
     left, right = applied.left, applied.right
-    for gradient, amount in found.added.get(name, ()):
+    # Corrections for drift and the fence may enter the subspace: subtract their coordinates, UᵀG and GV.
+    for gradient, amount in corrections.added.get(name, ()):
         left = left - amount * gradient.rmatmul(protection.left.T)
         if right is not None and protection.right is not None:
             right = right - amount * gradient.matmul(protection.right)
@@ -122,7 +128,7 @@ def left_over(found: Plan, name: str, protection: Protection, applied: Reading) 
 
 
 def coordinates(protection: Protection, change: Reading) -> float:
-    """Return the norm of the coordinates that a removal brings to zero."""
+    """Return the norm of the coordinates of a block's step that a removal sets to zero."""
     if protection.left is None or change.left is None:
         return abs(float(change.dots[0])) / protection.gradient.norm
     parts = (change.left, change.right)

@@ -1,4 +1,4 @@
-"""The nearest step that satisfies every constraint: of single blocks, and over all blocks."""
+"""The nearest step that satisfies every constraint: on single blocks, and on sums over all blocks."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -10,35 +10,35 @@ from geomkit.spf.demands import Demands
 from geomkit.spf.projection.removal import Removal
 
 Amounts = dict[str, np.ndarray]
-"""How far each block moves along each of its directions."""
+"""For each block that moves, the signed length of its move along each of its directions."""
 
 
 @dataclass(frozen=True, eq=False)
 class Constraints:
-    """What a step must satisfy.
+    """The constraints on a step d.
 
     Attributes:
-        dots: (m,) ⟨d, g_i⟩ of each block's step and each constraint.
-        removals: The directions that each block may be moved along.
-        own: Whether ⟨d, g_s⟩ ≤ 0 is asked of each block.
-        demands: What is asked of the sums over all blocks.
+        dots: For each block (m,) ⟨d, g_i⟩ of its step with the gradient of each constraint.
+        removals: The directions along which each block may be moved.
+        per_block: Whether ⟨d, g_s⟩ ≤ 0 is demanded of each block.
+        demands: Bounds on the sums over all blocks.
     """
 
     dots: Mapping[str, np.ndarray]
     removals: Mapping[str, Removal]
-    own: bool
+    per_block: bool
     demands: Demands
 
 
 @dataclass(frozen=True, eq=False)
 class Nearest:
-    """The nearest step.
+    """The moves from a step to the nearest step that satisfies the constraints.
 
     Attributes:
-        amounts: The moves for what is firm, and those for what is wanted beyond it.
-        added: Norm of the latter.
-        bounds: (m,) what the sums may be.
-        dots: (m,) ⟨d, g_i⟩ of each block after the moves.
+        amounts: The moves for the hard bounds, and the additional moves for the soft bounds.
+        added: Norm of the additional moves.
+        bounds: (m,) upper bounds that the sums over the blocks keep.
+        dots: For each block (m,) ⟨d, g_i⟩ after the moves.
     """
 
     amounts: tuple[Amounts, Amounts]
@@ -48,56 +48,60 @@ class Nearest:
 
 
 def nearest(constraints: Constraints, limit: float = np.inf) -> Nearest:
-    """Find the nearest step that satisfies constraints.
-
-    If every block's own constraint is all that is violated, each block is moved alone; one whose subspace was removed,
-    along what that left of its gradient. Otherwise one quadratic programme has all constraints: solved for the firm
-    bounds and for the wanted ones, the step goes from the first solution towards the second, as far as the limit on
-    that move says. Between two steps that satisfy constraints each, any step satisfies those in between.
+    """Return the moves to the nearest step that satisfies the constraints.
 
     Args:
-        constraints: What to satisfy.
-        limit: Norm of the longest move beyond what is firm.
+        constraints: The constraints.
+        limit: Largest norm of the additional moves for the soft bounds.
     """
-    alone = _each_alone(constraints) if constraints.own else {}
     demands = constraints.demands
-    dots = _after(constraints, alone)
-    if not (sum(dots.values(), np.zeros(len(demands.wanted))) > demands.wanted).any():
-        return Nearest((alone, {}), 0.0, demands.wanted, dots)
-    # A block without its subspace has been moved along the rest; of the others the programme decides anew.
-    kept = {name: amount for name, amount in alone.items() if constraints.removals[name].own}
-    system = _System(replace(constraints, dots=_after(constraints, kept)))
-    firm = system.solve(demands.firm)
-    wanted = system.solve(demands.wanted)
-    if firm is None:  # gradients that are one another's negatives
-        firm = np.zeros(system.size)
-    extra = np.zeros(system.size) if wanted is None else wanted - firm
-    length = float(np.sqrt(max(extra @ system.gram @ extra, 0.0)))
+    # 1. Blocks alone: d ← d − g ⟨d, g⟩₊ / ‖g‖². If the sums then keep their bounds, this is the nearest step.
+    alone = _move_each_block(constraints) if constraints.per_block else {}
+    dots = _dots_after(constraints, alone)
+    if not (_total(dots, demands) > demands.tightest_bounds).any():
+        return Nearest((alone, {}), 0.0, demands.tightest_bounds, dots)
+    # 2. Otherwise one quadratic programme has all constraints. A block whose subspace was removed keeps its move along
+    #    the rest of its gradient; the moves of the other blocks are found anew.
+    along_rest = {name: amounts for name, amounts in alone.items() if constraints.removals[name].own_direction}
+    programme = _Programme(replace(constraints, dots=_dots_after(constraints, along_rest)))
+    # 3. Solve it twice: λ_hard for the hard bounds, λ_all for the tightest bounds.
+    hard = programme.solve(demands.hard_bounds)
+    tightest = programme.solve(demands.tightest_bounds)
+    if hard is None:  # infeasible: gradients that are negatives of one another
+        hard = np.zeros(programme.size)
+    # 4. Go from λ_hard towards λ_all, by at most the limit: share = min(1, limit / ‖Σ (λ_all − λ_hard)_i g_i‖).
+    #    Constraints are convex, so every step between two steps that satisfy the hard bounds satisfies them too.
+    extra = np.zeros(programme.size) if tightest is None else tightest - hard
+    length = float(np.sqrt(max(extra @ programme.gram @ extra, 0.0)))
     share = min(1.0, limit / length) if length else 1.0
-    amounts = _together(kept, system.amounts(firm)), system.amounts(share * extra)
-    start = np.where(np.isfinite(demands.firm), demands.firm, system.totals(firm))
-    on_the_way = np.where(np.isfinite(demands.wanted), (1 - share) * start + share * demands.wanted, np.inf)
-    bounds = demands.firm if wanted is None else on_the_way
-    return Nearest(amounts, share * length, bounds, _after(constraints, *amounts))
+    amounts = _add(along_rest, programme.amounts(hard)), programme.amounts(share * extra)
+    # 5. The bounds that hold there: the same share of the way from the hard bounds, or from the sums that λ_hard
+    #    reaches where there is no hard bound, to the tightest ones.
+    start = np.where(np.isfinite(demands.hard_bounds), demands.hard_bounds, programme.totals(hard))
+    between = np.where(
+        np.isfinite(demands.tightest_bounds), (1 - share) * start + share * demands.tightest_bounds, np.inf
+    )
+    bounds = demands.hard_bounds if tightest is None else between
+    return Nearest(amounts, share * length, bounds, _dots_after(constraints, *amounts))
 
 
-def _each_alone(constraints: Constraints) -> Amounts:
-    """Move every block that conflicts back along its own direction."""
-    found: Amounts = {}
-    for name, one in constraints.removals.items():
+def _move_each_block(constraints: Constraints) -> Amounts:
+    """Return, for each block that conflicts, the move along its own direction that ends the conflict."""
+    amounts: Amounts = {}
+    for name, removal in constraints.removals.items():
         excess = constraints.dots[name][0]
-        if excess > 0 and (effect := one.gram[0, one.own]) > 0:
-            found[name] = np.zeros(len(one.directions))
-            found[name][one.own] = -excess / effect
-    return found
+        if excess > 0 and (effect := removal.gram[0, removal.own_direction]) > 0:
+            amounts[name] = np.zeros(len(removal.directions))
+            amounts[name][removal.own_direction] = -excess / effect
+    return amounts
 
 
-def _together(a: Amounts, b: Amounts) -> Amounts:
+def _add(a: Amounts, b: Amounts) -> Amounts:
     return {name: a[name] + b[name] if name in a and name in b else {**a, **b}[name] for name in {**a, **b}}
 
 
-def _after(constraints: Constraints, *moves: Amounts) -> dict[str, np.ndarray]:
-    """Return ⟨d, g_i⟩ of each block after some moves."""
+def _dots_after(constraints: Constraints, *moves: Amounts) -> dict[str, np.ndarray]:
+    """Return for each block (m,) ⟨d, g_i⟩ after moves: those before plus the block's Gram matrix times the amounts."""
     dots = dict(constraints.dots)
     for amounts in moves:
         for name, amount in amounts.items():
@@ -105,103 +109,115 @@ def _after(constraints: Constraints, *moves: Amounts) -> dict[str, np.ndarray]:
     return dots
 
 
-class _System:
-    """The constraints as one matrix: first those of single blocks, then those over all blocks that have a bound."""
+def _total(dots: Mapping[str, np.ndarray], demands: Demands) -> np.ndarray:
+    """Return (m,) Σ ⟨d, g_i⟩ over all blocks."""
+    return sum(dots.values(), np.zeros(len(demands.hard_bounds)))
+
+
+class _Programme:
+    """All constraints in one quadratic programme: first one for each block, then the sums that have a bound.
+
+    Attributes:
+        size: Number n of constraints.
+        gram: (n, n) Gram matrix K of the constraints' gradients, summed over the blocks.
+    """
 
     def __init__(self, constraints: Constraints) -> None:
         self._constraints = constraints
         self._blocks = list(constraints.removals)
-        self._bounded = np.flatnonzero(np.isfinite(constraints.demands.wanted))
-        self._own = len(self._blocks) if constraints.own else 0
-        self.size = self._own + len(self._bounded)
+        self._bounded = np.flatnonzero(np.isfinite(constraints.demands.tightest_bounds))
+        self._single = len(self._blocks) if constraints.per_block else 0
+        self.size = self._single + len(self._bounded)
         self.gram = np.zeros((self.size, self.size))
         for index, name in enumerate(self._blocks):
             places, directions = self._places(index)
             self.gram[np.ix_(places, places)] += constraints.removals[name].gram[np.ix_(directions, directions)]
 
     def _places(self, index: int) -> tuple[list[int], list[int]]:
-        """Return the places of a block's constraints in the system, and the directions that belong to them."""
-        over_all = list(range(self._own, self.size))
-        if not self._own:
-            return over_all, self._bounded.tolist()
-        return [index, *over_all], [0, *self._bounded.tolist()]
+        """Return the constraints that concern a block, by place in the programme, and their directions in the block."""
+        sums = list(range(self._single, self.size))
+        if not self._single:
+            return sums, self._bounded.tolist()
+        return [index, *sums], [0, *self._bounded.tolist()]
 
     def solve(self, bounds: np.ndarray) -> np.ndarray | None:
-        """Return the multipliers, (size,); ``None`` where no step satisfies the bounds."""
+        """Return the multipliers for these bounds on the sums, (n,); ``None`` if no step satisfies them."""
         dots = self._constraints.dots
-        alone = [dots[name][0] for name in self._blocks] if self._own else []
-        total = sum(dots.values(), np.zeros(len(bounds)))
-        excess = np.array([*alone, *(total - bounds)[self._bounded]])
+        single = [dots[name][0] for name in self._blocks] if self._single else []
+        excess = np.array([*single, *(_total(dots, self._constraints.demands) - bounds)[self._bounded]])
         used = np.isfinite(excess)
         solution = multipliers(self.gram[np.ix_(used, used)], excess[used])
         if solution is None:
             return None
-        found = np.zeros(self.size)
-        found[used] = solution
-        return found
+        lambdas = np.zeros(self.size)
+        lambdas[used] = solution
+        return lambdas
 
-    def totals(self, found: np.ndarray) -> np.ndarray:
-        """Return Σ ⟨d, g_i⟩ over all blocks after moving by some multipliers, (m,)."""
-        after = _after(self._constraints, self.amounts(found))
-        return sum(after.values(), np.zeros(len(self._constraints.demands.firm)))
+    def totals(self, lambdas: np.ndarray) -> np.ndarray:
+        """Return (m,) Σ ⟨d, g_i⟩ over all blocks after the moves of these multipliers."""
+        return _total(_dots_after(self._constraints, self.amounts(lambdas)), self._constraints.demands)
 
-    def amounts(self, found: np.ndarray) -> Amounts:
-        """Return how far each block moves along its directions."""
+    def amounts(self, lambdas: np.ndarray) -> Amounts:
+        """Return the moves of these multipliers: −λ_i along the gradient of constraint i, in every block."""
         amounts: Amounts = {}
         for index, name in enumerate(self._blocks):
             places, directions = self._places(index)
-            if found[places].any():
+            if lambdas[places].any():
                 amounts[name] = np.zeros(len(self._constraints.removals[name].directions))
-                np.add.at(amounts[name], directions, -found[places])
+                np.add.at(amounts[name], directions, -lambdas[places])
         return amounts
 
 
 _INFEASIBLE = 1e-10
-"""Where constraints contradict one another the residual of the least squares is zero but for rounding."""
+"""Where constraints contradict one another, the residual of the least squares is zero up to rounding."""
 
 _RANK = 1e-12
-"""Eigenvalues below this share of the largest are rounding: gradients that depend on one another linearly."""
+"""Eigenvalues below this fraction of the largest are rounding: the gradients depend on one another linearly."""
 
 
 def multipliers(gram: np.ndarray, excess: np.ndarray) -> np.ndarray | None:
-    """Return the multipliers of the nearest step that satisfies every constraint.
+    """Return the Lagrange multipliers of the nearest step that satisfies every constraint.
 
-    Of all steps d with ⟨d, g_i⟩ ≤ b_i the one nearest to Δ is Δ − Σ λ_i g_i with λ ≥ 0. With K_ij = ⟨g_i, g_j⟩ and
+    Of all steps d with ⟨d, g_i⟩ ≤ b_i the nearest to Δ is Δ − Σ λ_i g_i with λ ≥ 0. With K_ij = ⟨g_i, g_j⟩ and
     r_i = ⟨Δ, g_i⟩ − b_i this is least distance programming (Lawson and Hanson 1974, chapter 23): for FᵀF = K and u the
-    non-negative least squares solution of [−F; rᵀ] u = [0; 1], λ = u / (1 − rᵀu). It asks for no inverse of K:
-    gradients may depend on one another, as that of a whole model does on those of its blocks. A gradient that is zero
-    constrains nothing.
+    non-negative least squares solution of [−F; rᵀ] u = [0; 1], λ = u / (1 − rᵀu). K is not inverted, so gradients may
+    depend on one another linearly, as the gradient of a whole model depends on those of its blocks. The constraint of a
+    zero gradient is ignored.
 
     Args:
         gram: K, (n, n), positive semi-definite.
-        excess: r, (n,), what each constraint is exceeded by.
+        excess: r, (n,), by how much Δ exceeds each constraint.
 
     Returns:
-        λ, (n,); ``None`` where no step satisfies all.
+        λ, (n,); ``None`` if no step satisfies all constraints.
 
     Example:
         >>> multipliers(np.diag([4.0, 1.0]), np.array([2.0, -1.0]))
         array([0.5, 0. ])
     """
-    # Gradients of very different norms are brought to one, or the small ones would count as rounding.
+    # 1. Scale each gradient to norm one, g_i / ‖g_i‖, or small gradients would pass for rounding.
     norms = np.sqrt(np.clip(np.diag(gram), 0, None))
     used = norms > 0
-    found = np.zeros(len(excess))
+    lambdas = np.zeros(len(excess))
     if not (used & (excess > 0)).any():
-        return found
-    asked = excess[used] / norms[used]
-    scale = np.abs(asked).max()
+        return lambdas
+    scaled = excess[used] / norms[used]
+    # 2. Scale r by its largest entry s, which keeps the last row of [−F; rᵀ] comparable with F.
+    scale = np.abs(scaled).max()
+    # 3. F with FᵀF = K, and u = argmin over u ≥ 0 of ‖[−F; rᵀ/s] u − [0; 1]‖.
     root = _root(gram[np.ix_(used, used)] / np.outer(norms[used], norms[used]))
-    solution, _ = nnls(np.vstack([-root, asked / scale]), np.append(np.zeros(len(root)), 1.0))
-    slack = 1 - float(asked @ solution) / scale
+    solution, _ = nnls(np.vstack([-root, scaled / scale]), np.append(np.zeros(len(root)), 1.0))
+    # 4. 1 − rᵀu is the squared residual: zero if and only if the constraints contradict one another.
+    slack = 1 - float(scaled @ solution) / scale
     if slack < _INFEASIBLE:
         return None
-    found[used] = solution * scale / slack / norms[used]
-    return found
+    # 5. λ = s u / (1 − rᵀu), scaled back to the gradients' norms.
+    lambdas[used] = solution * scale / slack / norms[used]
+    return lambdas
 
 
 def _root(gram: np.ndarray) -> np.ndarray:
-    """Return F with FᵀF = K, without rows that are rounding."""
+    """Return F with FᵀF = K from the eigendecomposition of K, without rows that are rounding."""
     values, vectors = np.linalg.eigh(gram)
-    kept = values > _RANK * values[-1]
-    return np.asarray(np.sqrt(values[kept])[:, None] * vectors[:, kept].T)
+    significant = values > _RANK * values[-1]
+    return np.asarray(np.sqrt(values[significant])[:, None] * vectors[:, significant].T)

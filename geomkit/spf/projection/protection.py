@@ -1,4 +1,4 @@
-"""What one block of weights is protected by: gradients, and the subspaces of the first of them."""
+"""The protection of one block of weights: gradients of its constraints, and subspaces of the safety gradient."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,16 +13,16 @@ from geomkit.gradients.dense import DenseGradient
 from geomkit.gradients.factored import FactoredGradient
 from geomkit.gradients.layer_gradient import LayerGradient, as_matrix
 from geomkit.gradients.summed import SumGradient
-from geomkit.spf.rules import Rule
+from geomkit.spf.rule import Rule
 from geomkit.svd.subspaces import layer_subspace
 from geomkit.utils.seeding import parameter_generator
 
 _PROBES = 4
-"""Random columns by which the norm of an update is estimated, without a copy of the weights."""
+"""Random columns from which the norm of an update is estimated, without a copy of the weights."""
 
 
-class _Thin(NamedTuple):
-    """A factored part of a constraint's gradient: the constraint's place, and the columns of the operand it has."""
+class _FactoredPart(NamedTuple):
+    """A part LᵀR of a constraint's gradient: the constraint's place, L, and the columns of the operand that hold Rᵀ."""
 
     constraint: int
     left: Tensor
@@ -31,14 +31,15 @@ class _Thin(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Protection:
-    """What one block is protected by.
+    """The protection of one block of weights W, (rows, columns).
 
     Attributes:
-        gradients: One per constraint; of a rule with subspaces the first is g_s.
-        left: U, (rows, k), orthonormal, fp32; ``None`` without one.
-        right: V, (columns, k), orthonormal, fp32; ``None`` without one.
-        probe: (columns, q) standard normal numbers over √q, or the identity for a vector: ‖WΩ‖ is about ‖W‖.
-        energy: Share of ‖g_s‖² that the subspaces held when they were made.
+        gradients: One gradient per constraint; for a rule with subspaces the first one is g_s.
+        left: U, (rows, k), orthonormal, fp32; ``None`` without a left subspace.
+        right: V, (columns, k), orthonormal, fp32; ``None`` without a right subspace.
+        probe: Ω, (columns, q): standard normal numbers over √q, so that E ‖WΩ‖² = ‖W‖², or the identity for a matrix of
+            at most q columns, such as a vector.
+        energy: Fraction of ‖g_s‖² that the subspaces held when they were computed.
     """
 
     gradients: tuple[LayerGradient, ...]
@@ -54,49 +55,53 @@ class Protection:
 
     @cached_property
     def tail(self) -> LayerGradient:
-        """(I − UUᵀ) g_s (I − VVᵀ): what the subspaces leave of g_s; all of it without any."""
+        """(I − UUᵀ) g_s (I − VVᵀ): the part of g_s outside the subspaces; g_s itself without subspaces."""
         return self.outside(self.gradient)
 
     def outside(self, gradient: LayerGradient) -> LayerGradient:
-        """Return what the subspaces leave of a gradient."""
+        """Return the part of a gradient outside the subspaces."""
         return gradient if self.left is None else _outside(gradient, self.left, self.right)
 
     @property
     def captured(self) -> float:
-        """Share of ‖g_s‖² that the subspaces hold now."""
+        """Fraction of the present ‖g_s‖² inside the subspaces."""
         return 1 - (self.tail.norm / self.gradient.norm) ** 2 if self.gradient.norm else 0.0
 
+    # One product W [R₁ᵀ R₂ᵀ … V Ω] has all that is read of a block from the right: ⟨W, LᵀR⟩ = Σ (W Rᵀ) ∘ Lᵀ for every
+    # factored part LᵀR of a gradient, WV and WΩ. The operand is that matrix, its last columns are V and Ω.
+
     @cached_property
-    def thin(self) -> list[_Thin]:
-        """The factored parts of all gradients, with their columns in :attr:`operand`."""
+    def factored_parts(self) -> list[_FactoredPart]:
+        """The factored parts of all gradients, with their columns of :attr:`operand`."""
         parts, start = [], 0
         for place, part in _parts(self.gradients):
             if isinstance(part, FactoredGradient):
-                parts.append(_Thin(place, part.left, slice(start, start + part.tokens)))
+                parts.append(_FactoredPart(place, part.left, slice(start, start + part.tokens)))
                 start += part.tokens
         return parts
 
     @cached_property
-    def whole(self) -> list[tuple[int, LayerGradient]]:
-        """The parts of all gradients that have no token factors, with the constraint that each is of."""
+    def other_parts(self) -> list[tuple[int, LayerGradient]]:
+        """The parts of all gradients without token factors, with the place of their constraint."""
         return [(place, part) for place, part in _parts(self.gradients) if not isinstance(part, FactoredGradient)]
 
     @property
-    def own_columns(self) -> int:
-        """How many columns of :attr:`operand`, the last ones, are no token factors."""
-        return sum(one.shape[1] for one in (self.right, self.probe) if one is not None)
+    def subspace_columns(self) -> int:
+        """Number of columns of V and Ω, which are the last columns of :attr:`operand`."""
+        return sum(matrix.shape[1] for matrix in (self.right, self.probe) if matrix is not None)
 
     @cached_property
     def operand(self) -> Tensor:
-        """(columns, K) all that a weight is multiplied by from the right: token factors, V and the probe."""
+        """(columns, K) [R₁ᵀ R₂ᵀ … V Ω]: every matrix by which the weights are multiplied from the right."""
         factors = [part.right for _, part in _parts(self.gradients) if isinstance(part, FactoredGradient)]
-        own = [one.T for one in (self.right, self.probe) if one is not None]
-        rows = [one.to(torch.promote_types(self.gradient.dtype, one.dtype)) for one in (*factors, *own)]
-        # Factors lie in memory row by row: beside one another they would have to be turned first.
+        bases = [matrix.T for matrix in (self.right, self.probe) if matrix is not None]
+        rows = [matrix.to(torch.promote_types(self.gradient.dtype, matrix.dtype)) for matrix in (*factors, *bases)]
+        # Factors lie in memory row by row: they are concatenated as rows, and only the result is transposed.
         return torch.cat(rows).T if rows else self.gradient.tensors[0].new_zeros(1, 0)
 
 
 def _parts(gradients: Sequence[LayerGradient]) -> list[tuple[int, LayerGradient]]:
+    """Return the summands of all gradients, with the place of their constraint."""
     return [
         (place, part)
         for place, gradient in enumerate(gradients)
@@ -107,16 +112,17 @@ def _parts(gradients: Sequence[LayerGradient]) -> list[tuple[int, LayerGradient]
 def protect(
     rule: Rule, gradients: Sequence[LayerGradient], name: str = "", seed: int = 0, probe: Tensor | None = None
 ) -> Protection:
-    """Prepare a rule for one block.
+    """Return the protection of one block under a rule.
 
-    A vector has a single left singular vector, itself, so a subspace of it is all of it: there only ⟨d, g_s⟩ counts.
+    The one left singular vector of a vector is the vector itself, so that its subspace would be all of it; a vector is
+    therefore protected by ⟨d, g_s⟩ alone.
 
     Args:
         rule: The rule.
-        gradients: The block's gradient of every constraint.
-        name: The block's name, which random numbers depend on.
-        seed: Their seed.
-        probe: The block's probe, where it has been drawn before.
+        gradients: The block's gradient of each constraint.
+        name: The block's name, from which random numbers are seeded.
+        seed: Seed of the random numbers.
+        probe: The block's probe Ω, if it has been drawn before.
     """
     bare = without_subspaces(gradients, name, seed, probe)
     if not rule.has_subspace or min(bare.gradient.matrix_shape) == 1 or not bare.gradient.norm:
@@ -127,28 +133,28 @@ def protect(
 def without_subspaces(
     gradients: Sequence[LayerGradient], name: str = "", seed: int = 0, probe: Tensor | None = None
 ) -> Protection:
-    """Prepare a block of which no subspace is protected, or one that is known already."""
+    """Return the protection of a block without subspaces; see :func:`protect`."""
     return Protection(tuple(gradients), probe=_probe(gradients[0], name, seed) if probe is None else probe)
 
 
 def with_subspaces(protection: Protection, rule: Rule, name: str, seed: int) -> Protection:
-    """Compute the subspaces anew."""
+    """Return the protection with subspaces computed from its safety gradient."""
     gradient = protection.gradient
     if rule.removal == "random":
         rows, k = gradient.matrix_shape[0], min(rule.rank, gradient.rank_bound)
-        drawn = torch.randn(rows, k, generator=parameter_generator(seed, name), dtype=torch.float64)
-        made = replace(protection, left=torch.linalg.qr(drawn)[0].float().to(gradient.device))
-        return replace(made, energy=made.captured)
+        gaussian = torch.randn(rows, k, generator=parameter_generator(seed, name), dtype=torch.float64)
+        random = replace(protection, left=torch.linalg.qr(gaussian)[0].float().to(gradient.device))
+        return replace(random, energy=random.captured)
     if rule.removal == "two-sided":
-        found = layer_subspace(gradient, rank=rule.rank, side="both", parameter=name)
-        return replace(protection, left=found.basis, right=found.partner, energy=found.energy)
-    found = layer_subspace(gradient, rank=rule.rank, parameter=name)
-    return replace(protection, left=found.basis, energy=found.energy)
+        subspace = layer_subspace(gradient, rank=rule.rank, side="both", parameter=name)
+        return replace(protection, left=subspace.basis, right=subspace.partner, energy=subspace.energy)
+    subspace = layer_subspace(gradient, rank=rule.rank, parameter=name)
+    return replace(protection, left=subspace.basis, energy=subspace.energy)
 
 
-def renewed(protection: Protection, kept: Protection) -> Protection:
+def with_subspaces_of(protection: Protection, earlier: Protection) -> Protection:
     """Return the protection with the subspaces of an earlier one."""
-    return replace(protection, left=kept.left, right=kept.right, energy=kept.energy)
+    return replace(protection, left=earlier.left, right=earlier.right, energy=earlier.energy)
 
 
 def _probe(gradient: LayerGradient, name: str, seed: int) -> Tensor:
@@ -156,17 +162,20 @@ def _probe(gradient: LayerGradient, name: str, seed: int) -> Tensor:
     if columns <= _PROBES:
         return torch.eye(columns, device=gradient.device)
     generator = parameter_generator(seed + 1, name)
-    drawn: Tensor = torch.randn(columns, _PROBES, generator=generator) / _PROBES**0.5
-    return drawn.to(gradient.device)
+    gaussian: Tensor = torch.randn(columns, _PROBES, generator=generator) / _PROBES**0.5
+    return gaussian.to(gradient.device)
 
 
 def _outside(gradient: LayerGradient, left: Tensor, right: Tensor | None) -> LayerGradient:
+    """Return (I − UUᵀ) G (I − VVᵀ) in the form of the gradient G."""
+    # G = LᵀR: (I − UUᵀ)Lᵀ and R(I − VVᵀ), factor by factor.
     if isinstance(gradient, FactoredGradient):
-        return FactoredGradient(_without(gradient.left, left), _without(gradient.right, right))
+        return FactoredGradient(_rows_outside(gradient.left, left), _rows_outside(gradient.right, right))
     if isinstance(gradient, DenseGradient):
-        matrix = _without(_without(as_matrix(gradient).T, left).T, right)
+        matrix = _rows_outside(_rows_outside(as_matrix(gradient).T, left).T, right)
         return DenseGradient(matrix.reshape(gradient.shape), gradient.tokens)
-    rest = gradient  # of a large table of which few rows were looked up
+    # G is a large table of which few rows were looked up: add −U(UᵀG) and −(GV)Vᵀ as factored parts, twice.
+    rest = gradient
     for _ in range(2):
         rest = add([rest, FactoredGradient(-left.T, rest.rmatmul(left.T))], keep_factors=True)
         if right is not None:
@@ -174,8 +183,8 @@ def _outside(gradient: LayerGradient, left: Tensor, right: Tensor | None) -> Lay
     return rest
 
 
-def _without(rows: Tensor, basis: Tensor | None) -> Tensor:
-    """Return rows without their part in the span of a basis: twice, as its columns are orthonormal to fp32 only."""
+def _rows_outside(rows: Tensor, basis: Tensor | None) -> Tensor:
+    """Return rows X (I − BBᵀ), applied twice, as the columns of the basis B are orthonormal to fp32 only."""
     if basis is None:
         return rows
     for _ in range(2):

@@ -1,5 +1,6 @@
-"""The weights under guard, behind one interface, ``blocks``.
+"""The weights that a guard protects, behind one interface.
 
-Plain tensors, rows on one process of several (``sharding``, ``processes``), fp32 master copies, and the products of
-``adapters``; ``guarded`` chooses the kind for each parameter.
+Reading order: ``blocks`` is the interface, with plain tensors, fp32 master weights and products of adapters behind it;
+``adapters`` finds the factors of these products; ``sharding`` and ``processes`` serve training in several processes;
+``guarded`` chooses the kind of block for each parameter.
 """

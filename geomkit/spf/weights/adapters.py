@@ -1,4 +1,4 @@
-"""Low-rank adapters of PEFT: which parameters are the two factors of one matrix."""
+"""Low-rank adapters of PEFT: finding the two parameters whose product is added to a weight."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -7,17 +7,18 @@ from typing import Any, cast
 from torch import nn
 
 _MORE_THAN_A_PRODUCT = ("use_dora", "use_qalora")
+"""Attributes of PEFT's layers that say, for each adapter, whether it computes more than s·BA."""
 
 
 @dataclass(frozen=True, eq=False)
 class Adapter:
-    """One adapter of one linear layer, which adds s·BA to its weight.
+    """One adapter of one linear layer, which adds s·BA to the layer's weight.
 
     Attributes:
         first: A, (r, columns).
         second: B, (rows, r).
         scaling: s.
-        base: The weight that it is added to, frozen.
+        base: The frozen weight to which the product is added.
     """
 
     first: nn.Parameter
@@ -27,23 +28,24 @@ class Adapter:
 
 
 def adapters(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> Iterator[tuple[str, Adapter]]:
-    """Yield the adapters whose product is the change of a linear layer's weight, by the name of that weight.
+    """Yield the adapters whose product s·BA is the whole change of a linear layer's weight, by the weight's name.
 
-    Others, such as DoRA, which also scales the sum, and those of embeddings and convolutions, are left out.
+    Other adapters are skipped: DoRA, which also scales the sum, and adapters of embeddings and convolutions.
 
     Args:
         model: A model with or without adapters.
-        trained: The parameters that are trained, by name.
+        trained: The trained parameters, by name.
     """
     known = {id(parameter) for parameter in trained.values()}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for module in model.modules():
-        found = _adapter(module)
-        if found is not None and id(found.second) in known:
-            yield names[id(found.base)], found
+        adapter = _adapter(module)
+        if adapter is not None and id(adapter.second) in known:
+            yield names[id(adapter.base)], adapter
 
 
 def _adapter(module: Any) -> Adapter | None:
+    """Return a module's adapter; ``None`` if the module has no adapter, or one that computes more than s·BA."""
     if not (hasattr(module, "lora_A") and hasattr(module, "lora_B")):
         return None
     base = module.get_base_layer()
@@ -51,17 +53,17 @@ def _adapter(module: Any) -> Adapter | None:
     if type(base) is not nn.Linear or len(active) != 1 or not base.weight.is_floating_point():
         return None
     (name,) = active
-    if any(_says(getattr(module, flag, None), name) for flag in _MORE_THAN_A_PRODUCT):
+    if any(_is_set(getattr(module, flag, None), name) for flag in _MORE_THAN_A_PRODUCT):
         return None
-    if name in getattr(module, "lora_variant", {}):  # a variant has a forward of its own
+    if name in getattr(module, "lora_variant", {}):  # a variant computes its own forward pass
         return None
     first, second = module.lora_A[name], module.lora_B[name]
-    if any(type(one) is not nn.Linear or one.bias is not None for one in (first, second)):
+    if any(type(factor) is not nn.Linear or factor.bias is not None for factor in (first, second)):
         return None
     weights = (first.weight, second.weight, base.weight)
-    own, other, frozen = (cast("nn.Parameter", one) for one in weights)
-    return Adapter(own, other, float(module.scaling[name]), frozen)
+    a, b, frozen = (cast("nn.Parameter", weight) for weight in weights)
+    return Adapter(a, b, float(module.scaling[name]), frozen)
 
 
-def _says(flag: Any, name: str) -> bool:
+def _is_set(flag: Any, name: str) -> bool:
     return bool(flag.get(name)) if isinstance(flag, Mapping) else bool(flag)

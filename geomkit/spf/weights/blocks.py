@@ -1,4 +1,4 @@
-"""Blocks of weights that a step is read from and corrected in: a tensor, a shard of one, or a product of two."""
+"""Blocks of weights, in which a step is read and corrected: a tensor, a shard of a tensor, or a product of two."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -14,16 +14,16 @@ from geomkit.gradients.summed import SumGradient
 from geomkit.utils.precision import at_least_fp32
 
 Move = tuple[LayerGradient, float]
-"""A gradient and how much of it is added."""
+"""A gradient and its coefficient: coefficient × gradient is added to a block."""
 
 
 class Block(ABC):
-    """One matrix W that training moves, whatever it is kept in; a vector is a matrix of one column.
+    """One matrix W that training moves, independent of how it is stored; a vector is a matrix of one column.
 
     Attributes:
-        rows: Which rows of W this process holds; ``None`` for all.
-        free: Whether W moves along any gradient, rather than along a part of it.
-        is_used: Whether W is what the model computes with: all of a parameter, in as many bits.
+        rows: Rows of W on this process; ``None`` for all rows.
+        free: Whether W can move along every gradient, rather than along a part of it.
+        is_used: Whether the model computes with W itself: with the whole parameter, in the same number of bits.
     """
 
     rows: slice | None = None
@@ -32,42 +32,46 @@ class Block(ABC):
 
     @abstractmethod
     def times(self, right: Tensor) -> Tensor:
-        """Return W @ B for B of shape (columns, k): (rows held, k)."""
+        """Return W @ B for B of shape (columns, k): (rows on this process, k)."""
 
     @abstractmethod
     def left_times(self, left: Tensor) -> Tensor:
-        """Return A @ W for A of shape (k, rows), summed over the rows held."""
+        """Return A @ W for A of shape (k, rows), summed over the rows on this process."""
 
     @abstractmethod
     def dot(self, gradient: LayerGradient) -> float:
-        """Return ⟨W, G⟩, summed over the rows held, in fp64."""
+        """Return ⟨W, G⟩ in fp64, summed over the rows on this process."""
 
     @abstractmethod
     def apply(self, moves: Iterable[Move]) -> None:
-        """Add gradients to W, or as much of them as it can move along."""
+        """Add gradients to W, or their :meth:`reachable` parts."""
 
     @abstractmethod
     def reachable(self, gradient: LayerGradient) -> LayerGradient:
-        """Return the part of a gradient that :meth:`apply` would add."""
+        """Return the part of a gradient along which W can move."""
 
     @property
     @abstractmethod
     def eps(self) -> float:
-        """The relative rounding of the numbers that W is kept in."""
+        """Relative rounding of the numbers in which W is stored."""
 
 
 class TensorBlock(Block):
-    """A tensor that holds W, or −W: the weights themselves, or a utility gradient whose step is its negative.
+    """A block stored in one tensor: W = tensor for weights, W = −tensor for the step of a utility gradient.
 
     Args:
-        tensor: Where W is kept. Moves are made in place, in fp32 at least, and rounded once.
-        scale: 1, or −1.
-        rows: Which rows of the whole matrix it holds; ``None`` for all.
-        master: Keep W in fp32 beside a tensor of fewer bits, of which that becomes the rounded value.
+        tensor: The tensor. Moves are made in place, in fp32 at least, and rounded once.
+        scale: 1 or −1, the factor between the tensor and W.
+        rows: Rows of the whole matrix that the tensor holds; ``None`` for all rows.
+        master: Whether to store a master weight: W in fp32, in addition to a tensor of fewer bits, which is then W
+            rounded once.
+
+    Attributes:
+        master: The master weight; ``None`` without one.
     """
 
     def __init__(self, tensor: Tensor, *, scale: float = 1.0, rows: slice | None = None, master: bool = False) -> None:
-        """Start from the tensor as it is."""
+        """Start from the present values of the tensor."""
         self._tensor = tensor
         self._scale = scale
         self.rows = rows
@@ -89,7 +93,7 @@ class TensorBlock(Block):
         """Return W @ B in fp32, or in fp64 if W or B is."""
         matrix = self._matrix
         dtype = torch.promote_types(matrix.dtype, right.dtype)
-        # The product's columns are what is looked at one by one: each is kept in one piece.
+        # Columns of the product are read one by one: this order keeps each of them contiguous.
         product = (right.to(dtype).T @ matrix.to(dtype).T).T
         return product if self._scale == 1.0 else self._scale * product
 
@@ -97,8 +101,8 @@ class TensorBlock(Block):
         """Return A @ W."""
         matrix = self._matrix
         dtype = torch.promote_types(matrix.dtype, left.dtype)
-        held = left if self.rows is None else left[:, self.rows]
-        product = held.to(dtype) @ matrix.to(dtype)
+        local = left if self.rows is None else left[:, self.rows]
+        product = local.to(dtype) @ matrix.to(dtype)
         return product if self._scale == 1.0 else self._scale * product
 
     def dot(self, gradient: LayerGradient) -> float:
@@ -115,30 +119,36 @@ class TensorBlock(Block):
             self._weight.copy_(work)
 
     def reachable(self, gradient: LayerGradient) -> LayerGradient:
-        """Return the gradient: a tensor moves anywhere."""
+        """Return the gradient itself: a tensor can move along every gradient."""
         return gradient
 
     @property
     def eps(self) -> float:
-        """The relative rounding of the numbers that W is kept in, or of bases and factors, which are fp32 at best."""
+        """Relative rounding of the numbers in which W is stored; at least that of fp32, as for bases and factors."""
         return max(torch.finfo(self._weight.dtype).eps, torch.finfo(torch.float32).eps)
 
-    def settle(self) -> None:
-        """Add to the master what the optimizer has added to its rounded value."""
+    # The optimizer moves the rounded weights w, SPF corrects the fp32 master m, of which w is the rounded value:
+    #   before a correction  m ← m + (w − round(m)), which adds the optimizer's update to m;
+    #   after a correction   w ← round(m).
+
+    def pull_update_into_master(self) -> None:
+        """Add the optimizer's change of the rounded weights to their fp32 master weights."""
         if self.master is not None:
             self.master += self._tensor.float() - self.master.to(self._tensor.dtype).float()
 
-    def release(self) -> None:
-        """Round the master into the parameter."""
+    def round_master_into_weight(self) -> None:
+        """Set the weights to their rounded fp32 master weights."""
         if self.master is not None:
             self._tensor.copy_(self.master)
 
 
 class ProductBlock(Block):
-    """W = s·BA, the weights that a low-rank adapter adds; moved through B alone, in which W is linear.
+    """The product W = s·BA that a low-rank adapter adds to a weight, corrected through B alone, in which W is linear.
 
-    For a given A the rows of W lie in the row space of A, so of a gradient G only G P can be added, with
-    P = Aᵀ(AAᵀ)⁻¹A, and B moves by G Aᵀ(AAᵀ)⁻¹ / s.
+    1. For a fixed A the rows of W lie in the row space of A: of a gradient G only G P can be added, with the projection
+       P = Aᵀ(AAᵀ)⁻¹A = A⁺A onto that space (A⁺ the pseudo-inverse, which A of lower rank has as well).
+    2. B ← B + G A⁺ / s moves W by s·(G A⁺ / s)·A = G P.
+    3. ⟨G P, H⟩ is therefore what a move along G adds to ⟨W, H⟩; it is 0 for gradients H outside the row space.
 
     Args:
         first: A, (r, columns).
@@ -149,11 +159,11 @@ class ProductBlock(Block):
     free = False
 
     def __init__(self, first: Tensor, second: Tensor, scaling: float) -> None:
-        """Keep the two factors."""
+        """Store the two factors."""
         self._first, self._second, self._scaling = first, second, scaling
 
     def times(self, right: Tensor) -> Tensor:
-        """Return s·B(A right), in fp64: the product is thin."""
+        """Return s·B(A right), in fp64, which costs little for thin factors."""
         return self._scaling * (self._second.double() @ (self._first.double() @ right.double()))
 
     def left_times(self, left: Tensor) -> Tensor:
@@ -173,39 +183,40 @@ class ProductBlock(Block):
         self._second.copy_(moved)
 
     def reachable(self, gradient: LayerGradient) -> LayerGradient:
-        """Return G P in the r factors that it has."""
+        """Return G P, as the r factors G A⁺ and A."""
         left = gradient.matmul(self._inverse()).T
         return FactoredGradient(left.float(), self._first.float())
 
     def _inverse(self) -> Tensor:
-        """Return Aᵀ(AAᵀ)⁻¹, (columns, r)."""
+        """Return the pseudo-inverse A⁺ = Aᵀ(AAᵀ)⁻¹, (columns, r)."""
         inverse: Tensor = torch.linalg.pinv(self._first.double())
         return inverse
 
     @property
     def eps(self) -> float:
-        """The relative rounding of the factors; a product has that of both."""
-        kept = (self._first.dtype, self._second.dtype, torch.float32)
-        return 2 * max(torch.finfo(dtype).eps for dtype in kept)
+        """Relative rounding of the product: twice that of its factors."""
+        types = (self._first.dtype, self._second.dtype, torch.float32)
+        return 2 * max(torch.finfo(dtype).eps for dtype in types)
 
 
 def restricted(gradient: LayerGradient, rows: slice | None) -> LayerGradient:
-    """Return some rows of a gradient.
+    """Return a range of rows of a gradient, in the same form.
 
     Args:
         gradient: The gradient of the whole parameter.
-        rows: Consecutive rows of the matrix that it is; all for ``None``.
+        rows: Consecutive rows of its matrix; ``None`` for all rows.
     """
     if rows is None:
         return gradient
     if isinstance(gradient, FactoredGradient):
         return FactoredGradient(gradient.left[:, rows], gradient.right)
     if isinstance(gradient, IndexedGradient):
-        held = (gradient.indices >= rows.start) & (gradient.indices < rows.stop)
+        inside = (gradient.indices >= rows.start) & (gradient.indices < rows.stop)
         size = rows.stop - rows.start
-        return IndexedGradient(gradient.indices[held] - rows.start, gradient.rows[held], size, gradient.tokens)
+        return IndexedGradient(gradient.indices[inside] - rows.start, gradient.rows[inside], size, gradient.tokens)
     if isinstance(gradient, SumGradient):
         return SumGradient(tuple(restricted(part, rows) for part in gradient.parts))
     whole = gradient.dense()
-    each = gradient.matrix_shape[0] // max(len(whole), 1)  # of experts (E, m, n) a row of the first dimension has m
-    return DenseGradient(whole[rows.start // each : rows.stop // each], gradient.tokens)
+    # The matrix of experts (E, m, n) has E·m rows, m for each index of the first dimension, the sharded one.
+    height = gradient.matrix_shape[0] // max(len(whole), 1)
+    return DenseGradient(whole[rows.start // height : rows.stop // height], gradient.tokens)

@@ -1,4 +1,4 @@
-"""Which weights a guard watches, in which blocks, and which it cannot."""
+"""The weights that a guard protects, divided into blocks, and the weights that it refuses."""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from geomkit.errors import SPFError
 from geomkit.inputs.parameters import refuse_unseen_values, unwrapped_model
-from geomkit.spf.rules import Level
+from geomkit.spf.rule import Level
 from geomkit.spf.weights.adapters import Adapter, adapters
 from geomkit.spf.weights.blocks import Block, Move, ProductBlock, TensorBlock
 from geomkit.spf.weights.processes import Processes
@@ -23,10 +23,10 @@ _LOGGER = logging.getLogger(__name__)
 
 
 def unwrapped(optimizer: Any) -> torch.optim.Optimizer:
-    """Return the torch optimizer inside a wrapper such as accelerate's, whose own hooks do not fire.
+    """Return the torch optimizer inside a wrapper, such as accelerate's, whose own hooks do not fire.
 
     Raises:
-        SPFError: If there is none, or DeepSpeed's is among the wrappers.
+        SPFError: If there is no torch optimizer, or DeepSpeed's is among the wrappers.
     """
     while not isinstance(optimizer, torch.optim.Optimizer) or hasattr(optimizer, "optimizer"):
         _refuse_deepspeed(optimizer)
@@ -38,22 +38,22 @@ def unwrapped(optimizer: Any) -> torch.optim.Optimizer:
 
 
 def _refuse_deepspeed(part: Any) -> None:
-    if any(each.__module__.startswith(("deepspeed", "accelerate.utils.deepspeed")) for each in type(part).__mro__):
-        _refuse_deepspeed_of(type(part).__name__)
+    if any(base.__module__.startswith(("deepspeed", "accelerate.utils.deepspeed")) for base in type(part).__mro__):
+        _raise_for_deepspeed(type(part).__name__)
 
 
-def _refuse_deepspeed_of(found: str) -> NoReturn:
+def _raise_for_deepspeed(name: str) -> NoReturn:
     raise SPFError(
-        f"expected an optimizer that steps when it is told to, found DeepSpeed's ({found}), which steps inside "
+        f"expected an optimizer that steps in optimizer.step(), found DeepSpeed's ({name}), which steps inside "
         "backward() on flat parts of the weights; train with DDP, FSDP2 or on one device"
     )
 
 
 def trained_parameters(model: nn.Module, optimizer: Any) -> dict[str, nn.Parameter]:
-    """Return the trainable parameters that an optimizer holds, by their name in the model.
+    """Return the trainable parameters of an optimizer, by their names in the model.
 
     Raises:
-        SPFError: If there are none, one is not the model's, or one has no values here.
+        SPFError: If there is none, or a parameter is not the model's, or has no values on this process.
     """
     _refuse_deepspeed(model)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -61,7 +61,7 @@ def trained_parameters(model: nn.Module, optimizer: Any) -> dict[str, nn.Paramet
     for group in unwrapped(optimizer).param_groups:
         for parameter in group["params"]:
             if hasattr(parameter, "ds_id"):
-                _refuse_deepspeed_of("a parameter in pieces")
+                _raise_for_deepspeed("a parameter in pieces")
             if not parameter.requires_grad:
                 continue
             if id(parameter) not in names:
@@ -75,32 +75,41 @@ def trained_parameters(model: nn.Module, optimizer: Any) -> dict[str, nn.Paramet
             "expected an optimizer with trainable parameters, found none; unfreeze the model, or after changing "
             "adapters build a new optimizer and attach again"
         )
-    refuse_unseen_values({name: one for name, one in trained.items() if not is_sharded(one)}, SPFError)
+    refuse_unseen_values(
+        {name: parameter for name, parameter in trained.items() if not is_sharded(parameter)}, SPFError
+    )
     return trained
 
 
 class Guarded:
-    """The weights that a guard watches.
+    """The weights that a guard protects, divided into blocks.
 
     Args:
         model: The model that is trained.
         optimizer: Its optimizer.
-        level: Where the rule projects: an adapter's product is one block of the update; gradients are of its factors.
-        master: Whether weights below fp32 are kept in fp32 beside.
+        level: The rule's level. For ``"update"`` the product of an adapter is one block; for ``"gradient"`` its factors
+            are two, as each of them has a gradient.
+        master: Whether to store fp32 master weights for weights of fewer bits.
+
+    Attributes:
+        model: The model, unwrapped.
+        parameters: The trained parameters, by name.
+        blocks: The blocks, by the name of the parameter whose gradient is collected for the block.
+        processes: The processes that train the model.
     """
 
     def __init__(self, model: nn.Module, optimizer: Any, level: Level, *, master: bool = False) -> None:
-        """Find them."""
+        """Find the weights and divide them."""
         self.model = unwrapped_model(model)
         self._optimizer, self._level, self._master = optimizer, level, master
         self._signature: object = None
         self.parameters: dict[str, nn.Parameter] = {}
         self.blocks: dict[str, Block] = {}
-        self._moved: dict[str, nn.Parameter] = {}  # what is collected for each block
+        self._collected: dict[str, nn.Parameter] = {}  # of each block the parameter whose gradient is collected
         self._adapters: dict[str, Adapter] = {}  # of the blocks that are products
         self.refresh()
         sharded = [parameter for parameter in self.parameters.values() if is_sharded(parameter)]
-        if sharded and master and self.masters():
+        if sharded and master and self.fp32_masters():
             raise SPFError(
                 "expected whole weights for master_weights, found sharded ones; have FSDP2 itself keep fp32 weights, "
                 "with a mixed precision policy"
@@ -113,76 +122,83 @@ class Guarded:
         self.processes = Processes.of_this_run(next(iter(groups), None))
 
     def refresh(self) -> bool:
-        """Find the weights again if others are trained than before; return whether that is so."""
+        """Divide the weights anew if the set of trained weights has changed; return whether it has."""
         reshard(self.model)
         groups = unwrapped(self._optimizer).param_groups
         trained = [parameter for group in groups for parameter in group["params"] if parameter.requires_grad]
-        signature = [(id(one), 0 if is_sharded(one) else one.data_ptr()) for one in trained]
+        signature = [(id(weight), 0 if is_sharded(weight) else weight.data_ptr()) for weight in trained]
         if signature == self._signature:
             return False
         changed, self._signature = self._signature is not None, signature
         self.parameters = trained_parameters(self.model, self._optimizer)
-        self._adapters = self._found_adapters() if self._level == "update" else {}
-        self.blocks, self._moved = self._divided()
+        self._adapters = self._find_adapters() if self._level == "update" else {}
+        self.blocks, self._collected = self._divide()
         if changed:
             _LOGGER.warning("other weights are trained from this step on: %d blocks", len(self.blocks))
         return changed
 
-    def _found_adapters(self) -> dict[str, Adapter]:
-        """Return the adapters whose product is a block, by the name of the weight that they are added to."""
-        found = {}
+    def _find_adapters(self) -> dict[str, Adapter]:
+        """Return the adapters whose product is a block, by the name of the weight to which it is added.
+
+        Raises:
+            SPFError: If an adapter is sharded.
+        """
+        products = {}
         for name, adapter in adapters(self.model, self.parameters):
-            if name in self.parameters:  # where the base is trained as well, a sum moves and no product alone
+            if name in self.parameters:  # the base is trained as well: the sum moves, not the product alone
                 continue
             if any(map(is_sharded, (adapter.first, adapter.second, adapter.base))):
                 raise SPFError(
                     f"expected whole adapters, found '{name}' with sharded ones; train adapters with DDP or on one "
                     "device"
                 )
-            found[name] = adapter
-        return found
+            products[name] = adapter
+        return products
 
-    def _divided(self) -> tuple[dict[str, Block], dict[str, nn.Parameter]]:
-        """Divide the weights into blocks."""
+    def _divide(self) -> tuple[dict[str, Block], dict[str, nn.Parameter]]:
+        """Return the blocks, and for each block the parameter whose gradient is collected."""
         blocks: dict[str, Block] = {}
-        moved: dict[str, nn.Parameter] = {}
+        collected: dict[str, nn.Parameter] = {}
         factors: set[int] = set()
         for name, adapter in self._adapters.items():
             blocks[name] = ProductBlock(adapter.first.detach(), adapter.second.detach(), adapter.scaling)
-            moved[name] = adapter.base
+            collected[name] = adapter.base
             factors |= {id(adapter.first), id(adapter.second)}
         for name, parameter in self.parameters.items():
             if id(parameter) not in factors:
                 blocks[name] = tensor_block(parameter, parameter, master=self._master)
-                moved[name] = parameter
-        return blocks, moved
+                collected[name] = parameter
+        return blocks, collected
 
     def as_used(self, products: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return those of some inner products with parameters that are their blocks' as well."""
-        return {name: one for name, one in products.items() if self.blocks[name].is_used}
+        """Return the products ⟨W, g⟩ of the blocks that store exactly the parameters with which the model computes.
+
+        Args:
+            products: By parameter the inner products that the pass over the anchors has computed.
+        """
+        return {name: product for name, product in products.items() if self.blocks[name].is_used}
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
-        """Have the blocks' weights whole, and them alone trainable, inside the block."""
+        """Gather sharded weights inside the ``with`` block, and make the collected parameters alone trainable."""
         with ExitStack() as stack:
             stack.enter_context(gathered(self.model))
-            wanted = set(self._moved)
-            found = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
+            before = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
             try:
                 for name, parameter in self.model.named_parameters():
-                    parameter.requires_grad_(name in wanted)
+                    parameter.requires_grad_(name in self._collected)
                 yield
             finally:
-                for parameter, needs in found:
-                    parameter.requires_grad_(needs)
+                for parameter, requires_grad in before:
+                    parameter.requires_grad_(requires_grad)
 
     def gradient_block(self, name: str) -> Block | None:
-        """Return the block that holds a step −g_u, g_u being a parameter's gradient; ``None`` where it has none."""
+        """Return the block of the step −g_u for a parameter's gradient g_u; ``None`` if it has no gradient."""
         parameter = self.parameters[name]
         return None if parameter.grad is None else tensor_block(_dense(name, parameter.grad), parameter, scale=-1.0)
 
     def add_to_gradients(self, name: str, moves: Sequence[Move]) -> None:
-        """Add gradients by a block to those of its parameters: for W = s·BA, s·GAᵀ to B's and s·BᵀG to A's."""
+        """Add gradients G of a block to ``.grad`` of its parameters: for W = s·BA, s·GAᵀ for B and s·BᵀG for A."""
         adapter = self._adapters.get(name)
         if adapter is None:
             parameter = self.parameters[name]
@@ -195,36 +211,36 @@ class Guarded:
                 if factor.requires_grad:
                     _make_gradient(factor).add_((amount * scaling * part).to(factor.dtype))
 
-    def settle(self) -> None:
-        """Take in what the optimizer did to weights that are kept in fp32 beside."""
+    def pull_updates_into_masters(self) -> None:
+        """Add the optimizer's change of the rounded weights to their fp32 master weights."""
         for block in self._tensors().values():
-            block.settle()
+            block.pull_update_into_master()
 
-    def release(self) -> None:
-        """Round weights that are kept in fp32 beside into the model's."""
+    def round_masters_into_weights(self) -> None:
+        """Set the model's weights to their rounded fp32 master weights."""
         for block in self._tensors().values():
-            block.release()
+            block.round_master_into_weight()
 
     def _tensors(self) -> dict[str, TensorBlock]:
         return {name: block for name, block in self.blocks.items() if isinstance(block, TensorBlock)}
 
     def without_masters(self) -> dict[str, nn.Parameter]:
-        """Return the parameters that have no fp32 weights beside them."""
-        kept = set(self.masters())
-        return {name: parameter for name, parameter in self.parameters.items() if name not in kept}
+        """Return the parameters without an fp32 master weight."""
+        masters = self.fp32_masters()
+        return {name: parameter for name, parameter in self.parameters.items() if name not in masters}
 
-    def masters(self) -> dict[str, Tensor]:
-        """Return the fp32 weights that are kept beside those of fewer bits."""
+    def fp32_masters(self) -> dict[str, Tensor]:
+        """Return the fp32 master weights, by the names of the weights of fewer bits."""
         return {name: block.master for name, block in self._tensors().items() if block.master is not None}
 
-    def load_masters(self, masters: Mapping[str, Tensor]) -> None:
-        """Take over fp32 weights that were saved."""
-        for name, own in self.masters().items():
-            own.copy_(masters[name])
+    def load_fp32_masters(self, saved: Mapping[str, Tensor]) -> None:
+        """Set the fp32 master weights to saved ones."""
+        for name, master in self.fp32_masters().items():
+            master.copy_(saved[name])
 
 
 def tensor_block(tensor: Tensor, parameter: nn.Parameter, *, scale: float = 1.0, master: bool = False) -> TensorBlock:
-    """Return the block of a tensor that is laid out as a parameter is, sharded or whole.
+    """Return the block of a tensor that has the layout of a parameter, sharded or whole.
 
     Args:
         tensor: The parameter itself, or its gradient.
@@ -235,17 +251,18 @@ def tensor_block(tensor: Tensor, parameter: nn.Parameter, *, scale: float = 1.0,
     if not is_sharded(parameter):
         return TensorBlock(tensor.detach(), scale=scale, master=master)
     local = cast("DTensor", tensor.detach()).to_local()
-    first = local_rows(parameter)
-    each = parameter.shape[1:-1].numel()
-    rows = slice(first.start * each, first.stop * each)
+    # Sharded along the first dimension of a tensor (E, m, n): each of its indices has m rows of the matrix (E·m, n).
+    indices = local_rows(parameter)
+    height = parameter.shape[1:-1].numel()
+    rows = slice(indices.start * height, indices.stop * height)
     return TensorBlock(local, scale=scale, rows=rows, master=master)
 
 
 def _dense(name: str, gradient: Tensor) -> Tensor:
-    """Return a gradient that is not sparse.
+    """Return the gradient.
 
     Raises:
-        SPFError: If it is.
+        SPFError: If it is a sparse tensor.
     """
     if gradient.is_sparse:
         raise SPFError(
@@ -256,20 +273,20 @@ def _dense(name: str, gradient: Tensor) -> Tensor:
 
 
 def _make_gradient(parameter: nn.Parameter) -> Tensor:
-    """Return a parameter's gradient, one of zeros where it has none."""
+    """Return a parameter's gradient, created as zeros if it has none."""
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)
     return parameter.grad
 
 
 def refuse_broken_gradients(parameters: Mapping[str, nn.Parameter]) -> None:
-    """Refuse a step with a gradient that is not finite, while the weights are still as they were.
+    """Check the gradients before a step, while the weights are unchanged.
 
     Raises:
-        SPFError: If there is one.
+        SPFError: If a gradient is not finite.
     """
     for name, parameter in parameters.items():
-        # A sum that is finite has finite parts only, and takes one look at them.
+        # A finite sum has finite summands, and is cheaper to test than each of them.
         gradient = parameter.grad
         if gradient is None or bool(torch.isfinite(gradient.sum(dtype=torch.float32))):
             continue
@@ -281,7 +298,7 @@ def refuse_broken_gradients(parameters: Mapping[str, nn.Parameter]) -> None:
 
 
 def warn_of_rounding(parameters: Mapping[str, nn.Parameter]) -> None:
-    """Log a warning where weights are kept in fewer bits than a projection needs."""
+    """Log a warning if weights have fewer bits than a projection needs."""
     types = {parameter.dtype for parameter in parameters.values()} - {torch.float32, torch.float64}
     if types:
         names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in types))

@@ -1,4 +1,4 @@
-"""Several processes that train one model: what they must agree on."""
+"""Agreement of several processes that train one model on the measured constraints."""
 
 from copy import copy
 from dataclasses import dataclass, replace
@@ -19,8 +19,8 @@ class Processes:
     """The processes of one training run.
 
     Attributes:
-        group: Those that hold shards of the weights; ``None`` where each holds all.
-        several: Whether there are more than one.
+        group: The processes that hold shards of the weights; ``None`` where each process holds all weights.
+        several: Whether there is more than one process.
     """
 
     group: "dist.ProcessGroup | None" = None
@@ -28,51 +28,59 @@ class Processes:
 
     @staticmethod
     def first() -> bool:
-        """Whether this is the first process, or the only one."""
+        """Return whether this is the first process, or the only process."""
         return not _running() or dist.get_rank() == 0
 
     @classmethod
     def of_this_run(cls, group: "dist.ProcessGroup | None" = None) -> "Processes":
-        """Return the processes that run beside this one."""
+        """Return the processes of the present run."""
         return cls(group, _running() and dist.get_world_size() > 1)
 
     def agreed(self, measured: Measured) -> Measured:
-        """Give every process the first one's constraints, so that weights stay the same to the last bit.
+        """Return the constraints of the first process, so that every process corrects its weights by the same bits.
+
+        Args:
+            measured: The constraints that this process has measured. Its gradients are overwritten in place.
 
         Raises:
             SPFError: If the processes measured constraints of different shape.
         """
         if not self.several:
             return measured
-        numbers = [tensor for own in measured.gradients.values() for one in own for tensor in one.tensors]
-        demands = measured.demands
-        device = numbers[0].device if numbers else torch.device("cpu")
-        bounds = torch.tensor([measured.loss, *demands.firm, *demands.drift], dtype=torch.float64, device=device)
-        _refuse_difference(sum(tensor.numel() for tensor in numbers), device)
-        for tensor in numbers:
-            _take_over(tensor)
-        dist.broadcast(bounds, 0)
-        loss, *rest = bounds.tolist()
-        firm, drift = rest[: len(demands.firm)], rest[len(demands.firm) :]
-        same = replace(demands, firm=np.array(firm), drift=np.array(drift))
-        gradients = {name: tuple(map(_again, own)) for name, own in measured.gradients.items()}
-        return replace(measured, gradients=gradients, demands=same, loss=loss, products={})
+        # 1. Compare the sizes first: a broadcast of different sizes would hang, or mix up numbers.
+        gradients, demands = measured.gradients, measured.demands
+        tensors = [tensor for block in gradients.values() for gradient in block for tensor in gradient.tensors]
+        device = tensors[0].device if tensors else torch.device("cpu")
+        _refuse_difference(sum(tensor.numel() for tensor in tensors), device)
+        # 2. Overwrite the gradients with those of the first process.
+        for tensor in tensors:
+            _broadcast_from_first(tensor)
+        # 3. Likewise the loss and the bounds, in one message.
+        hard, soft = demands.hard_bounds, demands.soft_bounds
+        scalars = torch.tensor([measured.loss, *hard, *soft], dtype=torch.float64, device=device)
+        dist.broadcast(scalars, 0)
+        loss, *bounds = scalars.tolist()
+        agreed = replace(demands, hard_bounds=np.array(bounds[: len(hard)]), soft_bounds=np.array(bounds[len(hard) :]))
+        # 4. Drop what was computed from the former numbers: cached norms, and the products ⟨W, g⟩.
+        gradients = {name: tuple(map(_drop_cached_norm, block)) for name, block in gradients.items()}
+        return replace(measured, gradients=gradients, demands=agreed, loss=loss, products={})
 
 
 def _running() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def _again(gradient: LayerGradient) -> LayerGradient:
-    """Return a gradient that has forgotten what it knew of its numbers, such as their norm."""
+def _drop_cached_norm(gradient: LayerGradient) -> LayerGradient:
+    """Return a copy of the gradient without its cached norm."""
     if isinstance(gradient, SumGradient):
-        return SumGradient(tuple(map(_again, gradient.parts)))
-    again = copy(gradient)
-    vars(again).pop("norm", None)
-    return again
+        return SumGradient(tuple(map(_drop_cached_norm, gradient.parts)))
+    bare = copy(gradient)
+    vars(bare).pop("norm", None)
+    return bare
 
 
-def _take_over(tensor: Tensor) -> None:
+def _broadcast_from_first(tensor: Tensor) -> None:
+    """Overwrite a tensor, contiguous or not, with its value on the first process."""
     first = tensor.contiguous()
     dist.broadcast(first, 0)
     if first is not tensor:
@@ -80,10 +88,16 @@ def _take_over(tensor: Tensor) -> None:
 
 
 def _refuse_difference(size: int, device: torch.device) -> None:
-    both = torch.tensor([size, -size], device=device)
-    dist.all_reduce(both, dist.ReduceOp.MAX)
-    if int(both[0]) != -int(both[1]):
+    """Compare the processes' numbers of elements: max(size) and max(−size) = −min(size), in one message.
+
+    Raises:
+        SPFError: If they differ.
+    """
+    extremes = torch.tensor([size, -size], device=device)
+    dist.all_reduce(extremes, dist.ReduceOp.MAX)
+    largest, smallest = int(extremes[0]), -int(extremes[1])
+    if largest != smallest:
         raise SPFError(
-            f"expected every process to measure the same anchors, found gradients of {-int(both[1])} and "
-            f"{int(both[0])} numbers; give each the same SPF"
+            f"expected every process to measure the same anchors, found gradients of {smallest} and {largest} "
+            "numbers; give each the same SPF"
         )

@@ -1,4 +1,4 @@
-"""Weights that FSDP2 shards over processes: whole while gradients are collected, and which of their rows are here."""
+"""Weights that FSDP2 shards over processes: gathering them for the anchors, and the rows on this process."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 
 def is_sharded(parameter: nn.Parameter) -> bool:
-    """Tell whether a parameter is spread over processes, as FSDP2 and tensor parallelism do it (a ``DTensor``)."""
+    """Return whether a parameter is sharded over processes, as FSDP2 and tensor parallelism do it (a ``DTensor``)."""
     return hasattr(parameter, "device_mesh")
 
 
 def reshard(model: nn.Module) -> None:
-    """Have every parameter that FSDP2 manages sharded, as the optimizer knows it.
+    """Shard every parameter that FSDP2 manages, as the optimizer expects it.
 
-    An evaluation leaves some whole that FSDP shards again only after the next backward pass.
+    An evaluation leaves parameters gathered that FSDP2 shards again only after the next backward pass.
     """
     for module in _fsdp_modules(model):
         module.reshard()
@@ -30,17 +30,16 @@ def reshard(model: nn.Module) -> None:
 
 @contextmanager
 def gathered(model: nn.Module) -> Iterator[None]:
-    """Have every parameter that FSDP2 manages whole and plain inside the block, under its usual name.
+    """Gather every parameter that FSDP2 manages inside the ``with`` block, as a plain parameter with its usual name.
 
-    The processes must come here together, and each holds the whole model for as long. A backward pass inside the block
-    is this process's own: nothing is summed over processes. When the block ends all is sharded, with nothing left
-    behind.
+    All processes must enter the block together, and each holds the whole model meanwhile. A backward pass inside the
+    block is local: no gradient is summed over processes. After the block all parameters are sharded again.
 
     Args:
-        model: The model; one without FSDP2 is left alone.
+        model: The model; without FSDP2 it is not changed.
 
     Raises:
-        SPFError: If weights are sharded in another way, or the model is just running.
+        SPFError: If weights are sharded in another way, or the model is in a forward or backward pass.
     """
     with _whole(_fsdp_modules(model)):
         for name, parameter in model.named_parameters():
@@ -54,12 +53,13 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _whole(modules: "Sequence[FSDPModule]") -> Iterator[None]:
-    """Have the parameters of these modules whole inside the block, and their hooks do nothing but cast."""
+    """Gather the parameters of these modules inside the ``with`` block, in which their hooks cast and do no more."""
     if not modules:
         yield
         return
     from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 
+    # 1. The model must be at rest: its training state is overwritten below.
     states = {id(module): module._get_fsdp_state() for module in modules}.values()  # noqa: SLF001 - no public way
     if any(state._training_state is not TrainingState.IDLE for state in states):  # noqa: SLF001
         raise SPFError(
@@ -67,27 +67,30 @@ def _whole(modules: "Sequence[FSDPModule]") -> Iterator[None]:
             "after backward()"
         )
     try:
+        # 2. Gather. Parameters that an evaluation left gathered hold old values, hence the resharding before it.
         for module in modules:
-            module.reshard()  # what an evaluation left whole has the values of then
+            module.reshard()
             module.unshard()
+        # 3. Switch off the hooks. FSDP2 expects a forward pass in the state PRE_BACKWARD only as the recomputation of a
+        #    checkpoint: there its hooks cast inputs and outputs for mixed precision, and neither shard, nor sum, nor
+        #    write to the graph.
         for state in states:
-            # During a backward pass a module runs again only for a checkpoint: there the hooks cast inputs and
-            # outputs as mixed precision says, and neither shard, nor sum, nor write to the graph.
             state._training_state = TrainingState.PRE_BACKWARD  # noqa: SLF001
         yield
     finally:
+        # 4. Restore: the state of rest, no expected calls of modules, sharded parameters.
         for state in states:
             state._training_state = TrainingState.IDLE  # noqa: SLF001
-            state._modules_to_run_forward.clear()  # noqa: SLF001 - those of a group of modules that did not run
+            state._modules_to_run_forward.clear()  # noqa: SLF001 - of a group of which some did not run
         for module in modules:
             module.reshard()
 
 
 def local_rows(parameter: nn.Parameter) -> slice:
-    """Return which rows of a sharded parameter, along its first dimension, this process holds; maybe none.
+    """Return the range of rows of a sharded parameter, along its first dimension, on this process; it may be empty.
 
     Raises:
-        SPFError: If it is not sharded by rows alone, or kept on another device than its group's.
+        SPFError: If the parameter is not sharded by rows alone, or is offloaded to another device.
     """
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -106,23 +109,23 @@ def process_group(parameter: nn.Parameter) -> dist.ProcessGroup:
     """Return the processes that together hold all rows of a sharded parameter, each row once.
 
     Raises:
-        SPFError: If it is not sharded by rows alone.
+        SPFError: If the parameter is not sharded by rows alone.
     """
     sharded = _by_rows(parameter)
-    (dimension,) = (place for place, one in enumerate(sharded.placements) if one.is_shard())
+    (dimension,) = (place for place, placement in enumerate(sharded.placements) if placement.is_shard())
     return sharded.device_mesh.get_group(dimension)
 
 
 def _by_rows(parameter: "nn.Parameter | DTensor") -> "DTensor":
-    """Return a parameter as what it is, if its rows are sharded over one dimension of the mesh, and whole over others.
+    """Return the parameter as a ``DTensor``.
 
     Raises:
-        SPFError: If it is not.
+        SPFError: Unless only its rows are sharded, along one mesh dimension.
     """
     from torch.distributed.tensor import DTensor, Shard
 
     placements = parameter.placements if isinstance(parameter, DTensor) else ()
-    split = [one for one in placements if not one.is_replicate()]
+    split = [placement for placement in placements if not placement.is_replicate()]
     if not isinstance(parameter, DTensor) or len(split) != 1 or type(split[0]) is not Shard or split[0].dim != 0:
         raise SPFError(
             f"expected a parameter that FSDP2 shards by rows, found one of shape {tuple(parameter.shape)} with the "
@@ -135,9 +138,9 @@ def _fsdp_modules(model: nn.Module) -> "list[FSDPModule]":
     """Return the modules that FSDP2 manages.
 
     Raises:
-        SPFError: If FSDP1 manages some, which keeps no parameter by itself.
+        SPFError: If FSDP1 manages modules: it flattens parameters into one tensor.
     """
-    if not (dist.is_available() and dist.is_initialized()):  # nothing is sharded, and the import takes a while
+    if not (dist.is_available() and dist.is_initialized()):  # nothing is sharded, and the import is slow
         return []
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 

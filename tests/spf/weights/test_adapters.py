@@ -9,7 +9,7 @@ import torch
 from geomkit.errors import SPFError
 from geomkit.gradients.dense import DenseGradient
 from geomkit.gradients.factored import FactoredGradient
-from geomkit.spf.rules import Rule
+from geomkit.spf.rule import Rule
 from geomkit.spf.settings import SPF
 from geomkit.spf.weights.blocks import ProductBlock
 from tests.helpers.forms import seeded
@@ -83,7 +83,7 @@ def test_no_merged_weight_moves_against_safety(rule, optimizer, started):
 
 
 def test_a_plain_run_moves_merged_weights_against_safety():
-    found, certificate = changes("measure", "adamw")
+    found, certificate = changes("monitor", "adamw")
     assert max(max(step.values()) for step in found) > 1e-3
     assert certificate.violations > 0
 

@@ -1,0 +1,127 @@
+"""One rule: how a step that conflicts with safety is changed, and what then holds of the applied update.
+
+A *step* d is the optimizer's update Δθ, or −g_u where the utility gradient itself is projected. To first order a step
+changes the safety loss by ⟨d, g_s⟩, so a step *conflicts* with safety when ⟨d, g_s⟩ > 0.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from geomkit.errors import SPFError
+
+Level = Literal["gradient", "update"]
+Scope = Literal["global", "block"]
+Removal = Literal["rank1", "left", "two-sided", "random", "norm-matched", "none"]
+Promise = Literal["every block", "every anchor", "subspace", "nothing"]
+Badge = Literal["own", "replicated", "published code", "from its formula", "baseline", "control"]
+SafetyLoss = Literal["refusal", "kl"]
+
+_SUBSPACES = ("left", "two-sided", "random")
+PROSE = ("badge", "source", "formula", "guarantee", "test", "when")
+"""The fields of a rule that describe it and change nothing of what it computes."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How a step that conflicts with safety is changed.
+
+    Attributes:
+        name: The rule's name in :data:`~geomkit.spf.rules.RULES`.
+        level: ``"gradient"``: the utility gradient is projected and then handed to the optimizer, whose momentum,
+            preconditioner and weight decay may bring the conflict back. ``"update"``: the optimizer's own update is
+            projected, so the constraint holds for the update that is applied.
+        scope: ``"global"`` tests the conflict once for the sum over all blocks, ``"block"`` once for each block.
+        removal: Part of a conflicting step that is removed. ``"rank1"``: the component along g_s; ``"left"``: the part
+            in the span of the top ``rank`` left singular vectors of g_s; ``"two-sided"``: the parts in the spans of the
+            left and of the right singular vectors; ``"random"``: the part in a random subspace; ``"norm-matched"``: a
+            random direction, scaled to the norm that ``"rank1"`` would remove; ``"none"``: no part.
+        badge: Origin of the rule: geomkit's ``"own"``, ``"replicated"`` (independently implemented from the paper),
+            ``"published code"``, ``"from its formula"`` (no code is available), ``"baseline"`` or ``"control"``.
+        source: The paper or code, and the differences from it.
+        formula: What a conflicting step becomes.
+        guarantee: What is promised of the applied update.
+        test: The test that compares the rule with numpy.
+        when: When to choose the rule.
+        rank: Rank k of the subspaces; 0 for a rule without a subspace.
+        each_anchor: Whether the gradient of every anchor is a constraint, rather than the gradient of the mean loss.
+        closed_subspace: Whether the subspace is removed from every step, conflicting or not, and never recomputed.
+        safety_gradient_weight: Multiple of g_s that is added to the utility gradient.
+        loss: ``"refusal"``: cross-entropy on the anchors' refusals; ``"kl"``: KL divergence from the model before
+            training, on the same tokens.
+        drift_correction: Whether to undo, to first order, the increase of the safety loss that earlier steps caused
+            beyond first order: where the anchors' loss L_s exceeds its value L_ref before training, the applied update
+            must satisfy Σ ⟨Δθ, g_s⟩ ≤ L_ref − L_s.
+        drift_margin: Tolerated excess of L_s over L_ref, nats per token: drift is corrected above L_ref +
+            ``drift_margin``, back to that value.
+    """
+
+    name: str
+    level: Level
+    scope: Scope
+    removal: Removal
+    badge: Badge = "own"
+    source: str = ""
+    formula: str = ""
+    guarantee: str = "nothing"
+    test: str = ""
+    when: str = ""
+    rank: int = 0
+    each_anchor: bool = False
+    closed_subspace: bool = False
+    safety_gradient_weight: float = 0.0
+    loss: SafetyLoss = "refusal"
+    drift_correction: bool = False
+    drift_margin: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check that the settings fit together.
+
+        Raises:
+            SPFError: If they do not.
+        """
+        conditions = [
+            (self.has_subspace != (self.rank > 0), "a rank for a rule that removes a subspace, and for no other"),
+            (self.closed_subspace and self.removal != "left", "removal 'left' for a closed subspace"),
+            (
+                self.each_anchor and (self.scope, self.removal, self.loss) != ("global", "rank1", "refusal"),
+                "scope 'global', removal 'rank1' and the loss 'refusal' where each anchor is a constraint",
+            ),
+        ]
+        for is_violated, expected in conditions:
+            if is_violated:
+                raise SPFError(f"rule '{self.name}': expected {expected}, found {self}")
+
+    @property
+    def has_subspace(self) -> bool:
+        """Whether the rule removes a subspace."""
+        return self.removal in _SUBSPACES
+
+    @property
+    def projects_gradient(self) -> bool:
+        """Whether the rule removes a part of the utility gradient."""
+        return self.level == "gradient" and self.removal != "none"
+
+    @property
+    def constrains(self) -> bool:
+        """Whether the rule demands ⟨d, g_s⟩ ≤ 0 of a step."""
+        # The published rule removes the subspace and does not look at the rest of g_s.
+        subspace_only = self.level == "gradient" and self.has_subspace
+        return self.removal in {"rank1", "left", "two-sided"} and not self.closed_subspace and not subspace_only
+
+    @property
+    def promise(self) -> Promise:
+        """The property of every applied update that is checked on the weights.
+
+        ``"every block"``: ⟨Δθ, g_s⟩ ≤ 0 for each block; ``"every anchor"``: the same for each constraint, summed over
+        the blocks; ``"subspace"``: the weights do not move inside the subspace; ``"nothing"``: no promise.
+        """
+        if self.level == "gradient" or not (self.constrains or self.closed_subspace):
+            return "nothing"
+        if self.closed_subspace:
+            return "subspace"
+        return "every block" if self.scope == "block" else "every anchor"
+
+    @property
+    def guarantees(self) -> bool:
+        """Whether the rule promises a property of the applied update."""
+        return self.promise != "nothing"

@@ -1,0 +1,77 @@
+"""What a rule does to the utility gradients before a step: it projects them, and adds the safety gradient."""
+
+import torch
+
+from geomkit.errors import SPFError
+from geomkit.spf.demands import Measured
+from geomkit.spf.projection.corrections import Plan, plan
+from geomkit.spf.protected import ProtectedBlocks
+from geomkit.spf.rule import Rule
+from geomkit.spf.weights.blocks import Block
+from geomkit.spf.weights.guarded import Guarded
+
+
+def project_gradients(
+    rule: Rule, guarded: Guarded, protected: ProtectedBlocks, measured: Measured, seed: int
+) -> Plan | None:
+    """Project the utility gradients g_u in place, as the step −g_u, and return the corrections.
+
+    Args:
+        rule: A rule on the gradient.
+        guarded: The weights with their gradients.
+        protected: Their protections.
+        measured: The constraints.
+        seed: Seed of random directions.
+
+    Returns:
+        The corrections; ``None`` for a rule that removes no part of a gradient.
+
+    Raises:
+        SPFError: If there are no gradients.
+    """
+    protections = protected.protections
+    steps: dict[str, Block] = {
+        name: block for name in protections if (block := guarded.gradient_block(name)) is not None
+    }
+    if protections and not steps:
+        raise _no_gradients(rule)
+    if not rule.projects_gradient:
+        return None
+    changes = protected.read(steps, blocks=steps)
+    corrections = plan(rule, steps, protections, changes, measured.demands.only_hard(), seed)
+    for name, moves in corrections.moves.items():
+        steps[name].apply(moves)
+    return corrections
+
+
+def refuse_missing_gradients(rule: Rule, guarded: Guarded) -> None:
+    """Check that there are utility gradients to which a rule can add.
+
+    Raises:
+        SPFError: If no parameter has a gradient.
+    """
+    if all(parameter.grad is None for parameter in guarded.parameters.values()):
+        raise _no_gradients(rule)
+
+
+def add_safety_gradient(rule: Rule, guarded: Guarded, measured: Measured, optimizer: torch.optim.Optimizer) -> None:
+    """Add the mean safety gradient Σ w_i g_i, times the rule's weight, to the utility gradients.
+
+    Args:
+        rule: A rule with a ``safety_gradient_weight``.
+        guarded: The weights with their gradients.
+        measured: The constraints.
+        optimizer: The optimizer; a fused one divides all gradients by its ``grad_scale``.
+    """
+    weights, scale = measured.demands.safety_weights, getattr(optimizer, "grad_scale", None)
+    factor = rule.safety_gradient_weight * (1.0 if scale is None else float(scale))
+    for name, gradients in measured.gradients.items():
+        pairs = zip(gradients, weights, strict=True)
+        guarded.add_to_gradients(name, [(gradient, factor * float(weight)) for gradient, weight in pairs if weight])
+
+
+def _no_gradients(rule: Rule) -> SPFError:
+    return SPFError(
+        f"expected gradients before optimizer.step() for the rule '{rule.name}', found none; call backward() "
+        "first, and give step() no closure"
+    )
