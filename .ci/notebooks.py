@@ -3,7 +3,7 @@
 python .ci/notebooks.py                  # all of them
 python .ci/notebooks.py 02_spectra       # one
 
-Needs jupyterlab's kernel, and kaleido with a browser for the PNGs.
+Needs the dev extra, with kaleido and pillow, and a browser for the PNGs.
 """
 
 import base64
