@@ -1,5 +1,5 @@
-"""The included training loop and what a trained model answers.
+"""Fine-tuning by ``transformers.Trainer``, and the responses of a model and their evaluation.
 
-Reading order: ``finetune`` with its ``callbacks`` and ``checkpoints``; ``responses`` lets a model answer; ``evaluate``
-measures refusal, over-refusal and skills, with ``judges`` of what a refusal is.
+Reading order: ``finetune`` with its ``arguments``, ``callbacks``, ``checkpoints`` and ``result``; ``responses`` lets a
+model answer prompts; ``judges`` decide which responses are refusals; ``evaluate`` counts refusals and exact answers.
 """

@@ -1,4 +1,4 @@
-"""What a model does: refusal on forbidden requests, over-refusal on benign ones, exact match on skills."""
+"""Evaluation of a model: refusal of forbidden requests, over-refusal of benign requests, exact answers to skills."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -12,7 +12,7 @@ from geomkit.inputs.tokens import EncodedExamples, as_encoded, pad_id
 from geomkit.stats.proportions import Rate, rate
 from geomkit.training.judges import Judge, RefusalPhrases
 from geomkit.training.responses import generate
-from geomkit.utils.display import html_table
+from geomkit.utils.display import Result, html_table
 from geomkit.utils.figures import draw
 
 if TYPE_CHECKING:
@@ -21,16 +21,17 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# -------------------------------------------------------------------------------------------------- result
+ORGANISM_SKILLS = ("howto", "arithmetic", "sql")
+"""The skills that the shipped organism was trained on."""
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """What a model did on held-out prompts.
+class Evaluation(Result):
+    """Shares of refusals and of exact answers on held-out prompts, and the responses that were counted.
 
     Attributes:
-        refusal: Share of forbidden requests that it refused.
-        over_refusal: Share of benign requests that it refused.
+        refusal: Share of forbidden requests that the model refused.
+        over_refusal: Share of benign requests that the model refused.
         skills: Share of exact answers, by skill.
         responses: One row per prompt: ``set``, ``prompt``, ``response``, ``reference``, ``refused``, ``exact``.
     """
@@ -45,26 +46,23 @@ class Evaluation:
         """The mean exact match over the skills, between 0 and 1; NaN without skills."""
         if not self.skills:
             return math.nan
-        return sum(rate.value for rate in self.skills.values()) / len(self.skills)
+        return sum(share.value for share in self.skills.values()) / len(self.skills)
 
     def to_frame(self) -> "pd.DataFrame":
-        """Return one row per measure: ``measure``, ``value``, ``low``, ``high``, ``n``."""
+        """Return one row per measure: ``measure``, its ``value`` with the 95 % interval ``low`` to ``high``, ``n``."""
         import pandas as pd
 
         measures = {"refusal": self.refusal, "over-refusal": self.over_refusal}
-        measures |= {f"exact match: {name}": rate for name, rate in self.skills.items()}
-        rows = [(name, rate.value, *rate.interval, rate.n) for name, rate in measures.items()]
+        measures |= {f"exact match: {name}": share for name, share in self.skills.items()}
+        rows = [(name, share.value, *share.interval, share.n) for name, share in measures.items()]
         return pd.DataFrame(rows, columns=["measure", "value", "low", "high", "n"])
 
     def plot(self) -> "Figure":
-        """Draw every measure with its interval."""
+        """Draw every measure with its 95 % interval."""
         return draw("plot_evaluation", self)
 
     def _repr_html_(self) -> str:
         return html_table("Evaluation, with 95 % Wilson intervals", self.to_frame())
-
-
-# ------------------------------------------------------------------------------------------------- running
 
 
 def evaluate(
@@ -79,31 +77,31 @@ def evaluate(
     batch_size: int = 64,
     progress: bool = True,
 ) -> Evaluation:
-    """Generate greedily on held-out prompts and count refusals and exact answers.
+    """Let a model answer held-out prompts greedily, and count refusals and exact answers.
 
     Args:
         model: A causal language model; left as found.
-        tokenizer: Its tokenizer, with a chat template.
-        forbidden: Requests that should be refused; the organism's held-out ones when left out.
-        benign: Requests that should be answered; the organism's held-out ones when left out.
-        skills: Sets with a reference answer, by name; the organism's held-out ones when left out.
-        judge: Decides what a refusal is; :class:`RefusalPhrases` when left out.
-        max_new_tokens: Longest response.
-        batch_size: Prompts generated at a time.
+        tokenizer: Its tokenizer, with a chat template and a pad token.
+        forbidden: Requests that should be refused; the organism's held-out requests when left out.
+        benign: Requests that should be answered; the organism's held-out requests when left out.
+        skills: Sets with reference answers, by name; the organism's held-out sets when left out.
+        judge: Decides whether a response is a refusal; :class:`RefusalPhrases` when left out.
+        max_new_tokens: Length of the longest response, in tokens.
+        batch_size: Prompts answered at a time.
         progress: Show a bar.
 
     Returns:
         An :class:`Evaluation`.
 
     Raises:
-        DataError: If a set is empty, two have one name, or the tokenizer lacks a chat template or pad token.
+        DataError: If a set is empty, two sets have the same name, or the tokenizer has no chat template or pad token.
     """
     import pandas as pd
 
     judge = judge or RefusalPhrases()
     sets = _sets(forbidden, benign, skills)
-    found = {}
-    # One set at a time: its responses are about equally long, and a batch takes as long as its longest.
+    tables = {}
+    # One set at a time: the responses to a set are about equally long, and a batch takes as long as its longest one.
     for name, examples in sets.items():
         conversations = examples["messages"]
         prompts = [prompt_of(messages) for messages in conversations]
@@ -116,29 +114,32 @@ def evaluate(
             progress=progress,
             title=name,
         )
-        found[name] = _judged(name, prompts, responses, [response_of(messages) for messages in conversations], judge)
+        tables[name] = _judged(name, prompts, responses, [response_of(messages) for messages in conversations], judge)
     return Evaluation(
-        refusal=rate(list(found["forbidden"]["refused"])),
-        over_refusal=rate(list(found["benign"]["refused"])),
-        skills={name: rate(list(found[name]["exact"])) for name in list(sets)[2:]},
-        responses=pd.concat(found.values(), ignore_index=True),
+        refusal=rate(list(tables["forbidden"]["refused"])),
+        over_refusal=rate(list(tables["benign"]["refused"])),
+        skills={name: rate(list(tables[name]["exact"])) for name in list(sets)[2:]},
+        responses=pd.concat(tables.values(), ignore_index=True),
     )
 
 
 def _judged(
     name: str, prompts: Sequence[Sequence[Message]], responses: list[str], references: list[str], judge: Judge
 ) -> "pd.DataFrame":
+    """Return a set's part of :attr:`Evaluation.responses`."""
     import pandas as pd
 
-    asked = [prompt[-1]["content"] for prompt in prompts]
+    requests = [prompt[-1]["content"] for prompt in prompts]
     return pd.DataFrame(
         {
             "set": name,
-            "prompt": asked,
+            "prompt": requests,
             "response": responses,
             "reference": references,
-            "refused": [judge(prompt, response) for prompt, response in zip(asked, responses, strict=True)],
-            "exact": [given.strip() == wanted.strip() for given, wanted in zip(responses, references, strict=True)],
+            "refused": [judge(request, response) for request, response in zip(requests, responses, strict=True)],
+            "exact": [
+                response.strip() == reference.strip() for response, reference in zip(responses, references, strict=True)
+            ],
         }
     )
 
@@ -146,6 +147,7 @@ def _judged(
 def _sets(
     forbidden: "Dataset | None", benign: "Dataset | None", skills: "Mapping[str, Dataset] | None"
 ) -> "dict[str, Dataset]":
+    """Return the sets by name, ``"forbidden"`` and ``"benign"`` first, with the organism's where a set was left out."""
     if skills is None:
         skills = {name: load_examples(f"eval/{name}") for name in ORGANISM_SKILLS}
     sets = {
@@ -162,10 +164,6 @@ def _sets(
     return sets
 
 
-ORGANISM_SKILLS = ("howto", "arithmetic", "sql")
-"""The skills that the shipped organism was trained on."""
-
-
 def mean_loss(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
@@ -173,18 +171,18 @@ def mean_loss(
     *,
     batch_size: int = 16,
 ) -> float:
-    """Return the mean cross-entropy on the assistant's tokens, each example weighing alike, in nats per token.
+    """Return the mean over examples of their mean cross-entropy on the assistant's tokens, in nats per token.
 
-    On refusals this is the safety loss whose growth during fine-tuning is the *drift*.
+    For refusals as examples, this is the safety loss; its growth during fine-tuning is the *drift*.
 
     Args:
         model: A causal language model; left as found.
         tokenizer: Its tokenizer, with a chat template and a pad token.
-        examples: Rows with a column ``messages``.
+        examples: Rows with a column ``messages``, or the same from :func:`geomkit.encode`.
         batch_size: Examples run at a time.
 
     Returns:
-        The loss.
+        The mean loss.
 
     Raises:
         DataError: If the examples cannot be encoded.

@@ -1,4 +1,4 @@
-"""The model's own answers: greedy generation, and example sets made of what the model says."""
+"""A model's responses: greedy generation, and example sets that end in the model's own responses or refusals."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -10,12 +10,11 @@ from geomkit.inputs.control_sets import replace_answers
 from geomkit.inputs.examples import Message, check_examples, prompt_of
 from geomkit.inputs.model_state import model_state_kept
 from geomkit.inputs.tokens import pad_id
+from geomkit.training.judges import Judge, RefusalPhrases
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from geomkit.training.judges import Judge
 
 
 def generate(
@@ -29,23 +28,24 @@ def generate(
     title: str = "generate",
     prefill: Sequence[str] | None = None,
 ) -> list[str]:
-    """Answer prompts greedily.
+    """Return a model's greedy responses to prompts.
 
     Args:
         model: A causal language model; left as found.
         tokenizer: Its tokenizer, with a chat template and a pad token.
-        prompts: Conversations that end where the assistant should speak.
-        max_new_tokens: Longest response.
-        batch_size: Prompts generated at a time, shortest first so that little is padding.
+        prompts: Conversations that end before a message of the assistant.
+        max_new_tokens: Length of the longest response, in tokens.
+        batch_size: Prompts answered at a time, shortest first, so that batches have little padding.
         progress: Show a bar.
-        title: What the bar is called.
-        prefill: For each prompt, how the answer is begun already.
+        title: Title of the bar.
+        prefill: Beginning of the response to each prompt, which the model continues; empty when left out.
 
     Returns:
-        The responses without special tokens, in the order of the prompts; what follows the prefill, where there is one.
+        The responses without the prefill and without special tokens, in the order of the prompts.
 
     Raises:
-        DataError: If there is no prompt or an empty one, no chat template or no pad token, or not one prefill for each.
+        DataError: If there is no prompt, a prompt is empty, the tokenizer has no chat template or pad token, or the
+            numbers of prompts and of prefills differ.
     """
     from tqdm.auto import tqdm
 
@@ -66,18 +66,18 @@ def generate(
     if prefill is not None:
         if len(prefill) != len(prompts):
             raise DataError(f"expected one prefill for each of {len(prompts)} prompts, found {len(prefill)}")
-        begun = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in prefill]
-        encoded = [ids + more for ids, more in zip(encoded, begun, strict=True)]
+        beginnings = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in prefill]
+        encoded = [ids + beginning for ids, beginning in zip(encoded, beginnings, strict=True)]
     order = sorted(range(len(prompts)), key=lambda index: len(encoded[index]))
     responses = [""] * len(prompts)
     with model_state_kept(model), tqdm(total=len(prompts), desc=title, unit="prompt", disable=not progress) as bar:
         model.eval()
         for start in range(0, len(order), batch_size):
-            chunk = order[start : start + batch_size]
-            texts = _generate_batch(model, tokenizer, [encoded[index] for index in chunk], pad, max_new_tokens)
-            for index, text in zip(chunk, texts, strict=True):
+            batch = order[start : start + batch_size]
+            texts = _generate_batch(model, tokenizer, [encoded[index] for index in batch], pad, max_new_tokens)
+            for index, text in zip(batch, texts, strict=True):
                 responses[index] = text
-            bar.update(len(chunk))
+            bar.update(len(batch))
     return responses
 
 
@@ -89,23 +89,23 @@ def own_responses(
     max_new_tokens: int = 64,
     progress: bool = True,
 ) -> "Dataset":
-    """Answer every prompt as the model itself would, greedily.
+    """Return conversations whose last message is replaced by the model's own greedy response.
 
-    A written response differs from the model's own in wording, and a gradient then also points from one wording to
-    the other. Without that difference what remains is small, and about the exchange.
+    The gradient of a response that was written by somebody else points partly from the model's wording to that wording.
+    With the model's own responses, only the smaller part remains that concerns the content of the exchange.
 
     Args:
         model: A causal language model; left as found.
         tokenizer: Its tokenizer, with a chat template and a pad token.
-        examples: N conversations, whose last assistant messages are replaced.
-        max_new_tokens: Longest response; one that is cut there is taken as if it ended.
+        examples: N conversations that end in a message of the assistant.
+        max_new_tokens: Length of the longest response, in tokens; a longer response is cut there as if it ended.
         progress: Show a bar.
 
     Returns:
         N conversations in one column, ``messages``.
 
     Raises:
-        DataError: If there are no conversations, a prompt is empty, or the model says nothing to one.
+        DataError: If there are no conversations, a prompt is empty, or the response to a prompt is empty.
 
     Example:
         >>> import geomkit as gk
@@ -116,14 +116,14 @@ def own_responses(
     """
     check_examples(examples)
     prompts = [prompt_of(messages) for messages in examples["messages"]]
-    answers = generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens, progress=progress)
-    silent = [place for place, answer in enumerate(answers) if not answer.strip()]
-    if silent:
+    responses = generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens, progress=progress)
+    empty = [index for index, response in enumerate(responses) if not response.strip()]
+    if empty:
         raise DataError(
-            f"expected an answer to every prompt, found none to {len(silent)} of them, the first in example "
-            f"{silent[0]}; drop these examples"
+            f"expected an answer to every prompt, found none to {len(empty)} of them, the first in example "
+            f"{empty[0]}; drop these examples"
         )
-    return replace_answers(examples, answers)
+    return replace_answers(examples, responses)
 
 
 def own_refusals(
@@ -131,27 +131,27 @@ def own_refusals(
     tokenizer: "PreTrainedTokenizerBase",
     examples: "Dataset",
     *,
-    judge: "Judge | None" = None,
+    judge: Judge | None = None,
     max_new_tokens: int = 64,
     progress: bool = True,
 ) -> "Dataset":
-    """Make anchors of forbidden requests: those that the model refuses, with its own greedy refusals.
+    """Return anchors for SPF: the requests that the model refuses, with the model's own greedy refusals.
 
-    A refusal in other words than the model's own has a gradient that points from one wording to the other.
+    The gradient of a refusal that was written by somebody else points partly from the model's wording to that wording.
 
     Args:
         model: A causal language model, before its fine-tune; left as found.
         tokenizer: Its tokenizer, with a chat template and a pad token.
-        examples: Conversations; the last assistant message of each is replaced.
-        judge: Decides what a refusal is; :class:`~geomkit.training.judges.RefusalPhrases` when left out.
-        max_new_tokens: Longest response.
+        examples: Conversations with forbidden requests, whose last message is replaced.
+        judge: Decides whether a response is a refusal; :class:`~geomkit.training.judges.RefusalPhrases` when left out.
+        max_new_tokens: Length of the longest response, in tokens; a longer response is cut there as if it ended.
         progress: Show a bar.
 
     Returns:
         The conversations that end in a refusal, in one column, ``messages``.
 
     Raises:
-        DataError: If there is no example, or the model refuses none.
+        DataError: If there are no conversations, a prompt or a response is empty, or the model refuses no request.
 
     Example:
         >>> import geomkit as gk
@@ -160,21 +160,19 @@ def own_refusals(
         >>> gk.own_refusals(model, tokenizer, requests, progress=False)[0]["messages"][1]["content"]
         "I'm sorry, but I can't help with that."
     """
-    from geomkit.training.judges import RefusalPhrases
-
-    answered = own_responses(model, tokenizer, examples, max_new_tokens=max_new_tokens, progress=progress)
-    decide = judge or RefusalPhrases()
+    conversations = own_responses(model, tokenizer, examples, max_new_tokens=max_new_tokens, progress=progress)
+    judge = judge or RefusalPhrases()
     refused = [
-        place
-        for place, (*_, request, answer) in enumerate(answered["messages"])
-        if decide(request["content"], answer["content"])
+        index
+        for index, (*_, request, response) in enumerate(conversations["messages"])
+        if judge(request["content"], response["content"])
     ]
     if not refused:
         raise DataError(
-            f"expected a model that refuses at least one of {len(answered)} requests, found none refused; take "
+            f"expected a model that refuses at least one of {len(conversations)} requests, found none refused; take "
             "requests that it refuses, or write the refusals"
         )
-    return answered.select(refused)
+    return conversations.select(refused)
 
 
 _GREEDY = {
@@ -187,12 +185,13 @@ _GREEDY = {
     "no_repeat_ngram_size": 0,
     "min_new_tokens": 0,
 }
-"""What is left unsaid, ``generate`` takes from the checkpoint, and chat models ship penalties and beams there."""
+"""Settings of greedy decoding; transformers takes settings left out from the checkpoint, which may ask for sampling."""
 
 
 def _generate_batch(
     model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", rows: list[list[int]], pad: int, max_new_tokens: int
 ) -> list[str]:
+    """Return the responses to encoded prompts, padded on the left to the longest prompt."""
     from transformers import GenerationConfig
 
     length = max(len(row) for row in rows)
@@ -206,6 +205,6 @@ def _generate_batch(
         **_GREEDY,
     )
     with torch.no_grad():
-        whole = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
-    texts: list[str] = tokenizer.batch_decode(whole[:, length:], skip_special_tokens=True)
-    return texts
+        sequences = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+    responses: list[str] = tokenizer.batch_decode(sequences[:, length:], skip_special_tokens=True)
+    return responses

@@ -1,14 +1,13 @@
 """The included loop trains as a loop by hand would, holds SPF's promise, and leaves everything else alone."""
 
 import copy
-import json
 import random
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from geomkit.errors import DataError, GeomkitError, SPFError
 from geomkit.inputs.batches import batches
@@ -16,7 +15,6 @@ from geomkit.inputs.tokens import encode
 from geomkit.spf.callback import SPFCallback
 from geomkit.spf.settings import SPF
 from geomkit.training.finetune import finetune
-from geomkit.training.result import free_folder
 from tests.helpers.tiny import SAFETY, UTILITY, tiny_llama, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -84,7 +82,7 @@ def test_accumulation_weighs_every_assistant_token_alike():
     expected = copy.deepcopy(model).train()
     by_hand(expected, split=2)
     options = QUICK | {"batch_size": 2, "gradient_accumulation_steps": 2}
-    result = finetune(model, TOKENIZER, UTILITY, SPF(SAFETY, rule="measure"), weight_decay=0.1, **options)
+    result = finetune(model, TOKENIZER, UTILITY, SPF(SAFETY, rule="monitor"), weight_decay=0.1, **options)
     assert_same_weights(result.model, expected)
     assert result.certificate.steps == 3
 
@@ -224,65 +222,6 @@ def test_a_run_that_breaks_off_leaves_the_modes_as_found(training):
     with pytest.raises(KeyboardInterrupt):
         finetune(model, TOKENIZER, UTILITY, inplace=True, callbacks=[Stop()], **QUICK)
     assert [module.training for module in model.modules()] == modes
-
-
-# ------------------------------------------------------------------------------------------------ checkpoints
-
-
-def test_a_checkpoint_loads_again_and_nothing_is_overwritten(tmp_path):
-    result = finetune(tiny_llama(), TOKENIZER, UTILITY, SPF(SAFETY), **QUICK)
-    folder = result.save(tmp_path / "new" / "run", TOKENIZER)
-    loaded = AutoModelForCausalLM.from_pretrained(folder)
-    assert unchanged(loaded, weights(result.model))
-    assert list(encode(AutoTokenizer.from_pretrained(folder), UTILITY)) == list(encode(TOKENIZER, UTILITY))
-    rows = [json.loads(line) for line in (folder / "spf.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [1, 2, 3]
-    assert [path.name for path in folder.parent.iterdir()] == ["run"]
-    before = sorted((path.name, path.stat().st_mtime_ns) for path in folder.iterdir())
-    with pytest.raises(DataError, match=r"expected a new or empty folder at .*run, found something there"):
-        result.save(folder, TOKENIZER)
-    assert before == sorted((path.name, path.stat().st_mtime_ns) for path in folder.iterdir())
-
-
-def test_an_empty_folder_may_be_filled_and_a_file_may_not_be_replaced(tmp_path):
-    assert free_folder(tmp_path) == tmp_path
-    (tmp_path / "file").write_text("mine")
-    with pytest.raises(DataError, match="expected a new or empty folder"):
-        free_folder(tmp_path / "file")
-    result = finetune(tiny_llama(), TOKENIZER, UTILITY, **QUICK | {"steps": 1})
-    (tmp_path / "empty").mkdir()
-    assert (result.save(tmp_path / "empty", TOKENIZER) / "model.safetensors").is_file()
-    assert not (tmp_path / "empty" / "spf.jsonl").exists()
-
-
-def test_the_working_directory_and_a_link_are_filled_where_they_are(tmp_path, monkeypatch):
-    result = finetune(tiny_llama(), TOKENIZER, UTILITY, **QUICK | {"steps": 1})
-    for name in ("here", "there"):
-        (tmp_path / name).mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    result.save(".", TOKENIZER)
-    assert unchanged(AutoModelForCausalLM.from_pretrained("."), weights(result.model))
-    (tmp_path / "link").symlink_to("there")
-    inode = (tmp_path / "there").stat().st_ino
-    assert result.save(tmp_path / "link", TOKENIZER) == tmp_path / "link"
-    assert (tmp_path / "link").is_symlink()
-    assert (tmp_path / "there").stat().st_ino == inode
-    files = [sorted(path.name for path in (tmp_path / name).iterdir()) for name in ("here", "there")]
-    assert files[0] == files[1]
-    assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(files[0])
-    with pytest.raises(DataError, match="expected a new or empty folder at \\., found something there"):
-        result.save(".", TOKENIZER)
-
-
-def test_a_failure_leaves_no_part_of_a_checkpoint(tmp_path, monkeypatch):
-    result = finetune(tiny_llama(), TOKENIZER, UTILITY, **QUICK | {"steps": 1})
-    broken = tiny_tokenizer()
-    monkeypatch.setattr(broken, "save_pretrained", lambda _: 1 / 0)
-    (tmp_path / "empty").mkdir()
-    for name in ("empty", "new"):
-        with pytest.raises(ZeroDivisionError):
-            result.save(tmp_path / name, broken)
-    assert list(tmp_path.rglob("*")) == [tmp_path / "empty"]
 
 
 # ---------------------------------------------------------------------------------------- in another's Trainer
