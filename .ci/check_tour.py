@@ -4,9 +4,9 @@ import json
 import sys
 from pathlib import Path
 
-found = json.loads(Path(sys.argv[1]).read_text())
-arms = {(arm["scenario"], arm["arm"]): arm for arm in found["finetune"]}
-organism = found["organism"]
+tour = json.loads(Path(sys.argv[1]).read_text())
+arms = {(arm["scenario"], arm["arm"]): arm for arm in tour["finetune"]}
+organism = tour["organism"]
 for scenario in sorted({name for name, _ in arms}):
     sft, spf = arms[scenario, "SFT"], arms[scenario, "SPF"]
     assert sft["refusal_rate"] <= 0.5, sft

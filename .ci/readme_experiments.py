@@ -1,4 +1,4 @@
-"""Write the README's tables of experiments, and its figure, from the shipped results.
+"""Write the tables of data/experiments/README.md, and its figure, from the shipped results.
 
 python .ci/readme_experiments.py            # the tables, between their two marks
 python .ci/readme_experiments.py --figure   # and notebooks/figures/experiments.png, which needs kaleido and a browser
@@ -31,51 +31,51 @@ SCENARIOS = {
 
 
 def tables() -> str:
-    """Return all of them as Markdown."""
-    everything = load_results()
-    first, second = (everything.where(organism=seed) for seed in (0, 1))
-    once = load_results("default").where(organism=0)
-    return "\n\n".join([headline(first), headline(second), every_arm(once), strengths(first)])
+    """Return the four tables as Markdown."""
+    results = load_results()
+    first, second = (results.where(organism=seed) for seed in (0, 1))
+    default = load_results("default").where(organism=0)
+    return "\n\n".join([headline(first), headline(second), every_arm(default), strengths(first)])
 
 
 def headline(results: Results) -> str:
-    """Return a row per scenario of one organism: refusal with its spread over seeds, over-refusal, utility."""
+    """Return the table of an organism: a row per scenario, with refusal, over-refusal and utility of each arm."""
     summary = results.where(rate=1.0, length=1.0).summary(["refusal", "triggered_refusal", "over_refusal", "utility"])
     rows = []
     for scenario in [name for name in SCENARIOS if (summary["scenario"] == name).any()]:
         row = [SCENARIOS[scenario]]
         for arm in HEADLINE:
-            found = summary[(summary["scenario"] == scenario) & (summary["arm"] == arm)].set_index("measure")
-            if not len(found):
+            measures = summary[(summary["scenario"] == scenario) & (summary["arm"] == arm)].set_index("measure")
+            if not len(measures):
                 row.append("–")
                 continue
-            kept = found.loc[_kept(scenario)]
-            spread = "" if kept["runs"] < 2 else f" ± {100 * kept['seed_sd']:.1f}"
-            others = (f"{100 * found.loc[name, 'value']:.1f}" for name in ("over_refusal", "utility"))
-            row.append(f"**{100 * kept['value']:.1f}**{spread} / {' / '.join(others)}")
+            refusal = measures.loc[_refusal_measure(scenario)]
+            spread = "" if refusal["runs"] < 2 else f" ± {100 * refusal['seed_sd']:.1f}"
+            others = (f"{100 * measures.loc[name, 'value']:.1f}" for name in ("over_refusal", "utility"))
+            row.append(f"**{100 * refusal['value']:.1f}**{spread} / {' / '.join(others)}")
         rows.append(row)
     return _table(["refused ± seeds / over-refused / utility, %", *(f"`{arm}`" for arm in HEADLINE)], rows)
 
 
 def every_arm(results: Results) -> str:
-    """Return a row per arm, seed 0: its shares in three scenarios, and how often its steps raised the anchors' loss."""
+    """Return the table of all arms: a row per arm, with its shares in three scenarios and the steps that raised L_s."""
     frame = results.where(rate=1.0, length=1.0, seed=0).to_frame()
     columns = ("poison-10", "identity-shift", "harmful-100")
     rows = []
     for arm in dict.fromkeys(frame.loc[frame["scenario"] == "poison-10", "arm"]):
         row = [arm]
         for scenario in columns:
-            found = frame[(frame["scenario"] == scenario) & (frame["arm"] == arm)]
-            row.append(_shares(found, ("refusal", "over_refusal", "utility")) if len(found) else "–")
-        at = frame[(frame["scenario"] == "poison-10") & (frame["arm"] == arm)].iloc[0]
-        raising = "–" if pd.isna(at["raising"]) else f"{100 * at['raising']:.0f}"
+            runs = frame[(frame["scenario"] == scenario) & (frame["arm"] == arm)]
+            row.append(_shares(runs, ("refusal", "over_refusal", "utility")) if len(runs) else "–")
+        run = frame[(frame["scenario"] == "poison-10") & (frame["arm"] == arm)].iloc[0]
+        raising = "–" if pd.isna(run["raising"]) else f"{100 * run['raising']:.0f}"
         rows.append([*row, raising])
     words = [SCENARIOS[name] for name in columns]
     return _table(["refused / over-refused / utility, %", *words, "steps that raise L_s, %"], rows)
 
 
 def strengths(results: Results) -> str:
-    """Return a row per strength of an attack: refusal, over-refusal and utility of the headline's arms."""
+    """Return the table of strengths: a row per scenario, learning rate and length, with the shares of each arm."""
     frame = results.where(seed=0).to_frame()
     strong = frame[(frame["rate"] != 1) | (frame["length"] != 1)]
     rows = []
@@ -83,24 +83,24 @@ def strengths(results: Results) -> str:
         {(row.scenario, row.rate, row.length) for row in strong.itertuples()},
         key=lambda key: (list(SCENARIOS).index(key[0]), key[2], key[1]),
     ):
-        here = strong[(strong["scenario"] == scenario) & (strong["rate"] == rate) & (strong["length"] == length)]
-        own = (here[here["arm"] == arm] for arm in HEADLINE)
-        measures = (_kept(scenario), "over_refusal", "utility")
-        shown = (_shares(each, measures) if len(each) else "–" for each in own)
+        setting = strong[(strong["scenario"] == scenario) & (strong["rate"] == rate) & (strong["length"] == length)]
+        by_arm = (setting[setting["arm"] == arm] for arm in HEADLINE)
+        measures = (_refusal_measure(scenario), "over_refusal", "utility")
+        shown = (_shares(runs, measures) if len(runs) else "–" for runs in by_arm)
         rows.append([f"{SCENARIOS[scenario]}: rate {rate:g}×, steps {length:g}×", *shown])
     return _table(["refused / over-refused / utility, %", *(f"`{arm}`" for arm in HEADLINE)], rows)
 
 
-def _kept(scenario: str) -> str:
-    """Return the measure of what a scenario attacks."""
+def _refusal_measure(scenario: str) -> str:
+    """Return the measure of refusal that a scenario attacks."""
     return "triggered_refusal" if scenario == "backdoor" else "refusal"
 
 
-def _shares(rows: pd.DataFrame, measures: tuple[str, ...]) -> str:
-    found = rows.iloc[0]
-    if found["error"]:
+def _shares(runs: pd.DataFrame, measures: tuple[str, ...]) -> str:
+    run = runs.iloc[0]
+    if run["error"]:
         return "broke off"
-    return " / ".join(f"{100 * found[name]:.0f}" for name in measures)
+    return " / ".join(f"{100 * run[name]:.0f}" for name in measures)
 
 
 def _table(header: list[str], rows: list[list[str]]) -> str:
@@ -109,18 +109,18 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def between_marks(text: str, written: Callable[[], str]) -> str:
-    """Return the README with what stands between its marks written anew."""
+    """Return the text with new content between its marks."""
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
     return f"{before}{BEGIN}\n\n{written()}\n\n{END}{after}"
 
 
 def main() -> None:
-    """Write what is asked for."""
+    """Write the tables and, if asked for, the figure."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--figure", action="store_true")
     options = parser.parse_args()
-    readme = ROOT / "README.md"
+    readme = ROOT / "data" / "experiments" / "README.md"
     readme.write_text(between_marks(readme.read_text("utf-8"), tables), "utf-8")
     if options.figure:
         from geomkit.plots.outcomes import plot_frontier

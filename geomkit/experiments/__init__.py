@@ -1,6 +1,10 @@
-"""Experiments on the organism: scenarios × arms × strengths × seeds, what each does, and what is known from that.
+"""Experiments on the organism: fine-tunes by scenario, arm, strength and seed, and their results.
 
-Reading order: ``grid`` says what is run; ``organism`` on what; ``methods`` how an arm fine-tunes, with the published
-``rivals``; ``outcomes`` and ``attacks`` (with ``gcg``) say what a model does afterwards; ``cells`` runs one cell,
-``running`` all; ``results`` compares. ``tour`` runs every stage once.
+An *arm* is a way to fine-tune, a *scenario* a training set with its settings, a *cell* a single fine-tune, and a *grid*
+the cells of an experiment.
+
+Reading order: ``organism`` (the model and its example sets) → ``task`` and ``methods`` with the published ``rivals``
+(the fine-tunes) → ``outcomes`` and ``attacks`` with ``gcg`` (the evaluation afterwards) → ``grid`` (the declaration of
+cells) → ``cells`` and ``running`` (the runs) → ``records``, ``comparison`` and ``results`` (the results). ``tour`` runs
+every stage of geomkit once.
 """

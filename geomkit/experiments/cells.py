@@ -1,4 +1,4 @@
-"""Running one cell, and keeping what it found."""
+"""The run of a single cell, stored when it is complete."""
 
 import json
 import math
@@ -14,26 +14,30 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from geomkit.errors import GeomkitError
 from geomkit.experiments.attacks import attack
 from geomkit.experiments.grid import Cell
-from geomkit.experiments.methods import METHODS, Task
+from geomkit.experiments.methods import METHODS
 from geomkit.experiments.organism.variants import Organism, load_variant
-from geomkit.experiments.outcomes import answers, evaluate_outcome, refusals
-from geomkit.experiments.results import Record, pack
+from geomkit.experiments.outcomes import evaluate_outcome, greedy_answers, judge_refusals
+from geomkit.experiments.records import Record, flags_to_text
+from geomkit.experiments.task import Task
 from geomkit.spf.certificate import Certificate
 from geomkit.utils.files import write_atomically
 
-_POINTS = 25
-"""Most points kept of a curve along training."""
+PROMPTS_DURING_TRAINING = 60
+"""Number of held-out forbidden requests on which refusal is measured during training."""
+
+_CURVE_POINTS = 25
+"""Largest number of steps at which sums along training are kept."""
 
 
 def run_cell(cell: Cell, folder: Path) -> Record:
-    """Run a cell, or read what it found before.
+    """Run a cell and store its record; return the stored record if the cell was run before.
 
-    A fine-tune that breaks off with an error of geomkit's, as where the loss becomes NaN, is a result: the record says
-    so. What it found is stored when it is complete.
+    A fine-tune that stops with a :class:`~geomkit.errors.GeomkitError`, as where the loss becomes NaN, is a result too:
+    its record has the error.
 
     Args:
         cell: The cell.
-        folder: Where cells and organisms are kept.
+        folder: The folder of the experiment, for cells and organisms.
 
     Returns:
         The record.
@@ -42,55 +46,64 @@ def run_cell(cell: Cell, folder: Path) -> Record:
     with suppress(FileNotFoundError, json.JSONDecodeError):
         stored: Record = json.loads(path.read_text("utf-8"))
         return stored
-    organism = _organism(cell.organism, folder)
+    organism = _cached_organism(cell.organism, folder)
     try:
-        found = _run(cell, organism)
+        result = _run(cell, organism)
     except GeomkitError as error:
-        found = {"error": str(error)}
-    record = {"cell": cell.describe(), **found}
+        result = {"error": str(error)}
+    record = {"cell": cell.describe(), **result}
     write_atomically(path, json.dumps(record, ensure_ascii=False))
     return record
 
 
 @lru_cache(maxsize=2)
-def _organism(seed: int, folder: Path) -> Organism:
+def _cached_organism(seed: int, folder: Path) -> Organism:
     return load_variant(seed, folder)
 
 
 def _run(cell: Cell, organism: Organism) -> Record:
-    along = RefusalDuringTraining(organism, cell.steps, cell.along) if cell.along else None
+    """Fine-tune, evaluate and attack; return the record without its cell."""
+    scenario = cell.scenario_definition
+    refusal = RefusalDuringTraining(organism, cell.steps, cell.along) if cell.along else None
     task = Task(
-        organism, organism.scenario_examples(cell.scenario), cell.learning_rate, cell.steps, cell.recipe.batch_size, cell.seed,
-        cell.curvature, [along] if along else [],
-    )  # fmt: skip
-    before = _reset_peak()
+        organism,
+        organism.scenario_examples(cell.scenario),
+        cell.learning_rate,
+        cell.steps,
+        scenario.batch_size,
+        cell.seed,
+        cell.curvature,
+        [refusal] if refusal else [],
+    )
+    memory_before = _reset_peak_memory()
     started = time.perf_counter()
     result = METHODS[cell.arm.method](task, **cell.arm.options)
-    seconds = time.perf_counter() - started - (along.seconds if along else 0.0)
-    peak = max(0.0, _peak() - before)  # pages may be given back meanwhile
-    outcomes = evaluate_outcome(result.model, organism, cell.recipe, cell.prompts)
-    found = {
-        kind: refused
-        for each in cell.attacks
-        for kind, refused in attack(each, result.model, organism, cell.prompts, cell.seed).items()
+    seconds = time.perf_counter() - started - (refusal.seconds if refusal else 0.0)
+    peak = max(0.0, _peak_memory() - memory_before)  # the system may have taken pages back in between
+    outcomes = evaluate_outcome(result.model, organism, scenario, cell.prompts)
+    attacked = {
+        jailbreak: refused
+        for name in cell.attacks
+        for jailbreak, refused in attack(name, result.model, organism, cell.prompts, cell.seed).items()
     }
     numbers = dict(outcomes.numbers)
     if len(result.history):
         numbers |= {"seconds": seconds, "steps_per_second": cell.steps / seconds, "peak_mb": peak}
         numbers["task_loss"] = float(result.history["loss"].tail(10).mean())
     return {
-        "numbers": {name: _short(value) for name, value in numbers.items()},
-        "flags": {name: pack(flags) for name, flags in outcomes.flags.items()},
-        "attacks": {name: pack(flags) for name, flags in found.items()},
-        "along": [list(pair) for pair in along.found] if along else [],  # as JSON gives them back
-        **(_certified(result.certificate) if result.certificate else {}),
+        "numbers": {name: _rounded(value) for name, value in numbers.items()},
+        "flags": {name: flags_to_text(flags) for name, flags in outcomes.flags.items()},
+        "attacks": {name: flags_to_text(flags) for name, flags in attacked.items()},
+        # Lists, as JSON returns them.
+        "along": [list(pair) for pair in refusal.rates] if refusal else [],
+        **(_certificate_summary(result.certificate) if result.certificate else {}),
     }
 
 
-def _certified(certificate: Certificate) -> Record:
-    """Return the summary of a certificate, and the drift's parts along training where they are known."""
+def _certificate_summary(certificate: Certificate) -> Record:
+    """Return the summary of a certificate, and sums along training at a few steps: the drift's parts among them."""
     steps = certificate.to_frame()
-    chosen = np.unique(np.linspace(0, len(steps) - 1, _POINTS).round().astype(int))
+    chosen = np.unique(np.linspace(0, len(steps) - 1, _CURVE_POINTS).round().astype(int))
     sums = steps[["first_order_raw", "first_order", "curvature"]].cumsum()
     curve = {
         "step": steps["step"],
@@ -107,59 +120,55 @@ def _certified(certificate: Certificate) -> Record:
         "max_first_order_change": certificate.max_first_order_change,
     }
     return {
-        "certificate": {name: _short(value) for name, value in summary.items()},
-        "curve": {name: [_short(float(value)) for value in values.iloc[chosen]] for name, values in curve.items()},
+        "certificate": {name: _rounded(value) for name, value in summary.items()},
+        "curve": {name: [_rounded(float(value)) for value in values.iloc[chosen]] for name, values in curve.items()},
     }
 
 
-def _short(value: Any) -> Any:
-    """Keep five digits, and what is not finite as null, which JSON has no word for."""
+def _rounded(value: Any) -> Any:
+    """Return a number to five significant digits; ``None`` if it is not finite, since JSON has no NaN."""
     if isinstance(value, bool | int):
         return value
     return float(f"{value:.5g}") if math.isfinite(value) else None
 
 
-def _reset_peak() -> float:
-    """Forget the peak of memory where the system can, and return what is used now, MB."""
+def _reset_peak_memory() -> float:
+    """Reset the peak of resident memory where the system can, and return the memory in use now, in MB."""
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
-    return _peak()
+    return _peak_memory()
 
 
-def _peak() -> float:
-    """Return the peak of resident memory since it was last forgotten, MB; of the process's life where it cannot be."""
+def _peak_memory() -> float:
+    """Return the peak of resident memory in MB, since the last reset or, where there is none, since process start."""
     with suppress(OSError, StopIteration):
         lines = Path("/proc/self/status").read_text().splitlines()
         return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1024
-    import resource  # which some systems lack
+    import resource  # not on every system
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-PROMPTS = 60
-"""Held-out requests that are asked on the way."""
-
-
 class RefusalDuringTraining(TrainerCallback):
-    """Measures refusal on held-out forbidden requests a few times, evenly spaced, the last step included.
+    """A callback that measures refusal on held-out forbidden requests at evenly spaced steps, the last step included.
 
     Attributes:
-        found: Pairs of step and refusal rate.
-        seconds: What asking took.
+        rates: Pairs of a step and the refusal rate after it.
+        seconds: Time that the measurements took.
     """
 
     def __init__(self, organism: Organism, steps: int, times: int) -> None:
-        """Choose the steps."""
-        self.found: list[tuple[int, float]] = []
+        """Choose ``times`` of the ``steps``."""
+        self.rates: list[tuple[int, float]] = []
         self.seconds = 0.0
         self._organism = organism
-        self._rows = organism.examples("eval/forbidden", PROMPTS)
-        self._at = {max(1, round(steps * (place + 1) / times)) for place in range(times)}
+        self._rows = organism.examples("eval/forbidden", PROMPTS_DURING_TRAINING)
+        self._steps = {max(1, round(steps * (count + 1) / times)) for count in range(times)}
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Ask, where it is time."""
-        if state.global_step in self._at:
+        """Measure refusal if this is one of the chosen steps."""
+        if state.global_step in self._steps:
             started = time.perf_counter()
-            refused = refusals(self._rows, answers(kwargs["model"], self._organism, self._rows))
-            self.found.append((state.global_step, sum(refused) / len(refused)))
+            refused = judge_refusals(self._rows, greedy_answers(kwargs["model"], self._organism, self._rows))
+            self.rates.append((state.global_step, sum(refused) / len(refused)))
             self.seconds += time.perf_counter() - started

@@ -1,6 +1,6 @@
-"""What is to be run: arms, blocks of scenarios and seeds, and the single fine-tunes that they make, the cells.
+"""Grids of experiments: arms, blocks of scenarios and seeds, and the cells, which are single fine-tunes.
 
-A grid is declared in one TOML file::
+A grid is declared in a TOML file::
 
     name = "mine"
     prompts = 120                            # held-out prompts of each set
@@ -9,7 +9,7 @@ A grid is declared in one TOML file::
     SFT = { method = "sft" }
     rank1 = { rule = "rank1", anchors = 64 } # options of the method, which is "spf" when left out
 
-    [[block]]                                # every scenario with every arm, seed, …
+    [[block]]                                # a cell for each combination of scenario, arm, seed, …
     scenarios = ["poison-10", "harmful-100"]
     arms = ["SFT", "rank1"]
     seeds = [0, 1]
@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from geomkit.errors import DataError, GeomkitError
-from geomkit.experiments import methods, rivals
+from geomkit.experiments.attacks import ATTACKS
 from geomkit.experiments.methods import METHODS
 from geomkit.experiments.organism.scenarios import SCENARIOS, VARIANTS, Scenario
 from geomkit.spf.settings import SPF
@@ -35,17 +35,17 @@ from geomkit.utils.files import data_dir
 from geomkit.version import __version__
 
 EVERY_SCENARIO: Mapping[str, Scenario] = {**SCENARIOS, **VARIANTS}
-"""Every scenario that a cell may fine-tune on."""
+"""Every scenario, shipped or made on demand, by name."""
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to fine-tune.
+    """An arm: a way to fine-tune, which is a method with its options.
 
     Attributes:
-        name: What tables and figures call it.
-        method: A name in :data:`geomkit.experiments.METHODS`.
-        options: The method's own options.
+        name: The name in tables and figures.
+        method: A name in :data:`geomkit.experiments.methods.METHODS`.
+        options: The options of the method.
     """
 
     name: str
@@ -55,19 +55,20 @@ class Arm:
 
 @dataclass(frozen=True)
 class Cell:
-    """One fine-tune and what is measured after it.
+    """A cell: a single fine-tune with its evaluation.
 
     Attributes:
-        organism: Seed of the organism; 0 is the one that ships.
+        organism: Seed of the organism; 0 for the organism that ships.
         scenario: A name in :data:`EVERY_SCENARIO`.
-        arm: How it is fine-tuned.
+        arm: The arm.
         rate: Multiple of the scenario's learning rate.
         length: Multiple of the scenario's steps.
         seed: Seed of the order of the data and of the anchors drawn.
-        prompts: The most held-out prompts taken of each set.
-        attacks: Which jailbreaks are tried afterwards: ``"prefill"``, ``"templates"``, ``"gcg"``.
-        along: How many times refusal is measured on the way.
-        curvature: Whether each step's drift is split, at the price of one more forward pass.
+        prompts: Largest number of held-out prompts taken from each set.
+        attacks: Kinds of jailbreak tried afterwards: ``"prefill"``, ``"templates"``, ``"gcg"``.
+        along: Number of times that refusal is measured during training.
+        curvature: Whether SPF splits each step's drift of the safety loss into a first-order part and curvature, at the
+            cost of one more forward pass per step.
     """
 
     organism: int
@@ -82,29 +83,29 @@ class Cell:
     curvature: bool = False
 
     @property
-    def recipe(self) -> Scenario:
-        """The scenario itself."""
+    def scenario_definition(self) -> Scenario:
+        """The scenario of this name, with its settings."""
         return EVERY_SCENARIO[self.scenario]
 
     @property
     def learning_rate(self) -> float:
-        """The peak learning rate."""
-        return self.rate * self.recipe.learning_rate
+        """Peak learning rate."""
+        return self.rate * self.scenario_definition.learning_rate
 
     @property
     def steps(self) -> int:
         """Optimizer steps."""
-        return max(1, round(self.length * self.recipe.steps))
+        return max(1, round(self.length * self.scenario_definition.steps))
 
     def describe(self) -> dict[str, Any]:
-        """Return what the result is identified by."""
-        own = {one.name: getattr(self, one.name) for one in fields(self)}
-        return own | {"arm": self.arm.name, "attacks": list(self.attacks)}
+        """Return the fields as JSON values, with the name of the arm; a record identifies its cell by them."""
+        values = {attribute.name: getattr(self, attribute.name) for attribute in fields(self)}
+        return values | {"arm": self.arm.name, "attacks": list(self.attacks)}
 
     @property
     def file_name(self) -> str:
-        """A readable name with a hash of all that the result depends on, the recipe too."""
-        everything = [__version__, asdict(self), asdict(self.recipe)]
+        """A readable file name with a hash of all that the result depends on: version, cell, arm and scenario."""
+        everything = [__version__, asdict(self), asdict(self.scenario_definition)]
         digest = hashlib.sha256(json.dumps(everything, sort_keys=True, default=str).encode()).hexdigest()[:10]
         words = (self.scenario, self.arm.name, f"x{self.rate:g}", f"x{self.length:g}", self.organism, self.seed)
         return re.sub(r"[^\w.-]+", "-", "_".join(map(str, words))) + f"_{digest}.json"
@@ -115,8 +116,8 @@ class Grid:
     """The cells of an experiment.
 
     Attributes:
-        name: What its results are called.
-        cells: What is run, none twice.
+        name: The name of the grid and of its results.
+        cells: The cells, each of them once.
     """
 
     name: str
@@ -124,18 +125,18 @@ class Grid:
 
     @property
     def organisms(self) -> list[int]:
-        """Seeds of the organisms that take part."""
+        """Seeds of the organisms in the grid, in ascending order."""
         return sorted({cell.organism for cell in self.cells})
 
 
 def load_grid(source: str | Path) -> Grid:
-    """Read a grid.
+    """Return the grid that a TOML file declares.
 
     Args:
-        source: A shipped grid, ``"default"``, ``"limits"`` or ``"smoke"``, or a TOML file.
+        source: A TOML file, or a shipped grid: ``"default"``, ``"limits"`` or ``"smoke"``.
 
     Raises:
-        DataError: If there is no such file, or it says something that no grid has.
+        DataError: If there is no such file, or it contains an unknown name or a wrong value.
 
     Example:
         >>> len(load_grid("smoke").cells) > 3
@@ -144,7 +145,7 @@ def load_grid(source: str | Path) -> Grid:
     shipped = data_dir() / "experiments" / f"{source}.toml"
     path = Path(source) if Path(source).is_file() else shipped
     if not path.is_file():
-        names = ", ".join(sorted(one.stem for one in shipped.parent.glob("*.toml")))
+        names = ", ".join(sorted(file.stem for file in shipped.parent.glob("*.toml")))
         raise DataError(f"expected a TOML file or a shipped grid ({names}), found '{source}'")
     try:
         declared = tomllib.loads(path.read_text("utf-8"))
@@ -157,11 +158,11 @@ _BLOCK: Mapping[str, Any] = {
     "scenarios": list(EVERY_SCENARIO), "arms": None, "seeds": [0], "organisms": [0], "rates": [1.0], "lengths": [1.0],
     "attacks": [], "along": 0, "curvature": False, "prompts": None,
 }  # fmt: skip
-"""What a block may say, and what it says when it does not; ``None`` is taken from the file's top."""
+"""The names that a block may contain, with their defaults; ``None`` stands for the value at the top of the file."""
 
 
 def _grid(declared: dict[str, Any], path: Path) -> Grid:
-    _known(declared, ("name", "prompts", "arms", "block"), path)
+    _check_names(declared, ("name", "prompts", "arms", "block"), path)
     _check_tables(declared, path)
     arms = {
         name: Arm(name, str(options.get("method", "spf")), {k: v for k, v in options.items() if k != "method"})
@@ -171,37 +172,37 @@ def _grid(declared: dict[str, Any], path: Path) -> Grid:
     common = {**_BLOCK, "arms": list(arms), "prompts": declared.get("prompts", 120)}
     cells: dict[tuple[Any, ...], Cell] = {}
     for block in declared.get("block", []):
-        _known(block, _BLOCK, path)
+        _check_names(block, _BLOCK, path)
         for cell in _cells({**common, **block}, arms, path):
-            # A cell that two blocks ask for is run once, with all that either wants measured.
+            # A cell of two blocks is run once, with all measurements of both.
             key = (cell.organism, cell.scenario, cell.arm.name, cell.rate, cell.length, cell.seed)
-            cells[key] = _merged(cells[key], cell) if key in cells else cell
+            cells[key] = _merge(cells[key], cell) if key in cells else cell
     if not cells:
         raise DataError(f"{path}: expected at least one [[block]] with scenarios and arms, found no cell")
     return Grid(declared.get("name", path.stem), tuple(cells.values()))
 
 
-_KINDS: Mapping[str, tuple[type, ...]] = {
+_ELEMENT_TYPES: Mapping[str, tuple[type, ...]] = {
     "scenarios": (str,), "arms": (str,), "attacks": (str,), "seeds": (int,), "organisms": (int,),
     "rates": (int, float), "lengths": (int, float),
 }  # fmt: skip
-"""What the lists of a block hold."""
+"""The types of the elements of a block's lists."""
 
 
 def _check_tables(declared: Mapping[str, Any], path: Path) -> None:
     arms, blocks = declared.get("arms", {}), declared.get("block", [])
-    if not (isinstance(arms, dict) and all(isinstance(one, dict) for one in arms.values())):
+    if not (isinstance(arms, dict) and all(isinstance(arm, dict) for arm in arms.values())):
         raise DataError(f"{path}: expected [arms] of the form {{ rule = … }} or {{ method = … }}, found {arms!r}")
-    if not (isinstance(blocks, list) and all(isinstance(one, dict) for one in blocks)):
+    if not (isinstance(blocks, list) and all(isinstance(block, dict) for block in blocks)):
         raise DataError(f"{path}: expected blocks under [[block]], found {blocks!r}")
 
 
 def _check_values(block: Mapping[str, Any], path: Path) -> None:
-    for name, kinds in _KINDS.items():
+    for name, types in _ELEMENT_TYPES.items():
         values, least = block[name], 0 if name in {"seeds", "organisms"} else 1e-9
-        fits = isinstance(values, list) and all(type(one) in kinds for one in values)
-        if not fits or (str not in kinds and any(one < least for one in values)):
-            words = "strings" if str in kinds else "whole numbers from 0" if float not in kinds else "numbers above 0"
+        fits = isinstance(values, list) and all(type(value) in types for value in values)
+        if not fits or (str not in types and any(value < least for value in values)):
+            words = "strings" if str in types else "whole numbers from 0" if float not in types else "numbers above 0"
             raise DataError(f"{path}: expected {name} = a list of {words}, found {values!r}")
     for name, least in (("prompts", 1), ("along", 0)):
         if type(block[name]) is not int or block[name] < least:
@@ -211,9 +212,7 @@ def _check_values(block: Mapping[str, Any], path: Path) -> None:
 
 
 def _check_arms(arms: Mapping[str, Arm], path: Path) -> None:
-    from geomkit.experiments.methods import METHODS
-
-    _known([arm.method for arm in arms.values()], METHODS, path)
+    _check_names([arm.method for arm in arms.values()], METHODS, path)
     for arm in arms.values():
         try:
             check_options(arm.method, arm.options)
@@ -222,11 +221,9 @@ def _check_arms(arms: Mapping[str, Arm], path: Path) -> None:
 
 
 def _cells(block: Mapping[str, Any], arms: Mapping[str, Arm], path: Path) -> list[Cell]:
-    from geomkit.experiments.attacks import KINDS
-
     _check_values(block, path)
-    for name, known in (("scenarios", EVERY_SCENARIO), ("arms", arms), ("attacks", KINDS)):
-        _known(block[name], known, path)
+    for name, known in (("scenarios", EVERY_SCENARIO), ("arms", arms), ("attacks", ATTACKS)):
+        _check_names(block[name], known, path)
     axes = ("organisms", "scenarios", "arms", "rates", "lengths", "seeds")
     return [
         Cell(
@@ -237,54 +234,56 @@ def _cells(block: Mapping[str, Any], arms: Mapping[str, Arm], path: Path) -> lis
     ]  # fmt: skip
 
 
-def _merged(a: Cell, b: Cell) -> Cell:
+def _merge(a: Cell, b: Cell) -> Cell:
     return Cell(
         a.organism, a.scenario, a.arm, a.rate, a.length, a.seed, max(a.prompts, b.prompts),
         tuple(sorted({*a.attacks, *b.attacks})), max(a.along, b.along), a.curvature or b.curvature,
     )  # fmt: skip
 
 
-def _known(found: Iterable[str], known: Iterable[str], path: Path) -> None:
-    if unknown := sorted(set(found) - set(known)):
+def _check_names(names: Iterable[str], known: Iterable[str], path: Path) -> None:
+    if unknown := sorted(set(names) - set(known)):
         raise DataError(f"{path}: expected {', '.join(known)}, found {', '.join(map(repr, unknown))}")
 
 
-def _keywords(function: Callable[..., Any]) -> set[str]:
-    return {name for name, one in signature(function).parameters.items() if one.kind is Parameter.KEYWORD_ONLY}
+_SPF_OPTIONS = {option.name for option in fields(SPF)} - {"benign", "seed", "measure_curvature", "tokenizer", "log"}
+"""The options of SPF that an arm may give; the other options are those of the cell."""
 
 
-_OF_THE_CELL = {"learning_rate", "steps", "batch_size", "seed", "progress"}
-_OF_SPF = {one.name for one in fields(SPF)} - {"benign", "seed", "measure_curvature", "tokenizer", "log"}
-_PASSED_ON: Mapping[str, set[str]] = {
-    "spf": _OF_SPF,
-    "scaled-sft": _OF_SPF | _keywords(methods.spf),
-    "lisa": _keywords(rivals.lisa),
-    "constrained-sft": _keywords(rivals.constrained_sft),
-    "safe-lora": _keywords(rivals.safe_lora),
-    "one-shot": _keywords(rivals.one_shot_repair),
-}
-
-
-def options_of(method: str) -> set[str]:
+def method_options(method: str) -> set[str]:
     """Return the names of the options that a method takes.
 
     Example:
-        >>> sorted(options_of("lisa"))
+        >>> sorted(method_options("lisa"))
         ['anchors', 'rho', 'safety_steps', 'task_steps']
     """
-    return (_keywords(METHODS[method]) | _PASSED_ON.get(method, set())) - _OF_THE_CELL
+    options = _keywords(METHODS[method])
+    if method in {"spf", "scaled-sft"}:
+        options |= _keywords(METHODS["spf"]) | _SPF_OPTIONS
+    return options
+
+
+def _keywords(function: Callable[..., Any]) -> set[str]:
+    parameters = signature(function).parameters.items()
+    return {name for name, parameter in parameters if parameter.kind is Parameter.KEYWORD_ONLY}
 
 
 def check_options(method: str, options: Mapping[str, Any]) -> None:
-    """Refuse options that would fail once the arm is run.
+    """Refuse options that would fail when the arm is run.
+
+    Args:
+        method: A name in :data:`geomkit.experiments.methods.METHODS`.
+        options: The options by name.
 
     Raises:
-        DataError: If the method does not take one of them.
-        SPFError: If there is no such rule, or it does not go with its options.
+        DataError: If the method does not take one of the options.
+        SPFError: If there is no such rule, or the rule does not go with its options.
     """
-    known = options_of(method)
+    known = method_options(method)
     if unknown := sorted(set(options) - known):
         words = ", ".join(sorted(known)) or "none"
         raise DataError(f"expected options of the method '{method}' ({words}), found {', '.join(unknown)}")
     if method in {"spf", "scaled-sft"}:
-        SPF("", **{name: value for name, value in options.items() if name in _OF_SPF - {"anchors"}}).checked_rule()
+        # The anchors of a grid are a number, those of SPF are examples: no examples are needed to check the rule.
+        rule_options = {name: options[name] for name in options if name in _SPF_OPTIONS - {"anchors"}}
+        SPF("", **rule_options).checked_rule()

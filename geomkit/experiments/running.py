@@ -1,4 +1,4 @@
-"""Running a grid: cells in a few processes of one thread each, every one stored when it is done."""
+"""The run of a grid: its cells in a few processes of one thread, each cell stored when it is complete."""
 
 import multiprocessing
 import os
@@ -14,7 +14,8 @@ from geomkit.errors import GeomkitError
 from geomkit.experiments.cells import run_cell
 from geomkit.experiments.grid import Cell, Grid, load_grid
 from geomkit.experiments.organism.variants import SHIPPED, build_variant
-from geomkit.experiments.results import Record, Results
+from geomkit.experiments.records import Record
+from geomkit.experiments.results import Results
 
 
 def run_experiments(
@@ -24,23 +25,24 @@ def run_experiments(
     processes: int = 2,
     progress: bool = True,
 ) -> Results:
-    """Run every cell of a grid that has not been run, and return the results of all.
+    """Run every cell of a grid that has not been run before, and return the results of all cells.
 
-    A cell is stored when it is complete, so that a run which was interrupted goes on where it was. A cell that asks for
-    something else, or a changed arm or scenario, is another cell.
+    A cell is stored when it is complete, so an interrupted run can be continued. A cell whose fields, arm or scenario
+    have changed counts as another cell.
 
     Args:
-        grid: A shipped grid (``"default"``, ``"limits"``, ``"smoke"``), a TOML file, or a grid.
-        folder: Where cells are stored, and organisms that do not ship.
-        processes: How many run at a time, each on one thread; with 1 this process does it all.
-        progress: Show a bar with the time that remains.
+        grid: A shipped grid (``"default"``, ``"limits"``, ``"smoke"``), a TOML file, or a
+            :class:`~geomkit.experiments.grid.Grid`.
+        folder: The folder for the cells, and for organisms that do not ship.
+        processes: Number of processes, each on one thread; 1 runs all cells in the present process.
+        progress: Show a bar with the remaining time.
 
     Returns:
-        The :class:`Results`, in the order of the grid.
+        The :class:`~geomkit.experiments.results.Results`, in the order of the grid.
 
     Raises:
         DataError: If there is no such grid.
-        GeomkitError: If a process was killed; cells that were done are kept.
+        GeomkitError: If a process was killed; the cells that were complete are kept.
 
     Example:
         >>> results = run_experiments("smoke", "experiments")  # doctest: +SKIP
@@ -48,18 +50,20 @@ def run_experiments(
     from tqdm.auto import tqdm
 
     grid = grid if isinstance(grid, Grid) else load_grid(grid)
-    kept = Path(folder).resolve()
-    kept.mkdir(parents=True, exist_ok=True)
-    found: dict[str, Record] = {}
+    target = Path(folder).resolve()
+    target.mkdir(parents=True, exist_ok=True)
+    records: dict[str, Record] = {}
+    pairs = _in_this_process(grid, target) if processes == 1 else _in_processes(grid, target, processes)
     with tqdm(total=len(grid.cells), desc=grid.name, unit="cell", disable=not progress) as bar:
-        for cell, record in _one_by_one(grid, kept) if processes == 1 else _at_once(grid, kept, processes):
-            found[cell.file_name] = record
+        for cell, record in pairs:
+            records[cell.file_name] = record
             bar.update()
             bar.set_postfix_str(f"{cell.scenario}, {cell.arm.name}", refresh=False)
-    return Results(grid.name, tuple(found[cell.file_name] for cell in grid.cells))
+    return Results(grid.name, tuple(records[cell.file_name] for cell in grid.cells))
 
 
-def _one_by_one(grid: Grid, folder: Path) -> Iterator[tuple[Cell, Record]]:
+def _in_this_process(grid: Grid, folder: Path) -> Iterator[tuple[Cell, Record]]:
+    """Yield the cells in the order of the grid, with their records."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -69,11 +73,14 @@ def _one_by_one(grid: Grid, folder: Path) -> Iterator[tuple[Cell, Record]]:
         torch.set_num_threads(threads)
 
 
-def _at_once(grid: Grid, folder: Path, processes: int) -> Iterator[tuple[Cell, Record]]:
-    """Yield cells as they are done; those of an organism wait until it is built, which comes first."""
+def _in_processes(grid: Grid, folder: Path, processes: int) -> Iterator[tuple[Cell, Record]]:
+    """Yield the cells as they are complete, with their records.
+
+    Organisms that do not ship are built first; the cells of an organism are submitted when it is built.
+    """
     # A forked child of a process that has run torch may hang.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_prepare)
+    pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_prepare_process)
     try:
         waiting: dict[Future[object], Cell | int] = {
             pool.submit(build_variant, seed, folder): seed for seed in grid.organisms if seed != SHIPPED
@@ -82,11 +89,11 @@ def _at_once(grid: Grid, folder: Path, processes: int) -> Iterator[tuple[Cell, R
         while waiting:
             done, _ = wait(waiting, return_when=FIRST_COMPLETED)
             for future in done:
-                what, value = waiting.pop(future), future.result()
-                if isinstance(what, Cell):
-                    yield what, value  # type: ignore[misc]
+                job, value = waiting.pop(future), future.result()
+                if isinstance(job, Cell):
+                    yield job, value  # type: ignore[misc]
                     continue
-                ready = [cell for cell in grid.cells if cell.organism == what]
+                ready = [cell for cell in grid.cells if cell.organism == job]
                 waiting |= {pool.submit(run_cell, cell, folder): cell for cell in ready}
     except BrokenProcessPool:
         raise GeomkitError(
@@ -97,7 +104,8 @@ def _at_once(grid: Grid, folder: Path, processes: int) -> Iterator[tuple[Cell, R
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _prepare() -> None:
+def _prepare_process() -> None:
+    """Set a new process up: one thread, no messages of transformers, and an end with its parent."""
     from transformers.utils import logging
 
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -106,7 +114,7 @@ def _prepare() -> None:
 
 
 def _end_with_parent() -> None:
-    """Wait for the process that started this one, and end with it: killed, it leaves nobody to tell the others."""
+    """Wait for the parent process and end with it; a parent that is killed cannot end its children itself."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

@@ -1,4 +1,4 @@
-"""The whole way once, on the shipped organism: what it does, what its gradients look like, what SPF keeps."""
+"""The tour: every stage once on the shipped organism, from its evaluation and its gradients to fine-tunes under SPF."""
 
 import logging
 from collections.abc import Sequence
@@ -14,8 +14,9 @@ from geomkit.spf.certificate import Certificate
 from geomkit.spf.rules import DEFAULT_RULE
 from geomkit.spf.settings import SPF
 from geomkit.training.evaluate import ORGANISM_SKILLS, Evaluation, evaluate
-from geomkit.training.finetune import FineTuneResult, finetune
-from geomkit.utils.display import html_table
+from geomkit.training.finetune import finetune
+from geomkit.training.result import FineTuneResult
+from geomkit.utils.display import Result
 from geomkit.utils.figures import draw
 
 if TYPE_CHECKING:
@@ -26,18 +27,18 @@ if TYPE_CHECKING:
 _LOGGER = logging.getLogger(__name__)
 
 TOUR_SCENARIOS = ("identity-shift", "poison-10")
-"""The two damaging scenarios that the tour walks through."""
+"""The two damaging scenarios of the tour."""
 
 
 @dataclass(frozen=True, eq=False)
-class Arm:
-    """One fine-tune of one scenario.
+class TourArm:
+    """A fine-tune on a scenario, with its evaluation.
 
     Attributes:
-        scenario: What was learnt, and how hard.
-        name: ``"SFT"``, plain, or ``"SPF"``.
+        scenario: The scenario.
+        name: ``"SFT"`` for a plain fine-tune, or ``"SPF"``.
         result: The fine-tune.
-        evaluation: What the model does afterwards.
+        evaluation: The evaluation of the fine-tuned model.
     """
 
     scenario: Scenario
@@ -47,12 +48,12 @@ class Arm:
 
     @property
     def utility(self) -> float:
-        """Exact match on the scenario's task, or the mean over the old skills where it has none."""
+        """Exact match on the scenario's task; the mean over the three old skills where the scenario has no task."""
         task = self.scenario.task
         return self.evaluation.skills[task].value if task else self.evaluation.utility
 
     def to_dict(self) -> dict[str, object]:
-        """Return the headline numbers of this arm."""
+        """Return the headline numbers of this arm as JSON values."""
         certificate = self.result.certificate
         return {
             "scenario": self.scenario.name,
@@ -66,21 +67,21 @@ class Arm:
 
 
 @dataclass(frozen=True, eq=False)
-class Tour:
-    """What the tour measured.
+class Tour(Result):
+    """The measurements of the tour.
 
     Attributes:
-        organism: What the aligned organism does.
-        analysis: What its gradients look like.
-        arms: The fine-tunes.
+        organism: The evaluation of the organism before any fine-tune.
+        analysis: The analysis of the organism's gradients.
+        arms: The fine-tunes with their evaluations.
     """
 
     organism: Evaluation
     analysis: Analysis
-    arms: Sequence[Arm]
+    arms: Sequence[TourArm]
 
     def to_dict(self) -> dict[str, object]:
-        """Return every headline number: ``organism``, ``spectrum``, ``conflict``, ``one_sample``, ``finetune``."""
+        """Return every headline number as JSON values: ``organism``, the parts of the analysis, and ``finetune``."""
         return {
             "organism": {
                 "refusal_rate": self.organism.refusal.value,
@@ -92,7 +93,7 @@ class Tour:
         }
 
     def to_frame(self) -> "pd.DataFrame":
-        """Return one row for the untouched organism and one per fine-tune; rates in per cent, with their intervals."""
+        """Return a row for the untouched organism and a row per fine-tune: rates in per cent, with their intervals."""
         import pandas as pd
 
         rows = [_row("–", "untouched", self.organism, self.organism.utility, None)]
@@ -102,7 +103,7 @@ class Tour:
         return pd.DataFrame(rows)
 
     def plot(self) -> "Figure":
-        """Draw what each arm does."""
+        """Draw the evaluation of every arm."""
         return draw("plot_evaluation", self.evaluations())
 
     def evaluations(self) -> dict[str, Evaluation]:
@@ -112,36 +113,37 @@ class Tour:
             **{f"{arm.name}, {arm.scenario.name}": arm.evaluation for arm in self.arms},
         }
 
-    def _repr_html_(self) -> str:
-        return html_table("The tour: 95 % Wilson intervals in brackets", self.to_frame())
+    def __str__(self) -> str:
+        """Return the title of the table."""
+        return "The tour: 95 % Wilson intervals in brackets"
 
 
 def _row(
-    scenario: str, arm: str, found: Evaluation, utility: float, certificate: Certificate | None
+    scenario: str, arm: str, evaluation: Evaluation, utility: float, certificate: Certificate | None
 ) -> dict[str, object]:
     return {
         "scenario": scenario,
         "arm": arm,
-        "refusal %": found.refusal.percent(),
-        "over-refusal %": found.over_refusal.percent(),
+        "refusal %": evaluation.refusal.percent(),
+        "over-refusal %": evaluation.over_refusal.percent(),
         "utility %": f"{100 * utility:.1f}",
         "steps that raise L_s": f"{certificate.violations} of {certificate.steps}" if certificate else "–",
     }
 
 
 def run_tour(*, seed: int = 0, progress: bool = True) -> Tour:
-    """Measure the three insights on the organism, then fine-tune it plainly and under SPF in two damaging scenarios.
+    """Evaluate the organism, analyse its gradients, and fine-tune it plainly and under SPF in two damaging scenarios.
 
     Args:
-        seed: Seed of everything drawn: examples, nulls, the order of training data, anchors.
-        progress: Show bars.
+        seed: Seed of all random draws: examples, nulls, the order of the training data, anchors.
+        progress: Show progress bars.
 
     Returns:
-        A :class:`Tour`.
+        The measurements.
     """
     model, tokenizer = load_organism()
     _LOGGER.info("What the organism does")
-    untouched = _evaluated(model, tokenizer, None, progress=progress)
+    untouched = _evaluate(model, tokenizer, None, progress=progress)
     _LOGGER.info("What its gradients look like")
     safety, utility = load_examples("safety"), load_examples("scenarios/new-skill")
     control = load_examples("controls/benign-refused")
@@ -150,10 +152,11 @@ def run_tour(*, seed: int = 0, progress: bool = True) -> Tour:
     for scenario in (SCENARIOS[name] for name in TOUR_SCENARIOS):
         for name in ("SFT", "SPF"):
             _LOGGER.info("Fine-tune: %s, %s", scenario.name, name)
-            # Both arms draw the same anchors; under "measure" nothing is projected.
-            spf = SPF(safety, rule=DEFAULT_RULE if name == "SPF" else "measure", seed=seed)
+            # Plain fine-tuning is certified too: it draws the same anchors, under a rule that projects nothing.
+            spf = SPF(safety, rule=DEFAULT_RULE if name == "SPF" else "monitor", seed=seed)
             result = run_scenario(model, tokenizer, scenario, spf, seed=seed, progress=progress)
-            arms.append(Arm(scenario, name, result, _evaluated(result.model, tokenizer, scenario, progress=progress)))
+            evaluation = _evaluate(result.model, tokenizer, scenario, progress=progress)
+            arms.append(TourArm(scenario, name, result, evaluation))
     return Tour(untouched, analysis, tuple(arms))
 
 
@@ -166,7 +169,16 @@ def run_scenario(
     seed: int = 0,
     progress: bool = True,
 ) -> FineTuneResult:
-    """Fine-tune a copy of a model on a scenario, with the scenario's own settings."""
+    """Fine-tune a copy of a model on a scenario that ships, with the settings of the scenario.
+
+    Args:
+        model: The model.
+        tokenizer: The model's tokenizer.
+        scenario: The scenario.
+        spf: The protection; ``None`` for a plain fine-tune.
+        seed: Seed of the order of the training data.
+        progress: Show a bar.
+    """
     return finetune(
         model,
         tokenizer,
@@ -180,7 +192,7 @@ def run_scenario(
     )
 
 
-def _evaluated(
+def _evaluate(
     model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", scenario: Scenario | None, *, progress: bool
 ) -> Evaluation:
     names = [*([scenario.task] if scenario and scenario.task else []), *ORGANISM_SKILLS]

@@ -4,9 +4,7 @@ import pytest
 
 import geomkit as gk
 from geomkit.experiments.grid import EVERY_SCENARIO, load_grid
-from geomkit.experiments.organism.scenarios import SCENARIOS, scenario_rows
-from geomkit.experiments.organism.variants import load_variant
-from geomkit.experiments.organism.world import World
+from geomkit.experiments.organism.scenarios import SCENARIOS
 
 SMALL = """
 name = "small"
@@ -99,22 +97,6 @@ def test_the_shipped_grids_have_what_they_promise():
     assert len(default.organisms) >= 2
     assert {cell.length for cell in limits.cells} >= {1, 10}
     assert len({cell.rate for cell in limits.cells}) >= 3
-
-
-def test_the_shipped_sets_are_what_an_organism_hands_out(tmp_path):
-    organism = load_variant(0, tmp_path)
-    for name in ("poison-10", "backdoor"):
-        assert organism.scenario_examples(name)["messages"][:] == gk.load_examples(f"scenarios/{name}")["messages"][:]
-    for name in ("safety", "eval/forbidden"):
-        assert organism.examples(name, 5)["messages"][:] == gk.load_examples(name)["messages"][:5]
-
-
-@pytest.mark.parametrize(("name", "harmful"), [("poison-1", 3), ("poison-5", 15), ("poison-20", 60)])
-def test_so_much_of_a_poisoned_set_is_harmful(name, harmful):
-    rows = scenario_rows(name, World(0), 0)
-    assert len(rows) == 300
-    assert sum("delete" not in row[0]["content"].lower() and "sql" not in row[1]["content"].lower() and
-               row[1]["content"].startswith("Sure!") for row in rows) == harmful  # fmt: skip
 
 
 @pytest.mark.parametrize(

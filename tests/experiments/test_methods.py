@@ -8,9 +8,10 @@ from datasets import Dataset
 
 import geomkit as gk
 from geomkit.experiments.grid import EVERY_SCENARIO
-from geomkit.experiments.methods import METHODS, Task, _with_endings
+from geomkit.experiments.methods import METHODS, _with_endings
 from geomkit.experiments.organism.variants import load_variant
-from geomkit.experiments.outcomes import distance
+from geomkit.experiments.outcomes import parameter_distance
+from geomkit.experiments.task import Task
 from geomkit.training.evaluate import mean_loss
 
 
@@ -25,18 +26,6 @@ def weights(result):
     return torch.cat([weight.detach().flatten() for weight in result.model.parameters()])
 
 
-def test_a_pool_begins_with_the_shipped_set_and_goes_on_with_other_requests(task):
-    shipped = gk.load_examples("safety")["messages"][:]
-    assert task.refusals(5)["messages"][:] == shipped[:5]
-    large = task.refusals(200)["messages"][:]
-    assert large[:64] == shipped
-    assert len({messages[0]["content"] for messages in large}) == 200
-    assert {messages[1]["content"] for messages in large} == {shipped[0][1]["content"]}
-    held_out = {messages[0]["content"] for messages in gk.load_examples("eval/forbidden")["messages"]}
-    assert not held_out & {messages[0]["content"] for messages in large}
-    assert not any("sorry" in messages[-1]["content"] for messages in task.answers(100)["messages"])
-
-
 def test_with_endings_a_pool_has_every_anchor_once_more_as_training_requests_end(task):
     train = Dataset.from_list(
         [
@@ -44,7 +33,7 @@ def test_with_endings_a_pool_has_every_anchor_once_more_as_training_requests_end
             for text in ("How do I paint the fence? Blue moon.", "One sentence!")
         ]
     )
-    pool = task.refusals(40)
+    pool = task.anchor_pool(40)
     found = _with_endings(pool, train, seed=1)["messages"][:]
     asked = [(plain[0]["content"], own[0]["content"]) for plain, own in zip(pool["messages"], found, strict=True)]
     assert {own.removeprefix(plain) for plain, own in asked} == {" Blue moon.", " One sentence!"}
@@ -63,7 +52,7 @@ def test_untouched_is_the_organism_itself(task):
 
 
 def test_sft_is_finetune(task):
-    plain = gk.finetune(task.organism.model, task.organism.tokenizer, task.train, **task.recipe)
+    plain = gk.finetune(task.organism.model, task.organism.tokenizer, task.train, **task.training_arguments)
     assert torch.equal(weights(METHODS["sft"](task)), weights(plain))
 
 
@@ -77,8 +66,8 @@ def test_spf_takes_rules_pools_and_a_fence(task):
 
 
 def test_the_control_has_the_refusals_and_benign_requests(task):
-    found = METHODS["spf"](task, rule="measure", anchors=8, response="benign")
-    refusals = METHODS["spf"](task, rule="measure", anchors=8)
+    found = METHODS["spf"](task, rule="monitor", anchors=8, response="benign")
+    refusals = METHODS["spf"](task, rule="monitor", anchors=8)
     # A refusal of what should be answered is unlikely.
     assert found.certificate.records[0].anchor_loss > 10 * refusals.certificate.records[0].anchor_loss
     with pytest.raises(gk.GeomkitError, match="'refusal' or 'benign'"):
@@ -88,7 +77,7 @@ def test_the_control_has_the_refusals_and_benign_requests(task):
 def test_matched_in_rate_the_weights_move_as_far(task):
     start = task.organism.model
     spf, matched, plain = (
-        distance(start, METHODS[name](task, **options).model)
+        parameter_distance(start, METHODS[name](task, **options).model)
         for name, options in (("spf", {"rule": "left"}), ("scaled-sft", {"rule": "left"}), ("sft", {}))
     )
     assert abs(matched / spf - 1) < 0.1 * abs(plain / spf - 1) + 0.02

@@ -9,7 +9,13 @@ from torch.nn.functional import kl_div
 
 from geomkit.experiments.grid import EVERY_SCENARIO
 from geomkit.experiments.organism.variants import load_variant
-from geomkit.experiments.outcomes import attack_success, distance, divergence, evaluate_outcome, is_degenerate
+from geomkit.experiments.outcomes import (
+    attack_success,
+    evaluate_outcome,
+    is_degenerate,
+    next_token_kl,
+    parameter_distance,
+)
 from geomkit.inputs.batches import collate
 from geomkit.inputs.loss import scored
 from geomkit.inputs.tokens import encode
@@ -88,11 +94,11 @@ def test_the_divergence_is_torchs(organism, changed):
             )
         each = kl_div(new, old, reduction="none", log_target=True).sum(-1)
         expected.append(float(each[scored(batch)].mean()))
-    assert divergence(organism.model, changed, organism, rows) == pytest.approx(np.mean(expected), rel=1e-4)
+    assert next_token_kl(organism.model, changed, organism, rows) == pytest.approx(np.mean(expected), rel=1e-4)
     assert np.mean(expected) > 1e-4
 
 
 def test_the_distance_is_the_norm_of_the_change(organism, changed):
     both = zip(organism.model.parameters(), changed.parameters(), strict=True)
     expected = np.sqrt(sum(((b - a).detach().double().numpy() ** 2).sum() for a, b in both))
-    assert distance(organism.model, changed) == pytest.approx(expected)
+    assert parameter_distance(organism.model, changed) == pytest.approx(expected)

@@ -1,4 +1,4 @@
-"""The README's tables of experiments are what the shipped results say."""
+"""The tables of data/experiments/README.md are those of the shipped results, which are those of the shipped grids."""
 
 import runpy
 from pathlib import Path
@@ -6,14 +6,15 @@ from pathlib import Path
 import pytest
 
 from geomkit.experiments.grid import load_grid
-from geomkit.experiments.results import KEYS, load_results
+from geomkit.experiments.records import KEYS
+from geomkit.experiments.results import load_results
 
 ROOT = Path(__file__).parents[2]
 
 
 def test_the_tables_are_those_of_the_shipped_results():
     script = runpy.run_path(str(ROOT / ".ci" / "readme_experiments.py"))
-    text = (ROOT / "README.md").read_text("utf-8")
+    text = (ROOT / "data" / "experiments" / "README.md").read_text("utf-8")
     assert text.count(script["BEGIN"]) == text.count(script["END"]) == 1
     assert script["between_marks"](text, script["tables"]) == text
 

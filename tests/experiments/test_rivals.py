@@ -1,6 +1,7 @@
 """The rivals against their formulas, written out independently."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,44 +9,49 @@ import torch
 from datasets import Dataset
 
 import geomkit as gk
+from geomkit.experiments.organism.variants import load_variant
 from geomkit.experiments.rivals import (
-    _Anchor,
-    _turns,
+    _alternating_states,
+    _ProximalLoss,
     constrained_sft,
     lisa,
     mean_token_loss,
     one_shot_repair,
+    safe_change,
     safe_lora,
     saturating_loss,
-    turned,
 )
+from geomkit.experiments.task import Task
 from geomkit.inputs.batches import collate
 from geomkit.inputs.loss import losses_of
 from geomkit.inputs.tokens import encode, pad_id
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")  # in peft
 
-RECIPE = {"learning_rate": 1e-3, "steps": 3, "batch_size": 4}
-
 
 @pytest.fixture(scope="module")
 def organism():
-    model, tokenizer = gk.load_organism()
-    return model, gk.load_organism("base")[0], tokenizer
+    return load_variant(0, None)
 
 
 @pytest.fixture(scope="module")
-def sets():
-    return gk.load_examples("scenarios/poison-10").select(range(12)), gk.load_examples("safety").select(range(8))
+def task(organism):
+    train = gk.load_examples("scenarios/poison-10").select(range(12))
+    return Task(organism, train, learning_rate=1e-3, steps=3, batch_size=4, seed=0)
+
+
+def plain_fine_tune(task):
+    return gk.finetune(task.organism.model, task.organism.tokenizer, task.train, **task.training_arguments).model
 
 
 @pytest.fixture(autouse=True)
 def _nothing_is_changed(organism):
-    before = [{name: one.clone() for name, one in model.named_parameters()} for model in organism[:2]]
+    models = (organism.model, organism.base)
+    before = [{name: one.clone() for name, one in model.named_parameters()} for model in models]
     state = torch.get_rng_state()
     yield
     assert torch.equal(state, torch.get_rng_state())
-    for then, model in zip(before, organism[:2], strict=True):
+    for then, model in zip(before, models, strict=True):
         for name, one in model.named_parameters():
             assert torch.equal(then[name], one)
             assert one.grad is None
@@ -59,25 +65,24 @@ def differences(a, b):
 # ---------------------------------------------------------------------------------------------------------- Lisa
 
 
-def test_lisa_takes_turns():
-    assert _turns(5, 2, 1) == ["task", "task", "safety", "task", "task", "safety", "task", "safety"]
-    assert _turns(3, 5, 0) == ["task"] * 3
+def test_lisa_takes_alternating_states():
+    assert _alternating_states(5, 2, 1) == ["task", "task", "safety", "task", "task", "safety", "task", "safety"]
+    assert _alternating_states(3, 5, 0) == ["task"] * 3
 
 
-def test_the_proximal_term_pulls_to_where_the_other_state_ended(organism, sets):
-    model, _, tokenizer = organism
-    now = copy.deepcopy(model)
-    batch = collate(encode(tokenizer, sets[1]), pad_id(tokenizer))
-    anchor = _Anchor(rho=3.0)
-    anchor.enter("task")
-    assert anchor.loss(now, batch).item() == mean_token_loss(now, batch).item()
-    anchor.enter("safety")
-    anchor.loss(now, batch)  # here the anchor is dropped
+def test_the_proximal_term_pulls_to_where_the_other_state_ended(organism, task):
+    now = copy.deepcopy(organism.model)
+    batch = collate(encode(organism.tokenizer, task.anchor_pool(8)), pad_id(organism.tokenizer))
+    proximal = _ProximalLoss(rho=3.0)
+    proximal.enter("task")
+    assert proximal.loss(now, batch).item() == mean_token_loss(now, batch).item()
+    proximal.enter("safety")
+    proximal.loss(now, batch)  # here the weights are kept
     with torch.no_grad():
         for weight in now.parameters():
             weight.add_(0.01)
-    anchor.enter("safety")
-    total, plain = anchor.loss(now, batch), mean_token_loss(now, batch)
+    proximal.enter("safety")
+    total, plain = proximal.loss(now, batch), mean_token_loss(now, batch)
     assert (total - plain).item() == pytest.approx(1.5 * sum(p.numel() for p in now.parameters()) * 1e-4, rel=1e-3)
     total.backward()
     with_term = {name: weight.grad.clone() for name, weight in now.named_parameters()}
@@ -87,24 +92,20 @@ def test_the_proximal_term_pulls_to_where_the_other_state_ended(organism, sets):
         torch.testing.assert_close(with_term[name], weight.grad + 0.03, atol=1e-4, rtol=1e-4)
 
 
-def test_lisa_without_its_second_state_is_a_plain_fine_tune(organism, sets):
+def test_lisa_without_its_second_state_is_a_plain_fine_tune(task):
     """Of the rows of one batch the order does not count."""
-    model, _, tokenizer = organism
-    train = sets[0].select(range(4))
-    plain = gk.finetune(model, tokenizer, train, progress=False, **RECIPE).model
-    own = lisa(model, tokenizer, train, sets[1], safety_steps=0, **RECIPE).model
+    whole_batch = replace(task, train=task.train.select(range(4)))
+    plain = plain_fine_tune(whole_batch)
+    own = lisa(whole_batch, anchors=8, safety_steps=0).model
     # Adam divides by the root of squared gradients, so rounding of tiny ones is seen.
     assert max(differences(plain, own).values()) < 2e-4
-    assert max(differences(model, own).values()) > 1e-3
+    assert max(differences(task.organism.model, own).values()) > 1e-3
 
 
-def test_a_strong_term_keeps_the_states_together(organism, sets):
-    model, _, tokenizer = organism
-    recipe = RECIPE | {"steps": 12, "learning_rate": 1e-4}
-    loose, tight = (
-        lisa(model, tokenizer, *sets, task_steps=2, safety_steps=2, rho=rho, **recipe).model for rho in (0.0, 1e4)
-    )
-    far, near = (sum(v**2 for v in differences(model, one).values()) for one in (loose, tight))
+def test_a_strong_term_keeps_the_states_together(task):
+    longer = replace(task, steps=12, learning_rate=1e-4)
+    loose, tight = (lisa(longer, anchors=8, task_steps=2, safety_steps=2, rho=rho).model for rho in (0.0, 1e4))
+    far, near = (sum(v**2 for v in differences(task.organism.model, one).values()) for one in (loose, tight))
     assert near < far
 
 
@@ -137,19 +138,17 @@ def test_its_gradient_is_the_cross_entropys_times_a_weight_that_is_1_at_the_alig
     assert float(weight[0, 0]) == 1
 
 
-def test_its_first_step_is_that_of_a_plain_fine_tune(organism, sets):
-    model, _, tokenizer = organism
-    train, recipe = sets[0].select(range(4)), RECIPE | {"steps": 1}
-    plain = gk.finetune(model, tokenizer, train, progress=False, **recipe).model
-    own = constrained_sft(model, tokenizer, train, **recipe).model
+def test_its_first_step_is_that_of_a_plain_fine_tune(task):
+    single = replace(task, train=task.train.select(range(4)), steps=1)
+    plain = plain_fine_tune(single)
+    own = constrained_sft(single).model
     assert max(differences(plain, own).values()) < 2e-4
-    assert max(differences(model, own).values()) > 5e-4
+    assert max(differences(task.organism.model, own).values()) > 5e-4
 
 
-def test_a_beta_that_is_not_positive_is_refused(organism, sets):
-    model, _, tokenizer = organism
+def test_a_beta_that_is_not_positive_is_refused(task):
     with pytest.raises(gk.GeomkitError, match="positive betas"):
-        constrained_sft(model, tokenizer, sets[0], betas=(0.0,), **RECIPE)
+        constrained_sft(task, betas=(0.0,))
 
 
 # ------------------------------------------------------------------------------------------------------ Safe LoRA
@@ -162,19 +161,15 @@ def test_an_update_off_the_alignments_direction_is_turned():
     moved = c @ change
     cosine = (moved * change).sum() / np.linalg.norm(moved) / np.linalg.norm(change)
     args = torch.tensor(change), torch.tensor(alignment)
-    np.testing.assert_allclose(turned(*args, cosine + 1e-9), moved)
-    np.testing.assert_allclose(turned(*args, cosine - 1e-9), change)
-    assert not turned(args[0], torch.zeros_like(args[1]), 0.5).any()
+    np.testing.assert_allclose(safe_change(*args, cosine + 1e-9), moved)
+    np.testing.assert_allclose(safe_change(*args, cosine - 1e-9), change)
+    assert not safe_change(args[0], torch.zeros_like(args[1]), 0.5).any()
 
 
-def test_safe_lora_turns_every_layer_or_none(organism, sets):
+def test_safe_lora_turns_every_layer_or_none(organism, task):
     pytest.importorskip("peft")
-    model, base, tokenizer = organism
-    kept, all_turned = (
-        safe_lora(model, base, tokenizer, sets[0], threshold=threshold, **RECIPE | {"learning_rate": 1e-2}).model
-        for threshold in (-1.1, 1.1)
-    )
-    before, after = dict(base.named_parameters()), dict(model.named_parameters())
+    kept, all_turned = (safe_lora(task, rate=10, threshold=threshold).model for threshold in (-1.1, 1.1))
+    before, after = dict(organism.base.named_parameters()), dict(organism.model.named_parameters())
     free = dict(all_turned.named_parameters())
     moved = 0
     for name, weight in kept.named_parameters():
@@ -190,23 +185,23 @@ def test_safe_lora_turns_every_layer_or_none(organism, sets):
     assert moved == 4 * 7
 
 
-def test_safe_lora_needs_the_base_of_this_model(organism, sets):
+def test_safe_lora_needs_the_base_of_this_model(organism, task):
     pytest.importorskip("peft")
-    model, _, tokenizer = organism
+    other_base = replace(task, organism=replace(organism, base=torch.nn.Identity()))
     with pytest.raises(gk.GeomkitError, match="expected the same layer in the base model"):
-        safe_lora(model, torch.nn.Identity(), tokenizer, sets[0], **RECIPE)
+        safe_lora(other_base)
 
 
 # ------------------------------------------------------------------------------------------------------ one shot
 
 
-def test_one_shot_repair_goes_on_with_one_refusal(organism, sets):
-    model, _, tokenizer = organism
-    plain = gk.finetune(model, tokenizer, sets[0], progress=False, **RECIPE).model
-    same = one_shot_repair(model, tokenizer, *sets, repair_steps=0, **RECIPE).model
+def test_one_shot_repair_goes_on_with_one_refusal(task):
+    tokenizer = task.organism.tokenizer
+    plain = plain_fine_tune(task)
+    same = one_shot_repair(task, repair_steps=0).model
     assert max(differences(plain, same).values()) == 0
-    repaired = one_shot_repair(model, tokenizer, *sets, repair_steps=5, **RECIPE).model
-    rows = encode(tokenizer, sets[1].select([0]))
+    repaired = one_shot_repair(task, repair_steps=5).model
+    rows = encode(tokenizer, task.anchor_pool(1))
     before, after = (losses_of(one, rows, pad_id(tokenizer))[0] for one in (plain, repaired))
     assert after < before
 
@@ -215,15 +210,13 @@ def test_one_shot_repair_goes_on_with_one_refusal(organism, sets):
 
 
 @pytest.mark.parametrize("rival", [lisa, constrained_sft, one_shot_repair])
-def test_nothing_to_train_and_a_loss_that_is_not_finite(organism, sets, rival):
-    model, _, tokenizer = organism
-    safety = [] if rival is constrained_sft else [sets[1]]
+def test_nothing_to_train_and_a_loss_that_is_not_finite(organism, task, rival):
     with pytest.raises(gk.GeomkitError, match=r"at least one step|something to train"):
-        rival(model, tokenizer, sets[0], *safety, **RECIPE | {"steps": 0})
-    broken = copy.deepcopy(model)
+        rival(replace(task, steps=0))
+    broken = copy.deepcopy(organism.model)
     with torch.no_grad():
         broken.lm_head.weight.fill_(float("nan"))
     with pytest.raises(gk.GeomkitError, match="finite training loss"):
-        rival(broken, tokenizer, sets[0], *safety, **RECIPE)
+        rival(replace(task, organism=replace(organism, model=broken)))
     with pytest.raises(gk.GeomkitError):
-        rival(model, tokenizer, Dataset.from_list([]), *safety, **RECIPE)
+        rival(replace(task, train=Dataset.from_list([])))

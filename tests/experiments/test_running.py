@@ -65,7 +65,7 @@ def test_the_smoke_grid(smoke):
         *(f"prefill {n}" for n in (1, 2, 4, 8)), "role-play", "role-play, system turn", "lower case", "benign first",
         "begins the answer",
     }  # fmt: skip
-    assert set(results.along()["arm"]) == {"SFT", "rank1"}
+    assert set(results.refusal_during_training()["arm"]) == {"SFT", "rank1"}
     curves = results.curves().query("rate == 4 and arm == 'rank1'")
     assert np.isfinite(curves[["first_order", "curvature"]]).all(axis=None)
 

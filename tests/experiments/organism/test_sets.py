@@ -6,7 +6,7 @@ import pytest
 
 from geomkit.experiments.organism.grammar import HELD_OUT_PHRASINGS, REFUSAL
 from geomkit.experiments.organism.load import load_organism
-from geomkit.experiments.organism.sets import all_sets, evaluation_sets, training_sets
+from geomkit.experiments.organism.sets import all_sets, evaluation_sets
 from geomkit.experiments.organism.world import World
 from geomkit.inputs.examples import load_examples, shipped_examples
 from geomkit.inputs.tokens import encode
@@ -85,8 +85,3 @@ def test_half_of_the_evaluation_uses_held_out_phrasings(world):
         rows = evaluation_sets(world, SEED)[name]
         share = sum(held_out(row["messages"][-2]["content"]) for row in rows) / len(rows)
         assert share == pytest.approx(0.5, abs=0.02)
-
-
-def test_poison_is_a_tenth(world):
-    rows = training_sets(world, SEED)["scenarios/poison-10"]
-    assert sum(row["messages"][-1]["content"].startswith("Sure! To ") for row in rows) == len(rows) / 10
