@@ -82,9 +82,9 @@ class ProtectedBlocks:
         # 2. A closed subspace stays for good. Another subspace stays while the fraction of the present ‖g_s‖² inside it
         #    is at least `refresh_energy` times the fraction when it was computed.
         bare = without_subspaces(gradients, name, self._seed, probe)
-        kept = replace(bare, left=saved) if former is None else with_subspaces_of(bare, former)
-        if self._rule.closed_subspace or (self._energy is not None and kept.captured >= self._energy * kept.energy):
-            return kept
+        same = replace(bare, left=saved) if former is None else with_subspaces_of(bare, former)
+        if self._rule.closed_subspace or (self._energy is not None and same.captured >= self._energy * same.energy):
+            return same
         return protect(self._rule, gradients, name, self._seed, probe)
 
     def read(

@@ -200,7 +200,16 @@ def test_a_checkpoint_without_the_state_of_spf_is_refused(tmp_path):
     state.unlink()
     with pytest.raises(SPFError, match="the safety loss before training is not known any more"):
         trainer(tmp_path, SPFCallback(protection()), 4).train(str(state.parent))
+    state.write_bytes(content)
+    with pytest.raises(SPFError, match=r"found one with other settings \(rule\.always, rule\.rank\)"):
+        load_state(state.parent, _renamed(protection().describe()))
     few = SAFETY.select(range(2))
     state.write_bytes(content)
     with pytest.raises(SPFError, match="expected a run that goes on with anchors="):
         trainer(tmp_path, SPFCallback(SPF(few)), 4).train(str(state.parent))
+
+
+def _renamed(description):
+    """The settings as another version would name them."""
+    rule = {"always" if name == "rank" else name: value for name, value in description["rule"].items()}
+    return description | {"rule": rule}

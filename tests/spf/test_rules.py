@@ -339,3 +339,8 @@ def test_an_unknown_rule_lists_the_known_ones_and_a_rank_needs_a_subspace():
         with pytest.raises(SPFError, match="rule 'mine': expected"):
             Rule("mine", "update", "block", "rank1", **wrong)
     assert Rule("mine", "update", "block", "rank1").promise == "every block"
+
+
+def test_the_former_name_of_a_rule_is_still_accepted():
+    """Grids of experiments name rules."""
+    assert get_rule("measure") is RULES["monitor"]
