@@ -1,109 +1,115 @@
-"""Figures of spectra: which parameters they show, what their hover says, and that the noise floor is drawn at one."""
+"""Figures of whole spectra: medians, nulls, which parameters are drawn, and their hover text."""
 
 import numpy as np
-import plotly.graph_objects as go
 import pytest
 import torch
 
 from geomkit import plots
 from geomkit.errors import GeometryError
 from geomkit.gradients.factored import FactoredGradient
-from geomkit.svd.noise_floor import LayerNoiseFloor, NoiseFloor
 from geomkit.svd.spectrum import Spectrum, spectrum
-from geomkit.svd.spectrum_contrast import SpectrumContrast
-
-NAMES = [f"model.layers.{layer}.mlp.{place}.weight" for layer in range(2) for place in ("up_proj", "down_proj")]
-
-
-@pytest.fixture(scope="module")
-def found() -> Spectrum:
-    generator = torch.Generator().manual_seed(0)
-    return spectrum(
-        {
-            name: FactoredGradient(torch.randn(7, 16, generator=generator), torch.randn(7, 12, generator=generator))
-            for name in NAMES
-        },
-        null_draws=3,
-    )
+from tests.helpers.figures import (
+    NAMES,
+    gradients,
+    legend,
+    trace,
+)
 
 
-def trace(figure: go.Figure, name: str) -> go.Scatter:
-    (drawn,) = [each for each in figure.data if each.name == name and each.showlegend is not False]
-    return drawn
+def test_spectrum_draws_the_median_of_relative_singular_values(safety: Spectrum, utility: Spectrum) -> None:
+    figure = plots.plot_spectrum(safety, utility)
+    relative = [layer.singular_values / layer.singular_values[0] for layer in safety.layers.values()]
+    np.testing.assert_allclose(trace(figure, "safety").y[:6], np.median(relative, axis=0))
+    assert np.isnan(trace(figure, "safety").y[6:]).all()
+    assert np.isfinite(trace(figure, "utility").y).all()
+    assert len(figure.data) == 6
+    assert figure.layout.yaxis.type == "log"
+    assert figure.layout.xaxis.title.text == "index i of the singular value"
 
 
-def test_one_parameter_can_be_chosen(found: Spectrum) -> None:
-    figure = plots.plot_cer(found, layers=NAMES[2])
+def test_null_band_encloses_the_null_median(safety: Spectrum) -> None:
+    band, middle, _ = plots.plot_cer(safety).data
+    half = len(band.y) // 2
+    assert (band.y[:half] >= middle.y).all()
+    assert (band.y[half:][::-1] <= middle.y).all()
+
+
+def test_cer_passes_through_and_ends_at_one(safety: Spectrum) -> None:
+    figure = plots.plot_cer(safety, names=["safety"])
+    drawn = trace(figure, "safety")
+    expected = [np.median([layer.cer(k) for layer in safety.layers.values()]) for k in (1, 3, 6)]
+    np.testing.assert_allclose([drawn.y[0], drawn.y[2], drawn.y[-1]], expected)
+    assert drawn.y[-1] == pytest.approx(1)
+    assert drawn.line.color == plots.COLOURS["safety"]
+
+
+def test_null_band_survives_ranks_that_differ() -> None:
+    mixed = {"w": gradients(3, 0)[NAMES[0]], "v": gradients(9, 0)[NAMES[0]]}
+    band = plots.plot_spectrum(spectrum(mixed, null_draws=3)).data[0]
+    assert max(band.x) == 9
+    assert min(band.y) > 0
+
+
+def test_no_null_no_band() -> None:
+    assert len(plots.plot_spectrum(spectrum(gradients(4, 0), null_draws=0)).data) == 1
+
+
+def test_many_singular_values_are_thinned() -> None:
+    gradient = FactoredGradient(torch.eye(500), torch.eye(500))
+    figure = plots.plot_spectrum(spectrum({"w": gradient}, null_draws=0))
+    assert figure.data[0].x[0] == 1
+    assert figure.data[0].x[-1] == 500
+    assert len(figure.data[0].x) <= 120
+
+
+def test_names_must_match_the_spectra(safety: Spectrum) -> None:
+    with pytest.raises(GeometryError, match="3 spectra and 2 names"):
+        plots.plot_spectrum(safety, safety, safety)
+    with pytest.raises(GeometryError, match="at least one"):
+        plots.plot_cer()
+
+
+def test_zero_gradients_are_refused() -> None:
+    zero = spectrum({"w": FactoredGradient(torch.zeros(2, 4), torch.zeros(2, 4))}, null_draws=1)
+    with pytest.raises(GeometryError, match="only zeros"):
+        plots.plot_spectrum(zero)
+
+
+def test_one_parameter_can_be_chosen(small: Spectrum) -> None:
+    figure = plots.plot_cer(small, layers=list(small.layers)[2])
     drawn = trace(figure, "gradient")
-    layer = found.layers[NAMES[2]]
+    layer = small.layers[list(small.layers)[2]]
     assert list(drawn.y) == pytest.approx([layer.cer(int(k)) for k in drawn.x])
-    assert NAMES[2] in figure.layout.title.subtitle.text
-    null = [draw.cer(3) for draw in found.null[NAMES[2]]]
+    assert list(small.layers)[2] in figure.layout.title.subtitle.text
+    null = [draw.cer(3) for draw in small.null[list(small.layers)[2]]]
     _, _, middle, low, high = drawn.customdata[2]
     assert (low, middle, high) == pytest.approx(tuple(np.quantile(null, (0.05, 0.5, 0.95))))
     assert "null %{customdata[2]:.1%} [%{customdata[3]:.1%}, %{customdata[4]:.1%}]" in drawn.hovertemplate
     assert "parameters" not in drawn.hovertemplate
 
 
-def test_some_parameters_can_be_chosen(found: Spectrum) -> None:
-    figure = plots.plot_spectrum(found, layers="*up_proj*")
-    relative = [found.layers[name].singular_values / found.layers[name].singular_values[0] for name in NAMES[::2]]
+def test_some_parameters_can_be_chosen(small: Spectrum) -> None:
+    figure = plots.plot_spectrum(small, layers="*up_proj*")
+    layers = [layer for name, layer in small.layers.items() if "up_proj" in name]
+    relative = [layer.singular_values / layer.singular_values[0] for layer in layers]
     drawn = trace(figure, "gradient")
     assert list(drawn.y) == pytest.approx(list(np.median(relative, axis=0)))
     assert drawn.customdata[3][:2] == pytest.approx(np.quantile(relative, (0.05, 0.95), axis=0)[:, 3])
     assert "90 % of 2 parameters" in drawn.hovertemplate
     assert "median of 2 parameters" in figure.layout.title.subtitle.text
     with pytest.raises(GeometryError, match=r"parameters like 'attn', found none of 4 \(model.layers.0.mlp.up_proj"):
-        plots.plot_spectrum(found, layers="attn")
+        plots.plot_spectrum(small, layers="attn")
 
 
-def test_no_band_lies_on_a_line(found: Spectrum) -> None:
-    figure = plots.plot_spectrum(found, found)
-    assert [each.fill for each in figure.data] == ["toself"] * 2 + [None] * 4
-    assert [each.line.dash for each in figure.data[2:]] == ["dot"] * 2 + [None] * 2
+def test_no_band_lies_on_a_line(small: Spectrum) -> None:
+    figure = plots.plot_spectrum(small, small)
+    assert [drawn.fill for drawn in figure.data] == ["toself"] * 2 + [None] * 4
+    assert [drawn.line.dash for drawn in figure.data[2:]] == ["dot"] * 2 + [None] * 2
 
 
-def layer_noise(name: str, values: list[float], floor: float) -> LayerNoiseFloor:
-    null = floor * np.linspace(0, 1, 99)
-    return LayerNoiseFloor(name, (4, 3), 20, np.array(values), floor, null)
-
-
-def test_noise_floor_is_drawn_at_one() -> None:
-    noise = NoiseFloor(
-        {
-            "model.layers.0.mlp.up_proj.weight": layer_noise(
-                "model.layers.0.mlp.up_proj.weight", [4.0, 2.0, 1e-5], 0.5
-            ),
-            "model.layers.1.mlp.up_proj.weight": layer_noise("model.layers.1.mlp.up_proj.weight", [1.0, 0.5, 0.1], 2.0),
-            "lm_head.weight": layer_noise("lm_head.weight", [0.0, 0.0, 0.0], 0.0),
-        },
-        examples=8,
-        draws=99,
-    )
-    figure = noise.plot()
-    strong, weak = figure.data
-    assert list(strong.y) == [8.0, 4.0]  # rounding, far below, is left out
-    assert list(strong.customdata) == [4.0, 2.0]
-    assert list(weak.y) == pytest.approx([0.5, 0.25, 0.05])
-    assert figure.layout.shapes[0].y0 == 1.0
-    assert [each.showlegend for each in (strong, weak)] == [True, False]
-    assert "1 of 2 matrices above noise (family-wise p ≤ 0.05)" in figure.layout.title.subtitle.text
-    assert len(plots.plot_noise_floor(noise, layers="*.1.*").data) == 1
-    with pytest.raises(GeometryError, match=r"only zeros in 'lm_head.weight'"):
-        plots.plot_noise_floor(noise, layers="lm_head.weight")
-
-
-def test_legends_name_each_set_once_and_leave_room_for_the_figure(found: Spectrum) -> None:
+def test_legends_name_each_set_once_and_leave_room_for_the_figure(small: Spectrum) -> None:
     names = ["safety", *(f"a rather long name of control number {place}" for place in range(4))]
-    for figure in (plots.plot_cer(*[found] * 5, names=names), plots.plot_spectrum(*[found] * 5, names=names)):
-        assert [each.name for each in figure.data if each.showlegend is not False] == names
+    for figure in (plots.plot_cer(*[small] * 5, names=names), plots.plot_spectrum(*[small] * 5, names=names)):
+        assert legend(figure) == names
         assert figure.layout.height == 420 + 3 * 22
         assert list(figure.layout.xaxis.tickvals) == list(range(1, 8))
-
-
-def test_two_layers_have_two_ticks_and_long_names_fit(found: Spectrum) -> None:
-    assert list(plots.plot_effective_rank(found).layout.xaxis.tickvals) == [0, 1]
-    names = ("safety", "benign requests, refused in the model's own words")
-    figure = plots.plot_spectrum_contrast(SpectrumContrast(found, found, names))
-    assert figure.layout.title.text == "Effective rank: safety − benign requests, refused…"
-    assert figure.layout.yaxis.title.text == "difference"

@@ -1,4 +1,4 @@
-"""The figure of a trajectory, and of tokens: what is unknown, what is long, and what looks like mark-up."""
+"""The figure of a trajectory: unknown values, long names, ticks and hover text."""
 
 from types import SimpleNamespace
 
@@ -8,7 +8,6 @@ import plotly.graph_objects as go
 import pytest
 
 from geomkit import plots
-from geomkit.correlation.token_conflict import ExampleTokens, TokenConflict
 from geomkit.errors import GeometryError
 
 COLUMNS = ["question", "measure", "of", "value", "low", "high", "null", "null_low", "null_high"]
@@ -43,7 +42,7 @@ def test_panels_of_no_value_are_left_out_and_differences_are_short(named: go.Fig
 
 
 def test_no_value_has_no_band_and_a_null_has_its_interval(named: go.Figure) -> None:
-    bands = {each.name: list(each.y) for each in named.data if each.fill}
+    bands = {drawn.name: list(drawn.y) for drawn in named.data if drawn.fill}
     assert list(bands) == ["safety: null interval", "safety: interval", "safety − control: interval"]
     assert bands["safety: null interval"] == [0.1, 0.1, -0.1, -0.1]
     assert named.layout.title.subtitle.text == (
@@ -52,9 +51,9 @@ def test_no_value_has_no_band_and_a_null_has_its_interval(named: go.Figure) -> N
 
 
 def test_hover_says_what_is_known(named: go.Figure) -> None:
-    said = {each.text[0] for each in named.data if each.mode == "lines+markers"}
-    assert {"<br>null [-0.1, 0.1]", " [0.1, 0.5]<br>null 0", "<br>null 0"} < said
-    assert not any("nan" in text for text in said if text != said)
+    texts = {drawn.text[0] for drawn in named.data if drawn.mode == "lines+markers"}
+    assert {"<br>null [-0.1, 0.1]", " [0.1, 0.5]<br>null 0", "<br>null 0"} < texts
+    assert not any("nan" in text for text in texts)
 
 
 def test_moments_are_named_below_the_lowest_panels_only(named: go.Figure) -> None:
@@ -64,13 +63,3 @@ def test_moments_are_named_below_the_lowest_panels_only(named: go.Figure) -> Non
     assert axes[3].ticktext == ("base", "after 100<br>steps of harm")
     steps = plots.plot_trajectory(trajectory(0, 1)).layout.xaxis4
     assert (list(steps.tickvals), steps.title.text) == ([0, 1], "optimizer step")
-
-
-def test_tokens_are_no_mark_up() -> None:
-    texts = ("<|end|>", "&lt;", "a")
-    values = np.array([[-0.2, 0.1, 0.3], [-0.1, 0.2, 0.1]])
-    examples = tuple(ExampleTokens((0, 1, 2), texts, np.ones(3, bool), np.ones(3), row) for row in values)
-    figure = plots.plot_token_conflict(TokenConflict(examples, 1.0, confidence=0.9))
-    assert {row[0] for each in figure.data for row in each.customdata} == {"&lt;|end|&gt;", "&amp;lt;", "a"}
-    assert "&lt;|end|&gt; ×2" in figure.layout.yaxis.ticktext
-    assert "mean over 2 examples; lines: 90 % intervals" in figure.layout.title.subtitle.text

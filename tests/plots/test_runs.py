@@ -1,0 +1,45 @@
+"""Figures of evaluations and of training losses."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from geomkit import plots
+from geomkit.stats.proportions import Rate
+from geomkit.training.evaluate import Evaluation
+from tests.helpers.figures import (
+    trace,
+)
+
+
+def evaluation(refused: int) -> Evaluation:
+    return Evaluation(Rate(refused, 100), Rate(1, 100), {"sql": Rate(40, 50)}, pd.DataFrame())
+
+
+def test_evaluations_stand_side_by_side_with_their_intervals() -> None:
+    arms = {"aligned": evaluation(100), "SFT": evaluation(5), "SPF": evaluation(97)}
+    figure = plots.plot_evaluation(arms)
+    assert [drawn.name for drawn in figure.data] == list(arms)
+    tuned = trace(figure, "SFT")
+    assert list(tuned.x) == [0.05, 0.01, 0.8]
+    assert tuned.x[0] + tuned.error_x.array[0] == pytest.approx(Rate(5, 100).interval[1])
+    assert tuned.marker.color == plots.COLOURS["SFT"]
+    assert figure.layout.yaxis.ticktext == ("refusal", "over-refusal", "exact match: sql")
+    assert figure.layout.xaxis.title.text == "share of prompts"
+
+
+def test_one_evaluation_needs_no_legend() -> None:
+    figure = evaluation(90).plot()
+    assert len(figure.data) == 1
+    assert figure.layout.showlegend is False
+
+
+def test_history_leaves_out_rows_without_a_loss() -> None:
+    history = pd.DataFrame({"step": [1, 2, 3], "loss": [2.0, 1.0, np.nan]})
+    figure = plots.plot_history({"SPF": SimpleNamespace(history=history), "other": SimpleNamespace(history=history)})
+    assert list(trace(figure, "SPF").x) == [1, 2]
+    assert list(figure.layout.xaxis.tickvals) == [1, 2, 3]
+    assert figure.layout.yaxis.title.text == "loss, nats per token"
+    assert len({drawn.line.color for drawn in figure.data}) == 2
