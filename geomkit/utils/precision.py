@@ -9,7 +9,10 @@ from torch import Tensor
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Compute fp32 matrix products in fp32 inside the block: TF32 leaves 3e-3 of what a projection should remove."""
+    """Compute fp32 matrix products in fp32 inside the block, since TF32 is too coarse for a projection.
+
+    See tests/benchmarks/README.md for what remains of a projected gradient under TF32.
+    """
     previous = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

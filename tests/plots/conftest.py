@@ -8,11 +8,7 @@ from geomkit.gradients.factored import FactoredGradient
 from geomkit.svd.principal_angles import Angles, principal_angles
 from geomkit.svd.spectrum import Spectrum, spectrum
 from geomkit.svd.subspaces import subspace
-from tests.helpers.figures import (
-    BROKEN,
-    experiment,
-    gradients,
-)
+from tests.helpers.figures import BROKEN, experiment, gradients
 
 
 @pytest.fixture(scope="session")

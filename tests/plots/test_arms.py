@@ -7,9 +7,7 @@ import geomkit as gk
 from geomkit import plots
 from geomkit.experiments.results import Results
 from tests.experiments.test_results import outcomes, record
-from tests.helpers.figures import (
-    drawn_traces,
-)
+from tests.helpers.figures import drawn_traces
 
 
 def test_of_several_organisms_the_first_is_drawn(results):

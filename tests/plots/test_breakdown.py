@@ -6,9 +6,7 @@ import pytest
 import geomkit as gk
 from geomkit import plots
 from tests.experiments.test_results import record
-from tests.helpers.figures import (
-    experiment,
-)
+from tests.helpers.figures import experiment
 
 
 def test_the_map_of_where_arms_break(results):

@@ -7,9 +7,7 @@ import pytest
 
 from geomkit import plots
 from geomkit.spf.certificate import Certificate
-from tests.helpers.figures import (
-    certificate,
-)
+from tests.helpers.figures import certificate
 
 
 def test_certificate_draws_blocks_by_steps() -> None:

@@ -8,10 +8,7 @@ import pytest
 from geomkit import plots
 from geomkit.errors import SPFError
 from geomkit.spf.certificate import Certificate
-from tests.helpers.figures import (
-    certificate,
-    trace,
-)
+from tests.helpers.figures import certificate, trace
 
 
 def measured(*changes: tuple[float, float, float]) -> Certificate:

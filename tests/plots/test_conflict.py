@@ -8,11 +8,7 @@ import pytest
 from geomkit import plots
 from geomkit.correlation.layer_conflict import ControlDifference, LayerConflict
 from geomkit.errors import GeometryError
-from tests.helpers.figures import (
-    NAMES,
-    PLACES,
-    conflict,
-)
+from tests.helpers.figures import NAMES, PLACES, conflict
 
 
 def test_conflict_map_is_centred_and_marks_what_covers_zero() -> None:

@@ -1,10 +1,7 @@
 """Short names of parameters."""
 
 from geomkit.plots.labels import place_of
-from tests.helpers.figures import (
-    NAMES,
-    PLACES,
-)
+from tests.helpers.figures import NAMES, PLACES
 
 
 def test_places_are_the_same_in_all_layers() -> None:

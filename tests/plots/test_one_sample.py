@@ -11,9 +11,7 @@ from geomkit.svd.one_sample.gradient_map import gradient_map
 from geomkit.svd.one_sample.leave_one_out import Estimate
 from geomkit.svd.one_sample.overlaps import Overlaps
 from geomkit.svd.one_sample.results import Group, LayerOneSample, OneSample
-from tests.helpers.figures import (
-    trace,
-)
+from tests.helpers.figures import trace
 
 
 def test_one_sample_shows_every_example_and_the_expectation() -> None:

@@ -7,11 +7,7 @@ import geomkit as gk
 from geomkit import plots
 from geomkit.experiments.results import Results
 from tests.experiments.test_results import outcomes, record
-from tests.helpers.figures import (
-    BROKEN,
-    drawn_traces,
-    legend,
-)
+from tests.helpers.figures import BROKEN, drawn_traces, legend
 
 
 def share_at(place):

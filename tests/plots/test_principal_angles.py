@@ -9,9 +9,7 @@ from geomkit.errors import GeometryError
 from geomkit.gradients.factored import FactoredGradient
 from geomkit.svd.principal_angles import Angles, principal_angles
 from geomkit.svd.subspaces import Subspace, layer_subspace, subspace
-from tests.helpers.figures import (
-    trace,
-)
+from tests.helpers.figures import trace
 
 
 def test_angles_ascend_and_are_in_degrees(angles: Angles) -> None:

@@ -7,9 +7,7 @@ from geomkit import plots
 from geomkit.errors import GeometryError
 from geomkit.svd.spectrum import Spectrum
 from geomkit.svd.spectrum_contrast import SpectrumContrast
-from tests.helpers.figures import (
-    PLACES,
-)
+from tests.helpers.figures import PLACES
 
 
 def test_effective_rank_has_a_panel_per_place_and_the_null_range(safety: Spectrum, utility: Spectrum) -> None:

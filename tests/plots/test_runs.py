@@ -9,9 +9,7 @@ import pytest
 from geomkit import plots
 from geomkit.stats.proportions import Rate
 from geomkit.training.evaluate import Evaluation
-from tests.helpers.figures import (
-    trace,
-)
+from tests.helpers.figures import trace
 
 
 def evaluation(refused: int) -> Evaluation:

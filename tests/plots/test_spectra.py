@@ -8,12 +8,7 @@ from geomkit import plots
 from geomkit.errors import GeometryError
 from geomkit.gradients.factored import FactoredGradient
 from geomkit.svd.spectrum import Spectrum, spectrum
-from tests.helpers.figures import (
-    NAMES,
-    gradients,
-    legend,
-    trace,
-)
+from tests.helpers.figures import NAMES, gradients, legend, trace
 
 
 def test_spectrum_draws_the_median_of_relative_singular_values(safety: Spectrum, utility: Spectrum) -> None:

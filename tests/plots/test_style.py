@@ -6,9 +6,7 @@ from geomkit import plots
 from geomkit.plots.style import looks
 from geomkit.svd.principal_angles import Angles
 from geomkit.svd.spectrum import Spectrum
-from tests.helpers.figures import (
-    conflict,
-)
+from tests.helpers.figures import conflict
 
 
 def test_template_is_registered_but_not_the_default() -> None:

@@ -7,12 +7,7 @@ import geomkit as gk
 from geomkit import plots
 from geomkit.experiments.results import Results
 from tests.experiments.test_results import outcomes, record
-from tests.helpers.figures import (
-    CERTIFICATE,
-    CURVE,
-    drawn_traces,
-    legend,
-)
+from tests.helpers.figures import CERTIFICATE, CURVE, drawn_traces, legend
 
 
 def test_along_training(results):
