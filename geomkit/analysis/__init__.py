@@ -1,5 +1,5 @@
-"""All measurements at once, and again along training.
+"""All measurements of gradient geometry in one call, the verdict on the paper's claims, and both along training.
 
-Reading order: ``probe`` runs them → ``analysis`` holds the results → ``claims`` judges the paper's claims by them;
-``tracking`` repeats them at checkpoints.
+Reading order: ``probe`` collects the gradients of three sets → ``analysis`` measures them → ``headlines`` is the table
+of its numbers → ``claims`` are the verdicts on them; ``tracking`` repeats a probe during training or over checkpoints.
 """

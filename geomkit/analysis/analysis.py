@@ -1,6 +1,6 @@
-"""The three insights in one result: low rank, conflict, one sample — each beside what could have refuted it."""
+"""Analysis of safety, control and utility gradients: rank, conflict and one-sample overlap, with nulls and controls."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -8,7 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from geomkit.analysis import headlines as names
 from geomkit.analysis.claims import Claim, claims_frame, claims_table
+from geomkit.analysis.headlines import Headline, headlines, paper_claims
 from geomkit.correlation.conflict import Conflict, conflict
 from geomkit.gradients.gradient_set import Coverage, GradientSet, layer_grams
 from geomkit.svd.example_span import span
@@ -19,7 +21,7 @@ from geomkit.svd.spectrum import Spectrum, spectrum
 from geomkit.svd.spectrum_contrast import SpectrumContrast, compare_spectra
 from geomkit.svd.subspaces import subspace
 from geomkit.svd.token_matching import match_tokens
-from geomkit.utils.display import html_table, text_table
+from geomkit.utils.display import Result, html_table, text_table
 from geomkit.utils.figures import draw
 
 if TYPE_CHECKING:
@@ -27,25 +29,27 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 _UNEVEN = 0.2
-_REPORTED = 0.8
-"""The overlap of one sample with the mean that the paper reports as typical."""
+"""Share of a set's squared norm from which on one example is named in the caution."""
 
 
 @dataclass(frozen=True, eq=False)
-class Analysis:
-    """What safety, control and utility gradients look like, and how they lie to each other.
+class Analysis(Result):
+    """Spectra of safety, control and utility gradients, their conflict, and the overlap of single examples.
+
+    Mappings have the keys ``"safety"``, ``"control"`` and ``"utility"``.
 
     Attributes:
-        spectra: Of the mean gradient of every linear layer, at equal token counts, as ``"safety"``, ``"control"`` and
-            ``"utility"``.
-        spans: Of the examples' own gradients as vectors, one beside another: how many dimensions many of them span.
-        angles: Principal angles between the leading left subspaces of safety and utility.
-        conflict: Cosines between the two, and by how much they are below the control's.
-        one_sample: What single safety examples find of the mean safety subspace, beside what single controls find.
-        coverage: What share of the model was seen.
-        tokens: Number of tokens in each layer's spectra, the same on all sides; the median over layers.
-        losses: Mean loss of the safety, control and utility examples, in nats per token.
-        largest: Share of the examples' squared norms that the largest one holds, of each set.
+        spectra: Spectra of the mean gradient of every linear layer, at equal token counts.
+        spans: Spectra of the matrix whose columns are the gradients of the examples as vectors; their effective rank is
+            the number of dimensions that the examples span.
+        angles: Principal angles between the leading left subspaces of the mean safety and the mean utility gradient.
+        conflict: Cosine of safety and utility gradients, and its difference to the cosine of control and utility.
+        one_sample: Overlap of single safety examples, and of single controls, with the subspace of the mean safety
+            gradient.
+        coverage: The share of the model's parameters whose gradients were collected.
+        tokens: Number of tokens in each layer's spectra, equal for all three sets; the median over layers.
+        losses: Mean loss of each set's examples, in nats per token.
+        largest: The largest share of one example in the sum of the squared gradient norms of its set.
     """
 
     spectra: Mapping[str, Spectrum]
@@ -69,20 +73,19 @@ class Analysis:
         return self.spectra["utility"]
 
     def rank_contrast(self, other: str) -> SpectrumContrast:
-        """Return by how much the safety spectra differ from those of ``"control"`` or ``"utility"``."""
+        """Return the difference of the safety spectra to the spectra of ``"control"`` or ``"utility"``."""
         return compare_spectra(self.safety, self.spectra[other], names=("safety", other))
 
     def span_contrast(self, other: str) -> SpectrumContrast:
-        """Return by how much the span of the safety examples differs from that of the others."""
+        """Return the difference of the span of the safety examples to the span of the ``other`` examples."""
         return compare_spectra(self.spans["safety"], self.spans[other], names=("safety", other))
 
     @property
     def caution(self) -> str:
-        """What to be careful about; empty where there is nothing.
+        """A warning, in words, if one example has a large part of its set's squared norm; else the empty string.
 
-        Where a few of many examples hold most of the squared norm, a sample says little of the others, and its
-        intervals do not know what it has missed: with half of it in 2 of 240 examples, nominal 95 % intervals of the
-        cosine, the mean gradient's rank and the one-sample overlap held the truth in 70 to 90 % of samples of 16 or 32.
+        If a few of many examples have most of the squared norm, a sample of the examples often misses them, and
+        intervals over the sample are too narrow (see tests/benchmarks/README.md).
         """
         uneven = [f"{name} {share:.0%}" for name, share in self.largest.items() if share > _UNEVEN]
         if not uneven:
@@ -93,111 +96,85 @@ class Analysis:
         )
 
     def claims(self) -> list[Claim]:
-        """Return what the paper claims of gradients, each claim with and without a control, and what became of it."""
-        study, direction = self.one_sample, self.one_sample.groups["control"].cosine
-        return [
-            *(
-                Claim("low rank?", f"{what}: safety is below {other}", *contrast(other).mean("effective_rank"))
-                for what, contrast in (
-                    ("effective rank of the mean gradient at equal tokens", self.rank_contrast),
-                    ("effective rank of the examples' span", self.span_contrast),
-                )
-                for other in ("utility", "control")
-            ),
-            Claim(
-                "conflict?", "cosine of safety and utility is below 0", self.conflict.corrected, self.conflict.interval
-            ),
-            Claim(
-                "conflict?",
-                "it is below 0 with all examples and parameters alike",
-                self.conflict.unweighted.corrected,
-                self.conflict.unweighted.interval,
-            ),
-            *(
-                [Claim("conflict?", "it is below that of control and utility", contrast.value, contrast.interval)]
-                if (contrast := self.conflict.contrast)
-                else []
-            ),
-            Claim(
-                "one sample?",
-                "a safety example's cosine with the others' mean is above a control's",
-                direction.contrast,
-                direction.contrast_interval,
-                above=True,
-            ),
-            Claim(
-                "one sample?",
-                "a safety example's overlap with the others is above a control's",
-                study.contrast,
-                study.contrast_interval,
-                above=True,
-            ),
-            Claim(
-                "one sample?",
-                f"that overlap is above {_REPORTED}, as reported",
-                study.overlap,
-                study.interval,
-                _REPORTED,
-                above=True,
-            ),
-        ]
+        """Return the paper's claims on gradients, with and without a control, each with its number and verdict."""
+        return paper_claims(headlines(self))
 
     def to_dict(self) -> dict[str, object]:
-        """Return the headline numbers: ``spectrum``, ``conflict``, ``one_sample``, and the ``claims``.
+        """Return the headline numbers as JSON values: ``spectrum``, ``conflict``, ``one_sample``, ``claims`` and more.
 
-        ``null_interval`` is where ``cosine``, that of the mean gradients, lies for shuffled labels; ``interval``
-        belongs to ``corrected``, the estimate of the cosine of the expected gradients. ``contrast`` is
-        safety − control.
+        In ``conflict``, ``null_interval`` is the interval of ``cosine``, the cosine of the mean gradients, for shuffled
+        labels, and ``interval`` is the interval of ``corrected``, the estimate of the cosine of the expected gradients.
+        In ``one_sample``, ``null`` is the overlap of the controls, and ``contrast`` is safety − control.
         """
+        table = headlines(self)
+        mean, cosine = table[names.MEAN_COSINE, "safety"], table[names.COSINE, "safety"]
+        negative = table[names.NEGATIVE, "safety"]
+        overlap, control = (table[names.OVERLAP, name] for name in ("safety", "control"))
+        contrast = table[names.OVERLAP_DIFFERENCE, "safety − control"]
         return {
-            "losses": dict(self.losses),
+            "losses": {name: table[names.LOSS, name].value for name in self.losses},
             "largest_example": dict(self.largest),
-            "spectrum": {name: _headline(side, self.tokens) for name, side in self.spectra.items()},
+            "spectrum": {
+                name: self._spectrum_numbers(table[names.RANK, name], table[names.CER, name]) for name in self.spectra
+            },
             "span": {
-                name: {"effective_rank": side.mean("effective_rank"), "interval": list(side.interval("effective_rank"))}
-                for name, side in self.spans.items()
+                name: {
+                    "effective_rank": table[names.SPAN, name].value,
+                    "interval": list(table[names.SPAN, name].interval),
+                }
+                for name in self.spans
             },
             "conflict": {
-                "cosine": self.conflict.cosine,
-                "corrected": self.conflict.corrected,
-                "unweighted": self.conflict.unweighted.corrected,
-                "negative_share": self.conflict.negative.value,
-                "negative_share_interval": list(self.conflict.negative.interval),
-                "interval": list(self.conflict.interval),
-                "null_interval": list(self.conflict.null_interval),
+                "cosine": mean.value,
+                "corrected": cosine.value,
+                "unweighted": table[names.UNWEIGHTED, "safety"].value,
+                "negative_share": negative.value,
+                "negative_share_interval": list(negative.interval),
+                "interval": list(cosine.interval),
+                "null_interval": list(mean.null_interval),
                 "p_value": self.conflict.p_value,
             },
             "one_sample": {
-                "overlap": self.one_sample.overlap,
-                "interval": list(self.one_sample.interval),
-                "null": self.one_sample.null_mean,
-                "null_interval": list(self.one_sample.null_interval),
-                "contrast": self.one_sample.contrast,
-                "contrast_interval": list(self.one_sample.contrast_interval),
-                "cosine": self.one_sample.groups["safety"].cosine.value,
-                "control_cosine": self.one_sample.groups["control"].cosine.value,
-                "expected": self.one_sample.expected,
+                "overlap": overlap.value,
+                "interval": list(overlap.interval),
+                "null": control.value,
+                "null_interval": list(control.interval),
+                "contrast": contrast.value,
+                "contrast_interval": list(contrast.interval),
+                "cosine": table[names.ONE_COSINE, "safety"].value,
+                "control_cosine": table[names.ONE_COSINE, "control"].value,
+                "expected": overlap.null,
             },
-            "claims": claims_frame(self.claims()).to_dict("records"),
+            "claims": claims_frame(paper_claims(table)).to_dict("records"),
+        }
+
+    def _spectrum_numbers(self, rank: Headline, cer: Headline) -> dict[str, object]:
+        return {
+            "tokens": self.tokens,
+            "effective_rank": rank.value,
+            "effective_rank_interval": list(rank.interval),
+            "cer10": cer.value,
+            "null_effective_rank": rank.null,
+            "null_cer10": cer.null,
         }
 
     def to_frame(self) -> "pd.DataFrame":
         """Return one row per headline number.
 
-        The columns are ``question``, ``measure``, ``of`` (which gradients), ``value`` with its interval ``low`` to
-        ``high`` over examples, and ``null`` with ``null_low`` to ``null_high``: what it would be if there were nothing
-        to find.
+        The columns are ``question``, ``measure``, ``of`` (the gradients measured), ``value`` with its interval ``low``
+        to ``high`` over examples, and ``null`` with ``null_low`` to ``null_high``: the value to expect if there were
+        nothing to find.
         """
         import pandas as pd
 
-        return pd.DataFrame(headlines(self), columns=list(COLUMNS))
+        return pd.DataFrame(headlines(self).values(), columns=list(Headline._fields))
 
     def plot(self) -> "Figure":
-        """Draw the normalised spectra with their nulls."""
+        """Draw the normalised spectra of the three sets with their nulls."""
         return draw("plot_spectrum", *self.spectra.values(), names=tuple(self.spectra))
 
     def __str__(self) -> str:
-        """Say what became of each claim."""
+        """Return the table of the paper's claims with their verdicts, under a line on tokens, coverage and cautions."""
         rows = claims_table(self.claims())
         lines = text_table([list(rows.columns), *rows.to_numpy().tolist()])
         return "\n".join([self._head(), *lines])
@@ -220,37 +197,37 @@ def analysis_of(
     null_draws: int = 8,
     seed: int = 0,
 ) -> Analysis:
-    """Measure gradients that were collected with ``per_sample=True`` and ``form="factored"``.
+    """Return the analysis of gradients that were collected with ``per_sample=True`` and ``form="factored"``.
 
     Args:
-        safety: Of forbidden requests and refusals.
-        utility: Of benign requests and answers.
-        control: Of benign requests with the safety set's responses.
-        rank: Number of directions compared between subspaces.
+        safety: Gradients of forbidden requests and refusals.
+        utility: Gradients of benign requests and answers.
+        control: Gradients of benign requests with the safety set's responses.
+        rank: Number of directions of the subspaces that are compared.
         null_draws: Draws from the null of each layer's spectrum.
         seed: Seed of all random draws.
 
-    Returns:
-        The three questions, answered.
-
     Raises:
-        GeometryError: If a set has fewer than three examples, or was not collected so.
+        GeometryError: If a set has fewer than three examples, or was collected in another way.
     """
-    sides = {"safety": safety, "control": control, "utility": utility}
-    matched = match_tokens(*sides.values(), seed=seed)
+    sets = {"safety": safety, "control": control, "utility": utility}
+    # 1. A mean over more tokens has a higher rank, so spectra are compared at equal token counts.
+    matched = match_tokens(*sets.values(), seed=seed)
     spectra = {
-        name: spectrum(side, null_draws=null_draws, seed=seed) for name, side in zip(sides, matched, strict=True)
+        name: spectrum(gradients, null_draws=null_draws, seed=seed)
+        for name, gradients in zip(sets, matched, strict=True)
     }
-    count = min(len(side.samples) for side in sides.values())  # more examples span more dimensions
-    within = {name: layer_grams(side, side) for name, side in sides.items()}
+    # 2. More examples span more dimensions, so spans are compared at equal numbers of examples.
+    count = min(len(gradients.samples) for gradients in sets.values())
+    grams = {name: layer_grams(gradients, gradients) for name, gradients in sets.items()}
     return Analysis(
         spectra=spectra,
-        spans={name: span(_some(grams, count, seed), together=True, seed=seed) for name, grams in within.items()},
-        angles=principal_angles(*(subspace(side, rank=rank) for side in (matched[0], matched[2]))),
+        spans={name: span(_subset(gram, count, seed), together=True, seed=seed) for name, gram in grams.items()},
+        angles=principal_angles(*(subspace(gradients, rank=rank) for gradients in (matched[0], matched[2]))),
         conflict=conflict(
-            within["safety"],
-            within["utility"],
-            within["control"],
+            grams["safety"],
+            grams["utility"],
+            grams["control"],
             across=layer_grams(safety, utility),
             control_across=layer_grams(control, utility),
             seed=seed,
@@ -258,105 +235,19 @@ def analysis_of(
         one_sample=one_sample_study(safety, control, rank=rank),
         coverage=safety.coverage,
         tokens=int(np.median([layer.tokens for layer in spectra["safety"].layers.values()])),
-        losses={name: side.loss for name, side in sides.items()},
-        largest={name: _largest(grams) for name, grams in within.items()},
+        losses={name: gradients.loss for name, gradients in sets.items()},
+        largest={name: _largest_share(gram) for name, gram in grams.items()},
     )
 
 
-def _largest(grams: Mapping[str, Tensor]) -> float:
+def _largest_share(grams: Mapping[str, Tensor]) -> float:
+    """Return the largest share of one example in the sum of squared norms over all layers; 0 if all norms are 0."""
     squared = torch.stack([gram.diagonal() for gram in grams.values()]).sum(0)
     return float(squared.max() / squared.sum()) if bool(squared.any()) else 0.0
 
 
-def _some(grams: Mapping[str, Tensor], count: int, seed: int) -> dict[str, Tensor]:
-    """Keep so many examples, drawn at random."""
+def _subset(grams: Mapping[str, Tensor], count: int, seed: int) -> dict[str, Tensor]:
+    """Return the (count, count) inner products of ``count`` of the examples, drawn at random."""
     examples = len(next(iter(grams.values())))
-    kept = np.sort(np.random.default_rng(seed).choice(examples, count, replace=False))
-    return {name: gram[kept][:, kept] for name, gram in grams.items()}
-
-
-def _headline(side: Spectrum, tokens: int) -> dict[str, object]:
-    return {
-        "tokens": tokens,
-        "effective_rank": side.mean("effective_rank"),
-        "effective_rank_interval": list(side.interval("effective_rank")),
-        "cer10": side.mean("cer10"),
-        "null_effective_rank": side.null_mean("effective_rank"),
-        "null_cer10": side.null_mean("cer10"),
-    }
-
-
-COLUMNS = ("question", "measure", "of", "value", "low", "high", "null", "null_low", "null_high")
-_UNKNOWN = (float("nan"), float("nan"))
-
-_Row = tuple[object, ...]
-
-
-def headlines(analysis: "Analysis") -> list[_Row]:
-    """Return the rows of :meth:`geomkit.analysis.analysis.Analysis.to_frame`, whose columns are :data:`COLUMNS`."""
-    return [
-        *_loss_rows(analysis),
-        *_rank_rows(analysis),
-        *_conflict_rows(analysis),
-        *_one_sample_rows(analysis),
-    ]
-
-
-def _loss_rows(analysis: "Analysis") -> Iterator[_Row]:
-    for name, loss in analysis.losses.items():
-        yield _row("loss", "loss, nats per token", name, loss)
-
-
-def _rank_rows(analysis: "Analysis") -> Iterator[_Row]:
-    for statistic, label, sides, contrast_to in (
-        ("effective_rank", "effective rank", analysis.spectra, analysis.rank_contrast),
-        ("cer10", "CER(10)", analysis.spectra, analysis.rank_contrast),
-        ("effective_rank", "effective rank of the span", analysis.spans, analysis.span_contrast),
-    ):
-        for name, side in sides.items():
-            null = side.null_mean(statistic)
-            yield _row("low rank?", label, name, side.mean(statistic), side.interval(statistic), null)
-        for contrast in map(contrast_to, ("control", "utility")):
-            yield _row("low rank?", f"{label}, difference", " − ".join(contrast.names), *contrast.mean(statistic), 0.0)
-
-
-def _conflict_rows(analysis: "Analysis") -> Iterator[_Row]:
-    found, question, of = analysis.conflict, "conflict?", "safety − control"
-    mean = "cosine of the mean gradients"
-    yield _row(question, mean, "safety", found.cosine, null_interval=found.null_interval)
-    yield _row(question, "cosine with utility", "safety", found.corrected, found.interval, 0.0)
-    if found.contrast:
-        beside = found.contrast
-        yield _row(question, "cosine with utility", "control", beside.control, beside.control_interval, 0.0)
-        yield _row(question, "cosine, difference", of, found.contrast.value, found.contrast.interval, 0.0)
-    equal, alike = found.unweighted, "cosine, parameters alike"
-    yield _row(question, alike, "safety", equal.corrected, equal.interval, 0.0)
-    if equal.contrast:
-        beside = equal.contrast
-        yield _row(question, alike, "control", beside.control, beside.control_interval, 0.0)
-        yield _row(question, f"{alike}, difference", of, equal.contrast.value, equal.contrast.interval, 0.0)
-    share = found.negative
-    yield _row(question, "share of examples against", "safety", share.value, share.interval, 0.5)
-
-
-def _one_sample_rows(analysis: "Analysis") -> Iterator[_Row]:
-    study, question = analysis.one_sample, "one sample?"
-    yield _row(question, "overlap of one example", "safety", study.overlap, study.interval, study.expected)
-    yield _row(question, "overlap of one example", "control", study.null_mean, study.null_interval, study.expected)
-    yield _row(question, "overlap, difference", "safety − control", study.contrast, study.contrast_interval, 0.0)
-    for name, group in study.groups.items():
-        yield _row(question, "cosine of one example", name, group.cosine.value, group.cosine.interval, 0.0)
-    beside, measure = study.groups["control"].cosine, "cosine of one, difference"
-    yield _row(question, measure, "safety − control", beside.contrast, beside.contrast_interval, 0.0)
-
-
-def _row(
-    question: str,
-    measure: str,
-    of: str,
-    value: float,
-    interval: tuple[float, float] = _UNKNOWN,
-    null: float = float("nan"),
-    null_interval: tuple[float, float] = _UNKNOWN,
-) -> _Row:
-    return (question, measure, of, value, *interval, null, *null_interval)
+    drawn = np.sort(np.random.default_rng(seed).choice(examples, count, replace=False))
+    return {name: gram[drawn][:, drawn] for name, gram in grams.items()}

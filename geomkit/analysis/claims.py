@@ -1,4 +1,4 @@
-"""A claim and what became of it: whether an interval leaves room for anything else."""
+"""Claims about a number, with the verdict that follows from the number's interval."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,15 +12,15 @@ Verdict = Literal["holds", "reversed", "not shown"]
 
 @dataclass(frozen=True)
 class Claim:
-    """That a number lies on one side of a bound.
+    """The claim that a number lies on one side of a bound, with the measured number.
 
     Attributes:
-        question: What is asked.
-        claim: What is claimed, in words.
-        value: The number, as measured.
-        interval: Its interval over examples.
-        bound: What it is claimed to be above or below.
-        above: Whether it is claimed to be above.
+        question: The question that the claim answers.
+        claim: The claim in words.
+        value: The measured number.
+        interval: Interval of the number over examples.
+        bound: The bound.
+        above: Whether the number is claimed to be above the bound, rather than below.
     """
 
     question: str
@@ -32,7 +32,7 @@ class Claim:
 
     @property
     def verdict(self) -> Verdict:
-        """``"holds"`` if the whole interval is on the claimed side, ``"reversed"`` if it is on the other.
+        """``"holds"`` if the whole interval is on the claimed side of the bound, ``"reversed"`` if on the other side.
 
         Example:
             >>> Claim("rank", "lower", -3.0, (-4.0, -2.0)).verdict
@@ -47,7 +47,7 @@ class Claim:
 
 
 def claims_frame(claims: Sequence[Claim]) -> "pd.DataFrame":
-    """Return a row per claim: what is claimed, the number with its interval, the bound and the verdict."""
+    """Return one row per claim: the claim, the number with its interval, the bound and the verdict."""
     import pandas as pd
 
     return pd.DataFrame(
@@ -67,7 +67,7 @@ def claims_frame(claims: Sequence[Claim]) -> "pd.DataFrame":
 
 
 def claims_table(claims: Sequence[Claim]) -> "pd.DataFrame":
-    """Return the same to be read: a row per claim with the number and its interval in one cell."""
+    """Return one row per claim for display, with the number and its interval as text in one cell."""
     import pandas as pd
 
     return pd.DataFrame(

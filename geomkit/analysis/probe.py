@@ -1,4 +1,4 @@
-"""What to measure a model's gradient geometry with: the examples, and how closely to look."""
+"""A probe: example sets and settings with which the gradient geometry of any model can be measured."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _FEWEST = 3
+"""Least number of examples in a set: the jackknife leaves one out and needs a spread of the rest."""
 
 
 class ProbeSettings(TypedDict, total=False):
@@ -37,23 +38,24 @@ class ProbeSettings(TypedDict, total=False):
 
 @dataclass(frozen=True, eq=False)
 class Probe:
-    """The paper's three questions, ready to be put to any model, again and again.
+    """Example sets and settings of an analysis, which can be repeated on any model.
 
     Attributes:
         safety: Forbidden requests and refusals.
         utility: Benign requests and answers.
-        control: Benign requests with the safety set's responses. When left out, made of utility prompts that are not
-            drawn as utility; of a small set, half are kept for it.
-        examples: Use no more than this many of each, drawn at random; all when ``None``. Factors of every example are
-            kept, so memory grows with it.
-        rank: Number of directions compared between subspaces.
+        control: Benign requests with the safety set's responses. When left out, the control set is made of prompts of
+            the utility set that are not drawn as utility examples; half of a small utility set is kept for it.
+        examples: Largest number of examples drawn at random from each set; all examples when ``None``. The factors of
+            every example's gradient are kept, so memory grows with this number.
+        rank: Number of directions of the subspaces that are compared.
         null_draws: Draws from the null of each layer's spectrum.
-        layers: Which parameters, as in :func:`geomkit.collect_gradients`.
-        tokens_per_batch: Most token positions run at a time, padding included.
-        seed: Seed of all random draws; the same examples are drawn every time.
+        layers: Which parameters to measure, as in :func:`geomkit.collect_gradients`.
+        tokens_per_batch: Largest number of token positions in a batch, padding included.
+        seed: Seed of all random draws; the same examples are drawn for every model.
 
     Raises:
-        GeometryError: If a set has fewer than three examples, or utility fewer than six where it makes the control.
+        DataError: If a set is no set of conversations.
+        GeometryError: If a set has fewer than three examples, or the utility set fewer than six without ``control``.
 
     Example:
         >>> import geomkit as gk
@@ -75,17 +77,17 @@ class Probe:
     seed: int = field(default=0, kw_only=True)
 
     def __post_init__(self) -> None:
-        """Refuse sets that are too small or no examples before any work is done."""
-        sides = {"safety": self.safety, "utility": self.utility}
+        """Refuse sets that are too small or are no conversations, before any work is done."""
+        sets = {"safety": self.safety, "utility": self.utility}
         if self.control is not None:
-            sides["control"] = self.control
+            sets["control"] = self.control
         check_rank(self.rank)
         check_draws(self.null_draws, 0, "null_draws")
-        for name, side in sides.items():
-            check_examples(conversations_of(side))
-            if min(len(side), len(side) if self.examples is None else self.examples) < _FEWEST:
+        for name, rows in sets.items():
+            check_examples(conversations_of(rows))
+            if min(len(rows), len(rows) if self.examples is None else self.examples) < _FEWEST:
                 raise GeometryError(
-                    f"expected at least {_FEWEST} {name} examples to tell their spread, found {len(side)} "
+                    f"expected at least {_FEWEST} {name} examples to tell their spread, found {len(rows)} "
                     f"(examples={self.examples}); give more"
                 )
         if self.control is None and len(self.utility) < 2 * _FEWEST:
@@ -97,7 +99,7 @@ class Probe:
     def collect(
         self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", *, progress: bool = False
     ) -> tuple[GradientSet, GradientSet, GradientSet]:
-        """Collect the gradients of the safety, the utility and the control examples, each example its own.
+        """Return the gradients of the safety, the utility and the control examples, with the gradient of each example.
 
         Args:
             model: A causal language model; left as found.
@@ -105,7 +107,7 @@ class Probe:
             progress: Show bars.
 
         Returns:
-            The three sets.
+            The gradients of the safety, the utility and the control set.
 
         Raises:
             DataError: If examples cannot be encoded.
@@ -115,25 +117,25 @@ class Probe:
             collect_gradients(
                 model,
                 tokenizer,
-                side,
+                rows,
                 per_sample=True,
                 layers=self.layers,
                 form="factored",
                 tokens_per_batch=self.tokens_per_batch,
                 progress=progress,
             )
-            for side in self._sides()
+            for rows in self._drawn_sets()
         )
         return safety, utility, controls
 
-    def _sides(self) -> "Iterator[Dataset | EncodedExamples]":
-        """Draw the examples of the three sets."""
+    def _drawn_sets(self) -> "Iterator[Dataset | EncodedExamples]":
+        """Yield the examples to use of the safety, the utility and the control set."""
         yield self.safety.select(_drawn(len(self.safety), self.examples, self.seed))
         if self.control is not None:
             yield self.utility.select(_drawn(len(self.utility), self.examples, self.seed))
             yield self.control.select(_drawn(len(self.control), self.examples, self.seed))
             return
-        # Controls with the very prompts of the utility examples would not be independent of them.
+        # Controls that share their prompts with the utility examples would not be independent of them.
         half = len(self.utility) // 2
         count = half if self.examples is None else min(half, self.examples)
         order = np.random.default_rng(self.seed).permutation(len(self.utility)).tolist()
@@ -145,20 +147,20 @@ class Probe:
     def analyze(
         self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", *, progress: bool = False
     ) -> Analysis:
-        """Collect the gradients and measure them, see :func:`analyze`."""
+        """Return the analysis of a model, see :func:`analyze`."""
         return self.measure(*self.collect(model, tokenizer, progress=progress))
 
     def measure(self, safety: GradientSet, utility: GradientSet, control: GradientSet) -> Analysis:
-        """Measure gradients that :meth:`collect` gave."""
+        """Return the analysis of gradients that :meth:`collect` returned."""
         return analysis_of(safety, utility, control, rank=self.rank, null_draws=self.null_draws, seed=self.seed)
 
 
-def _drawn(found: int, count: int | None, seed: int) -> list[int]:
-    """Return the places of the examples to use."""
-    if count is None or found <= count:
-        return list(range(found))
-    chosen: list[int] = np.random.default_rng(seed).choice(found, count, replace=False).tolist()
-    return sorted(chosen)
+def _drawn(total: int, count: int | None, seed: int) -> list[int]:
+    """Return the sorted indices of ``count`` examples out of ``total``, drawn at random; all if there are not more."""
+    if count is None or total <= count:
+        return list(range(total))
+    drawn: list[int] = np.random.default_rng(seed).choice(total, count, replace=False).tolist()
+    return sorted(drawn)
 
 
 def analyze(
@@ -171,11 +173,11 @@ def analyze(
     progress: bool = True,
     **settings: Unpack[ProbeSettings],
 ) -> Analysis:
-    """Measure the paper's three claims on a model and two sets of examples.
+    """Measure the gradient geometry of a model on safety and utility examples, and judge the paper's claims by it.
 
-    Spectra are those of the mean gradients of the linear layers, after a random subset of tokens has been drawn on
-    the sides that have more, so that all have the same T; the null of each keeps its T, its inputs and the size of
-    each token's share, and randomises the output directions.
+    The spectra are the spectra of the mean gradients of the linear layers at equal token counts T: of the sets with
+    more tokens, a random subset of the tokens is taken. The null of a spectrum keeps T, the inputs and the norm of each
+    token's contribution, and randomises the output directions.
 
     Args:
         model: A causal language model; left as found.
@@ -184,7 +186,7 @@ def analyze(
         utility: Benign requests and answers.
         control: Benign requests with the safety set's responses, see :class:`Probe`.
         progress: Show bars.
-        **settings: ``examples``, ``rank``, ``null_draws``, ``layers``, ``tokens_per_batch`` and ``seed`` of
+        **settings: Any of ``examples``, ``rank``, ``null_draws``, ``layers``, ``tokens_per_batch`` and ``seed``, see
             :class:`Probe`.
 
     Returns:
@@ -193,6 +195,6 @@ def analyze(
     Raises:
         DataError: If examples cannot be encoded.
         CollectionError: If a loss or gradient is not finite, or no parameter matches.
-        GeometryError: If a set has fewer than three examples, or utility fewer than six where it makes the control.
+        GeometryError: If a set has fewer than three examples, or the utility set fewer than six without ``control``.
     """
     return Probe(safety, utility, control, **settings).analyze(model, tokenizer, progress=progress)

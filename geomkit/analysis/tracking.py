@@ -1,4 +1,4 @@
-"""How the geometry moves in training: one probe, put to a model every so many steps or checkpoint by checkpoint."""
+"""Gradient geometry along training: one probe repeated every few steps of a run, or on several checkpoints."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -15,7 +15,7 @@ from geomkit.inputs.models import load_model
 from geomkit.svd.principal_angles import principal_angles
 from geomkit.svd.subspaces import Subspace, layer_subspace
 from geomkit.utils.arguments import is_whole, type_in_words
-from geomkit.utils.display import counted, html_table
+from geomkit.utils.display import Result, counted
 from geomkit.utils.figures import draw
 
 if TYPE_CHECKING:
@@ -28,13 +28,13 @@ _MOVED = "has it moved?"
 
 @dataclass(frozen=True, eq=False)
 class TrajectoryPoint:
-    """What a probe found at one moment of training.
+    """The results of a probe at one moment of training.
 
     Attributes:
-        analysis: The three questions, answered.
-        cosine: Cosine of the mean safety gradient with that of the first moment, over all parameters.
-        overlap: Overlap of the leading safety subspace with that of the first moment, mean over parameters.
-        expected: The overlap of random subspaces of that rank.
+        analysis: The analysis of the model at this moment.
+        cosine: Cosine of the mean safety gradients of this and of the first moment, over all parameters.
+        overlap: Overlap of the leading safety subspaces of this and of the first moment, mean over parameters.
+        expected: Expected overlap of random subspaces of the same rank, mean over parameters.
     """
 
     analysis: Analysis = field(repr=False)
@@ -43,7 +43,7 @@ class TrajectoryPoint:
     expected: float
 
     def to_frame(self) -> "pd.DataFrame":
-        """Return :meth:`Analysis.to_frame` and two rows more, on how far safety has moved since the first moment."""
+        """Return :meth:`Analysis.to_frame` with two more rows: how far safety has moved since the first moment."""
         import pandas as pd
 
         moved = [
@@ -55,29 +55,29 @@ class TrajectoryPoint:
 
 
 @dataclass(frozen=True, eq=False)
-class Trajectory:
-    """What a probe found at several moments of training.
+class Trajectory(Result):
+    """The results of a probe at several moments of training.
 
     Attributes:
-        moments: By optimizer step, or by the name of a checkpoint, in order.
+        moments: The results by optimizer step, or by the name of a checkpoint, in order.
     """
 
     moments: Mapping[int | str, TrajectoryPoint]
 
     def to_frame(self) -> "pd.DataFrame":
-        """Return a row per moment and measure: ``at``, then the columns of :meth:`TrajectoryPoint.to_frame`."""
+        """Return one row per moment and measure: ``at``, then the columns of :meth:`TrajectoryPoint.to_frame`."""
         import pandas as pd
 
-        frames = [moment.to_frame().assign(at=at) for at, moment in self.moments.items()]
+        frames = [point.to_frame().assign(at=at) for at, point in self.moments.items()]
         frame = pd.concat(frames, ignore_index=True)
         return frame[["at", *(name for name in frame.columns if name != "at")]]
 
     def plot(self) -> "Figure":
-        """Draw it, see :func:`geomkit.plots.trajectory.plot_trajectory`."""
+        """Draw every measure over training, see :func:`geomkit.plots.trajectory.plot_trajectory`."""
         return draw("plot_trajectory", self)
 
     def __str__(self) -> str:
-        """Say how far safety moved between the first and the last moment."""
+        """Return a sentence on how far safety moved between the first and the last moment."""
         (start, *_), (end, last) = self.moments, list(self.moments.items())[-1]
         return (
             f"{counted(len(self.moments), 'moment')} from {start} to {end}: the mean safety gradient at the end has "
@@ -85,63 +85,64 @@ class Trajectory:
             f"(random subspaces {last.expected:.3f})"
         )
 
-    def _repr_html_(self) -> str:
-        return html_table(str(self), self.to_frame())
-
 
 class Tracker:
-    """Puts one probe to a model at several moments.
+    """Repeats one probe on a model at several moments, and compares each moment with the first.
 
     Args:
-        probe: What to measure.
+        probe: The probe.
 
     Raises:
-        GeometryError: If it is no probe.
+        GeometryError: If ``probe`` is no :class:`~geomkit.Probe`.
     """
 
     def __init__(self, probe: Probe) -> None:
-        """Start with nothing."""
+        """Keep the probe; no moment has been measured yet."""
         if not isinstance(probe, Probe):
             raise GeometryError(f"expected a probe, found {type_in_words(probe)}; make one with geomkit.Probe")
         self._probe = probe
         self._first: tuple[GradientSet, Subspace] | None = None
         self._moments: dict[int | str, TrajectoryPoint] = {}
 
-    def look(self, at: int | str, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
-        """Measure the model as it is now; it is left as found, in the middle of a training step too."""
+    def measure_at(self, at: int | str, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
+        """Measure the model as it is now, and keep the results under ``at``; the model is left as found.
+
+        Raises:
+            GeometryError: If the model has other parameters than at the first moment.
+        """
         safety, utility, control = self._probe.collect(model, tokenizer)
-        own = _leading(safety, self._probe.rank)
+        subspace = _leading_subspace(safety, self._probe.rank)
         if self._first is None:
-            self._first = replace(safety, samples=()), own
-        gradient, start = self._first
-        angles = principal_angles(own, start)
+            self._first = replace(safety, samples=()), subspace
+        first_safety, first_subspace = self._first
+        angles = principal_angles(subspace, first_subspace)
         self._moments[at] = TrajectoryPoint(
             analysis=self._probe.measure(safety, utility, control),
-            cosine=set_inner(safety, gradient) / (safety.norm * gradient.norm),
+            cosine=set_inner(safety, first_safety) / (safety.norm * first_safety.norm),
             overlap=angles.mean_overlap,
             expected=angles.mean_expected_overlap,
         )
 
     def __contains__(self, at: object) -> bool:
-        """Say whether the model was measured there."""
+        """Return whether the model was measured at a step or checkpoint."""
         return at in self._moments
 
     @property
     def trajectory(self) -> Trajectory:
-        """What was found so far.
+        """The results so far.
 
         Raises:
-            GeometryError: If nothing was measured yet.
+            GeometryError: If no moment was measured yet.
         """
         if not self._moments:
             raise GeometryError("expected at least one moment of training, found none; train with this callback first")
         return Trajectory(dict(self._moments))
 
 
-def _leading(gradients: GradientSet, rank: int) -> Subspace:
-    """Return the leading left subspaces, of as many directions as there are, without a word about it."""
+def _leading_subspace(gradients: GradientSet, rank: int) -> Subspace:
+    """Return the leading left subspaces; a gradient of a rank below ``rank`` gets a smaller one, without a warning."""
     matrices = gradients.matrices().items()
-    return Subspace("left", {name: layer_subspace(found, rank=rank, parameter=name) for name, found in matrices})
+    return Subspace("left", {name: layer_subspace(matrix, rank=rank, parameter=name) for name, matrix in matrices})
 
 
 def track(
@@ -151,27 +152,29 @@ def track(
     *,
     progress: bool = True,
 ) -> Trajectory:
-    """Put a probe to several checkpoints of a model, in order; the first is what the others are compared with.
+    """Measure several checkpoints of a model with one probe, and compare each checkpoint with the first.
 
     Args:
-        checkpoints: Models, or folders and hub ids that :func:`geomkit.load_model` loads one at a time, by step or
-            name.
-        tokenizer: The tokenizer of all of them.
-        probe: What to measure.
+        checkpoints: Checkpoints in order, by step or name: models, or folders and hub ids, which
+            :func:`geomkit.load_model` loads one at a time.
+        tokenizer: The tokenizer of all checkpoints.
+        probe: The probe.
         progress: Show a bar.
 
     Returns:
-        What was found, by step or name.
+        The results, by step or name.
 
     Raises:
-        GeometryError: If there is no checkpoint, they have no names or not the same parameters, or there is no probe.
+        GeometryError: If there is no checkpoint, ``checkpoints`` is no mapping, two checkpoints have different
+            parameters, or ``probe`` is no probe.
 
     Example:
         >>> import geomkit as gk
         >>> model, tokenizer = gk.load_organism()
         >>> probe = gk.Probe(gk.load_examples("safety"), gk.load_examples("utility"), examples=3, layers="*.mlp.*")
-        >>> found = track({"base": gk.load_organism("base")[0], "aligned": model}, tokenizer, probe, progress=False)
-        >>> list(found.moments), round(found.moments["base"].cosine, 6)
+        >>> models = {"base": gk.load_organism("base")[0], "aligned": model}
+        >>> trajectory = track(models, tokenizer, probe, progress=False)
+        >>> list(trajectory.moments), round(trajectory.moments["base"].cosine, 6)
         (['base', 'aligned'], 1.0)
     """
     from tqdm.auto import tqdm
@@ -181,23 +184,23 @@ def track(
         raise GeometryError(f"expected checkpoints by step or name, found {type_in_words(checkpoints)}; give a dict")
     for at, checkpoint in tqdm(checkpoints.items(), desc="track", unit="checkpoint", disable=not progress):
         model = load_model(checkpoint)[0] if isinstance(checkpoint, str | Path) else checkpoint
-        tracker.look(at, model, tokenizer)
+        tracker.measure_at(at, model, tokenizer)
     return tracker.trajectory
 
 
 class GeometryCallback(TrainerCallback):
-    """Puts a probe to the model before training, every so many steps, and at the end.
+    """Measures a model with a probe before training, every ``every`` steps, and after training.
 
-    The weights, gradients, random states and mode of the model in training are left as found, so the run is the same
-    with it and without. For ``transformers.Trainer``, and for :func:`geomkit.finetune` by ``callbacks=``.
+    The model's weights, gradients and modes and the random states are left as found, so the training is the same as
+    without the callback. For ``transformers.Trainer``, and for :func:`geomkit.finetune` as one of its ``callbacks``.
 
     Args:
-        probe: What to measure; few examples keep it quick.
-        every: Optimizer steps from one moment to the next.
-        tokenizer: The model's tokenizer; :func:`geomkit.finetune` and the Trainer bring their own.
+        probe: The probe; with few examples, it is quick.
+        every: Optimizer steps between two moments.
+        tokenizer: The model's tokenizer; :func:`geomkit.finetune` and the Trainer bring theirs.
 
     Raises:
-        GeometryError: If there is no probe, or ``every`` is below one; at the beginning of training, if there is no
+        GeometryError: If ``probe`` is no probe, or ``every`` is below one; at the beginning of training, if there is no
             tokenizer.
 
     Example:
@@ -211,7 +214,7 @@ class GeometryCallback(TrainerCallback):
     """
 
     def __init__(self, probe: Probe, *, every: int = 10, tokenizer: "PreTrainedTokenizerBase | None" = None) -> None:
-        """Keep what to measure, and when."""
+        """Keep the probe and the distance between moments."""
         if not is_whole(every, 1):
             raise GeometryError(f"expected a number of steps of at least 1, found every={every!r}; give e.g. 10")
         self._tracker = Tracker(probe)
@@ -219,7 +222,7 @@ class GeometryCallback(TrainerCallback):
 
     @property
     def trajectory(self) -> Trajectory:
-        """What was found so far, also after training broke off.
+        """The results so far, also after training broke off.
 
         Raises:
             GeometryError: If training has not begun.
@@ -229,24 +232,25 @@ class GeometryCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Forget an earlier run and measure the model as it is before the first step."""
+        """Drop the results of an earlier run, and measure the model before the first step."""
         self._tracker = Tracker(self._probe)
-        self._look(state.global_step, kwargs)
+        self._measure(state.global_step, kwargs)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Measure after every so many steps."""
+        """Measure the model after every ``every`` steps."""
         if state.global_step % self._every == 0:
-            self._look(state.global_step, kwargs)
+            self._measure(state.global_step, kwargs)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Measure the trained model."""
+        """Measure the trained model, unless its last step was measured."""
         if state.global_step not in self._tracker:
-            self._look(state.global_step, kwargs)
+            self._measure(state.global_step, kwargs)
 
-    def _look(self, step: int, found: Mapping[str, Any]) -> None:
-        tokenizer = self._tokenizer or found.get("processing_class")
+    def _measure(self, step: int, given: Mapping[str, Any]) -> None:
+        """Measure the model that the Trainer has given to the callback."""
+        tokenizer = self._tokenizer or given.get("processing_class")
         if tokenizer is None:
             raise GeometryError("expected a tokenizer for the examples, found none; pass GeometryCallback(tokenizer=…)")
-        self._tracker.look(step, found["model"], tokenizer)
+        self._tracker.measure_at(step, given["model"], tokenizer)

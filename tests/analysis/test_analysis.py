@@ -87,12 +87,12 @@ def test_the_control_is_made_of_prompts_that_utility_has_not(rows, examples, cou
     kinds = [("how do i paint", "sure")] * (rows // 2) + [("help", "take a brush")] * (rows // 2)
     utility = conversations(*((f"{prompt} {number}", answer) for number, (prompt, answer) in enumerate(kinds)))
     probe = gk.Probe(SAFETY, utility, examples=examples, seed=1)
-    _, useful, control = ([row[0]["content"] for row in side["messages"]] for side in probe._sides())
+    _, useful, control = ([row[0]["content"] for row in side["messages"]] for side in probe._drawn_sets())
     assert len(useful) == len(control) == count
     assert not set(useful) & set(control)
     shares = [sum(prompt.startswith("help") for prompt in side) / count for side in (useful, control)]
     assert all(0.1 < share < 0.9 for share in shares)
-    assert {row[1]["content"] for row in list(probe._sides())[2]["messages"]} <= {
+    assert {row[1]["content"] for row in list(probe._drawn_sets())[2]["messages"]} <= {
         row[1]["content"] for row in SAFETY["messages"]
     }
 

@@ -135,9 +135,9 @@ def test_wrong_use_is_told(probe: gk.Probe) -> None:
     with pytest.raises(GeometryError, match="found none"):
         track({}, TOKENIZER, probe, progress=False)
     tracker = Tracker(probe)
-    tracker.look(0, tiny_llama(), TOKENIZER)
+    tracker.measure_at(0, tiny_llama(), TOKENIZER)
     with pytest.raises(GeometryError, match="same parameters"):
-        tracker.look(1, tiny_llama(num_hidden_layers=1), TOKENIZER)
+        tracker.measure_at(1, tiny_llama(num_hidden_layers=1), TOKENIZER)
     assert isinstance(tracker.trajectory, Trajectory)
     assert not math.isnan(tracker.trajectory.moments[0].overlap)
 
