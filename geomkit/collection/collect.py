@@ -1,4 +1,4 @@
-"""From examples to gradients: of a whole set, and of each example."""
+"""Collection of the gradient of the loss on a set of examples, and of each example's loss."""
 
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from geomkit.collection.passes import ProductSink
-from geomkit.collection.streaming import TOKENS_PER_BATCH, Streamed, stream
+from geomkit.collection.streaming import TOKENS_PER_BATCH, StreamResult, stream
 from geomkit.collection.target import Target
 from geomkit.errors import CollectionError
 from geomkit.gradients.accumulator import Accumulator
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Form = Literal["auto", "factored"]
+"""Form of the summed gradient of a matrix: factors if that is smaller than dense, or factors always."""
 
 
 def collect_gradients(
@@ -41,34 +42,35 @@ def collect_gradients(
     tokens_per_batch: int = TOKENS_PER_BATCH,
     progress: bool = True,
 ) -> GradientSet:
-    """Collect the gradient of the loss on a set of examples, for every trainable parameter.
+    """Return the gradient of the loss on a set of examples, for every trainable parameter.
 
     The loss is the cross-entropy on assistant tokens, averaged within each example and over the examples. The model
-    runs in eval mode (no dropout noise) and is left as found, also when interrupted: modes, ``.grad``, hooks,
-    trainable parameters and random state. Memory does not grow with the number of examples, unless ``per_sample``.
+    runs in eval mode. Its state is restored afterwards, also after an exception: modes, ``.grad``, hooks,
+    ``requires_grad`` and random state. Memory does not grow with the number of examples, unless ``per_sample`` is set.
 
     Args:
-        model: A causal language model; one inside DDP or ``torch.compile`` is unwrapped, so that the gradient is that
-            of this process's examples.
-        tokenizer: Its tokenizer, with a chat template and a pad token.
-        examples: Rows with a column ``messages``; :func:`geomkit.load_examples` makes them.
-        per_sample: Also keep the gradient of each example's own loss, in ``.samples``. To keep a few numbers of each
-            instead, see :func:`geomkit.measure_samples`.
+        model: A causal language model. DDP and ``torch.compile`` are unwrapped: in a distributed run, the gradient is
+            that of the examples of this process.
+        tokenizer: Tokenizer of the model, with a chat template and a pad token.
+        examples: N rows with a column ``messages``; :func:`geomkit.load_examples` makes them.
+        per_sample: Also store the gradient of each example's loss, in ``samples``. :func:`geomkit.measure_samples`
+            stores a few numbers of each gradient instead.
         layers: Glob pattern on parameter names such as ``"*.mlp.*"``, numbers of decoder layers such as ``[10, 20]``, a
-            list of either, or :func:`geomkit.select`.
-        reduction: ``"example"`` weighs examples alike; ``"token"`` weighs tokens alike, as ``model(labels=…)`` does.
-        form: ``"auto"`` keeps the two factors of a linear layer while they are the smaller form; ``"factored"``
-            always keeps them, as token matching and the random-factor null need.
-        tokens_per_batch: Most token positions run at a time, padding included; the knob for memory.
-        progress: Show a bar, in tokens.
+            list of patterns or of numbers, or :func:`geomkit.select`.
+        reduction: ``"example"`` gives all examples the same weight in the mean; ``"token"`` gives all tokens the same
+            weight, as ``model(labels=…)`` does.
+        form: ``"auto"`` stores the two factors of a linear layer as long as they are smaller than the dense gradient;
+            ``"factored"`` stores them always, as token matching and the random-factor null need.
+        tokens_per_batch: Largest number of token positions in a batch, padding included; lower it to save memory.
+        progress: Show a progress bar, in tokens.
 
     Returns:
-        A :class:`~geomkit.gradients.gradient_set.GradientSet`: parameter name to gradient, in the model's order.
+        The gradients: a mapping from parameter names, in the order of the model, to gradients.
 
     Raises:
         DataError: If the examples cannot be encoded.
-        CollectionError: If no trainable parameter matches, weights are sharded or on meta, or a loss or gradient is
-            not finite.
+        CollectionError: If no trainable parameter matches, weights are sharded or on the meta device, or a loss or
+            gradient is not finite.
 
     Example:
         >>> import geomkit as gk
@@ -78,7 +80,7 @@ def collect_gradients(
         (True, 1.0)
     """
     rows = as_encoded(tokenizer, examples)
-    found = collect_from_tokens(
+    gradients = collect_from_tokens(
         model,
         rows,
         pad_id(tokenizer),
@@ -89,7 +91,8 @@ def collect_gradients(
         tokens_per_batch=tokens_per_batch,
         progress=progress,
     )
-    return replace(found, provenance=provenance_of(model, rows, reduction=reduction, layers=str(as_selection(layers))))
+    origin = provenance_of(model, rows, reduction=reduction, layers=str(as_selection(layers)))
+    return replace(gradients, provenance=origin)
 
 
 def collect_from_tokens(
@@ -106,21 +109,22 @@ def collect_from_tokens(
     products: ProductSink | None = None,
     token_loss: TokenLoss = token_losses,
 ) -> GradientSet:
-    """Collect gradients of examples that are already tokens; see :func:`collect_gradients`.
+    """Return the gradient of the loss on examples that are already tokens; see :func:`collect_gradients`.
 
-    With a ``token_loss`` of its own only the sum can be had, not each example's gradient. For ``products`` see
-    :func:`geomkit.collection.passes.run_pass`: they are of the sum, not of the mean.
+    ``pad`` is the id of the token that fills short rows. ``products`` receives, part by part, the inner products ⟨W, G⟩
+    of the weights and the gradient of the summed loss, not of the mean; see :func:`geomkit.collection.passes.run_pass`.
+    With a ``token_loss`` other than the cross-entropy, ``per_sample`` is not available.
     """
     if form not in get_args(Form):
         raise CollectionError(f"expected the form {' or '.join(get_args(Form))}, found {form!r}")
     sums: dict[str, Accumulator] = defaultdict(lambda: Accumulator(keep_factors=form == "factored"))
     samples: list[dict[str, LayerGradient]] = [{} for _ in rows]
 
-    def keep_samples(name: str, examples: Sequence[int], gradients: Sequence[LayerGradient]) -> None:
+    def store_samples(name: str, examples: Sequence[int], gradients: Sequence[LayerGradient]) -> None:
         for example, gradient in zip(examples, gradients, strict=True):
             samples[example][name] = gradient
 
-    streamed = stream(
+    result = stream(
         model,
         rows,
         pad,
@@ -128,30 +132,31 @@ def collect_from_tokens(
         reduction=reduction,
         tokens_per_batch=tokens_per_batch,
         progress=progress,
-        whole=lambda name, gradient: sums[name].add(gradient),
-        samples=keep_samples if per_sample else None,
+        sums=lambda name, gradient: sums[name].add(gradient),
+        samples=store_samples if per_sample else None,
         products=products,
         token_loss=token_loss,
     )
-    weights = streamed.loss_tokens if reduction == "token" else [1] * len(rows)
-    parameters = streamed.target.parameters
-    found = {name: sums.pop(name).total(1 / sum(weights)) for name in parameters if name in sums}
-    _refuse_overflow(found)
-    coverage = coverage_of(streamed.target, found)
+    # The gradient of the mean Σ_i w_i loss_i / Σ_i w_i is that of the sum, divided by the total weight.
+    weights = result.loss_tokens if reduction == "token" else [1] * len(rows)
+    parameters = result.target.parameters
+    means = {name: sums.pop(name).total(1 / sum(weights)) for name in parameters if name in sums}
+    _refuse_overflow(means)
+    coverage = coverage_of(result.target, means)
     return GradientSet(
-        found,
-        loss=sum(loss * weight for loss, weight in zip(streamed.losses, weights, strict=True)) / sum(weights),
+        means,
+        loss=sum(loss * weight for loss, weight in zip(result.losses, weights, strict=True)) / sum(weights),
         examples=len(rows),
-        loss_tokens=sum(streamed.loss_tokens),
+        loss_tokens=sum(result.loss_tokens),
         coverage=coverage,
-        samples=_sample_sets(samples, streamed, found, coverage) if per_sample else (),
+        samples=_sample_sets(samples, result, means, coverage) if per_sample else (),
     )
 
 
-def _refuse_overflow(found: Mapping[str, LayerGradient]) -> None:
-    """Refuse sums that left the range of their type, though each part is within it; factors are no sums."""
-    dense = {name: gradient.tensor for name, gradient in found.items() if isinstance(gradient, DenseGradient)}
-    # A total that is finite has finite entries only, and takes one look at them.
+def _refuse_overflow(gradients: Mapping[str, LayerGradient]) -> None:
+    """Raise an error if a dense sum has overflowed; the values of factors are not sums over examples."""
+    dense = {name: gradient.tensor for name, gradient in gradients.items() if isinstance(gradient, DenseGradient)}
+    # The sum of all entries is finite only if all entries are, and needs one transfer from the device.
     for name in (name for name, tensor in dense.items() if not bool(torch.isfinite(tensor.sum()))):
         if not bool(torch.isfinite(dense[name]).all()):
             raise CollectionError(
@@ -161,30 +166,32 @@ def _refuse_overflow(found: Mapping[str, LayerGradient]) -> None:
 
 def _sample_sets(
     samples: Sequence[Mapping[str, LayerGradient]],
-    streamed: Streamed,
-    found: Mapping[str, LayerGradient],
+    result: StreamResult,
+    means: Mapping[str, LayerGradient],
     coverage: Coverage,
 ) -> tuple[GradientSet, ...]:
-    """Make each example's set hold the same parameters: one that has no part in an example's loss has gradient zero."""
+    """Return a set per example, all with the same parameters; a missing gradient is zero."""
     return tuple(
         GradientSet(
-            {name: layers.get(name) or zero_gradient(whole.shape, whole.device) for name, whole in found.items()},
+            {name: gradients.get(name) or zero_gradient(mean.shape, mean.device) for name, mean in means.items()},
             loss,
             1,
             loss_tokens,
             coverage,
         )
-        for layers, loss, loss_tokens in zip(samples, streamed.losses, streamed.loss_tokens, strict=True)
+        for gradients, loss, loss_tokens in zip(samples, result.losses, result.loss_tokens, strict=True)
     )
 
 
-def coverage_of(target: Target, found: Collection[str]) -> Coverage:
-    """Say which of the chosen parameters were seen, and why the others were not."""
+def coverage_of(target: Target, seen: Collection[str]) -> Coverage:
+    """Return which of the chosen parameters have a gradient, and the reason for each of the others."""
     sizes = {name: parameter.numel() for name, parameter in target.parameters.items()}
-    missing = {name: size for name, size in sizes.items() if name not in found}
+    missing = {name: size for name, size in sizes.items() if name not in seen}
     return Coverage(
-        seen={name: size for name, size in sizes.items() if name in found},
+        seen={name: size for name, size in sizes.items() if name in seen},
         missing=missing,
-        reasons={name: "has no part in the loss" if name in target.ran else "its module never ran" for name in missing},
-        notes={name: note for name, note in target.notes.items() if name in found},
+        reasons={
+            name: "has no part in the loss" if name in target.called else "its module never ran" for name in missing
+        },
+        notes={name: note for name, note in target.notes.items() if name in seen},
     )

@@ -1,7 +1,7 @@
-"""What to keep of an example's own gradient instead of the gradient: :func:`geomkit.measure_samples` takes these.
+"""Measures of an example's gradient, for :func:`geomkit.measure_samples`: norm, spectrum, sketch, inner products.
 
-A measure is any callable that takes a parameter's name and B examples' gradients by it, and returns a tensor with B
-rows. It is called while the gradients pass by, parameter after parameter, and must not hold on to them.
+A measure is a function of the name of a parameter and the gradients of B examples' losses with respect to it. It
+returns a tensor with B rows. It is called parameter by parameter during the passes, and must not store the gradients.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,17 +14,17 @@ from torch import Tensor
 from geomkit.errors import GeometryError
 from geomkit.gradients.arithmetic import gram
 from geomkit.gradients.gradient_set import GradientSet
-from geomkit.gradients.layer_gradient import LayerGradient
+from geomkit.gradients.layer_gradient import LayerGradient, as_matrix
 from geomkit.svd.singular_values import singular_values_of
 from geomkit.utils.seeding import parameter_generator
 
 Measure = Callable[[str, Sequence[LayerGradient]], Tensor]
-"""(parameter's name, the gradients of B examples) → (B, …)."""
+"""Function from the name of a parameter and the gradients of B examples to a tensor (B, …)."""
 
 Entries = Literal["rademacher", "gaussian"]
 
 
-def norms(parameter: str, gradients: Sequence[LayerGradient]) -> Tensor:  # noqa: ARG001 - a measure is told the name
+def norms(parameter: str, gradients: Sequence[LayerGradient]) -> Tensor:  # noqa: ARG001 - every measure takes the name
     """Return the Frobenius norm of each gradient, (B,) fp64.
 
     Example:
@@ -37,27 +37,28 @@ def norms(parameter: str, gradients: Sequence[LayerGradient]) -> Tensor:  # noqa
 
 @dataclass(frozen=True)
 class SingularValues:
-    """The measure that :func:`singular_values` makes.
+    """Measure of the singular values of each gradient, see :func:`singular_values`.
 
     Attributes:
-        leading: How many of the largest to keep; all when ``None``.
+        leading: Number of the largest values; all when ``None``.
     """
 
     leading: int | None = None
 
     def __call__(self, parameter: str, gradients: Sequence[LayerGradient]) -> Tensor:  # noqa: ARG002
-        """Return (B, K) singular values, fp64."""
+        """Return (B, K) singular values, descending, fp64."""
         return singular_values_of(gradients)[:, : self.leading]
 
 
 def singular_values(leading: int | None = None) -> SingularValues:
-    """Make the measure of the exact singular values of each gradient, descending.
+    """Return the measure of the exact singular values of each gradient.
 
-    Its result is (B, K) fp64, K the largest rank bound of the B gradients or ``leading`` if that is smaller; what is
-    beyond a gradient's own rank is zero, so padding on the right is exact. A vector's only value is its norm.
+    The result of the measure is (B, K), descending, fp64, where K is the largest rank bound of the B gradients, or
+    ``leading`` if that is smaller. Values beyond the rank of a gradient are zero, so that zeros on the right are exact.
+    A vector has one singular value, its norm.
 
     Args:
-        leading: How many of the largest to keep; all when left out.
+        leading: Number of the largest values; all when left out.
 
     Raises:
         GeometryError: If ``leading`` is below 1.
@@ -74,12 +75,12 @@ def singular_values(leading: int | None = None) -> SingularValues:
 
 @dataclass(frozen=True)
 class Sketch:
-    """The measure that :func:`sketch` makes.
+    """Measure of a random projection of each gradient, see :func:`sketch`.
 
     Attributes:
-        size: p and q, rows and columns of a sketch.
+        size: p and q, numbers of rows and columns of a sketch.
         seed: Seed of the test matrices.
-        entries: What these are drawn from.
+        entries: Distribution of the entries of the test matrices.
     """
 
     size: tuple[int, int]
@@ -93,22 +94,22 @@ class Sketch:
         """Return (B, p, q) sketches, fp32."""
         first = gradients[0]
         left, right = self._on_device(parameter, first.matrix_shape, first.device)
-        return torch.stack([_projected(gradient, left, right) for gradient in gradients])
+        return torch.stack([_projection(gradient, left, right) for gradient in gradients])
 
     def test_matrices(self, parameter: str, shape: tuple[int, int]) -> tuple[Tensor | None, Tensor | None]:
-        """Draw Ω_Lᵀ (p, rows) and Ω_R (columns, q), scaled; ``None`` for a side that is kept as it is.
+        """Return the test matrices Ω_Lᵀ (p, rows) and Ω_R (columns, q); ``None`` for a side that is not projected.
 
         Args:
-            parameter: Name of the parameter, which the draw depends on.
+            parameter: Name of the parameter; the draws depend on it.
             shape: Rows and columns, see :attr:`LayerGradient.matrix_shape`.
         """
         generator = parameter_generator(self.seed, parameter)
         rows, columns = shape
-        wide, tall = self.size
-        if columns == 1:  # a vector has one side only, which gets all the numbers
-            wide, tall = wide * tall, 1
-        left = self._draw(wide, rows, generator) / wide**0.5 if wide < rows else None
-        right = self._draw(columns, tall, generator) / tall**0.5 if tall < columns else None
+        p, q = self.size
+        if columns == 1:  # a vector has one side, which gets all p · q numbers
+            p, q = p * q, 1
+        left = self._draw(p, rows, generator) / p**0.5 if p < rows else None
+        right = self._draw(columns, q, generator) / q**0.5 if q < columns else None
         return left, right
 
     def _draw(self, rows: int, columns: int, generator: torch.Generator) -> Tensor:
@@ -119,44 +120,44 @@ class Sketch:
     def _on_device(
         self, parameter: str, shape: tuple[int, int], device: torch.device
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Return the test matrices, drawn once: that takes longer than to use them."""
-        kept = self._drawn.get((parameter, shape)) or self.test_matrices(parameter, shape)
-        left, right = (None if matrix is None else matrix.to(device) for matrix in kept)
+        """Return the test matrices on a device; they are stored, because drawing takes longer than projecting."""
+        matrices = self._drawn.get((parameter, shape)) or self.test_matrices(parameter, shape)
+        left, right = (None if matrix is None else matrix.to(device) for matrix in matrices)
         self._drawn[parameter, shape] = left, right
         return left, right
 
 
-def _projected(gradient: LayerGradient, left: Tensor | None, right: Tensor | None) -> Tensor:
-    """Return Ω_Lᵀ G Ω_R, fp32; the gradient's rows are summed up first, as most of an embedding's are zero."""
+def _projection(gradient: LayerGradient, left: Tensor | None, right: Tensor | None) -> Tensor:
+    """Return (Ω_Lᵀ G) Ω_R, fp32; the left side first, because most rows of an embedding's gradient are zero."""
     if left is not None:
         product = gradient.rmatmul(left)
         return product if right is None else product @ right
     if right is not None:
         return gradient.matmul(right)
-    return gradient.dense().reshape(gradient.matrix_shape).float()
+    return as_matrix(gradient).float()
 
 
 def sketch(size: int | tuple[int, int] = 16, seed: int = 0, *, entries: Entries = "rademacher") -> Sketch:
-    """Make the measure of a two-sided random projection, whose inner products are those of the gradients on average.
+    """Return the measure of a two-sided random projection, which preserves inner products of gradients in expectation.
 
-    A gradient G (m, n) becomes S = Ω_Lᵀ G Ω_R of shape (p, q), with independent entries of mean 0 and variance 1/p in
-    Ω_L (m, p) and 1/q in Ω_R (n, q). As E[Ω_L Ω_Lᵀ] = I and E[Ω_R Ω_Rᵀ] = I, E⟨S_A, S_B⟩ = ⟨A, B⟩. With Gaussian
+    The sketch of a gradient G (m, n) is S = Ω_Lᵀ G Ω_R (p, q). The entries of Ω_L (m, p) and Ω_R (n, q) are independent
+    with mean 0 and variance 1/p and 1/q. As E[Ω_L Ω_Lᵀ] = I and E[Ω_R Ω_Rᵀ] = I, E⟨S_A, S_B⟩ = ⟨A, B⟩. With Gaussian
     entries the variance is::
 
         (α + τ)/q + (β + τ)/p + (α + β + ‖A‖²‖B‖² + ⟨A, B⟩²)/(pq),
         α = ‖AᵀB‖²,  β = ‖ABᵀ‖²,  τ = tr((AᵀB)²)
 
-    so the standard deviation is at most ‖A‖‖B‖ √(2/p + 2/q + 4/(pq)), reached by equal gradients of rank one, and
-    about ‖A‖‖B‖/√(pq) for gradients of high rank. Rademacher entries (±1) never have a larger one.
+    The standard deviation is at most ‖A‖‖B‖ √(2/p + 2/q + 4/(pq)), its value for A = B of rank one, and about
+    ‖A‖‖B‖/√(pq) for gradients of high rank. With Rademacher entries (±1, scaled) it is never larger.
 
-    A side no longer than its size is kept as it is, which takes its part of the variance away: to keep the inputs,
-    say ``size=(16, 10**9)``. A vector has one side and gets p·q numbers, experts (E, m, n) count as E·m rows. The
-    test matrices depend on the seed, the parameter's name and its shape alone: sketches of other examples, other runs
-    and other checkpoints of a model compare, and different parameters' are independent. They are kept, p·m + q·n
-    numbers for each parameter.
+    A side that is not longer than its size is not projected, and does not contribute to the variance: ``size=(16,
+    10**9)`` projects only the output side. A vector has one side and gets p·q numbers; experts (E, m, n) have E·m rows.
+    The test matrices depend only on the seed and on name and shape of the parameter. Therefore sketches of different
+    examples, runs and checkpoints of a model can be compared, and those of different parameters are independent. The
+    test matrices are stored, p·m + q·n numbers for each parameter.
 
-    The projection of each side by itself is that of LoGra (Choe and others 2024), and the use of random projections
-    of per-example gradients that of TRAK (Park and others 2023).
+    Projecting both sides is the method of LoGra (Choe et al. 2024); random projections of per-example gradients are
+    used in TRAK (Park et al. 2023).
 
     Args:
         size: p and q, or one number for both.
@@ -164,10 +165,10 @@ def sketch(size: int | tuple[int, int] = 16, seed: int = 0, *, entries: Entries 
         entries: ``"rademacher"`` or ``"gaussian"``.
 
     Returns:
-        A measure; its result is (B, min(p, m), min(q, n)), fp32.
+        The measure; its result is (B, min(p, m), min(q, n)), fp32.
 
     Raises:
-        GeometryError: If a size is below 1, or there are no such entries.
+        GeometryError: If a size is below 1, or the distribution is unknown.
 
     Example:
         >>> from geomkit.gradients.factored import FactoredGradient
@@ -175,21 +176,21 @@ def sketch(size: int | tuple[int, int] = 16, seed: int = 0, *, entries: Entries 
         >>> sketch(8)("w", [gradient]).shape, sketch((8, 30))("w", [gradient]).shape
         (torch.Size([1, 8, 8]), torch.Size([1, 8, 30]))
     """
-    wide, tall = (size, size) if isinstance(size, int) else size
-    if min(wide, tall) < 1:
+    p, q = (size, size) if isinstance(size, int) else size
+    if min(p, q) < 1:
         raise GeometryError(f"expected sketches with at least one row and column, found size {size}; give e.g. 16")
     if entries not in {"rademacher", "gaussian"}:
         raise GeometryError(f"expected entries 'rademacher' or 'gaussian', found {entries!r}; choose one of these")
-    return Sketch((wide, tall), seed, entries)
+    return Sketch((p, q), seed, entries)
 
 
 @dataclass(frozen=True, eq=False)
 class InnerProducts:
-    """The measure that :func:`inner_products` makes.
+    """Measure of the inner products of each gradient with a reference, see :func:`inner_products`.
 
     Attributes:
-        reference: The gradients to take inner products with.
-        per_sample: Whether with each of the reference's samples, or with the gradient of the whole set.
+        reference: The reference gradients.
+        per_sample: Whether inner products are with each sample of the reference, or with its mean gradient.
     """
 
     reference: GradientSet
@@ -208,17 +209,17 @@ class InnerProducts:
 
 
 def inner_products(reference: GradientSet, *, per_sample: bool = False) -> InnerProducts:
-    """Make the measure of the inner products ⟨G, R⟩ of each gradient with those of a set.
+    """Return the measure of the inner products ⟨G, R⟩ of each gradient with reference gradients.
 
     Args:
-        reference: A set, collected from the same model with the same choice of parameters.
-        per_sample: Take them with each of the set's M samples instead of with the gradient of the whole set.
+        reference: Gradients that were collected from the same model with the same ``layers``.
+        per_sample: Take inner products with each of the M samples of the reference, not with its mean gradient.
 
     Returns:
-        A measure; its result is (B,) fp64, or (B, M) with ``per_sample``.
+        The measure; its result is (B,) fp64, or (B, M) with ``per_sample``.
 
     Raises:
-        GeometryError: If ``per_sample`` is asked for and the set was collected without.
+        GeometryError: If ``per_sample`` is set and the reference was collected without samples.
 
     Example:
         >>> import geomkit as gk

@@ -1,4 +1,4 @@
-"""Every inner product between the gradients of examples, in memory that does not grow with their number."""
+"""Inner products between the gradients of all examples, in memory that does not grow with their number."""
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MEMORY = 4 * 2**30
-"""Bytes of gradients held at a time where nothing else is said."""
+"""Default number of bytes for the gradients of a block."""
 
 
 def sample_grams(
@@ -36,34 +36,32 @@ def sample_grams(
     tokens_per_batch: int = TOKENS_PER_BATCH,
     progress: bool = True,
 ) -> dict[str, Tensor]:
-    """Compute every inner product between the gradients of examples' own losses, exactly.
+    """Return the exact inner products between the gradients of the losses of all examples.
 
-    The gradients of as many examples as fit into ``memory`` are held while the other examples stream by, then those
-    of the next, and so on. If all fit it is one pass over the examples; with K blocks of one set, an example is run
-    (K + 1)/2 times on average. For estimates in one pass over any number, see
+    The examples are divided into blocks whose gradients fit into ``memory``. The gradients of a block stay in memory
+    while the other examples run. If all examples are one block, each of them is run once; with K blocks of one set, an
+    example is run (K + 1)/2 times on average. For estimates in one pass over any number of examples, see
     :func:`geomkit.collection.measures.sketch`.
 
     Args:
-        model: A causal language model, which runs in eval mode and is left as found.
-        tokenizer: Its tokenizer, with a chat template and a pad token.
-        a: N rows with a column ``messages``.
-        b: M others; those of ``a`` when left out.
-        layers: Glob pattern on parameter names such as ``"*.mlp.*"``, numbers of decoder layers such as ``[10, 20]``, a
-            list of either, or :func:`geomkit.select`.
-        memory: Most bytes of gradients to hold, beside what running a batch takes and the result's 8·N·M for each
-            parameter. One example is always held, however long.
-        tokens_per_batch: Most token positions run at a time, padding included.
-        progress: Show a bar for each pass, in tokens.
+        model: See :func:`geomkit.collect_gradients`, also for ``layers`` and ``tokens_per_batch``.
+        tokenizer: Tokenizer of the model.
+        a: N examples.
+        b: M other examples; those of ``a`` when left out.
+        layers: The choice of parameters.
+        memory: Largest number of bytes of a block's gradients, in addition to the memory of a batch and 8·N·M bytes of
+            the result for each parameter. A block has at least one example, however long.
+        tokens_per_batch: Largest number of token positions in a batch.
+        progress: Show a progress bar for each pass, in tokens.
 
     Returns:
-        (N, M) inner products in fp64 on the CPU, by parameter in the model's order, as
-        :func:`geomkit.gradients.gradient_set.layer_grams` gives them from sets that were collected per sample.
+        (N, M) inner products by parameter, in the order of the model, fp64 on the CPU; equal to those of
+        :func:`geomkit.gradients.gradient_set.layer_grams` for sets that were collected per sample.
 
     Raises:
         DataError: If the examples cannot be encoded.
         GeometryError: If ``memory`` is not positive.
-        CollectionError: If no trainable parameter matches, weights are sharded or on meta, or a loss or gradient is
-            not finite.
+        CollectionError: See :func:`geomkit.collect_gradients`.
 
     Example:
         >>> import geomkit as gk
@@ -96,44 +94,49 @@ def grams_from_tokens(
     tokens_per_batch: int = TOKENS_PER_BATCH,
     progress: bool = False,
 ) -> dict[str, Tensor]:
-    """Compute the inner products of examples that are already tokens; see :func:`sample_grams`."""
+    """Return the inner products of examples that are already tokens; see :func:`sample_grams`."""
     if memory <= 0:
         raise GeometryError(f"expected bytes to hold gradients in, found memory={memory}; give e.g. 4e9")
     passes = _Passes(model, pad, as_selection(layers), tokens_per_batch, progress)
-    held = blocks_of(_sizes(model, passes.chosen, a), memory)
+    # 1. Blocks of examples whose gradients fit into memory, from upper bounds of their sizes.
+    a_blocks = blocks_of(_sizes(model, passes.chosen, a), memory)
+    # 2. One set: every pair of blocks once.
     if b is None:
-        return _within(passes, a, held)
-    swapped = blocks_of(_sizes(model, passes.chosen, b), memory)
-    # What is held is run once, what goes by once for each block.
-    if _tokens(a) + len(held) * _tokens(b) <= _tokens(b) + len(swapped) * _tokens(a):
-        return _between(passes, a, b, held)
-    return {name: found.T.contiguous() for name, found in _between(passes, b, a, swapped).items()}
+        return _grams_within(passes, a, a_blocks)
+    # 3. Two sets: the set in blocks is run once, the other set once for each block. Take the cheaper choice.
+    b_blocks = blocks_of(_sizes(model, passes.chosen, b), memory)
+    if _tokens(a) + len(a_blocks) * _tokens(b) <= _tokens(b) + len(b_blocks) * _tokens(a):
+        return _grams_between(passes, a, b, a_blocks)
+    return {name: table.T.contiguous() for name, table in _grams_between(passes, b, a, b_blocks).items()}
 
 
 def blocks_of(sizes: Sequence[int], memory: float) -> list[list[int]]:
-    """Divide examples into runs that fit into some memory, the largest first; one that does not is a run of its own.
+    """Return blocks of examples that fit into memory, the largest examples first; a larger example is a block alone.
 
     Example:
         >>> blocks_of([3, 9, 4, 5], memory=9)
         [[1], [3, 2], [0]]
     """
     blocks: list[list[int]] = []
-    left = 0.0
+    free = 0.0
     for index in sorted(range(len(sizes)), key=lambda index: -sizes[index]):
-        if not blocks or sizes[index] > left:
+        if not blocks or sizes[index] > free:
             blocks.append([])
-            left = memory
+            free = memory
         blocks[-1].append(index)
-        left -= sizes[index]
+        free -= sizes[index]
     return blocks
 
 
 def _sizes(model: nn.Module, chosen: Selection, rows: Sequence[Tokens]) -> list[int]:
-    """Bound the bytes of each example's gradient."""
+    """Return an upper bound of the bytes of each example's gradient."""
     inner = unwrapped_model(model)
-    parameters, uses = dict(inner.named_parameters()), aliases_by_parameter(inner)
-    wanted = [(parameters[name], uses[name]) for name in set(chosen_parameters(inner, chosen).values())]
-    return [sum(most_sample_bytes(*each, counts) or 0 for each in wanted) for counts in map(_counts, rows)]
+    parameters, aliases = dict(inner.named_parameters()), aliases_by_parameter(inner)
+    collected = [(parameters[name], aliases[name]) for name in set(chosen_parameters(inner, chosen).values())]
+    return [
+        sum(most_sample_bytes(parameter, names, counts) or 0 for parameter, names in collected)
+        for counts in map(_counts, rows)
+    ]
 
 
 def _counts(row: Tokens) -> Counts:
@@ -148,14 +151,14 @@ def _tokens(rows: Sequence[Tokens]) -> int:
 
 @dataclass(frozen=True)
 class _Passes:
-    """How examples are run.
+    """Model and settings of all passes.
 
     Attributes:
         model: The model.
-        pad: The id that fills short rows.
-        chosen: Which parameters to collect.
-        tokens_per_batch: Most positions in a batch.
-        progress: Whether to show bars.
+        pad: Id of the token that fills short rows.
+        chosen: The choice of parameters.
+        tokens_per_batch: Largest number of token positions in a batch.
+        progress: Whether to show progress bars.
     """
 
     model: nn.Module
@@ -164,84 +167,91 @@ class _Passes:
     tokens_per_batch: int
     progress: bool
 
-    def run(self, rows: Sequence[Tokens], places: Sequence[int], sink: ExampleSink) -> list[str]:
-        """Run the examples at some places, hand their gradients on with these, and return the parameters' names."""
+    def run(self, rows: Sequence[Tokens], indices: Sequence[int], sink: ExampleSink) -> list[str]:
+        """Run the examples with these indices, give their gradients to a function, and return the parameter names."""
 
-        def placed(name: str, examples: Sequence[int], gradients: Sequence[LayerGradient]) -> None:
+        def with_set_indices(name: str, examples: Sequence[int], gradients: Sequence[LayerGradient]) -> None:
             with torch.no_grad(), no_autocast(gradients[0].device):
-                sink(name, [places[example] for example in examples], gradients)
+                sink(name, [indices[example] for example in examples], gradients)
 
-        streamed = stream(
+        result = stream(
             self.model,
-            [rows[place] for place in places],
+            [rows[index] for index in indices],
             self.pad,
             self.chosen,
             tokens_per_batch=self.tokens_per_batch,
             progress=self.progress,
-            samples=placed,
+            samples=with_set_indices,
         )
-        return list(streamed.target.parameters)
+        return list(result.target.parameters)
 
 
-_Held = Mapping[str, Mapping[int, LayerGradient]]
-"""By parameter, then by example: one that has no part in a parameter is not there, and its inner products are zero."""
+_BlockGradients = Mapping[str, Mapping[int, LayerGradient]]
+"""Gradients by parameter, then by example. A missing example has gradient zero, so that its inner products are zero."""
 
 
-def _held(passes: _Passes, rows: Sequence[Tokens], block: Sequence[int]) -> tuple[_Held, list[str]]:
-    held: dict[str, dict[int, LayerGradient]] = defaultdict(dict)
-    names = passes.run(rows, block, lambda name, *found: held[name].update(zip(*found, strict=True)))
-    return held, names
+def _block_gradients(
+    passes: _Passes, rows: Sequence[Tokens], block: Sequence[int]
+) -> tuple[_BlockGradients, list[str]]:
+    """Return the gradients of a block's examples, and the names of all parameters."""
+    gradients: dict[str, dict[int, LayerGradient]] = defaultdict(dict)
+
+    def store(name: str, examples: Sequence[int], batch_gradients: Sequence[LayerGradient]) -> None:
+        gradients[name].update(zip(examples, batch_gradients, strict=True))
+
+    names = passes.run(rows, block, store)
+    return gradients, names
 
 
-def _within(passes: _Passes, rows: Sequence[Tokens], blocks: Sequence[Sequence[int]]) -> dict[str, Tensor]:
-    """Meet each block with itself and with those after it; the other half is the same by symmetry."""
+def _grams_within(passes: _Passes, rows: Sequence[Tokens], blocks: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    """Return the inner products within one set: of each block with itself and with all later blocks, by symmetry."""
     tables = _Tables(len(rows), len(rows))
 
-    def put_twice(name: str, places: Sequence[int], others: Sequence[int], products: Tensor) -> None:
-        tables.put(name, places, others, products)
-        tables.put(name, others, places, products.T)
+    def put_symmetric(name: str, examples: Sequence[int], others: Sequence[int], products: Tensor) -> None:
+        tables.put(name, examples, others, products)
+        tables.put(name, others, examples, products.T)
 
     for nth, block in enumerate(blocks):
-        held, tables.names = _held(passes, rows, block)
-        for name, own in held.items():
-            gradients = list(own.values())
-            tables.put(name, list(own), list(own), gram(gradients, gradients))
-        if rest := [place for later in blocks[nth + 1 :] for place in later]:
-            _meet(passes, held, rows, rest, put_twice)
-        del held  # before the next block is there
+        in_memory, tables.names = _block_gradients(passes, rows, block)
+        for name, by_example in in_memory.items():
+            gradients = list(by_example.values())
+            tables.put(name, list(by_example), list(by_example), gram(gradients, gradients))
+        if later := [index for later_block in blocks[nth + 1 :] for index in later_block]:
+            _put_products(passes, in_memory, rows, later, put_symmetric)
+        del in_memory  # before the gradients of the next block are computed
     return tables.in_order()
 
 
-def _between(
+def _grams_between(
     passes: _Passes, a: Sequence[Tokens], b: Sequence[Tokens], blocks: Sequence[Sequence[int]]
 ) -> dict[str, Tensor]:
-    """Meet each block of one set with the whole other set."""
+    """Return the inner products between two sets: of each block of ``a`` with all of ``b``."""
     tables = _Tables(len(a), len(b))
     for block in blocks:
-        held, tables.names = _held(passes, a, block)
-        _meet(passes, held, b, range(len(b)), tables.put)
-        del held  # before the next block is there
+        in_memory, tables.names = _block_gradients(passes, a, block)
+        _put_products(passes, in_memory, b, range(len(b)), tables.put)
+        del in_memory  # before the gradients of the next block are computed
     return tables.in_order()
 
 
-def _meet(
+def _put_products(
     passes: _Passes,
-    held: _Held,
+    in_memory: _BlockGradients,
     rows: Sequence[Tokens],
-    places: Sequence[int],
+    indices: Sequence[int],
     put: Callable[[str, Sequence[int], Sequence[int], Tensor], None],
 ) -> None:
-    """Let examples stream by and take the inner products of what is held with each batch of them."""
+    """Run examples, and put the inner products of a block's gradients with each batch of theirs into a table."""
 
     def sink(name: str, others: Sequence[int], gradients: Sequence[LayerGradient]) -> None:
-        if own := held.get(name):
-            put(name, list(own), others, gram(list(own.values()), gradients))
+        if by_example := in_memory.get(name):
+            put(name, list(by_example), others, gram(list(by_example.values()), gradients))
 
-    passes.run(rows, places, sink)
+    passes.run(rows, indices, sink)
 
 
 class _Tables:
-    """Inner products by parameter, zero where none was put."""
+    """Inner products by parameter; zero for pairs that are not put."""
 
     def __init__(self, rows: int, columns: int) -> None:
         self._shape = rows, columns
@@ -255,5 +265,5 @@ class _Tables:
         table[torch.tensor(rows)[:, None], torch.tensor(columns)] = products.cpu()
 
     def in_order(self) -> dict[str, Tensor]:
-        """Return the tables in the model's order."""
+        """Return the tables in the order of the model."""
         return {name: self._tables[name] for name in self.names if name in self._tables}

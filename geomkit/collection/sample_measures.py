@@ -1,4 +1,4 @@
-"""A few numbers of every example's own gradient, in one pass in which no gradient is kept."""
+"""Measures of the gradient of every example's loss, in one pass that stores no gradient."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,7 +19,7 @@ from geomkit.gradients.layer_gradient import LayerGradient
 from geomkit.gradients.provenance import Provenance, provenance_of
 from geomkit.inputs.parameters import Layers, as_selection, kind_of, layer_index
 from geomkit.inputs.tokens import EncodedExamples, Tokens, as_encoded, pad_id
-from geomkit.utils.display import html_table
+from geomkit.utils.display import Result, html_table
 from geomkit.utils.precision import no_autocast
 
 if TYPE_CHECKING:
@@ -28,18 +28,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _SHOWN = 12
+"""Number of rows of the data frame in a notebook."""
 
 
 @dataclass(frozen=True, eq=False)
-class SampleMeasures:
-    """What was measured of each example's own gradient.
+class SampleMeasures(Result):
+    """Values of measures for the gradient of each example's loss.
 
     Attributes:
-        values: By measure, then by parameter in the model's order: (N, …), a row per example in the set's order.
-        losses: Each example's loss, in nats per token.
-        loss_tokens: Each example's number of scored tokens.
-        coverage: What share of the model was seen.
-        provenance: What it was measured on.
+        values: By measure, then by parameter in the order of the model: (N, …), a row per example.
+        losses: (N,) loss of each example, in nats per token.
+        loss_tokens: (N,) number of scored tokens of each example.
+        coverage: The parameters with and without a gradient.
+        provenance: Model, data and settings.
     """
 
     values: Mapping[str, Mapping[str, Tensor]] = field(repr=False)
@@ -49,36 +50,36 @@ class SampleMeasures:
     provenance: Provenance | None = field(default=None, repr=False)
 
     def __getitem__(self, measure: str) -> Mapping[str, Tensor]:
-        """Return one measure's values, by parameter.
+        """Return the values of a measure, by parameter.
 
         Raises:
-            GeometryError: If there is no such measure.
+            GeometryError: If the measure is unknown.
         """
         if measure not in self.values:
             raise GeometryError(f"expected one of {', '.join(self.values)}, found {measure!r}; choose one of these")
         return self.values[measure]
 
     def side_by_side(self, measure: str) -> Tensor:
-        """Return (N, …) values of all parameters side by side, one row of numbers per example.
+        """Return the values of all parameters side by side, (N, K), a row per example.
 
-        The inner products of the rows of sketches estimate those of whole gradients.
+        For sketches, inner products of these rows estimate those of the gradients over all parameters.
 
         Raises:
-            GeometryError: If there is no such measure.
+            GeometryError: If the measure is unknown.
         """
         return torch.cat([values.flatten(1) for values in _as_columns(self[measure])], dim=1)
 
     def to_frame(self, measure: str | None = None) -> "pd.DataFrame":
-        """Return a row per number, sorted by measure, parameter, example and index.
+        """Return a data frame with a row per value, sorted by measure, parameter, example and index.
 
         The columns are ``example``, ``parameter``, ``kind``, ``layer``, ``measure``, ``index`` and ``value``; the index
-        counts an example's numbers, row by row where they are a matrix.
+        numbers the values of an example, row by row for a matrix.
 
         Args:
-            measure: One measure; all when left out.
+            measure: Name of a measure; all measures when left out.
 
         Raises:
-            GeometryError: If there is no such measure.
+            GeometryError: If the measure is unknown.
         """
         import pandas as pd
 
@@ -104,19 +105,19 @@ class SampleMeasures:
                 )
 
     def __str__(self) -> str:
-        """Say what was measured, of how much."""
+        """Return the names of the measures, the sizes and the coverage as text."""
         return (
             f"{', '.join(self.values)} of {len(self.losses)} examples ({sum(self.loss_tokens)} loss tokens), "
             f"{self.coverage}"
         )
 
     def _repr_html_(self) -> str:
-        first = next(self._frames(self.values)).head(_SHOWN)
+        first = next(self._frames(self.values)).head(_SHOWN)  # not to_frame(), which may have millions of rows
         return html_table(str(self), first)
 
 
 def _as_columns(values: Mapping[str, Tensor]) -> Iterator[Tensor]:
-    return (each if each.ndim > 1 else each[:, None] for each in values.values())
+    return (table if table.ndim > 1 else table[:, None] for table in values.values())
 
 
 def measure_samples(
@@ -129,40 +130,35 @@ def measure_samples(
     tokens_per_batch: int = TOKENS_PER_BATCH,
     progress: bool = True,
 ) -> SampleMeasures:
-    """Measure the gradient of each example's own loss without keeping it.
+    """Return measures of the gradient of each example's loss, without storing the gradients.
 
-    Every example is run forward and backward once, and memory grows with nothing but the results. The model runs in
-    eval mode and is left as found, also when interrupted.
+    Every example is run forward and backward once. Memory grows only with the values of the measures.
 
     Args:
-        model: A causal language model.
-        tokenizer: Its tokenizer, with a chat template and a pad token.
-        examples: N rows with a column ``messages``; :func:`geomkit.load_examples` makes them.
-        measures: What to measure, each under a name of your choice: those of :mod:`geomkit.collection.measures`, or
-            any callable
-            that takes a parameter's name and the gradients of B examples and returns a tensor with B rows. Where
-            batches return rows of different length, these are filled up with zeros on the right.
-        layers: Glob pattern on parameter names such as ``"*.mlp.*"``, numbers of decoder layers such as ``[10, 20]``, a
-            list of either, or :func:`geomkit.select`.
-        tokens_per_batch: Most token positions run at a time, padding included; the knob for memory.
-        progress: Show a bar, in tokens.
+        model: See :func:`geomkit.collect_gradients`, also for ``layers``, ``tokens_per_batch`` and ``progress``.
+        tokenizer: Tokenizer of the model.
+        examples: N examples.
+        measures: Measures by name: ``norms``, ``singular_values()``, ``sketch()`` or ``inner_products()`` of
+            :mod:`geomkit.collection.measures`, or a function that takes the name of a parameter and the gradients of B
+            examples and returns a tensor with B rows. If rows of different batches differ in length, they are filled
+            with zeros on the right.
+        layers: The choice of parameters.
+        tokens_per_batch: Largest number of token positions in a batch.
+        progress: Show a progress bar.
 
     Returns:
-        The values, on the CPU, with each example's loss.
+        The values of the measures, on the CPU, with the loss of each example.
 
     Raises:
         DataError: If the examples cannot be encoded.
-        GeometryError: If there is no measure, one cannot be called, or returns something else than a row per gradient.
-        CollectionError: If no trainable parameter matches, weights are sharded or on meta, or a loss or gradient is
-            not finite.
+        GeometryError: If there is no measure, a measure is not callable, or it does not return a row per gradient.
+        CollectionError: See :func:`geomkit.collect_gradients`.
 
     Example:
         >>> import geomkit as gk
-        >>> from geomkit.collection.measures import norms
-        >>> from geomkit.collection.measures import singular_values
-        >>> from geomkit.collection.measures import sketch
+        >>> from geomkit.collection.measures import norms, singular_values, sketch
         >>> model, tokenizer = gk.load_organism()
-        >>> found = measure_samples(
+        >>> measures = measure_samples(
         ...     model,
         ...     tokenizer,
         ...     gk.load_examples("safety").select(range(3)),
@@ -170,12 +166,12 @@ def measure_samples(
         ...     layers="lm_head*",
         ...     progress=False,
         ... )
-        >>> {measure: tuple(values["lm_head.weight"].shape) for measure, values in found.values.items()}
+        >>> {measure: tuple(values["lm_head.weight"].shape) for measure, values in measures.values.items()}
         {'norm': (3,), 'spectrum': (3, 4), 'sketch': (3, 8, 8)}
     """
     _refuse_bad(measures)
     rows = as_encoded(tokenizer, examples)
-    found = measures_from_tokens(
+    values = measures_from_tokens(
         model,
         rows,
         pad_id(tokenizer),
@@ -184,7 +180,7 @@ def measure_samples(
         tokens_per_batch=tokens_per_batch,
         progress=progress,
     )
-    return replace(found, provenance=provenance_of(model, rows, reduction="example", layers=str(as_selection(layers))))
+    return replace(values, provenance=provenance_of(model, rows, reduction="example", layers=str(as_selection(layers))))
 
 
 def measures_from_tokens(
@@ -197,36 +193,38 @@ def measures_from_tokens(
     tokens_per_batch: int = TOKENS_PER_BATCH,
     progress: bool = False,
 ) -> SampleMeasures:
-    """Measure examples that are already tokens; see :func:`measure_samples`."""
+    """Return measures of examples that are already tokens; see :func:`measure_samples`."""
     _refuse_bad(measures)
     tables = {measure: defaultdict[str, _Table](partial(_Table, len(rows))) for measure in measures}
 
-    def reduce(name: str, examples: Sequence[int], gradients: Sequence[LayerGradient]) -> None:
+    def store_values(name: str, examples: Sequence[int], gradients: Sequence[LayerGradient]) -> None:
         for measure, function in measures.items():
-            tables[measure][name].put(examples, _measured(measure, function, name, gradients))
+            tables[measure][name].put(examples, _values(measure, function, name, gradients))
 
-    streamed = stream(
+    result = stream(
         model,
         rows,
         pad,
         as_selection(layers),
         tokens_per_batch=tokens_per_batch,
         progress=progress,
-        samples=reduce,
+        samples=store_values,
     )
     seen = next(iter(tables.values()))
-    parameters = {name: weight for name, weight in streamed.target.parameters.items() if name in seen}
+    parameters = {name: parameter for name, parameter in result.target.parameters.items() if name in seen}
     for measure, function in measures.items():
-        for name, weight in parameters.items():
-            # An example that has no part in a parameter, such as an expert it was not sent to, has gradient zero.
+        for name, parameter in parameters.items():
+            # Some examples may not use a parameter, e.g. an expert that gets none of their tokens: the gradient is
+            # zero.
             if absent := tables[measure][name].absent():
-                (value,) = _measured(measure, function, name, [zero_gradient(weight.shape, weight.device)])
+                zero = zero_gradient(parameter.shape, parameter.device)
+                (value,) = _values(measure, function, name, [zero])
                 tables[measure][name].put(absent, value.expand(len(absent), *value.shape))
     return SampleMeasures(
         {measure: {name: table[name].values() for name in parameters} for measure, table in tables.items()},
-        tuple(streamed.losses),
-        tuple(streamed.loss_tokens),
-        coverage_of(streamed.target, parameters),
+        tuple(result.losses),
+        tuple(result.loss_tokens),
+        coverage_of(result.target, parameters),
     )
 
 
@@ -245,27 +243,28 @@ def _refuse_bad(measures: Mapping[str, Measure]) -> None:
             )
 
 
-def _measured(measure: str, function: Measure, parameter: str, gradients: Sequence[LayerGradient]) -> Tensor:
+def _values(measure: str, function: Measure, parameter: str, gradients: Sequence[LayerGradient]) -> Tensor:
+    """Return the values of a measure, after checking that there is a row per gradient."""
     with torch.no_grad(), no_autocast(gradients[0].device):
         values = function(parameter, gradients)
     if not isinstance(values, Tensor) or values.shape[:1] != (len(gradients),):
-        found = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+        finding = f"shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
         raise GeometryError(
             f"expected measure {measure!r} to return a tensor with a row for each of {len(gradients)} gradients, "
-            f"found {found} for {parameter}; return (B, …)"
+            f"found {finding} for {parameter}; return (B, …)"
         )
     return values
 
 
 class _Table:
-    """The values of one measure and parameter, a row per example, filled batch by batch."""
+    """Values of a measure for one parameter, a row per example, written batch by batch."""
 
     def __init__(self, examples: int) -> None:
         self._seen = torch.zeros(examples, dtype=torch.bool)
         self._values: Tensor | None = None
 
     def put(self, examples: Sequence[int], values: Tensor) -> None:
-        """Write some examples' rows; a table that is too narrow becomes wider."""
+        """Write the rows of some examples, and widen the table if they are longer than its rows."""
         if self._values is None:
             self._values = torch.zeros(len(self._seen), *values.shape[1:], dtype=values.dtype)
         if values.ndim != self._values.ndim:
@@ -283,10 +282,10 @@ class _Table:
 
     def absent(self) -> list[int]:
         """Return the examples without a row."""
-        found: list[int] = torch.nonzero(~self._seen).flatten().tolist()
-        return found
+        examples: list[int] = torch.nonzero(~self._seen).flatten().tolist()
+        return examples
 
     def values(self) -> Tensor:
-        """Return the rows."""
-        assert self._values is not None  # noqa: S101 - a table is made when a row is put
+        """Return the values of all examples."""
+        assert self._values is not None  # noqa: S101 - a table exists because a row was put
         return self._values

@@ -1,4 +1,4 @@
-"""Running a model over a whole set in batches by token budget, whatever is done with the gradients."""
+"""Passes over a whole set of examples, in batches, with functions that receive the gradients."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -8,7 +8,8 @@ from typing import get_args
 import torch
 from torch import nn
 
-from geomkit.collection.passes import ProductSink, WholeSink, run_pass
+from geomkit.collection.passes import ProductSink, SumSink, run_pass
+from geomkit.collection.per_example import SampleSink
 from geomkit.collection.target import Target
 from geomkit.errors import CollectionError, DataError
 from geomkit.gradients.layer_gradient import LayerGradient
@@ -25,19 +26,20 @@ from geomkit.inputs.tokens import EncodedExamples, Tokens, lengths_of
 from geomkit.utils.precision import full_precision
 
 TOKENS_PER_BATCH = 4096
-"""Positions in a batch where nothing else is said: a few GiB of activations for a model of a billion parameters."""
+"""Default number of token positions in a batch: a few GiB of activations for a model of a billion parameters."""
 
 ExampleSink = Callable[[str, Sequence[int], Sequence[LayerGradient]], None]
+"""Function that takes the name of a parameter, the indices of some examples and the gradients of their losses."""
 
 
 @dataclass(frozen=True, eq=False)
-class Streamed:
-    """What is known after the last batch.
+class StreamResult:
+    """Losses of all examples, and the findings about the parameters.
 
     Attributes:
-        target: The parameters and what was noticed about them.
-        losses: Each example's loss, in nats per token, in the set's order.
-        loss_tokens: Each example's number of scored tokens.
+        target: The parameters, with findings about them.
+        losses: (N,) loss of each example, in nats per token, in the order of the set.
+        loss_tokens: (N,) number of scored tokens of each example.
     """
 
     target: Target
@@ -54,29 +56,32 @@ def stream(
     reduction: Reduction = "example",
     tokens_per_batch: int = TOKENS_PER_BATCH,
     progress: bool = False,
-    whole: WholeSink | None = None,
+    sums: SumSink | None = None,
     samples: ExampleSink | None = None,
     products: ProductSink | None = None,
     token_loss: TokenLoss = token_losses,
-) -> Streamed:
-    """Run every example forward and backward once and hand out the gradients; the model is left as found.
+) -> StreamResult:
+    """Run every example forward and backward once, and give the gradients to functions.
+
+    The state of the model is restored afterwards, also after an exception.
 
     Args:
-        model: A causal language model, which runs in eval mode.
-        rows: The examples.
-        pad: The id that fills short rows.
-        chosen: Which parameters to collect.
-        reduction: How examples weigh in the sum: alike (1 each), or by their scored tokens.
-        tokens_per_batch: Most positions in a batch, padding included.
-        progress: Show a bar, in tokens.
-        whole: Receives parts of the gradient of the weighted sum of all losses.
-        samples: Receives, batch by batch, the gradients of examples' own losses and the examples' indices.
+        model: A causal language model; it runs in eval mode.
+        rows: N examples.
+        pad: Id of the token that fills short rows.
+        chosen: The choice of parameters.
+        reduction: Weights of the examples in the summed loss: 1 each, or the number of scored tokens.
+        tokens_per_batch: Largest number of token positions in a batch, padding included.
+        progress: Show a progress bar, in tokens.
+        sums: Receives parts of the gradient of the summed loss.
+        samples: Receives the gradients of the examples' losses, batch by batch, with the indices of the examples.
         products: See :func:`geomkit.collection.passes.run_pass`.
-        token_loss: The loss of each token; of another one than the cross-entropy only the sum can be had.
+        token_loss: See :func:`geomkit.collection.passes.run_pass`.
 
     Raises:
-        CollectionError: If no trainable parameter is chosen, weights cannot be seen, or a loss or gradient is not
-            finite.
+        DataError: If there is no example, or an example has no scored token.
+        CollectionError: If no trainable parameter is chosen, weights are sharded or on the meta device, or a loss or
+            gradient is not finite.
     """
     from tqdm.auto import tqdm
 
@@ -85,44 +90,45 @@ def stream(
     _refuse_unscored(rows)
     device = next(model.parameters()).device
     lengths = lengths_of(rows)
-    losses, scored = [0.0] * len(rows), [0] * len(rows)
+    losses, loss_tokens = [0.0] * len(rows), [0] * len(rows)
     with (
-        watched(model, chosen) as target,
+        prepared(model, chosen) as target,
         tqdm(total=sum(lengths), desc="gradients", unit="token", unit_scale=True, disable=not progress) as bar,
     ):
         for plan in plan_batches(lengths, tokens_per_batch):
             examples = [rows[index] for index in plan]
             batch = collate(examples, pad, examples=plan, min_length=padded_length(list(map(len, examples)))).to(device)
-            own = run_pass(
+            batch_losses = run_pass(
                 target,
                 batch,
                 reduction=reduction,
-                whole=whole,
-                samples=_numbered(samples, plan),
+                sums=sums,
+                samples=_with_indices(samples, plan),
                 products=products,
                 token_loss=token_loss,
             )
-            for index, example, loss in zip(plan, examples, own, strict=True):
-                losses[index], scored[index] = loss, example.loss_tokens
+            for index, example, loss in zip(plan, examples, batch_losses, strict=True):
+                losses[index], loss_tokens[index] = loss, example.loss_tokens
             bar.update(sum(map(len, examples)))
-    return Streamed(target, losses, scored)
+    return StreamResult(target, losses, loss_tokens)
 
 
 @contextmanager
-def watched(model: nn.Module, chosen: Selection) -> Iterator[Target]:
-    """Make a model ready for passes inside the block, and leave it as found.
+def prepared(model: nn.Module, chosen: Selection) -> Iterator[Target]:
+    """Prepare a model for passes inside the block, and restore its state afterwards.
 
-    It runs in eval mode, fp32 products stay fp32, and only what is chosen needs a gradient.
+    Inside the block the model is in eval mode, fp32 products are computed in fp32, and only the chosen parameters need
+    a gradient.
 
     Args:
         model: A causal language model.
-        chosen: Which parameters to collect.
+        chosen: The choice of parameters.
 
     Yields:
-        What to collect, for :func:`geomkit.collection.passes.run_pass`.
+        The parameters to collect, for :func:`geomkit.collection.passes.run_pass`.
 
     Raises:
-        CollectionError: If no trainable parameter is chosen, or weights cannot be seen.
+        CollectionError: If no trainable parameter is chosen, or weights are sharded or on the meta device.
     """
     inner = unwrapped_model(model)
     target = Target(inner, chosen_parameters(inner, chosen))
@@ -135,7 +141,7 @@ def watched(model: nn.Module, chosen: Selection) -> Iterator[Target]:
         compilation_and_parameter_hooks_off(inner),
         full_precision(),
     ):
-        for module in inner.modules():  # eval() may be overridden, and do more than that
+        for module in inner.modules():  # not eval(), which a module may override with side effects
             module.training = False
         for parameter in set(inner.parameters()) - set(target.parameters.values()):
             parameter.requires_grad_(False)
@@ -145,21 +151,20 @@ def watched(model: nn.Module, chosen: Selection) -> Iterator[Target]:
 def _refuse_unscored(rows: Sequence[Tokens]) -> None:
     if not rows:
         raise DataError("expected at least one example, found none")
-    if not isinstance(rows, EncodedExamples):  # those were checked when they were encoded
+    if not isinstance(rows, EncodedExamples):  # encoded examples were checked by encode
         for index, row in enumerate(rows):
             if row.loss_tokens == 0:
                 raise DataError(f"example {index}: expected tokens to take the loss on, found none of {len(row)}")
 
 
 def padded_length(lengths: Sequence[int]) -> int:
-    """Choose a padded length other than the batch size: a first dimension of that size could be either."""
+    """Return a padded length other than the batch size, so that the size of a dimension tells what it is."""
     longest = max(lengths)
     return longest + 1 if longest == len(lengths) else longest
 
 
-def _numbered(
-    samples: ExampleSink | None, plan: Sequence[int]
-) -> Callable[[str, Sequence[LayerGradient]], None] | None:
+def _with_indices(samples: ExampleSink | None, indices: Sequence[int]) -> SampleSink | None:
+    """Return the function for a batch that adds the indices of the examples."""
     if samples is None:
         return None
-    return lambda name, gradients: samples(name, plan, gradients)
+    return lambda name, gradients: samples(name, indices, gradients)

@@ -1,4 +1,4 @@
-"""The parameters that are to be collected, and what is learnt about them on the way."""
+"""The parameters of a model that are collected, and what the passes over its batches learn about them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,42 +17,48 @@ from geomkit.utils.precision import at_least_fp32
 
 @dataclass
 class Target:
-    """What to collect from a model, over all its batches.
+    """The parameters of a model to collect, with findings that last over all batches.
 
     Attributes:
         model: The model.
-        names: Every name of each chosen parameter to the one it is collected under.
-        notes: What a reader should know about a parameter.
-        ran: Names of parameters whose module was called.
-        verified: Parameters whose doubtful split was found right, with the batch size it was right for.
-        inseparable: Parameters whose split was found wrong.
+        canonical_names: Every name of each parameter to collect, mapped to the name that it is collected under.
+        notes: Remarks on parameters, for :class:`~geomkit.gradients.gradient_set.Coverage`.
+        called: Names of the parameters whose module was called.
+        verified: Parameters whose doubtful split into examples was verified, with the batch size.
+        inseparable: Parameters whose split into examples was wrong.
     """
 
     model: nn.Module
-    names: dict[str, str]
+    canonical_names: dict[str, str]
     notes: dict[str, str] = field(default_factory=dict)
-    ran: set[str] = field(default_factory=set)
+    called: set[str] = field(default_factory=set)
     verified: set[tuple[str, int]] = field(default_factory=set)
     inseparable: set[str] = field(default_factory=set)
 
     @cached_property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """The chosen parameters, in the model's order."""
-        wanted = set(self.names.values())
-        return {name: parameter for name, parameter in self.model.named_parameters() if name in wanted}
+        """The parameters to collect by name, in the order of the model."""
+        collected = set(self.canonical_names.values())
+        return {name: parameter for name, parameter in self.model.named_parameters() if name in collected}
 
     def by_autograd(self, batch: Batch, names: Sequence[str]) -> dict[str, LayerGradient]:
-        """Return the gradients of the sum of the examples' losses as autograd forms them.
+        """Return dense gradients of the sum of the examples' losses, computed by ``torch.autograd.grad``.
 
         Args:
             batch: The examples.
-            names: Which parameters.
+            names: Names of the parameters.
         """
         parameters = [self.parameters[name] for name in names]
         with torch.enable_grad():
             loss = example_losses(token_losses(self.model, batch), batch).sum()
             if not loss.requires_grad:
-                return {name: zero_gradient(one.shape, one.device) for name, one in zip(names, parameters, strict=True)}
-            found = torch.autograd.grad(loss, parameters, materialize_grads=True)
+                return {
+                    name: zero_gradient(parameter.shape, parameter.device)
+                    for name, parameter in zip(names, parameters, strict=True)
+                }
+            gradients = torch.autograd.grad(loss, parameters, materialize_grads=True)
         tokens = int(batch.attention_mask.sum())
-        return {name: DenseGradient(at_least_fp32(value), tokens) for name, value in zip(names, found, strict=True)}
+        return {
+            name: DenseGradient(at_least_fp32(gradient), tokens)
+            for name, gradient in zip(names, gradients, strict=True)
+        }

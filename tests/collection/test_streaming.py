@@ -42,7 +42,7 @@ def test_memory_of_a_sum_does_not_grow_with_the_set(reduction, request):
                 seen.append(live_bytes())
 
         rows = [row for row in ROWS[:1] for _ in range(copies)]
-        stream(model, rows, 0, select(), reduction=reduction, tokens_per_batch=2 * len(rows[0]), whole=add)
+        stream(model, rows, 0, select(), reduction=reduction, tokens_per_batch=2 * len(rows[0]), sums=add)
         assert len(seen) == copies // 2
         most[copies] = max(seen)
     assert most[64] == most[16]

@@ -1,1 +1,1 @@
-"""Whether collection is right on a model: ``check`` asks ``questions`` about a ``subject`` and returns ``verdicts``."""
+"""Check of a collection: ``check`` asks ``questions`` about a ``subject``, and returns ``verdicts``."""

@@ -1,4 +1,4 @@
-"""Comparing gradients that should be the same: parameter by parameter, example by example."""
+"""Comparison of gradients that should be equal: parameter by parameter, example by example."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -24,14 +24,14 @@ Gradients = Mapping[str, LayerGradient]
 
 @dataclass(frozen=True)
 class Difference:
-    """How far gradients are from those they should equal.
+    """Largest difference between gradients and the gradients that they should equal.
 
     Attributes:
-        relative: The worst ‖a − b‖ / ‖b‖ of any parameter and example.
-        parameter: Where it is worst.
-        example: Of which example; ``None`` for the sum over all.
-        cosine: The smallest cosine between whole gradients.
-        identical: Whether every bit is the same.
+        relative: Largest ‖a − b‖ / ‖b‖ of any parameter and example.
+        parameter: Parameter with the largest difference.
+        example: Example with the largest difference; ``None`` for the sum over all examples.
+        cosine: Smallest cosine, over examples, between the gradients over all parameters.
+        identical: Whether all gradients are equal bit for bit.
     """
 
     relative: float
@@ -42,58 +42,63 @@ class Difference:
 
 
 class Comparison:
-    """Collects differences, an example at a time; no gradient is kept.
+    """Running comparison of gradients, an example at a time; no gradient is stored.
 
     Args:
         target: The parameters to compare.
-        floor: A difference is taken relative to the parameter's own gradient, or to this share of the whole gradient
-            if that is larger: what is zero on paper, such as the bias of OPT's keys, which softmax does not feel, is
-            rounding noise.
+        floor: A difference is relative to the norm of the parameter's gradient, or to this share of the norm over all
+            parameters if that is larger. A gradient may be zero up to rounding, e.g. of the bias of the keys in OPT, to
+            which softmax is invariant.
     """
 
     def __init__(self, target: Target, floor: float) -> None:
-        """Start with nothing."""
+        """Start an empty comparison."""
         self._parameters, self._floor = target.parameters, floor
-        self._found: dict[int | None, dict[str, tuple[float, float, float, float]]] = {}
+        # By example and parameter: ‖a − b‖, ‖a‖, ‖b‖ and ⟨a, b⟩.
+        self._numbers: dict[int | None, dict[str, tuple[float, float, float, float]]] = {}
         self._identical = True
 
-    def add(self, example: int | None, found: Gradients, expected: Gradients) -> None:
-        """Compare one example, or the sum where that is ``None``; what only one side has, the other has as zero."""
+    def add(self, example: int | None, actual: Gradients, expected: Gradients) -> None:
+        """Compare the gradients of an example, or of the sum for ``None``; a missing gradient is zero."""
         for name, parameter in self._parameters.items():
-            if name in found or name in expected:
+            if name in actual or name in expected:
                 zero = zero_gradient(parameter.shape, parameter.device)
                 with torch.no_grad(), no_autocast(parameter.device):
-                    self._add(example, name, found.get(name, zero), expected.get(name, zero))
+                    self._add(example, name, actual.get(name, zero), expected.get(name, zero))
 
-    def _add(self, example: int | None, name: str, found: LayerGradient, expected: LayerGradient) -> None:
-        same = identical(found, expected)
+    def _add(self, example: int | None, name: str, actual: LayerGradient, expected: LayerGradient) -> None:
+        same = identical(actual, expected)
         self._identical &= same
-        apart = 0.0 if same else add([found, expected.scaled(-1.0)], keep_factors=True).norm
-        product = expected.norm**2 if same else inner(found, expected)
-        self._found.setdefault(example, {})[name] = (apart, found.norm, expected.norm, product)
+        distance = 0.0 if same else add([actual, expected.scaled(-1.0)], keep_factors=True).norm
+        product = expected.norm**2 if same else inner(actual, expected)
+        self._numbers.setdefault(example, {})[name] = (distance, actual.norm, expected.norm, product)
 
     def worst(self) -> Difference:
-        """Return the worst of all.
+        """Return the largest difference.
 
         Raises:
-            GeometryError: If nothing was compared.
+            GeometryError: If no gradients were compared.
         """
-        if not self._found:
+        if not self._numbers:
             raise GeometryError("expected gradients to compare, found none; add some first")
         differences, cosines = [], []
-        for example, parameters in self._found.items():
-            left, right = (math.hypot(*(norms[place] for norms in parameters.values())) for place in (1, 2))
-            products = sum(norms[3] for norms in parameters.values())
-            cosines.append(min(products / (left * right), 1.0) if left and right else float(left == right))
-            for name, (apart, _, norm, _) in parameters.items():
-                relative = apart / max(norm, self._floor * right) if apart else 0.0
+        for example, parameters in self._numbers.items():
+            # 1. The cosine over all parameters: Σ_p ⟨a_p, b_p⟩ / (‖a‖ ‖b‖).
+            _, actual_norms, expected_norms, products = zip(*parameters.values(), strict=True)
+            actual_norm, expected_norm = math.hypot(*actual_norms), math.hypot(*expected_norms)
+            both = actual_norm and expected_norm
+            cosine = min(sum(products) / (actual_norm * expected_norm), 1.0) if both else actual_norm == expected_norm
+            cosines.append(float(cosine))
+            # 2. The relative difference of each parameter: ‖a_p − b_p‖ / max(‖b_p‖, floor · ‖b‖).
+            for name, (distance, _, norm, _) in parameters.items():
+                relative = distance / max(norm, self._floor * expected_norm) if distance else 0.0
                 differences.append((relative, name, example))
         relative, name, example = max(differences, key=lambda difference: difference[0])
         return Difference(relative, name, example, min(cosines), self._identical)
 
 
 def identical(a: LayerGradient, b: LayerGradient) -> bool:
-    """Tell whether two gradients are the same form of the same numbers."""
+    """Return whether two gradients have the same form and are equal bit for bit."""
     match a, b:
         case (SumGradient(), SumGradient()):
             return len(a.parts) == len(b.parts) and all(map(identical, a.parts, b.parts))
@@ -108,12 +113,12 @@ def identical(a: LayerGradient, b: LayerGradient) -> bool:
 
 
 def example_gradients(target: Target, batch: Batch) -> list[dict[str, LayerGradient]]:
-    """Collect the gradient of each example's own loss."""
-    kept: list[dict[str, LayerGradient]] = [{} for _ in batch.examples]
+    """Return the gradients of each example's loss, by parameter."""
+    by_example: list[dict[str, LayerGradient]] = [{} for _ in batch.examples]
 
-    def keep(name: str, gradients: Sequence[LayerGradient]) -> None:
-        for own, gradient in zip(kept, gradients, strict=True):
-            own[name] = gradient
+    def store(name: str, gradients: Sequence[LayerGradient]) -> None:
+        for of_example, gradient in zip(by_example, gradients, strict=True):
+            of_example[name] = gradient
 
-    run_pass(target, batch, reduction="example", samples=keep)
-    return kept
+    run_pass(target, batch, reduction="example", samples=store)
+    return by_example

@@ -1,4 +1,4 @@
-"""What a check runs on: a watched model and a few examples, in batches of any padding, and how exact it can be."""
+"""Subject of the checks: a prepared model and a few examples, with the tolerance for the model's dtype."""
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -21,26 +21,25 @@ from geomkit.inputs.parameters import Selection
 from geomkit.inputs.tokens import Tokens
 
 ATTENTION = "_attn_implementation"
-"""Where a configuration of transformers keeps which attention is used."""
+"""Attribute of a configuration of transformers that names the attention implementation."""
 
-_PADDING = 8  # positions that are added to the longest example; the shorter ones get more
+_PADDING = 8  # padding positions of the longest example; shorter examples have more
 _ROUNDING = {2: (1e-1, 1e-2), 4: (1e-3, 1e-3), 8: (1e-4, 1e-3)}
-"""By the bytes of a number that the model computes in: the worst difference that rounding leaves in any parameter, and
-the share of the whole gradient below which a parameter's own is taken for noise. Tiny models of fourteen families had
-at most 2e-5 in fp32 (the organism 2e-4) and 0.11 in bf16, where a ReLU at its kink had 0.5; eager attention takes
-softmax in fp32 whatever the type."""
+"""By bytes of the model's dtype: the largest relative difference in a parameter that rounding explains, and the share
+of the norm over all parameters below which the gradient of a parameter is rounding noise; see
+tests/benchmarks/README.md."""
 
 
 @dataclass(frozen=True, eq=False)
 class Subject:
-    """A model that is watched, and the examples that it is checked on.
+    """A model, and the examples that it is checked on.
 
     Attributes:
         target: The model and its chosen parameters.
-        chosen: What chose them.
+        chosen: The choice of parameters.
         rows: The examples.
-        pad: The id that fills short rows.
-        tick: Called after every forward and backward pass.
+        pad: Id of the token that fills short rows.
+        tick: Function to call after every forward and backward pass.
     """
 
     target: Target
@@ -50,7 +49,7 @@ class Subject:
     tick: Callable[[], Any]
 
     def __str__(self) -> str:
-        """Say what is checked on what."""
+        """Return model, dtype, attention, device and numbers of examples and tokens as text."""
         parts = [type(self.model).__name__, str(self.dtype).removeprefix("torch."), self.attention, str(self.device)]
         tokens = sum(map(len, self.rows))
         return f"{', '.join(filter(None, parts))}; {len(self.rows)} examples, {tokens} tokens"
@@ -62,24 +61,24 @@ class Subject:
 
     @property
     def attention(self) -> str | None:
-        """The attention that it uses, if it says."""
+        """Name of the attention implementation; ``None`` if the configuration does not have it."""
         return getattr(getattr(self.model, "config", None), ATTENTION, None)
 
     @cached_property
     def device(self) -> torch.device:
-        """Where it is."""
+        """Device of the model."""
         return next(self.model.parameters()).device
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        """The least precise type that products are computed in."""
+        """Least precise dtype in which products are computed."""
         if torch.is_autocast_enabled(self.device.type):
             return torch.get_autocast_dtype(self.device.type)
         return min((parameter.dtype for parameter in self.model.parameters()), key=lambda dtype: dtype.itemsize)
 
     @property
     def tolerance(self) -> float:
-        """The worst difference that rounding in this type explains."""
+        """Largest relative difference that rounding in this dtype explains."""
         return self._rounding[0]
 
     @property
@@ -88,7 +87,7 @@ class Subject:
 
     @cached_property
     def length(self) -> int:
-        """The padded length of every example, longer than any of them."""
+        """Padded length of all examples, larger than the length of each of them."""
         return padded_length([max(map(len, self.rows)) + _PADDING] * len(self.rows))
 
     @cached_property
@@ -97,28 +96,28 @@ class Subject:
         return collate(self.rows, self.pad, min_length=self.length).to(self.device)
 
     def single(self, row: Tokens, *, min_length: int = 0, side: Literal["right", "left"] = "right") -> Batch:
-        """One example as a batch, with padding up to a length."""
+        """Return an example as a batch, padded to a length."""
         return collate([row], self.pad, min_length=min_length, side=side).to(self.device)
 
     def gradients(self, batch: Batch, target: Target | None = None) -> Sequence[Gradients]:
-        """Collect the gradient of each example's own loss, of this model or of its twin."""
+        """Return the gradients of each example's loss, of this model or of another target."""
         self.tick()
         return example_gradients(target or self.target, batch)
 
     def summed(self) -> tuple[Gradients, Coverage]:
-        """Collect the gradient of the sum of all losses, and say which parameters have a part in it."""
+        """Return the gradients of the sum of all losses, and which parameters have a gradient."""
         sums: dict[str, Accumulator] = defaultdict(Accumulator)
-        run_pass(self.target, self.batch, reduction="example", whole=lambda name, part: sums[name].add(part))
+        run_pass(self.target, self.batch, reduction="example", sums=lambda name, part: sums[name].add(part))
         self.tick()
         return {name: total.total() for name, total in sums.items()}, coverage_of(self.target, sums)
 
     def comparison(self) -> Comparison:
-        """Start a comparison that takes for noise what this type leaves."""
+        """Return an empty comparison, with the noise level of this dtype."""
         return Comparison(self.target, self._rounding[1])
 
-    def compared(self, found: Sequence[Gradients], expected: Sequence[Gradients]) -> Difference:
-        """Compare the gradients of all examples."""
+    def compared(self, actual: Sequence[Gradients], expected: Sequence[Gradients]) -> Difference:
+        """Return the largest difference between the gradients of all examples."""
         comparison = self.comparison()
-        for example, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
-            comparison.add(example, ours, theirs)
+        for example, (actual_gradients, expected_gradients) in enumerate(zip(actual, expected, strict=True)):
+            comparison.add(example, actual_gradients, expected_gradients)
         return comparison.worst()

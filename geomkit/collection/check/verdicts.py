@@ -1,4 +1,4 @@
-"""What :func:`geomkit.check_collection` finds: one answer per question, and what to change."""
+"""Result of :func:`geomkit.check_collection`: the checks, with advice for those that fail."""
 
 import math
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from geomkit.errors import CollectionError
 from geomkit.gradients.gradient_set import Coverage
-from geomkit.utils.display import html_table, text_table
+from geomkit.utils.display import Result, html_table, text_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -17,19 +17,19 @@ Verdict = Literal["ok", "fails", "skipped"]
 
 @dataclass(frozen=True)
 class Check:
-    """One question about the gradients.
+    """A comparison of gradients that should be equal.
 
     Attributes:
-        name: What is asked, such as ``"padding right"``.
-        compared: What was compared with what.
-        verdict: ``"ok"``, ``"fails"``, or ``"skipped"`` where it was not measured.
-        difference: Worst relative difference ‖a − b‖ / ‖b‖ of any parameter; NaN if skipped.
-        cosine: Smallest cosine of the whole gradients; NaN if skipped.
-        tolerance: The difference that rounding in the model's type may leave.
-        parameter: Where the difference is worst; empty if there is none.
-        example: Of which example; ``None`` for their sum.
-        note: Why it was skipped, or what else there is to know.
-        advice: What to change where it fails; empty otherwise.
+        name: Name of the check, such as ``"padding right"``.
+        compared: The two sides of the comparison, in words.
+        verdict: ``"ok"``, ``"fails"``, or ``"skipped"`` if there was no comparison.
+        difference: Largest relative difference ‖a − b‖ / ‖b‖ of any parameter; NaN if skipped.
+        cosine: Smallest cosine of the gradients over all parameters; NaN if skipped.
+        tolerance: Difference that rounding in the model's dtype explains; NaN if skipped.
+        parameter: Parameter with the largest difference; empty without a difference.
+        example: Example with the largest difference; ``None`` for the sum over examples.
+        note: Reason for skipping, or a remark.
+        advice: What to change if the check fails; empty otherwise.
     """
 
     name: str
@@ -44,26 +44,26 @@ class Check:
     advice: str = ""
 
     def __str__(self) -> str:
-        """Say where it is worst, and what to change."""
+        """Return the largest difference and the advice as text."""
         if self.verdict == "skipped":
             return f"{self.name}: skipped, {self.note}"
         where = f" ({self._place()})" if self.parameter else ""
         cosine = "" if math.isnan(self.cosine) else f", cosine {self.cosine:.7f}"
-        said = [f"{self.name}: differs by {self.difference:.1e}{where}, tolerance {self.tolerance:.0e}{cosine}"]
-        return "; ".join([*said, *(part for part in (self.note, self.advice) if part)])
+        finding = f"{self.name}: differs by {self.difference:.1e}{where}, tolerance {self.tolerance:.0e}{cosine}"
+        return "; ".join(filter(None, (finding, self.note, self.advice)))
 
     def _place(self) -> str:
         return self.parameter if self.example is None else f"{self.parameter}, example {self.example}"
 
 
 @dataclass(frozen=True)
-class CollectionCheck:
-    """What :func:`check_collection` found.
+class CollectionCheck(Result):
+    """The checks of :func:`geomkit.check_collection`.
 
     Attributes:
-        checks: By name, in the order they were made.
-        coverage: Which of the chosen parameters have a part in the loss.
-        setting: Model, type, attention, device and examples.
+        checks: Checks by name, in order.
+        coverage: The parameters with and without a gradient.
+        setting: Model, dtype, attention, device and examples, as text.
     """
 
     checks: Mapping[str, Check]
@@ -71,7 +71,7 @@ class CollectionCheck:
     setting: str
 
     def __getitem__(self, name: str) -> Check:
-        """Return one check."""
+        """Return the check with this name."""
         return self.checks[name]
 
     @property
@@ -81,20 +81,20 @@ class CollectionCheck:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing that was measured failed."""
+        """Whether no check failed."""
         return not self.failures
 
     def raise_on_failure(self) -> None:
-        """Raise if a check failed.
+        """Raise an error if a check failed.
 
         Raises:
-            CollectionError: Naming each check that failed, where it is worst and what to change.
+            CollectionError: If a check failed; the message has the differences and the advice.
         """
         if not self.ok:
             raise CollectionError("; ".join(["gradients cannot be trusted as they are", *map(str, self.failures)]))
 
     def to_frame(self) -> "pd.DataFrame":
-        """Return a row per check.
+        """Return a data frame with a row per check.
 
         The columns are ``check``, ``verdict``, ``difference``, ``cosine``, ``tolerance``, ``parameter``, ``example``,
         ``compared``, ``note`` and ``advice``.
@@ -120,12 +120,13 @@ class CollectionCheck:
         )
 
     def __str__(self) -> str:
-        """Show a line per check, then what failed and what to change."""
+        """Return a table with a line per check, and then the failed checks with advice."""
         rows = [("check", "verdict", "difference", "cosine", "tolerance", "compared")]
         for check in self.checks.values():
-            said = check.note if check.verdict == "skipped" else check.compared
+            skipped = check.verdict == "skipped"
             numbers = (f"{check.difference:.1e}", f"{check.cosine:.7f}", f"{check.tolerance:.0e}")
-            rows.append((check.name, check.verdict, *(("", "", "") if check.verdict == "skipped" else numbers), said))
+            remark = check.note if skipped else check.compared
+            rows.append((check.name, check.verdict, *(("", "", "") if skipped else numbers), remark))
         return "\n".join([f"{self.setting}; {self.coverage}", "", *text_table(rows), "", *self._verdict()])
 
     def _verdict(self) -> list[str]:
@@ -137,4 +138,5 @@ class CollectionCheck:
         return [f"all measured checks are ok; the worst is {worst}", *notes]
 
     def _repr_html_(self) -> str:
+        # Not str(self), which is a table itself.
         return html_table("; ".join([self.setting, *map(str, self.failures)]), self.to_frame())

@@ -1,1 +1,1 @@
-"""What a collection will hold and how much memory it needs: ``describe`` makes a ``description`` from ``memory``."""
+"""Description of a collection beforehand: ``describe`` makes a ``description``, with sizes from ``memory``."""

@@ -1,4 +1,4 @@
-"""What a collection would do, before anything runs: which parameters, how, of how many tokens, in how much memory."""
+"""Description of a collection without running the model: parameters, closed forms, batches and memory."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -38,27 +38,26 @@ def describe(
     form: Form = "auto",
     tokens_per_batch: int = TOKENS_PER_BATCH,
 ) -> Description:
-    """Say what :func:`geomkit.collect_gradients` with these arguments would do, without running the model.
+    """Return what :func:`geomkit.collect_gradients` would do with these arguments, without running the model.
 
-    A model on the meta device will do, so that a large one can be sized up before it is loaded. What only a run
-    shows, such as a weight that is used without its module being called, is in the result's ``coverage``.
+    The model may be on the meta device, which shows what a large model needs before it is loaded. Findings that need a
+    run, such as uses of a weight outside its module, are in ``coverage`` of the collected gradients.
 
     Args:
-        model: A causal language model.
-        tokenizer: Its tokenizer, if there are examples.
-        examples: Rows with a column ``messages``, to count tokens and batches of. Without them, memory is that of
-            any number of examples, in batches as large as they may be.
-        per_sample: See :func:`geomkit.collect_gradients`, as for all that follow.
-        layers: Glob pattern on parameter names such as ``"*.mlp.*"``, numbers of decoder layers such as ``[10, 20]``, a
-            list of either, or :func:`geomkit.select`.
+        model: See :func:`geomkit.collect_gradients`, also for the arguments below.
+        tokenizer: Tokenizer of the model; needed with examples.
+        examples: Examples, whose tokens and batches are counted. Without examples, bounds hold for any number of
+            examples, in batches of ``tokens_per_batch``.
+        per_sample: Whether the gradients of single examples are stored.
+        layers: The choice of parameters.
         form: Form of the summed gradients.
-        tokens_per_batch: Most token positions run at a time.
+        tokens_per_batch: Largest number of token positions in a batch.
 
     Returns:
-        A :class:`Description`; ``print`` it.
+        The description; ``print`` shows it as a table.
 
     Raises:
-        DataError: If only one of tokenizer and examples is given, or examples cannot be encoded.
+        DataError: If only one of tokenizer and examples is given, or the examples cannot be encoded.
         CollectionError: If no trainable parameter matches.
 
     Example:
@@ -81,15 +80,15 @@ def describe(
         for row in as_encoded(tokenizer, examples):
             counts.add(row)
     workload = _workload(counts, tokens_per_batch) if counts else None
-    wanted = set(chosen_parameters(inner, chosen).values())
-    uses = aliases_by_parameter(inner)
+    chosen_names = set(chosen_parameters(inner, chosen).values())
+    aliases = aliases_by_parameter(inner)
     parameters = [
         _planned(
             name,
             parameter,
-            uses[name],
+            aliases[name],
             counts,
-            chosen=name in wanted,
+            chosen=name in chosen_names,
             per_sample=per_sample,
             keep_factors=form == "factored",
         )
@@ -121,35 +120,35 @@ def _workload(counts: Counts, tokens_per_batch: int) -> Workload:
 def _planned(
     name: str,
     parameter: nn.Parameter,
-    uses: Sequence[ParameterAlias],
+    aliases: Sequence[ParameterAlias],
     counts: Counts | None,
     *,
     chosen: bool,
     per_sample: bool,
     keep_factors: bool,
 ) -> ParameterPlan:
-    own = most_sample_bytes(parameter, uses, counts) if per_sample else 0
+    sample_bytes = most_sample_bytes(parameter, aliases, counts) if per_sample else 0
     return ParameterPlan(
         name=name,
-        others=tuple(use.name for use in uses if use.name != name),
+        others=tuple(alias.name for alias in aliases if alias.name != name),
         kind=kind_of(name),
         layer=layer_index(name),
         shape=tuple(parameter.shape),
-        module=" + ".join(dict.fromkeys(type(use.module).__name__ for use in uses)),
-        way="closed form" if all(use.form for use in uses) else "autograd, samples by replay",
+        module=" + ".join(dict.fromkeys(type(alias.module).__name__ for alias in aliases)),
+        way="closed form" if all(alias.form for alias in aliases) else "autograd, samples by replay",
         trainable=parameter.requires_grad,
         chosen=chosen,
-        result=most_result_bytes(parameter, uses, counts, keep_factors=keep_factors) if chosen else None,
-        samples=own if chosen else None,
+        result=most_result_bytes(parameter, aliases, counts, keep_factors=keep_factors) if chosen else None,
+        samples=sample_bytes if chosen else None,
     )
 
 
 def _memory(model: nn.Module, parameters: Sequence[ParameterPlan], positions: int) -> Memory:
-    chosen = [each for each in parameters if each.chosen]
-    by_autograd = sum(4 * each.entries for each in chosen if each.way != "closed form")
+    chosen = [plan for plan in parameters if plan.chosen]
+    by_autograd = sum(4 * plan.entries for plan in chosen if plan.way != "closed form")
     return Memory(
-        result=total_bytes(each.result for each in chosen),
-        samples=total_bytes(each.samples for each in chosen),
+        result=total_bytes(plan.result for plan in chosen),
+        samples=total_bytes(plan.samples for plan in chosen),
         logits=logit_bytes(model, positions),
         activations=activation_bytes(model, positions) + by_autograd,
         weights=sum(parameter.numel() * parameter.element_size() for parameter in model.parameters()),

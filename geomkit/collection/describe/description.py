@@ -1,4 +1,4 @@
-"""What :func:`geomkit.describe` says: a line per parameter, how much there is to run, and in how much memory."""
+"""Result of :func:`geomkit.describe`: a plan per parameter, the work load, and the memory."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -9,30 +9,31 @@ import torch
 
 from geomkit.collection.describe.memory import total_bytes
 from geomkit.inputs.parameters import Kind
-from geomkit.utils.display import html_table, human_bytes, human_count, text_table
+from geomkit.utils.display import Result, html_table, human_bytes, human_count, text_table
 
 if TYPE_CHECKING:
     import pandas as pd
 
 Way = Literal["closed form", "autograd, samples by replay"]
+"""How a gradient is computed."""
 
 
 @dataclass(frozen=True)
 class ParameterPlan:
-    """What would be done about one parameter.
+    """Plan for a parameter: whether and how its gradient is collected, and how large it is.
 
     Attributes:
-        name: The name that it is collected under.
-        others: The other names of a tied or shared parameter.
-        kind: Kind of module it belongs to.
-        layer: Decoder layer, ``None`` outside the layers.
-        shape: Its shape.
-        module: Class of the module that owns it; several are joined by a plus sign.
-        way: How its gradient is obtained.
-        trainable: Whether it needs a gradient.
-        chosen: Whether its gradient is collected; never without being trainable.
-        result: Most bytes of its gradient in the sum; ``None`` if it is not chosen or nothing bounds them.
-        samples: Most bytes of the examples' own gradients, likewise; 0 if they are not asked for.
+        name: Name that the gradient is collected under.
+        others: Other names of a tied or shared parameter.
+        kind: Kind of module.
+        layer: Decoder layer; ``None`` outside the layers.
+        shape: Shape of the parameter.
+        module: Class of the module that owns the parameter; several classes are joined by a plus sign.
+        way: How the gradient is computed.
+        trainable: Whether the parameter needs a gradient.
+        chosen: Whether the gradient is collected; only trainable parameters can be chosen.
+        result: Upper bound of the bytes of the summed gradient; ``None`` if not chosen, or if there is no bound.
+        samples: Upper bound of the bytes of the examples' gradients; 0 if these are not stored, ``None`` as above.
     """
 
     name: str
@@ -49,21 +50,21 @@ class ParameterPlan:
 
     @property
     def entries(self) -> int:
-        """How many numbers the parameter has."""
+        """Number of entries of the parameter."""
         return torch.Size(self.shape).numel()
 
 
 @dataclass(frozen=True)
 class Workload:
-    """How much there is to run.
+    """Numbers of examples, tokens and batches.
 
     Attributes:
         examples: Number of examples.
-        tokens: Their tokens.
-        loss_tokens: How many of these are scored.
-        batches: Number of forward and backward passes.
-        positions: Most token positions of a pass, padding included.
-        padding: Share of all positions that is padding.
+        tokens: Number of tokens of all examples.
+        loss_tokens: Number of scored tokens.
+        batches: Number of batches; each is a forward and a backward pass.
+        positions: Number of token positions of the largest batch, padding included.
+        padding: Share of padding in all positions.
     """
 
     examples: int
@@ -76,18 +77,18 @@ class Workload:
 
 @dataclass(frozen=True)
 class Memory:
-    """What a collection needs beside the weights, in bytes.
+    """Memory of a collection, in bytes.
 
-    The first two are upper bounds for models that call each module once and keep their examples apart. The last two
-    are estimates on the generous side, for the largest batch, of what autograd keeps; kernels, allocators and models
-    that are not built of linear layers and norms may take more.
+    ``result`` and ``samples`` are upper bounds for models that call each module once and treat examples independently.
+    ``logits`` and ``activations`` are generous estimates for the largest batch; kernels, allocators, and models that
+    are not built of linear layers and norms may need more.
 
     Attributes:
-        result: Of the summed gradients; ``None`` where the number of tokens decides and is not known.
-        samples: Of the examples' own gradients, likewise; 0 if they are not asked for.
-        logits: Of the logits in fp32, their softmax and their gradients.
-        activations: Of everything else that a batch keeps until its backward pass is over.
-        weights: Of the model's own weights, which are there already.
+        result: The summed gradients; ``None`` if they depend on the number of tokens and no examples are given.
+        samples: The gradients of single examples; 0 if they are not stored, ``None`` as above.
+        logits: The logits in fp32, their softmax and their gradients.
+        activations: All other values that a batch stores until the end of its backward pass.
+        weights: The weights of the model, which are in memory already.
     """
 
     result: int | None
@@ -98,16 +99,16 @@ class Memory:
 
 
 @dataclass(frozen=True, eq=False)
-class Description:
-    """What :func:`geomkit.collect_gradients` would do.
+class Description(Result):
+    """What :func:`geomkit.collect_gradients` would do: parameters, work load and memory.
 
     Attributes:
         model: Class of the model.
-        choice: The conditions that the chosen parameters satisfy.
-        parameters: Every parameter, in the model's order.
-        workload: How much there is to run; ``None`` without examples.
-        memory: What it needs.
-        per_sample: Whether each example's own gradient is kept.
+        choice: The choice of parameters, as text.
+        parameters: Plans of all parameters, in the order of the model.
+        workload: Numbers of examples, tokens and batches; ``None`` without examples.
+        memory: Memory of the collection.
+        per_sample: Whether the gradients of single examples are stored.
     """
 
     model: str
@@ -119,12 +120,12 @@ class Description:
 
     @property
     def share(self) -> float:
-        """Share of the trainable entries that is chosen, between 0 and 1."""
-        trainable = _entries(p for p in self.parameters if p.trainable)
-        return _entries(p for p in self.parameters if p.chosen) / trainable if trainable else 0.0
+        """Share of chosen entries in all trainable entries, between 0 and 1."""
+        trainable = _entries(plan for plan in self.parameters if plan.trainable)
+        return _entries(plan for plan in self.parameters if plan.chosen) / trainable if trainable else 0.0
 
     def to_frame(self) -> "pd.DataFrame":
-        """Return a row per parameter.
+        """Return a data frame with a row per parameter.
 
         The columns are ``parameter``, ``also``, ``kind``, ``layer``, ``shape``, ``module``, ``way``, ``trainable``,
         ``chosen``, ``result_bytes`` and ``sample_bytes``.
@@ -134,28 +135,28 @@ class Description:
         return pd.DataFrame(
             [
                 {
-                    "parameter": each.name,
-                    "also": ", ".join(each.others),
-                    "kind": each.kind,
-                    "layer": each.layer,
-                    "shape": "×".join(map(str, each.shape)),
-                    "module": each.module,
-                    "way": each.way,
-                    "trainable": each.trainable,
-                    "chosen": each.chosen,
-                    "result_bytes": each.result,
-                    "sample_bytes": each.samples,
+                    "parameter": plan.name,
+                    "also": ", ".join(plan.others),
+                    "kind": plan.kind,
+                    "layer": plan.layer,
+                    "shape": "×".join(map(str, plan.shape)),
+                    "module": plan.module,
+                    "way": plan.way,
+                    "trainable": plan.trainable,
+                    "chosen": plan.chosen,
+                    "result_bytes": plan.result,
+                    "sample_bytes": plan.samples,
                 }
-                for each in self.parameters
+                for plan in self.parameters
             ]
         )
 
     def __str__(self) -> str:
-        """Show a line per kind of module, then the totals."""
+        """Return a table with a line per kind of module, and the totals."""
         return "\n".join([self._head(), "", *_kind_table(self.parameters), "", *self._totals()])
 
     def _head(self) -> str:
-        entries, trainable = _entries(self.parameters), _entries(p for p in self.parameters if p.trainable)
+        entries, trainable = _entries(self.parameters), _entries(plan for plan in self.parameters if plan.trainable)
         return (
             f"{self.model}: {human_count(entries)} parameters, {human_count(trainable)} trainable, {self.share:.1%} "
             f"of these chosen ({shorten(self.choice, 80, placeholder=' …')})"
@@ -169,11 +170,11 @@ class Description:
                 f"batches   {work.batches:,} of at most {work.positions:,} positions, {work.padding:.1%} padding",
             ]
         memory = self.memory
-        kept = [f"sum {_at_most(memory.result)}"]
-        kept += [f"samples {_at_most(memory.samples)}"] if self.per_sample else []
+        gradients = [f"sum {_at_most(memory.result)}"]
+        gradients += [f"samples {_at_most(memory.samples)}"] if self.per_sample else []
         return [
             *lines,
-            f"gradients {', '.join(kept)}",
+            f"gradients {', '.join(gradients)}",
             f"a batch   about {human_bytes(memory.logits + memory.activations)} (logits "
             f"{human_bytes(memory.logits)}, activations {human_bytes(memory.activations)}), estimated",
             f"weights   {human_bytes(memory.weights)}, there already",
@@ -185,15 +186,15 @@ class Description:
 
 
 def _kind_table(parameters: Sequence[ParameterPlan]) -> list[str]:
-    """Return a line per kind of module and way to the gradient, and a heading."""
+    """Return a table with a line per kind of module and way to compute the gradient."""
     groups: dict[tuple[str, str], list[ParameterPlan]] = {}
-    for each in parameters:
-        groups.setdefault((each.kind, f"{each.way}, tied" if each.others else each.way), []).append(each)
+    for plan in parameters:
+        groups.setdefault((plan.kind, f"{plan.way}, tied" if plan.others else plan.way), []).append(plan)
     rows = [("kind", "chosen", "entries", "memory", "gradient by")]
     for (kind, way), members in groups.items():
-        chosen = [each for each in members if each.chosen]
-        frozen = sum(not each.trainable for each in members)
-        size = total_bytes(each.result for each in chosen)
+        chosen = [plan for plan in members if plan.chosen]
+        frozen = sum(not plan.trainable for plan in members)
+        size = total_bytes(plan.result for plan in chosen)
         rows.append(
             (
                 kind,
@@ -207,7 +208,7 @@ def _kind_table(parameters: Sequence[ParameterPlan]) -> list[str]:
 
 
 def _entries(parameters: Iterable[ParameterPlan]) -> int:
-    return sum(each.entries for each in parameters)
+    return sum(plan.entries for plan in parameters)
 
 
 def _at_most(size: int | None) -> str:
