@@ -10,7 +10,7 @@ from torch import Tensor
 
 from geomkit.analysis import headlines as names
 from geomkit.analysis.claims import Claim, claims_frame, claims_table
-from geomkit.analysis.headlines import Headline, headlines, paper_claims
+from geomkit.analysis.headlines import Headline, Headlines, headlines, paper_claims
 from geomkit.correlation.conflict import Conflict, conflict
 from geomkit.gradients.gradient_set import Coverage, GradientSet, layer_grams
 from geomkit.svd.example_span import span
@@ -97,7 +97,11 @@ class Analysis(Result):
 
     def claims(self) -> list[Claim]:
         """Return the paper's claims on gradients, with and without a control, each with its number and verdict."""
-        return paper_claims(headlines(self))
+        return paper_claims(self.headlines())
+
+    def headlines(self) -> Headlines:
+        """Return the headline numbers by measure and by the gradients that they are measured on."""
+        return headlines(self.losses, self.spectra, self.spans, self.conflict, self.one_sample)
 
     def to_dict(self) -> dict[str, object]:
         """Return the headline numbers as JSON values: ``spectrum``, ``conflict``, ``one_sample``, ``claims`` and more.
@@ -106,7 +110,7 @@ class Analysis(Result):
         labels, and ``interval`` is the interval of ``corrected``, the estimate of the cosine of the expected gradients.
         In ``one_sample``, ``null`` is the overlap of the controls, and ``contrast`` is safety − control.
         """
-        table = headlines(self)
+        table = self.headlines()
         mean, cosine = table[names.MEAN_COSINE, "safety"], table[names.COSINE, "safety"]
         negative = table[names.NEGATIVE, "safety"]
         overlap, control = (table[names.OVERLAP, name] for name in ("safety", "control"))
@@ -167,7 +171,7 @@ class Analysis(Result):
         """
         import pandas as pd
 
-        return pd.DataFrame(headlines(self).values(), columns=list(Headline._fields))
+        return pd.DataFrame(self.headlines().values(), columns=list(Headline._fields))
 
     def plot(self) -> "Figure":
         """Draw the normalised spectra of the three sets with their nulls."""

@@ -1,12 +1,13 @@
 """The table of headline numbers of an analysis, which its frame, its JSON and the paper's claims are read from."""
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from geomkit.analysis.claims import Claim
-
-if TYPE_CHECKING:
-    from geomkit.analysis.analysis import Analysis
+from geomkit.correlation.conflict import Conflict
+from geomkit.svd.one_sample.results import OneSample
+from geomkit.svd.spectrum import Spectrum
+from geomkit.svd.spectrum_contrast import compare_spectra
 
 _NAN = float("nan")
 _UNKNOWN = (_NAN, _NAN)
@@ -60,34 +61,36 @@ Headlines = Mapping[tuple[str, str], Headline]
 """Headline numbers by measure and by the gradients that they are measured on, in the order of the table."""
 
 
-def headlines(analysis: "Analysis") -> Headlines:
-    """Return all headline numbers of an analysis."""
-    parts = (_losses, _ranks, _conflict, _one_sample)
-    return {(row.measure, row.of): row for part in parts for row in part(analysis)}
+def headlines(
+    losses: Mapping[str, float],
+    spectra: Mapping[str, Spectrum],
+    spans: Mapping[str, Spectrum],
+    conflict: Conflict,
+    one_sample: OneSample,
+) -> Headlines:
+    """Return all headline numbers of an analysis, from the fields of these names."""
+    rows = [Headline("loss", LOSS, name, loss) for name, loss in losses.items()]
+    rows += _ranks("effective_rank", RANK, spectra)
+    rows += _ranks("cer10", CER, spectra)
+    rows += _ranks("effective_rank", SPAN, spans)
+    rows += _conflict(conflict)
+    rows += _one_sample(one_sample)
+    return {(row.measure, row.of): row for row in rows}
 
 
-def _losses(analysis: "Analysis") -> Iterator[Headline]:
-    for name, loss in analysis.losses.items():
-        yield Headline("loss", LOSS, name, loss)
-
-
-def _ranks(analysis: "Analysis") -> Iterator[Headline]:
+def _ranks(statistic: str, measure: str, spectra: Mapping[str, Spectrum]) -> Iterator[Headline]:
     question = "low rank?"
-    for statistic, measure, spectra, contrast_to in (
-        ("effective_rank", RANK, analysis.spectra, analysis.rank_contrast),
-        ("cer10", CER, analysis.spectra, analysis.rank_contrast),
-        ("effective_rank", SPAN, analysis.spans, analysis.span_contrast),
-    ):
-        for name, spectrum in spectra.items():
-            interval, null = spectrum.interval(statistic), spectrum.null_mean(statistic)
-            yield Headline(question, measure, name, spectrum.mean(statistic), *interval, null)
-        for contrast in map(contrast_to, ("control", "utility")):
-            difference, interval = contrast.mean(statistic)
-            yield Headline(question, f"{measure}, difference", " − ".join(contrast.names), difference, *interval, 0.0)
+    for name, spectrum in spectra.items():
+        interval, null = spectrum.interval(statistic), spectrum.null_mean(statistic)
+        yield Headline(question, measure, name, spectrum.mean(statistic), *interval, null)
+    for other in ("control", "utility"):
+        contrast = compare_spectra(spectra["safety"], spectra[other], names=("safety", other))
+        difference, interval = contrast.mean(statistic)
+        yield Headline(question, f"{measure}, difference", " − ".join(contrast.names), difference, *interval, 0.0)
 
 
-def _conflict(analysis: "Analysis") -> Iterator[Headline]:
-    conflict, question = analysis.conflict, "conflict?"
+def _conflict(conflict: Conflict) -> Iterator[Headline]:
+    question = "conflict?"
     yield Headline(question, MEAN_COSINE, "safety", conflict.cosine, *_UNKNOWN, _NAN, *conflict.null_interval)
     for part, measure, difference in (
         (conflict, COSINE, _COSINE_DIFFERENCE),
@@ -101,8 +104,8 @@ def _conflict(analysis: "Analysis") -> Iterator[Headline]:
     yield Headline(question, NEGATIVE, "safety", share.value, *share.interval, 0.5)
 
 
-def _one_sample(analysis: "Analysis") -> Iterator[Headline]:
-    study, question = analysis.one_sample, "one sample?"
+def _one_sample(study: OneSample) -> Iterator[Headline]:
+    question = "one sample?"
     yield Headline(question, OVERLAP, "safety", study.overlap, *study.interval, study.expected)
     yield Headline(question, OVERLAP, "control", study.null_mean, *study.null_interval, study.expected)
     yield Headline(question, OVERLAP_DIFFERENCE, _OVER_CONTROL, study.contrast, *study.contrast_interval, 0.0)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 import geomkit as gk
-from geomkit.analysis.headlines import Headline, headlines, paper_claims
+from geomkit.analysis.headlines import Headline, paper_claims
 from tests.helpers.tiny import CONTROL, SAFETY, UTILITY, tiny_llama, tiny_tokenizer
 
 
@@ -18,13 +18,13 @@ def analysis():
 def test_the_frame_has_the_rows_of_the_table_in_order(analysis):
     frame = analysis.to_frame()
     assert list(frame.columns) == list(Headline._fields)
-    table = headlines(analysis)
+    table = analysis.headlines()
     assert list(zip(frame["measure"], frame["of"], strict=True)) == list(table)
     assert [str(value) for value in frame["value"]] == [str(row.value) for row in table.values()]
 
 
 def test_the_numbers_are_those_of_the_results(analysis):
-    table, conflict, study = headlines(analysis), analysis.conflict, analysis.one_sample
+    table, conflict, study = analysis.headlines(), analysis.conflict, analysis.one_sample
     assert table["effective rank", "control"].value == analysis.spectra["control"].mean("effective_rank")
     rank = table["effective rank, difference", "safety − utility"]
     assert (rank.value, rank.interval) == analysis.rank_contrast("utility").mean("effective_rank")
@@ -51,6 +51,6 @@ def test_without_a_control_its_claim_is_left_out(analysis):
     bare = replace(analysis, conflict=replace(analysis.conflict, contrast=None))
     missing = {claim.claim for claim in analysis.claims()} - {claim.claim for claim in bare.claims()}
     assert missing == {"it is below that of control and utility"}
-    assert bare.claims() == paper_claims(headlines(bare))
+    assert bare.claims() == paper_claims(bare.headlines())
     assert len(bare.to_frame()) == len(analysis.to_frame()) - 2
     assert bare.to_dict()["conflict"] == analysis.to_dict()["conflict"]
