@@ -298,7 +298,7 @@ def test_a_weight_whose_gradient_is_not_the_closed_form():
 def test_autograd_forms_gradients_in_groups(monkeypatch):
     model = tiny_llama()
     together = check(model)["complete"]
-    monkeypatch.setattr(questions, "_GROUP", 1)
+    monkeypatch.setattr(questions, "_GROUP_ENTRIES", 1)
     assert check(model)["complete"] == together
 
 
