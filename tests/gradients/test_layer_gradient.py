@@ -93,7 +93,7 @@ def test_thin_forms(form, shape, seed):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_large_matrices_are_read_strip_by_strip(form, monkeypatch):
-    monkeypatch.setattr("geomkit.gradients.layer_gradient._STRIP_ROWS_ROWS", 3)
+    monkeypatch.setattr("geomkit.gradients.layer_gradient._STRIP_ROWS", 3)
     generator = seeded()
     gradient = drawn(form, (8, 5), generator)
     matrix = dense(gradient)
