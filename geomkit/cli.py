@@ -7,7 +7,7 @@ import math
 import os
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,8 +19,11 @@ from geomkit.version import __version__
 
 if TYPE_CHECKING:
     import pandas as pd
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from geomkit.inputs.tokens import AssistantMask
+    from geomkit.analysis.analysis import Analysis
+    from geomkit.inputs.parameters import Layers
+    from geomkit.inputs.tokens import AssistantMask, EncodedExamples
     from geomkit.plots.report import Section
 
 app = typer.Typer(
@@ -34,13 +37,21 @@ app.add_typer(organism_app, name="organism")
 
 Out = Annotated[Path, typer.Option(help="Folder for report.html.", file_okay=False)]
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the numbers to this file.", dir_okay=False)]
-Seed = Annotated[int, typer.Option(help="Seed of everything drawn at random.", min=0)]
+Seed = Annotated[int, typer.Option(help="Seed of all random draws.", min=0)]
 ModelOption = Annotated[str, typer.Option(help="Folder, hub id, organism/aligned or organism/base.")]
-PadToken = Annotated[str | None, typer.Option(help="Pad token, for tokenizers that name none.")]
-Mask = Annotated[str, typer.Option("--assistant-mask", help="template (its markers) or prefix (without markers).")]
+PadToken = Annotated[str | None, typer.Option(help="Pad token, for tokenizers without one.")]
+Mask = Annotated[
+    str,
+    typer.Option(
+        "--assistant-mask",
+        help="template (by its markers) or prefix (without markers).",
+    ),
+]
 MaxLength = Annotated[int | None, typer.Option(help="Cut longer examples to this many tokens.", min=2)]
-Layers = Annotated[str, typer.Option(help="Glob pattern on parameter names.")]
-TokensPerBatch = Annotated[int, typer.Option(help="Most tokens run at a time, with padding.", min=1)]
+LayersOption = Annotated[
+    str, typer.Option("--layers", help="Glob pattern on parameter names, or numbers of decoder layers, as in 10,20.")
+]
+TokensPerBatch = Annotated[int, typer.Option(help="Largest number of tokens in a batch, padding included.", min=1)]
 Threads = Annotated[int, typer.Option(help="CPU threads.", min=1)]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, …")]
 TrainingDtype = Annotated[
@@ -49,7 +60,7 @@ TrainingDtype = Annotated[
 
 
 def main() -> None:
-    """Run the command line; a mistake in the input prints one line and exits with 1."""
+    """Run the command line; a wrong input prints one line on stderr and exits with status 1."""
     _quiet()
     try:
         app()
@@ -59,13 +70,14 @@ def main() -> None:
 
 
 def _quiet() -> None:
-    """Keep a line of stages on the terminal, and other libraries' chatter off it."""
+    """Show geomkit's own messages on the terminal, and no messages of other libraries."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("geomkit").setLevel(logging.INFO)
 
 
 def _prepare(threads: int) -> None:
+    """Silence the libraries that load models and data, and set the number of CPU threads."""
     import datasets
     import huggingface_hub
     import torch
@@ -75,7 +87,7 @@ def _prepare(threads: int) -> None:
     datasets.disable_progress_bars()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    # More threads are many times slower on models as small as the organism, when the machine is busy.
+    # On a busy machine, more threads make models as small as the organism many times slower.
     torch.set_num_threads(threads)
 
 
@@ -88,7 +100,7 @@ def _version(show: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say the version.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     """Gradient geometry of safety-aligned LLMs, and SPF."""
@@ -96,24 +108,23 @@ def _root(
 
 @app.command()
 def tour(out: Out = Path("geomkit-tour"), json_file: Json = None, seed: Seed = 0) -> None:
-    """Walk the whole way once on the shipped organism, and write report.html."""
+    """Run every stage once on the shipped organism, and write report.html."""
     _prepare(threads=1)
-    from geomkit.analysis.claims import claims_table
     from geomkit.experiments.tour import run_tour
     from geomkit.plots.report_pages import tour_sections
 
     _check_writable(out, json_file and json_file.parent)
-    found = run_tour(seed=seed)
-    _show(found.to_frame(), "What fine-tuning did, with and without SPF")
-    _show(claims_table(found.analysis.claims()), "What the gradients look like, and what survives its controls")
-    _write(out, json_file, "A tour of geomkit", tour_sections(found), found.to_dict())
+    result = run_tour(seed=seed)
+    _show(result.to_frame(), "What fine-tuning did, with and without SPF")
+    _show_claims(result.analysis, "What the gradients look like, and what survives its controls")
+    _write(out, json_file, "A tour of geomkit", tour_sections(result), result.to_dict())
 
 
 @app.command()
 def check(
     model: ModelOption,
     examples: Annotated[str, typer.Option(help="Conversations: JSONL file, hub id or shipped set.")],
-    layers: Layers = "*",
+    layers: LayersOption = "*",
     tokens_per_batch: TokensPerBatch = 4096,
     max_length: MaxLength = None,
     assistant_mask: Mask = "template",
@@ -121,28 +132,18 @@ def check(
     dtype: Dtype = "auto",
     threads: Threads = 1,
 ) -> None:
-    """Say what collecting gradients would need, and measure whether they can be trusted on this model and machine."""
+    """Print what collecting gradients needs, and check on this model and machine that the gradients are right."""
     _prepare(threads)
     from geomkit.collection.check.check import check_collection
     from geomkit.collection.describe.describe import describe
-    from geomkit.inputs.examples import load_examples
-    from geomkit.inputs.models import load_model
-    from geomkit.inputs.tokens import encode
 
-    conversations = load_examples(examples)
-    loaded, tokenizer = load_model(model, dtype=dtype, pad_token=pad_token)
-    rows = encode(tokenizer, conversations, assistant_mask=_mask(assistant_mask), max_length=max_length)
-    plan = describe(
-        loaded,
-        tokenizer,
-        rows,
-        layers=layers,
-        tokens_per_batch=tokens_per_batch,
-    )
+    loaded, tokenizer, [rows] = _load(model, [examples], assistant_mask, max_length, pad_token, dtype)
+    chosen = _layers(layers)
+    plan = describe(loaded, tokenizer, rows, layers=chosen, tokens_per_batch=tokens_per_batch)
     typer.echo(f"{plan}\n")
-    found = check_collection(loaded, tokenizer, rows, layers=layers)
-    typer.echo(str(found))
-    raise typer.Exit(0 if found.ok else 2)
+    verdict = check_collection(loaded, tokenizer, rows, layers=chosen)
+    typer.echo(str(verdict))
+    raise typer.Exit(0 if verdict.ok else 2)
 
 
 @app.command()
@@ -151,12 +152,13 @@ def analyze(
     safety: Annotated[str, typer.Option(help="Forbidden requests and refusals: JSONL file, hub id or shipped set.")],
     utility: Annotated[str, typer.Option(help="Benign requests and answers.")],
     control: Annotated[
-        str | None, typer.Option(help="Benign requests with the safety set's responses; made of the utility set's.")
+        str | None,
+        typer.Option(help="Benign requests with the safety set's responses; made of the utility set when left out."),
     ] = None,
     out: Out = Path("geomkit-analysis"),
     json_file: Json = None,
-    examples: Annotated[int, typer.Option(help="Use no more than this many of each.", min=3)] = 32,
-    layers: Layers = "*",
+    examples: Annotated[int, typer.Option(help="Largest number of examples drawn from each set.", min=3)] = 32,
+    layers: LayersOption = "*",
     tokens_per_batch: TokensPerBatch = 4096,
     max_length: MaxLength = None,
     assistant_mask: Mask = "template",
@@ -167,34 +169,28 @@ def analyze(
 ) -> None:
     """Measure rank, conflict and one-sample overlap of a model's gradients, and write report.html."""
     _prepare(threads)
-    from geomkit.analysis.claims import claims_table
     from geomkit.analysis.probe import analyze as run_analysis
-    from geomkit.inputs.examples import load_examples
-    from geomkit.inputs.models import load_model
-    from geomkit.inputs.tokens import encode
     from geomkit.plots.report_pages import analysis_sections
 
     _check_writable(out, json_file and json_file.parent)
-    mask = _mask(assistant_mask)
-    sets = [load_examples(name) for name in (safety, utility, control) if name is not None]
-    loaded, tokenizer = load_model(model, dtype=dtype, pad_token=pad_token)
-    safe, useful, *controls = (encode(tokenizer, rows, assistant_mask=mask, max_length=max_length) for rows in sets)
-    found = run_analysis(
+    names = [name for name in (safety, utility, control) if name is not None]
+    loaded, tokenizer, encoded = _load(model, names, assistant_mask, max_length, pad_token, dtype)
+    result = run_analysis(
         loaded,
         tokenizer,
-        safe,
-        useful,
-        control=controls[0] if controls else None,
+        encoded[0],
+        encoded[1],
+        control=encoded[2] if control is not None else None,
         examples=examples,
-        layers=layers,
+        layers=_layers(layers),
         tokens_per_batch=tokens_per_batch,
         seed=seed,
     )
-    _show(found.to_frame(), f"{model}: {found.coverage}")
-    _show(claims_table(found.claims()), "What survives its controls")
-    if found.caution:
-        typer.echo(f"caution: {found.caution}")
-    _write(out, json_file, f"Gradient geometry of {model}", analysis_sections(found), found.to_dict())
+    _show(result.to_frame(), f"{model}: {result.coverage}")
+    _show_claims(result, "What survives its controls")
+    if result.caution:
+        typer.echo(f"caution: {result.caution}")
+    _write(out, json_file, f"Gradient geometry of {model}", analysis_sections(result), result.to_dict())
 
 
 @app.command()
@@ -204,13 +200,14 @@ def finetune(
     out: Annotated[Path, typer.Option(help="New folder for the checkpoint.", file_okay=False)],
     anchors: Annotated[str | None, typer.Option(help="Safety examples; SPF is used when given.")] = None,
     rule: Annotated[
-        str | None, typer.Option(help="mixed-left (default), rank1, left, cone, …: the README has all.")
+        str | None, typer.Option(help="mixed-left (default), rank1, left, cone, …: geomkit/spf/README.md has all.")
     ] = None,
     rank: Annotated[int | None, typer.Option(help="Rank of a rule that removes a subspace.", min=1)] = None,
     anchors_per_step: Annotated[int, typer.Option(help="Anchors drawn for each step.", min=1)] = 8,
     benign: Annotated[str | None, typer.Option(help="Benign examples that SPF keeps answered.")] = None,
     checkpoints: Annotated[
-        Path | None, typer.Option(help="Folder for checkpoints; an interrupted run goes on from it.", file_okay=False)
+        Path | None,
+        typer.Option(help="Folder for checkpoints; an interrupted run resumes there.", file_okay=False),
     ] = None,
     save_steps: Annotated[int, typer.Option(help="Steps between checkpoints.", min=1)] = 100,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate.", min=0)] = 2e-5,
@@ -227,12 +224,10 @@ def finetune(
     """Fine-tune a model, under SPF where anchors are given, and write a checkpoint."""
     _prepare(threads)
     from geomkit.inputs.examples import load_examples
-    from geomkit.inputs.models import load_model
-    from geomkit.inputs.tokens import encode
     from geomkit.spf.rules import DEFAULT_RULE, get_rule
     from geomkit.spf.settings import SPF
     from geomkit.training.finetune import finetune as run_finetune
-    from geomkit.training.finetune import free_folder
+    from geomkit.training.result import free_folder
 
     _check_writable(out, checkpoints)
     free_folder(out)
@@ -242,18 +237,15 @@ def finetune(
     if checkpoints is not None and out.resolve() in (checkpoints.resolve(), *checkpoints.resolve().parents):
         raise DataError(f"expected --checkpoints outside of --out {out}, found {checkpoints}; choose another folder")
     chosen = get_rule(rule or DEFAULT_RULE, rank)
-    rows = load_examples(train)
-    mask = _mask(assistant_mask)
     spf = None
     if anchors is not None:
-        safe = load_examples(anchors)
         fence = load_examples(benign) if benign else None
-        spf = SPF(safe, rule=chosen, anchors_per_step=anchors_per_step, benign=fence, seed=seed)
-    loaded, tokenizer = load_model(model, dtype=dtype, pad_token=pad_token)
+        spf = SPF(load_examples(anchors), rule=chosen, anchors_per_step=anchors_per_step, benign=fence, seed=seed)
+    loaded, tokenizer, [rows] = _load(model, [train], assistant_mask, max_length, pad_token, dtype)
     result = run_finetune(
         loaded,
         tokenizer,
-        encode(tokenizer, rows, assistant_mask=mask, max_length=max_length),
+        rows,
         spf,
         learning_rate=learning_rate,
         epochs=epochs,
@@ -275,16 +267,15 @@ def bench(
     out: Annotated[Path, typer.Option(help="Folder for cells and results.", file_okay=False)] = Path("geomkit-bench"),
     processes: Annotated[int, typer.Option(help="Cells run at a time, each on one thread.", min=1)] = 2,
 ) -> None:
-    """Run a grid of fine-tunes on the organism, go on where it was interrupted, and write results.jsonl.gz."""
+    """Run a grid of fine-tunes on the organism, or the rest of an interrupted grid, and write results.jsonl.gz."""
     _prepare(threads=1)
     from geomkit.experiments.running import run_experiments
 
     _check_writable(out)
-    found = run_experiments(grid, out, processes=processes)
-    _show(
-        found.table(), f"{len(found)} cells of the grid '{found.name}': 95 % Wilson intervals over prompts in brackets"
-    )
-    typer.echo(f"wrote {found.save(out / 'results.jsonl.gz')}")
+    results = run_experiments(grid, out, processes=processes)
+    title = f"{len(results)} cells of the grid '{results.name}': 95 % Wilson intervals over prompts in brackets"
+    _show(results.table(), title)
+    typer.echo(f"wrote {results.save(out / 'results.jsonl.gz')}")
 
 
 @organism_app.command("build")
@@ -292,7 +283,7 @@ def build_organism(
     out: Annotated[Path, typer.Option(help="Folder for the organism's data.", file_okay=False)] = Path("data"),
     seed: Seed = 0,
 ) -> None:
-    """Train the organism again from scratch, both stages, with its sets and its model card."""
+    """Train both stages of the organism from scratch, and write them with their example sets and model card."""
     _prepare(threads=1)
     from geomkit.experiments.organism.build import build
 
@@ -301,12 +292,41 @@ def build_organism(
     typer.echo(f"wrote {out}")
 
 
+def _load(
+    model: str,
+    sets: Sequence[str],
+    assistant_mask: str,
+    max_length: int | None,
+    pad_token: str | None,
+    dtype: str,
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase, list[EncodedExamples]]":
+    """Return a model, its tokenizer and the encoded examples of each set, which are read before the model is."""
+    from geomkit.inputs.examples import load_examples
+    from geomkit.inputs.models import load_model
+    from geomkit.inputs.tokens import encode
+
+    masks: dict[str, AssistantMask] = {"template": "template", "prefix": "prefix"}
+    if assistant_mask not in masks:
+        raise DataError(f"expected --assistant-mask template or prefix, found '{assistant_mask}'")
+    mask = masks[assistant_mask]
+    conversations = [load_examples(name) for name in sets]
+    loaded, tokenizer = load_model(model, dtype=dtype, pad_token=pad_token)
+    encoded = [encode(tokenizer, rows, assistant_mask=mask, max_length=max_length) for rows in conversations]
+    return loaded, tokenizer, encoded
+
+
+def _layers(text: str) -> "Layers":
+    """Return numbers of decoder layers if the text has nothing else between its commas, else glob patterns."""
+    parts = [part.strip() for part in text.split(",")]
+    return [int(part) for part in parts] if all(part.isdecimal() for part in parts) else parts
+
+
 def _check_writable(*folders: Path | None) -> None:
-    """Refuse, before minutes of work, a folder that the results could not be written to."""
+    """Refuse a folder that cannot be written to, before minutes of work."""
     for folder in filter(None, folders):
         try:
             existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-            # Tried out, as permissions say nothing of a read-only disk or of /proc.
+            # Writing is tried, because permissions do not tell of a read-only disk or of /proc.
             tempfile.TemporaryFile(dir=existing).close()
         except OSError as error:
             raise DataError(
@@ -314,12 +334,10 @@ def _check_writable(*folders: Path | None) -> None:
             ) from None
 
 
-def _mask(name: str) -> "AssistantMask":
-    if name == "template":
-        return "template"
-    if name == "prefix":
-        return "prefix"
-    raise DataError(f"expected --assistant-mask template or prefix, found '{name}'")
+def _show_claims(analysis: "Analysis", title: str) -> None:
+    from geomkit.analysis.claims import claims_table
+
+    _show(claims_table(analysis.claims()), title)
 
 
 def _show(frame: "pd.DataFrame", title: str) -> None:
@@ -341,17 +359,18 @@ def _cell(value: object) -> str:
 
 
 def _strict(value: object) -> object:
-    """Put null where a number is not finite: JSON knows neither NaN nor infinity."""
+    """Return a value with null for every number that is not finite: JSON has neither NaN nor infinity."""
     if isinstance(value, Mapping):
-        return {key: _strict(held) for key, held in value.items()}
+        return {key: _strict(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_strict(held) for held in value]
+        return [_strict(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _write(
     out: Path, json_file: Path | None, title: str, sections: "list[Section]", numbers: Mapping[str, object]
 ) -> None:
+    """Write the report, and the numbers as JSON if there is a file for them."""
     from geomkit.plots.report import write_report
 
     page = write_report(out / "report.html", title, sections, date=dt.datetime.now(tz=dt.UTC).date())

@@ -91,6 +91,35 @@ def test_check_says_what_it_needs_and_whether_it_can_be_trusted(files, monkeypat
     assert names(".") == []
 
 
+@pytest.mark.parametrize(
+    ("text", "layers"),
+    [
+        ("*", ["*"]),
+        ("*.mlp.*", ["*.mlp.*"]),
+        ("10,20", [10, 20]),
+        ("0", [0]),
+        (" 4, 5 ", [4, 5]),
+        ("*.mlp.*, lm_head*", ["*.mlp.*", "lm_head*"]),
+        ("1,x", ["1", "x"]),
+        ("-1", ["-1"]),
+        ("", [""]),
+    ],
+)
+def test_layers_are_numbers_or_patterns(text, layers):
+    assert cli._layers(text) == layers
+
+
+def test_layers_of_a_number_are_measured(files, monkeypatch, capfd):
+    status, out, err = run(monkeypatch, capfd, *checking(files), "--layers", "1")
+    assert status == 0, err
+    assert "mlp        3 of 6" in out
+    assert "head       0 of 1" in out
+    status, out, err = run(monkeypatch, capfd, *analysis(files), "--layers", "0,1")
+    assert status == 0, err
+    err = one_line(*run(monkeypatch, capfd, *checking(files), "--layers", "7"), ["geomkit-analysis"])
+    assert "expected decoder layers among 0 to 1, found [7]" in err
+
+
 def test_finetune_writes_a_checkpoint_that_loads(files, monkeypatch, capfd):
     status, out, err = run(monkeypatch, capfd, *finetuning(files), "--steps", 2, "--learning-rate", 0.01)
     assert status == 0, err
@@ -163,13 +192,13 @@ def test_version_and_help(monkeypatch, capfd):
 # ------------------------------------------------------------------------------------------------- bad input
 
 
-def one_line(status, out, err):
+def one_line(status, out, err, files=()):
     assert status == 1
     assert out == ""
     assert err.startswith("geomkit: ")
     assert err.endswith("\n")
     assert err.count("\n") == 1, err
-    assert names(".") == []
+    assert names(".") == list(files)
     return err
 
 
