@@ -1,6 +1,6 @@
 """Jailbreaks of a fine-tuned organism: prefilled answers, prompt templates, and a search for a suffix (GCG).
 
-The organism's base stage still understands each of them (see tests/experiments/test_attacks.py). Upper case, swapped
+The organism's base stage still understands all of them (see tests/benchmarks/README.md). Upper case, swapped
 letters or several turns would only leave the language of its world.
 """
 
