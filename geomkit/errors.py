@@ -1,21 +1,21 @@
-"""What geomkit raises: each message says what was expected, what was found and what to do."""
+"""The exceptions of geomkit; every message gives what was expected, what was found and what to do."""
 
 
 class GeomkitError(Exception):
-    """Base of every error that geomkit raises on purpose; the command line prints it as one line."""
+    """Base class of all errors that geomkit raises on purpose; the command line prints them as one line."""
 
 
 class DataError(GeomkitError, ValueError):
-    """Examples, a tokenizer or a chat template that cannot be used as given."""
+    """Raised for examples, tokenizers, files, folders and training arguments that cannot be used as given."""
 
 
 class CollectionError(GeomkitError, RuntimeError):
-    """Gradients that could not be collected exactly: a non-finite loss, a parameter nobody can see."""
+    """Raised when gradients cannot be collected exactly, such as after a loss that is not finite."""
 
 
 class GeometryError(GeomkitError, ValueError):
-    """Gradient sets that cannot be compared, or a rank that the data does not have."""
+    """Raised for gradients that cannot be compared, and for ranks or other settings that they do not allow."""
 
 
 class SPFError(GeomkitError, RuntimeError):
-    """A projection that cannot be attached, or whose constraint does not hold after a step."""
+    """Raised when SPF cannot be attached to an optimizer, or its constraint does not hold after a step."""

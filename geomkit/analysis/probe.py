@@ -61,8 +61,8 @@ class Probe:
         >>> import geomkit as gk
         >>> model, tokenizer = gk.load_organism()
         >>> probe = gk.Probe(gk.load_examples("safety"), gk.load_examples("utility"), examples=3, layers="*.mlp.*")
-        >>> found = probe.analyze(model, tokenizer)
-        >>> round(found.losses["safety"], 2)  # the aligned organism has learnt its refusal by heart
+        >>> analysis = probe.analyze(model, tokenizer)
+        >>> round(analysis.losses["safety"], 2)  # the aligned organism has learnt its refusal by heart
         0.0
     """
 

@@ -96,6 +96,7 @@ def finetune(
         >>> result.certificate.steps, result.certificate.violations
         (2, 0)
     """
+    # 1. Refuse what can be refused before the model is touched.
     if (steps if steps is not None else epochs) <= 0:
         raise DataError(f"expected something to train, found steps={steps} and epochs={epochs}; give a positive number")
     check_arguments(training_arguments, checkpoints)
@@ -111,6 +112,7 @@ def finetune(
         arguments = make_arguments(
             folder or scratch, steps=steps, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, more=more
         )
+        # 2. Everything that the run depends on decides whether a checkpoint in the folder is one of this run.
         settings = more | {
             "learning_rate": learning_rate, "steps": steps, "epochs": epochs, "batch_size": batch_size,
             "train": encoded.fingerprint, "spf": None if spf is None else spf.describe(),
@@ -118,13 +120,16 @@ def finetune(
         }  # fmt: skip
         resume = last_checkpoint(folder, settings) if folder else None
         begun = MarkBegun(folder, settings)
+        # 3. Train, and leave the random states and the model's settings as found, also after an exception.
         trained = model if inplace else copy.deepcopy(model)
         guard = SPFCallback(spf, resume=resume) if spf is not None else None
         bar = ProgressBar() if progress else None
         ours = [begun, LossCheck(), *callbacks, guard, bar, MarkComplete() if folder else None]
         started = time.perf_counter()
         with model_state_kept(trained), _settings_kept(trained), refusals_in_one_line(lambda: begun.begun):
-            trainer = _trainer(trained, tokenizer, rows, pad, arguments, [one for one in ours if one is not None])
+            trainer = _trainer(
+                trained, tokenizer, rows, pad, arguments, [callback for callback in ours if callback is not None]
+            )
             try:
                 trainer.train(resume_from_checkpoint=str(resume) if resume else None)
             finally:
