@@ -1,4 +1,4 @@
-"""Collection against models that were made to break it: ``loss.backward()`` on each example alone is the judge."""
+"""Collection on models that were made to break it, against ``loss.backward()`` on each example alone."""
 
 import copy
 import functools
@@ -22,11 +22,11 @@ from tests.helpers.tiny import SAFETY, tiny_llama, tiny_tokenizer
 TOLERANCE = 1e-5
 WORDS = 25
 MARK = 24
-"""A token that some bodies below treat differently from the others; none of the table's rows has it."""
+"""Id of a token that some bodies below treat differently; the rows of ``tests.helpers.architectures`` lack it."""
 
 
 class Small(nn.Module):
-    """Embeds, calls ``body(self, hidden, input_ids)``, lets each token see those before it, and predicts."""
+    """Model with an embedding, ``body(self, hidden, input_ids)``, a cumulative sum over tokens, and a head."""
 
     def __init__(self, body, **modules):
         super().__init__()
@@ -64,11 +64,11 @@ def row(*ids):
 
 def drawn_rows(number, length, *, seed=0):
     ids = torch.randint(1, MARK, (number, length), generator=seeded(seed))
-    return [row(*each) for each in ids.tolist()]
+    return [row(*example) for example in ids.tolist()]
 
 
 def assert_exact(model, rows=ROWS, *, tolerance=TOLERANCE, expected=None, **settings):
-    """Compare every parameter, in the sum and in every sample; what is named as missing must have no gradient."""
+    """Compare every parameter, in the sum and in every sample; missing parameters must have no gradient."""
     expected = expected or backward(model, rows)
     found = collected(model, rows, **settings)
     assert worst_error(found, expected) <= tolerance
@@ -80,7 +80,7 @@ def assert_exact(model, rows=ROWS, *, tolerance=TOLERANCE, expected=None, **sett
 
 
 def hooks_on(model):
-    """Every hook on a module, a parameter or a buffer."""
+    """Return all hooks on modules, parameters and buffers."""
     owners = [*model.modules(), *model.parameters(), *model.buffers()]
     kinds = [f"_{kind}" for kind in ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")]
     return [hook for owner in owners for kind in kinds for hook in (getattr(owner, kind, None) or {}).values()]
@@ -104,7 +104,7 @@ def called_with_another_weight(self, hidden, _):
 
 
 class Extra(nn.Linear):
-    """A parameter that its forward, which is ``nn.Linear``'s, does not know of."""
+    """``nn.Linear`` with a parameter that its forward does not use."""
 
     def __init__(self):
         super().__init__(16, 16)
@@ -118,7 +118,7 @@ def scaled_by_a_hook():
 
 
 def quantised_by_hooks():
-    """As training for quantisation does: another weight stands in while the module runs."""
+    """Hooks that replace the weight while the module runs, as quantisation-aware training does."""
     module = linear()
     weight = module.weight
 
@@ -203,7 +203,7 @@ def all_but_in_reverse(ids):
 
 AS_MANY_AS_EXAMPLES = [row(MARK, MARK, 3, 4, 5, 6, 7), row(2, 3, 4, 5, 6, 7), row(MARK, 6, 7, 8)]
 RIGHT_AT_FIRST = [row(*[MARK] * 8), row(*[MARK] * 8), row(MARK, MARK, 3, 4), row(1, 2, 3, 4)]
-"""Two batches of two: what tells the first one's examples apart mixes up the second one's."""
+"""Two batches of two examples; a split that is right for the first batch is wrong for the second."""
 
 
 @pytest.mark.parametrize(
@@ -224,7 +224,7 @@ def test_an_expert_that_gets(route, rows, together):
 
 
 def test_dense_experts_that_look_like_a_batch():
-    """(E, B·L, d) with as many experts as examples, each as long as it is wide."""
+    """(E, B·L, d) with as many experts as examples."""
 
     def body(self, hidden, _):
         copies = torch.stack([hidden.flatten(0, 1) * factor for factor in (1, 2, 3, 4)])
@@ -265,7 +265,7 @@ def test_a_use_outside_in_one_example_only(others):
 
 
 def test_a_use_outside_in_bf16():
-    """Its share is 4 %, less than rounding might explain; rounding itself is below 1 % here."""
+    """The use is 4 % of the gradient, less than the tolerance of bf16; rounding itself is below 1 % here."""
 
     def body(self, hidden, _):
         return self.added(hidden) + 0.2 * hidden.tanh() * self.added.weight
@@ -280,7 +280,7 @@ def test_a_use_outside_in_bf16():
 
 
 def test_an_input_that_changes_in_place_under_autocast():
-    """Legal there: autograd keeps its own rounded copy."""
+    """Autocast allows it, because autograd stores a rounded copy of the input."""
 
     def body(self, hidden, _):
         hidden = self.first(hidden).float()
@@ -294,7 +294,7 @@ def test_an_input_that_changes_in_place_under_autocast():
 
 
 class Latents(nn.Module):
-    """Learned queries, or fixed ones, that go straight into a layer."""
+    """A layer whose input is a parameter (learned queries) or a buffer."""
 
     def __init__(self, form):
         super().__init__()
@@ -309,20 +309,22 @@ class Latents(nn.Module):
         return hidden + self.outside(self.inside(self.latents).tanh()).mean(0)
 
 
-@pytest.mark.parametrize("kept", ["auto", "factored"])
+@pytest.mark.parametrize("form_of_sum", ["auto", "factored"])
 @pytest.mark.parametrize("per_sample", [False, True])
 @pytest.mark.parametrize("rows", [ROWS, ROWS[:1]], ids=["five", "one"])
 @pytest.mark.parametrize("form", ["parameter", "buffer"])
-def test_what_was_collected_does_not_train_on(form, rows, per_sample, kept):
+def test_what_was_collected_does_not_train_on(form, rows, per_sample, form_of_sum):
     model = Small(plainly, added=lambda: Latents(form))
-    assert_exact(model, rows, form=kept, together=len(rows))
-    found = collected(model, rows, form=kept, together=len(rows), per_sample=per_sample)
-    before = [{name: value.clone() for name, value in dense(each).items()} for each in (found, *found.samples)]
+    assert_exact(model, rows, form=form_of_sum, together=len(rows))
+    found = collected(model, rows, form=form_of_sum, together=len(rows), per_sample=per_sample)
+    before = [
+        {name: value.clone() for name, value in dense(gradients).items()} for gradients in (found, *found.samples)
+    ]
     with torch.no_grad():
         for value in (*model.parameters(), *model.buffers()):
             value.mul_(1.5)
-    for each, was in zip((found, *found.samples), before, strict=True):
-        assert all(torch.equal(value, was[name]) for name, value in dense(each).items())
+    for gradients, was in zip((found, *found.samples), before, strict=True):
+        assert all(torch.equal(value, was[name]) for name, value in dense(gradients).items())
 
 
 @pytest.mark.parametrize("per_sample", [False, True])
@@ -348,7 +350,7 @@ def test_infinite_inputs_whose_output_gradients_are_finite(per_sample):
 
 
 class FirstAlone(torch.autograd.Function):
-    """Returns no gradient, not even zeros, for what it does not use."""
+    """Autograd function that returns ``None`` for the gradient of an unused input."""
 
     @staticmethod
     def forward(_, value, __):
@@ -380,7 +382,7 @@ def test_a_function_that_returns_no_gradient(second, make):
 
 
 class Poison(torch.autograd.Function):
-    """Passes its input on, and NaN back where it is told to."""
+    """Identity whose backward returns NaN at marked places."""
 
     @staticmethod
     def forward(ctx, value, where):
@@ -413,7 +415,7 @@ def test_the_one_example_of_49_that_is_broken_is_named(body, broken):
 
 
 class Itself(nn.Module):
-    """Returns its parameter, or its input."""
+    """Module that returns its parameter, or its input."""
 
     def __init__(self):
         super().__init__()
@@ -447,7 +449,7 @@ def test_a_module_that_returns_what_is_not_its_own(body, modules):
 
 
 class Adapted(nn.Linear):
-    """A frozen layer with a trainable product of low rank beside it, as loralib has it."""
+    """A frozen layer plus a trainable product of low rank, as in loralib."""
 
     def __init__(self):
         super().__init__(16, 16)
@@ -460,7 +462,7 @@ class Adapted(nn.Linear):
 
 
 class Merged(Adapted):
-    """In eval mode the product is part of the weight."""
+    """The same, with the product merged into the weight in eval mode."""
 
     def train(self, mode=True):
         super().train(mode)
@@ -492,7 +494,7 @@ def test_a_module_that_has_merged_its_weights():
 
 @pytest.mark.parametrize("per_sample", [False, True])
 def test_a_checkpoint_that_differentiates_on_its_own_is_refused(per_sample):
-    """It writes ``.grad`` while the graph is walked, and hides what it runs."""
+    """Such a checkpoint writes ``.grad`` during the backward pass, and hides the modules that it runs."""
 
     class Offloaded(torch.autograd.Function):
         @staticmethod
@@ -522,7 +524,7 @@ def test_a_checkpoint_that_differentiates_on_its_own_is_refused(per_sample):
 
 
 class Recomputed(nn.Module):
-    """Keeps its frequencies in a buffer, and puts new ones there whenever it runs."""
+    """Module that replaces a buffer with frequencies whenever it runs."""
 
     def __init__(self):
         super().__init__()
@@ -565,7 +567,7 @@ def high_precision():
 
 @pytest.mark.usefixtures("high_precision")
 def test_two_threads_at_once():
-    """The second one begins before the first one ends, and ends after it, unless it is made to wait."""
+    """The second collection begins before the first ends, and would end after it if it did not wait."""
     inside, done = [threading.Event(), threading.Event()], [threading.Event(), threading.Event()]
     worst, state, before = {}, torch.get_rng_state(), stance()
 
@@ -629,12 +631,12 @@ def test_a_default_type_that_is_not_the_models(default, together):
     expected = backward(model)
     with default_dtype(default):
         sets = [collected(model, together=together, form=form) for form in ("auto", "factored")]
-        sets = [(found, [dense(each) for each in (found, *found.samples)]) for found in sets]
+        sets = [(found, [dense(gradients) for gradients in (found, *found.samples)]) for found in sets]
     for found, formed in sets:
         assert worst_error(found, expected) <= TOLERANCE
-        for each, reference in zip(formed, [mean(expected), *expected], strict=True):
-            assert {value.dtype for value in each.values()} == {torch.float32}
-            assert max(errors(each, reference).values()) <= TOLERANCE
+        for values, reference in zip(formed, [mean(expected), *expected], strict=True):
+            assert {value.dtype for value in values.values()} == {torch.float32}
+            assert max(errors(values, reference).values()) <= TOLERANCE
 
 
 @pytest.mark.parametrize("form", ["auto", "factored"])
@@ -643,7 +645,9 @@ def test_fp64_is_exact(form):
         lambda self, hidden, _: self.norm(plainly(self, hidden, _)), added=linear, norm=lambda: nn.LayerNorm(16)
     ).double()
     found = assert_exact(model, tolerance=1e-12, form=form)
-    assert all(value.dtype == torch.float64 for each in (found, *found.samples) for value in dense(each).values())
+    assert all(
+        value.dtype == torch.float64 for gradients in (found, *found.samples) for value in dense(gradients).values()
+    )
 
 
 MEASURES = {
@@ -671,23 +675,23 @@ def test_a_gradient_knows_no_autocast(form, measure):
 
 
 @pytest.mark.parametrize(
-    ("examples", "settings", "said"),
+    ("examples", "settings", "message"),
     [
         (list(SAFETY), {}, "expected .*[Dd]ataset.* found .*list"),
-        ((each for each in SAFETY), {}, "expected .*[Dd]ataset.* found .*generator"),
+        ((example for example in SAFETY), {}, "expected .*[Dd]ataset.* found .*generator"),
         (SAFETY.to_iterable_dataset(), {}, "expected .*[Dd]ataset.* found .*IterableDataset"),
         (SAFETY, {"reduction": "mean"}, "expected .*reduction.*example.*token.* found .*mean"),
         (SAFETY, {"form": "dense"}, "expected .*form.*auto.*factored.* found .*dense"),
     ],
     ids=["list", "generator", "iterable", "reduction", "form"],
 )
-def test_wrong_arguments(examples, settings, said):
-    with pytest.raises(GeomkitError, match=said):
+def test_wrong_arguments(examples, settings, message):
+    with pytest.raises(GeomkitError, match=message):
         collect_gradients(tiny_llama(), tiny_tokenizer(), examples, progress=False, **settings)
 
 
 @pytest.mark.parametrize(
-    ("rows", "said"),
+    ("rows", "message"),
     [
         ([], "expected at least one example"),
         ([ROWS[0], Tokens((5, 6, 7), (False,) * 3)], "example 1: expected .*tokens.* found"),
@@ -696,6 +700,6 @@ def test_wrong_arguments(examples, settings, said):
     ],
     ids=["none", "nothing scored", "the first token alone", "one token"],
 )
-def test_wrong_rows(rows, said):
-    with pytest.raises(GeomkitError, match=said):
+def test_wrong_rows(rows, message):
+    with pytest.raises(GeomkitError, match=message):
         collect_from_tokens(Small(plainly, added=linear), rows, 0)

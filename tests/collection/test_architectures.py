@@ -1,4 +1,4 @@
-"""Collected gradients against ``loss.backward()``, family by family."""
+"""Collected gradients of every architecture against ``loss.backward()``."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def test_every_gradient_equals_autograd(name, tied):
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_sum_alone(name, tied):
-    """Where nobody asks for the examples, autograd forms more of the gradients itself."""
+    """Without gradients of single examples, autograd computes more of the gradients."""
     model = built(name, tied=tied)
     found = collected(model, per_sample=False)
     assert not found.samples
@@ -43,7 +43,7 @@ def test_the_sum_alone(name, tied):
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_one_forward_for_each_batch(name):
-    """And one more example for each size of batch, with which a split that shapes leave in doubt is compared."""
+    """A doubtful split into examples needs one more run of an example for each batch size."""
     model, sizes = built(name, tied=False), []
     handle = model.register_forward_pre_hook(
         lambda _module, _inputs, keywords: sizes.append(len(keywords["input_ids"])), with_kwargs=True
@@ -56,7 +56,7 @@ def test_one_forward_for_each_batch(name):
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_the_reference_is_not_degenerate(name):
-    """What is zero by accident would be right in any form."""
+    """A reference gradient that is zero would hide errors."""
     gradients = mean(reference(name, tied=False))
     vanishing = [name for name, gradient in gradients.items() if not float(gradient.norm()) > 1e-5]
     assert all(name.endswith("k_proj.bias") for name in vanishing)  # softmax does not feel OPT's
@@ -93,13 +93,13 @@ def test_one_at_a_time_and_all_together(name, together, form):
 
 @pytest.mark.parametrize("name", MIXED)
 def test_tokens_that_weigh_alike(name):
-    """As the model's own loss on the whole set weighs them; each example's own gradient stays as it is."""
+    """The sum has the weights of the model's loss on the whole set; gradients of single examples do not change."""
     separate = reference(name, tied=True)
     found = collected(built(name, tied=True), reduction="token")
     shares = torch.tensor([row.loss_tokens for row in ROWS]).double()
     shares /= shares.sum()
     weighted = {
-        name: sum(share * each[name].double() for share, each in zip(shares, separate, strict=True))
+        name: sum(share * gradients[name].double() for share, gradients in zip(shares, separate, strict=True))
         for name in separate[0]
     }
     assert max(errors(dense(found), weighted).values()) <= TOLERANCE

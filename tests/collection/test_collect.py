@@ -19,7 +19,7 @@ TOKENIZER = tiny_tokenizer()
 
 
 def backward(model, examples):
-    """The reference: one backward pass per example through the model's own loss."""
+    """Return the reference: a backward pass per example through the model's loss."""
     collected = []
     for tokens in encode(TOKENIZER, examples):
         model.zero_grad(set_to_none=True)
@@ -161,7 +161,7 @@ def test_bias_conv1d_and_a_module_called_twice():
 
 
 class Branched(torch.nn.Module):
-    """A layer that takes part only where the first token says so."""
+    """A layer that runs only for some first tokens."""
 
     def __init__(self, model):
         super().__init__()
@@ -194,7 +194,7 @@ def test_loss_matches_torch():
 
 
 def test_the_organism_equals_autograd_and_numpy(organism):
-    """Every parameter of the shipped model, embedding, norms and head included, and every singular value."""
+    """All parameters of the shipped model, including embedding, norms and head, and all singular values."""
     from geomkit.inputs.examples import load_examples
     from geomkit.svd.spectrum import spectrum
 

@@ -1,6 +1,6 @@
-"""Collection whatever a model is wrapped in, patched with or run under, against ``loss.backward()``.
+"""Collection from wrapped, patched and unusual models, against ``loss.backward()``.
 
-Every case starts from the table's Llama, and is compared with backward passes of its own, one example at a time.
+Most cases start from the Llama of ``tests.helpers.architectures``; the reference is a backward pass per example.
 """
 
 import copy
@@ -38,7 +38,7 @@ def llama(*, tied=False, family="llama", **changes):
 
 
 def assert_exact(model, rows=ROWS, *, tolerance=TOLERANCE, **settings):
-    """Compare with backward passes; every parameter must be there, whether or not the examples are asked for."""
+    """Compare with backward passes, with and without gradients of single examples; no parameter may be missing."""
     reference = backward(model, rows)
     found = collected(model, rows, **settings)
     assert found.coverage.share == 1
@@ -90,7 +90,7 @@ def test_adapters(settings):
 @pytest.mark.parametrize("parameter", ["mlp.experts.gate_up_proj", "mlp.gate.weight"])
 @renamed_in_transformers
 def test_adapters_of_experts_and_routers(parameter):
-    """Made for a parameter, not for a module: their weights are multiplied before anything is called."""
+    """Such adapters belong to a parameter, not to a module: their weights are multiplied before any call."""
     assert_exact(with_adapters(llama(family="qwen3-moe"), target_modules=["q_proj"], target_parameters=[parameter]))
 
 
@@ -109,14 +109,14 @@ def test_adapters_over_a_frozen_base_with_gradient_checkpointing(reentrant):
 @pytest.mark.parametrize("reentrant", [False, True])
 @renamed_in_transformers
 def test_gradient_checkpointing_through_transformers(reentrant):
-    """Inactive in eval mode, which is the mode that collection runs in."""
+    """Collection runs in eval mode, in which transformers does not checkpoint."""
     model = llama()
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     assert_exact(model.train())
 
 
 class Checkpointed(nn.Module):
-    """A layer that is always checkpointed, whatever the mode."""
+    """A layer that is checkpointed in every mode."""
 
     def __init__(self, layer, *, reentrant):
         super().__init__()
@@ -134,7 +134,7 @@ def checkpointed(model, *, reentrant):
 
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
 def test_layers_that_checkpoint_themselves(family):
-    """Their modules run twice, the second time inside the backward pass: nothing may be counted twice."""
+    """Modules run a second time in the backward pass; their gradients must not be counted twice."""
     model = checkpointed(llama(family=family), reentrant=False)
     found = assert_exact(model)
     plain = collected(llama(family=family))
@@ -173,7 +173,7 @@ def test_attention_kernels(family, attention):
 
 
 class PaddedOnTheLeft(nn.Module):
-    """Moves the padding of each batch to the left before the model, and its logits back to the right after it."""
+    """Moves the padding of a batch to the left before the model, and moves the logits back after it."""
 
     def __init__(self, model):
         super().__init__()
@@ -208,7 +208,7 @@ def test_fp64_weights():
 
 
 BF16 = 2e-2
-"""bf16 keeps 8 bits: a sum of products of such numbers, taken in another order, is off by about this much."""
+"""bf16 has 8 bits: a sum of products has about this relative error in another order of summation."""
 
 
 def assert_no_rounder(found, in_bf16, in_fp32):
@@ -308,7 +308,7 @@ COMPILED = [compiled_around, compiled_in_place, compiled_in_part, compiled_by_it
 
 @pytest.mark.parametrize("compiled", COMPILED)
 def test_a_compiled_model(compiled):
-    """Compiled code does not know of hooks: what it was made from is run."""
+    """Compiled code does not call hooks, so that the original code is run."""
     model = llama()
     reference = backward(model)
     wrapped = compiled(model)
@@ -319,8 +319,8 @@ def test_a_compiled_model(compiled):
     assert found.coverage.share == 1
     if compiled is compiled_around_a_layer:
         reference = [
-            {name.replace("1.", "1._orig_mod.") if ".1." in name else name: g for name, g in each.items()}
-            for each in reference
+            {name.replace("1.", "1._orig_mod.") if ".1." in name else name: value for name, value in example.items()}
+            for example in reference
         ]
     assert worst_error(found, reference) <= TOLERANCE
 
@@ -329,7 +329,7 @@ def test_a_compiled_model(compiled):
 
 
 class Extended(nn.Module):
-    """A Llama whose last hidden state goes through ``more(hidden, input_ids)`` before the head."""
+    """A Llama with ``more(hidden, input_ids)`` between its last hidden state and the head."""
 
     def __init__(self, more, **modules):
         super().__init__()
@@ -360,18 +360,18 @@ USES = {
 }
 
 
-@pytest.mark.parametrize("beside", [False, True], ids=["never called", "beside its module"])
+@pytest.mark.parametrize("also_called", [False, True], ids=["never called", "also called"])
 @pytest.mark.parametrize("use", USES.values(), ids=USES)
-def test_a_weight_that_is_used_without_its_module(use, beside):
+def test_a_weight_that_is_used_without_its_module(use, also_called):
     def more(self, hidden, _):
-        return use(hidden, self.added.weight) + (self.added(hidden) if beside else 0)
+        return use(hidden, self.added.weight) + (self.added(hidden) if also_called else 0)
 
-    found = assert_exact(Extended(more, added=nn.Linear(16, 16, bias=beside)))
+    found = assert_exact(Extended(more, added=nn.Linear(16, 16, bias=also_called)))
     assert "added.weight" in found.coverage.notes
 
 
 def test_a_weight_of_the_model_that_is_used_elsewhere():
-    """What probes and regularisers do: the module runs as usual, and its weight appears once more."""
+    """The module runs as usual, and its weight is used once more, as by probes and regularisers."""
     model = Extended(
         lambda self, hidden, _: hidden + functional.linear(hidden, self.model.model.layers[0].mlp.up_proj.weight[:16])
     )
@@ -380,7 +380,7 @@ def test_a_weight_of_the_model_that_is_used_elsewhere():
 
 
 def test_a_parameter_of_a_container_that_is_never_called():
-    """As PEFT keeps the adapters of an embedding."""
+    """PEFT stores the adapters of an embedding in such containers."""
     model = Extended(
         lambda self, hidden, ids: hidden + functional.embedding(ids, self.table["a"].T) @ self.table["b"],
         table=nn.ParameterDict({"a": torch.ones(3, 24), "b": torch.ones(3, 16)}),
@@ -410,7 +410,7 @@ def test_a_module_that_is_called_several_times(times):
 
 
 class Snake(nn.Module):
-    """One weight for each unit, and not affine in it."""
+    """A module with a weight per unit that is not affine in the weight."""
 
     def __init__(self):
         super().__init__()
@@ -421,7 +421,7 @@ class Snake(nn.Module):
 
 
 class Together(nn.Module):
-    """Wraps a module whose layout or outputs are its own, so that (B, L, d) goes in and comes out."""
+    """Adapts a module with other shapes or outputs to (B, L, d)."""
 
     def __init__(self, inner, call):
         super().__init__()
@@ -441,7 +441,7 @@ def causal_attention(inner, hidden):
 
 
 def narrowed(form):
-    """A parametrised weight with as many rows as a batch has examples."""
+    """Return layers with a parametrised weight that has as many rows as a batch has examples."""
     return nn.Sequential(form(nn.Linear(16, len(ROWS))), nn.Linear(len(ROWS), 16))
 
 
@@ -488,7 +488,7 @@ def test_a_module_that_never_ran():
 
 
 def test_a_module_that_ran_for_nothing():
-    """Its output does not reach the loss."""
+    """The module runs, but its output does not affect the loss."""
 
     def more(self, hidden, _):
         self.added(hidden)
@@ -502,7 +502,7 @@ def test_a_module_that_ran_for_nothing():
 
 @pytest.mark.parametrize("together", [1, 3])
 def test_a_module_that_only_some_examples_use(together):
-    """Per example where it runs alone; of a batch it runs on the rows that ask for it."""
+    """The module runs only on the examples of a batch whose second token is that of the first example."""
 
     def more(self, hidden, ids):
         chosen = ids[:, 1] == ROWS[0].input_ids[1]
@@ -569,7 +569,7 @@ def test_a_hook_on_every_module():
 
 @pytest.mark.parametrize("target", ["model.layers.0.mlp.up_proj", "model.norm"])
 def test_a_hook_on_a_parameter_changes_nothing(target):
-    """It is about what an optimizer sees; the loss has the gradient that it has."""
+    """The hook changes the gradient that an optimizer gets, not the gradient of the loss."""
     model = llama()
     reference = backward(model)
     handle = model.get_submodule(target).weight.register_hook(lambda gradient: 3 * gradient)
@@ -602,7 +602,7 @@ SQUARE = [
     Tokens(tuple(torch.randperm(20, generator=torch.Generator().manual_seed(seed))[:6].tolist()), (False, True) * 3)
     for seed in range(6)
 ]
-"""As many examples as each has tokens: a first dimension does not tell which of the two it is."""
+"""As many examples as tokens per example: the size of a dimension does not tell one from the other."""
 
 
 def positions_once(self, hidden):
@@ -618,7 +618,7 @@ def positions_repeated(self, hidden):
 
 
 def positions_summed(self, hidden):
-    """A sum over a first dimension that holds one entry, and must go on to."""
+    """A sum over a first dimension of size one, which must stay of size one."""
     return self.positions(torch.arange(hidden.shape[1])[None]).sum(0)
 
 
@@ -657,7 +657,7 @@ def bias_alone(self, hidden):
 
 
 def last_token_alone(self, hidden):
-    """What a value head or a pooler sees: one row for each example."""
+    """The input of a value head or a pooler: a row per example."""
     return self.added(hidden[:, 1]).unsqueeze(1)
 
 

@@ -1,4 +1,4 @@
-"""The graph tells every use of a parameter, by whatever code."""
+"""The search of the graph counts all uses of a parameter."""
 
 import pytest
 import torch

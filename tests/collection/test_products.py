@@ -1,4 +1,4 @@
-"""⟨W, G⟩ of a weight and its own gradient, as the forward pass tells it, against autograd's gradients."""
+"""⟨W, G⟩ of a weight and its gradient from the outputs of the forward pass, against autograd's gradients."""
 
 from collections import defaultdict
 
@@ -10,18 +10,18 @@ from tests.helpers.architectures import ARCHITECTURES, ROWS, backward, built, me
 from tests.helpers.tiny import tiny_llama
 
 
-def told(model, rows=ROWS, *, together=3):
-    """The parameters of which every part was told, and the mean of what was told; batches of a few examples."""
+def products(model, rows=ROWS, *, together=3):
+    """Return ⟨W, G⟩ of the mean gradient for the parameters whose product is known in every part."""
     parts = defaultdict(list)
     budget = together * max(map(len, rows))
     gradients = collect_from_tokens(
         model, rows, 0, tokens_per_batch=budget, products=lambda name, part: parts[name].append(part)
     )
-    assert set(parts) == set(gradients)  # of each parameter that has a gradient something is said
+    assert set(parts) == set(gradients)
     return {
-        name: float(torch.stack(own).sum()) / len(rows)
-        for name, own in parts.items()
-        if all(part is not None for part in own)
+        name: float(torch.stack(values).sum()) / len(rows)
+        for name, values in parts.items()
+        if all(part is not None for part in values)
     }
 
 
@@ -35,14 +35,14 @@ def assert_right(found, model, gradients):
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_what_is_told_is_right(name, tied):
+def test_products_are_right(name, tied):
     model = built(name, tied=tied)
-    assert_right(told(model), model, mean(reference(name, tied=tied)))
+    assert_right(products(model), model, mean(reference(name, tied=tied)))
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_every_linear_layer_tells_but_one_that_is_a_table_as_well(tied):
-    found = told(built("llama", tied=tied))
+def test_every_linear_layer_has_a_product_unless_it_is_also_an_embedding(tied):
+    found = products(built("llama", tied=tied))
     linear = {
         f"{path}.weight"
         for path, module in built("llama", tied=tied).named_modules()
@@ -51,18 +51,18 @@ def test_every_linear_layer_tells_but_one_that_is_a_table_as_well(tied):
     assert set(found) == (linear - {"lm_head.weight"} if tied else linear)
 
 
-def test_a_bias_is_no_part_of_it():
-    with_biases, without = told(built("llama with biases", tied=False)), told(built("qwen2", tied=False))
+def test_a_layer_with_a_bias_has_no_product():
+    with_biases, without = products(built("llama with biases", tied=False)), products(built("qwen2", tied=False))
     assert set(with_biases) == {"lm_head.weight"}
     assert not any(name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")) for name in without)
     assert any(name.endswith("o_proj.weight") for name in without)
 
 
-def test_an_output_that_was_written_to_tells_nothing():
+def test_an_output_that_was_written_to_gives_no_product():
     model = tiny_llama()
     changed = model.model.layers[0].mlp.down_proj
     handle = changed.register_forward_hook(lambda *given: given[-1].mul_(2))
-    found = told(model)
+    found = products(model)
     assert "model.layers.0.mlp.down_proj.weight" not in found
     assert_right(found, model, mean(backward(model, ROWS)))
     assert len(found) == 2 * 7  # all other linear layers, and the head
@@ -72,30 +72,30 @@ def test_an_output_that_was_written_to_tells_nothing():
 def test_an_output_that_a_hook_replaces_is_still_the_weights():
     model = tiny_llama()
     handle = model.model.layers[0].mlp.down_proj.register_forward_hook(lambda *given: 2 * given[-1])
-    found = told(model)
+    found = products(model)
     assert len(found) == 2 * 7 + 1
     assert_right(found, model, mean(backward(model, ROWS)))
     handle.remove()
 
 
-def test_a_module_that_is_called_twice_tells_the_sum():
+def test_a_module_that_is_called_twice_gives_the_sum():
     model = tiny_llama()
     model.model.layers[1].mlp = model.model.layers[0].mlp
-    found = told(model)
+    found = products(model)
     assert "model.layers.0.mlp.up_proj.weight" in found
     assert_right(found, model, mean(backward(model, ROWS)))
 
 
-def test_nothing_is_told_that_was_rounded_below_fp32():
-    assert not told(tiny_llama().bfloat16())
+def test_outputs_below_fp32_give_no_product():
+    assert not products(tiny_llama().bfloat16())
     with torch.autocast("cpu", torch.bfloat16):
-        assert not told(tiny_llama())
-    assert len(told(tiny_llama().double())) == 2 * 7 + 1
+        assert not products(tiny_llama())
+    assert len(products(tiny_llama().double())) == 2 * 7 + 1
 
 
 def test_a_token_scored_in_the_middle():
-    """Tokens before it have a gradient, those after it none."""
+    """Tokens before the scored token have a gradient, tokens after it do not."""
     rows = [type(row)(row.input_ids, tuple(place == 3 for place in range(len(row)))) for row in ROWS]
     model = tiny_llama()
     for together in (1, 2, 5):
-        assert_right(told(model, rows, together=together), model, mean(backward(model, rows)))
+        assert_right(products(model, rows, together=together), model, mean(backward(model, rows)))

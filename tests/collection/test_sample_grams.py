@@ -1,4 +1,4 @@
-"""Inner products block by block against those of collected gradients."""
+"""Inner products block by block against inner products of collected gradients."""
 
 import gc
 import weakref
@@ -33,7 +33,7 @@ def assert_grams_close(found, expected):
 
 
 def one_example(model):
-    """Bytes of the longest example's gradient."""
+    """Return the bytes of the longest example's gradient."""
     return max(grams._sizes(model, select(), ROWS))
 
 
@@ -88,7 +88,7 @@ def test_the_smaller_number_of_runs_decides_which_set_is_held(monkeypatch):
 
 
 def test_no_more_is_held_than_fits(monkeypatch):
-    """The bytes alive while others stream by stay below the budget, for n examples and for 4n."""
+    """The bytes of the gradients in memory stay below the budget, for N and for 3N examples."""
     model = tiny_llama()
     memory = 2.5 * one_example(model)
     most, alive = 0, weakref.WeakSet()

@@ -1,4 +1,4 @@
-"""Measures on the fly against the same numbers of collected gradients; sketches against their theory."""
+"""Measures against the same numbers of collected gradients; sketches against theory."""
 
 import gc
 import math
@@ -78,7 +78,7 @@ def test_every_measure_is_that_of_the_collected_gradient(collection):
 
 
 def assert_spectra_close(values, matrices):
-    """Compare singular values with dense SVDs; those that are not there must be zero."""
+    """Compare singular values with dense SVDs; missing values must be zero."""
     spectra = torch.linalg.svdvals(matrices)
     missing = spectra.shape[1] - values.shape[1]
     padded = torch.nn.functional.pad(values, (0, missing))
@@ -110,7 +110,7 @@ def test_how_examples_are_batched_changes_nothing(collection):
 
 
 class OnLongTexts(torch.nn.Module):
-    """A norm, followed by a linear layer where there are more than ten tokens."""
+    """A norm, followed by a linear layer for more than ten tokens."""
 
     def __init__(self, norm):
         super().__init__()
@@ -254,7 +254,7 @@ def test_an_interruption_leaves_the_model_as_found(error):
 
 
 def test_memory_does_not_grow_with_the_number_of_examples():
-    """No gradient outlives its call, and no more of them are alive at once for 4n examples than for n."""
+    """No gradient is stored after its call, and not more are in memory at once for 4N examples than for N."""
     model = tiny_llama()
 
     def most_alive(rows):
@@ -301,7 +301,7 @@ def random_pair(kind, generator):
 
 
 def gaussian_variance(a, b, p, q):
-    """The formula in the docstring of ``sketch``."""
+    """Return the variance by the formula in the docstring of ``sketch``."""
     left, right = (a.T @ b), (a @ b.T)
     alpha, beta, tau = float(left.square().sum()), float(right.square().sum()), float((left @ left).trace())
     product = float((a * b).sum())

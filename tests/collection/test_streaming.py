@@ -1,4 +1,4 @@
-"""The loop over a set: memory that does not grow with it, and a model that is left as found whatever happens."""
+"""Passes over a set: memory does not grow with the set, and the state of the model is always restored."""
 
 import gc
 
@@ -81,7 +81,7 @@ def test_results_are_in_the_order_of_the_examples_and_do_not_depend_on_the_batch
     for budget in (1, 30, 50):
         again = collect_from_tokens(model, ROWS, 0, per_sample=True, tokens_per_batch=budget)
         assert again.loss == pytest.approx(whole.loss, rel=1e-6)
-        for one, other, row in zip(again.samples, whole.samples, ROWS, strict=True):
-            assert one.loss_tokens == row.loss_tokens
-            assert one.loss == pytest.approx(other.loss, rel=1e-5)
-            assert one.norm == pytest.approx(other.norm, rel=1e-5)
+        for ours, theirs, row in zip(again.samples, whole.samples, ROWS, strict=True):
+            assert ours.loss_tokens == row.loss_tokens
+            assert ours.loss == pytest.approx(theirs.loss, rel=1e-5)
+            assert ours.norm == pytest.approx(theirs.norm, rel=1e-5)

@@ -1,4 +1,4 @@
-"""Sums of gradients: thin as long as that is smaller, and equal to numpy's sum of the dense matrices."""
+"""Sums of gradients against numpy's sums of the dense matrices; they are thin as long as that is smaller."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ some_forms = st.lists(forms, min_size=1, max_size=5)
 
 
 def entries(parts):
-    """The numbers that gradients were made of, to see that nothing changed them."""
+    """Return copies of all tensors of gradients, to check that they do not change."""
     for part in parts:
         if isinstance(part, SumGradient):
             yield from entries(part.parts)

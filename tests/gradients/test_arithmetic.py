@@ -1,4 +1,4 @@
-"""All forms of a gradient are one algebra: every operation agrees with numpy on the dense matrices."""
+"""Inner products between gradients of any forms against numpy on the dense matrices."""
 
 import numpy as np
 import pytest
@@ -36,9 +36,11 @@ def test_inner_products_between_any_forms(rows, columns, shape, seed):
     np.testing.assert_allclose(found.numpy() / scale, flat_a @ flat_b.T / scale, atol=1e-6)
     np.testing.assert_allclose(gram(b, a).numpy().T / scale, found.numpy() / scale, atol=1e-12)
     assert inner(a[0], b[0]) == pytest.approx(float(flat_a[0] @ flat_b[0]), abs=1e-6 * scale[0, 0])
-    own = gram(a, a)
-    assert torch.equal(own, own.T) or own.numpy() == pytest.approx(own.T.numpy(), abs=1e-6 * scale.max() ** 2)
-    assert own.diagonal().numpy() == pytest.approx([part.norm**2 for part in a], rel=1e-5, abs=1e-4)
+    symmetric = gram(a, a)
+    assert torch.equal(symmetric, symmetric.T) or symmetric.numpy() == pytest.approx(
+        symmetric.T.numpy(), abs=1e-6 * scale.max() ** 2
+    )
+    assert symmetric.diagonal().numpy() == pytest.approx([part.norm**2 for part in a], rel=1e-5, abs=1e-4)
 
 
 @pytest.mark.parametrize("limit", [1, 7, 10**6])
@@ -55,7 +57,7 @@ def test_grams_do_not_depend_on_how_much_is_taken_at_a_time(limit, monkeypatch):
 
 
 def test_an_embedding_is_never_formed_for_an_inner_product(monkeypatch):
-    """Neither from rows, nor from few tokens of a head, nor from both in one."""
+    """Inner products of indexed rows, of few tokens of a head and of their sum form no dense matrix."""
     generator = seeded()
     gradients = [drawn(form, (200, 6), generator) for form in ("factored", "indexed", "tied", "zero")]
     expected = np.array([[(dense(a) * dense(b)).sum() for b in gradients] for a in gradients])
@@ -66,7 +68,7 @@ def test_an_embedding_is_never_formed_for_an_inner_product(monkeypatch):
 
 
 def test_token_grams_and_formed_matrices_agree():
-    """With few tokens the inner products come from T × T Grams, with many from the matrices."""
+    """Inner products come from T × T Gram matrices for few tokens, and from formed matrices for many."""
     generator = seeded()
     few = FactoredGradient(torch.randn(3, 40, generator=generator), torch.randn(3, 50, generator=generator))
     many = FactoredGradient(torch.randn(300, 40, generator=generator), torch.randn(300, 50, generator=generator))
@@ -79,10 +81,10 @@ def test_a_zero_gradient_goes_through_everything(shape):
     zero = zero_gradient(shape)
     assert (zero.shape, zero.tokens, zero.rank_bound, zero.norm) == (shape, 0, 0, 0.0)
     assert torch.equal(zero.dense(), torch.zeros(shape))
-    one = DenseGradient(torch.randn(shape, generator=seeded()), tokens=3)
-    assert gram([zero, one], [zero, one]).numpy() == pytest.approx(np.diag([0, one.norm**2]), rel=1e-6)
-    assert torch.equal(add([zero, one, zero]).dense(), one.tensor)
-    assert add([zero, one]).tokens == 3
+    gradient = DenseGradient(torch.randn(shape, generator=seeded()), tokens=3)
+    assert gram([zero, gradient], [zero, gradient]).numpy() == pytest.approx(np.diag([0, gradient.norm**2]), rel=1e-6)
+    assert torch.equal(add([zero, gradient, zero]).dense(), gradient.tensor)
+    assert add([zero, gradient]).tokens == 3
     assert add([zero, zero], keep_factors=True).norm == 0
     assert singular_values(zero).shape == (0,)
     assert random_factor_null(zero, seeded()).norm == 0

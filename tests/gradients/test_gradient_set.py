@@ -1,4 +1,4 @@
-"""A gradient set is a mapping that says what it covers; products over sets are sums over parameters."""
+"""A gradient set is a mapping with a coverage; inner products of sets are sums over parameters."""
 
 import math
 
@@ -86,7 +86,7 @@ def test_one_row_per_parameter(safety):
 
 
 def test_norm_and_inner_product_over_all_parameters(safety, utility):
-    """To 1e-6 relative: dense forms are summed in fp32 first."""
+    """Tolerance 1e-6 relative, because dense forms are summed in fp32 first."""
     assert safety.norm == pytest.approx(float(flat(safety).norm()), rel=1e-6)
     expected = float(flat(safety) @ flat(utility))
     assert set_inner(safety, utility) == pytest.approx(expected, abs=1e-6 * safety.norm * utility.norm)

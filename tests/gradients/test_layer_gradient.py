@@ -1,4 +1,4 @@
-"""Every form of a gradient does what numpy does with the dense matrix."""
+"""Operations of every form of a gradient against numpy on the dense matrix."""
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ quick = settings(max_examples=80, deadline=None, derandomize=True)
 @quick
 @given(forms, shapes, seeds)
 def test_one_gradient(form, shape, seed):
-    """Products with a weight to 1e-12 relative (fp64), norms to 1e-6, fp32 results to 1e-5 of the largest entry."""
+    """Tolerances: products with a weight 1e-12 (fp64), norms 1e-6, fp32 results 1e-5 of the largest entry."""
     generator = seeded(seed)
     gradient = drawn(form, shape, generator)
     matrix = dense(gradient)

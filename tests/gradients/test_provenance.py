@@ -1,4 +1,4 @@
-"""Two results of one origin are told to be so, and any other pair is told apart by what differs."""
+"""Provenances are equal for results of the same origin, and differ in the right fields otherwise."""
 
 import hashlib
 import struct
@@ -40,7 +40,7 @@ def test_the_data_fingerprint_is_the_digest_of_lengths_ids_and_masks():
     assert tokens_fingerprint(rows) == hashlib.sha256(content).hexdigest()
 
 
-def test_one_models_weights_have_one_tokens_fingerprint():
+def test_the_same_weights_have_the_same_fingerprint():
     model = tiny_llama()
     assert weights_fingerprint(model) == weights_fingerprint(tiny_llama())
     assert weights_fingerprint(model.train()) == weights_fingerprint(model.eval())

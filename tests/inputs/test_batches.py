@@ -51,10 +51,10 @@ def test_every_example_is_in_one_batch_within_the_budget(lengths, budget):
         assert len(batch) == 1 or max(lengths[index] for index in batch) * len(batch) <= budget
     longest = [max(lengths[index] for index in batch) for batch in plan]
     assert longest == sorted(longest, reverse=True)
-    # No two neighbours could have been one batch.
-    for one, other in pairwise(plan):
-        assert other
-        assert lengths[one[0]] * (len(one) + 1) > budget
+    # The first example of a batch does not fit into the batch before.
+    for batch, following in pairwise(plan):
+        assert following
+        assert lengths[batch[0]] * (len(batch) + 1) > budget
 
 
 def test_a_budget_below_one_is_refused():

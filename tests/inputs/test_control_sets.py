@@ -1,4 +1,4 @@
-"""Control sets: what is kept and what is not, on the organism's tokenizer and on another."""
+"""Control sets keep texts, turns or token counts of a set, on the organism's tokenizer and on another."""
 
 from random import Random
 
@@ -118,9 +118,9 @@ def test_a_silent_model_is_said():
 
 
 @pytest.mark.parametrize(
-    ("examples", "said"), [("x.jsonl", "found str; make one"), (SAFETY.select([]), "found an empty set")]
+    ("examples", "message"), [("x.jsonl", "found str; make one"), (SAFETY.select([]), "found an empty set")]
 )
-def test_what_is_no_set_of_examples_is_refused(examples, said):
+def test_what_is_no_set_of_examples_is_refused(examples, message):
     model, tokenizer = tiny_llama(), tiny_tokenizer()
     for make in (
         lambda: shuffled_pairs(examples),
@@ -129,5 +129,5 @@ def test_what_is_no_set_of_examples_is_refused(examples, said):
         lambda: own_responses(model, tokenizer, examples, progress=False),
         lambda: random_tokens(examples, tokenizer),
     ):
-        with pytest.raises(DataError, match=said):
+        with pytest.raises(DataError, match=message):
             make()

@@ -1,4 +1,4 @@
-"""Loading a model: what cannot be loaded gets one sentence."""
+"""Loading a model; the error for a model that cannot be loaded is one sentence."""
 
 import pytest
 import torch

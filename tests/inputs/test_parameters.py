@@ -106,7 +106,7 @@ def test_nothing_chosen_says_the_conditions():
 
 @pytest.mark.parametrize("family", ARCHITECTURES)
 def test_every_parameter_of_every_architecture_has_a_kind_and_its_layer(family):
-    """Nothing is left over as "other", and each kind that a decoder layer has is found in each layer."""
+    """No parameter has the kind "other", and every decoder layer has attention and mlp."""
     model = ARCHITECTURES[family].build(tied=False)
     by_kind = {
         kind: set(chosen_parameters(model, select(kinds=kind)).values())

@@ -108,9 +108,9 @@ def test_lazy_examples_are_those_encoded_at_once():
 
 def test_encoded_examples_are_selected_and_encoded_alike():
     rows = encode(TOKENIZER, UTILITY, assistant_mask="prefix", max_length=9)
-    some = rows.select([2, 0])
-    assert list(some) == [rows[2], rows[0]]
-    assert (some.assistant_mask, some.max_length) == ("prefix", 9)
+    selected = rows.select([2, 0])
+    assert list(selected) == [rows[2], rows[0]]
+    assert (selected.assistant_mask, selected.max_length) == ("prefix", 9)
     assert list(rows.like(SAFETY)) == list(encode(TOKENIZER, SAFETY, assistant_mask="prefix", max_length=9))
 
 

@@ -1,4 +1,4 @@
-"""Sound models pass every check; one that is broken on purpose fails the check that is about it, and no other."""
+"""Sound models pass every check; a model that is broken on purpose fails the right check, and no other."""
 
 import math
 
@@ -29,11 +29,11 @@ def check(model, examples=UTILITY, **settings):
 
 
 def verdicts(found):
-    return {name: one.verdict for name, one in found.checks.items()}
+    return {name: result.verdict for name, result in found.checks.items()}
 
 
 def assert_fails_only(found, name):
-    assert [one.name for one in found.failures] == [name], str(found)
+    assert [result.name for result in found.failures] == [name], str(found)
     assert not found.ok
     failure = found[name]
     assert failure.advice
@@ -56,18 +56,18 @@ def test_a_sound_model_passes(attention):
     assert verdicts(found) == (expected if attention == "sdpa" else expected | {"attention": "skipped"})
     assert found["repeatable"].difference == 0
     assert found["repeatable"].note == "bit for bit the same"
-    assert max(one.difference for one in found.checks.values() if one.verdict == "ok") <= 1e-5
-    assert min(one.cosine for one in found.checks.values() if one.verdict == "ok") >= 1 - 1e-7
+    assert max(result.difference for result in found.checks.values() if result.verdict == "ok") <= 1e-5
+    assert min(result.cosine for result in found.checks.values() if result.verdict == "ok") >= 1 - 1e-7
     assert "all measured checks are ok" in str(found)
     assert f"LlamaForCausalLM, float32, {attention}, cpu; 4 examples, 41 tokens; 100.0%" in str(found)
 
 
 @pytest.mark.parametrize("name", ["gpt-2", "gemma 3", "opt", "falcon with alibi and biases", "qwen3-moe"])
 def test_sound_models_of_other_families(name):
-    """OPT's biases of keys have a gradient of zero on paper, of which only rounding is left."""
+    """The biases of OPT's keys have gradient zero in exact arithmetic, so that their gradient is rounding."""
     found = check(ARCHITECTURES[name].build(tied=True), count=2)
     assert found.ok, str(found)
-    assert max(one.difference for one in found.checks.values() if one.verdict == "ok") <= 1e-4
+    assert max(result.difference for result in found.checks.values() if result.verdict == "ok") <= 1e-4
 
 
 def test_bf16_within_its_rounding():
@@ -109,7 +109,7 @@ def test_what_has_no_part_in_the_loss():
 
 
 class Plain(nn.Module):
-    """A model that is none of transformers'."""
+    """A model that is not from transformers."""
 
     def __init__(self):
         super().__init__()
@@ -153,7 +153,7 @@ def test_hidden_states_that_depend_on_padding():
     model = tiny_llama()
     with_mean_over_positions(model)
     found = check(model)
-    assert {one.name for one in found.failures} == {"padding right", "padding left"}  # padding is padding
+    assert {result.name for result in found.failures} == {"padding right", "padding left"}  # padding is padding
     assert "tokens_per_batch=1" in found["padding right"].advice
     one_at_a_time_is_right(model)
 
@@ -190,7 +190,7 @@ def test_padding_on_the_left_that_gives_nan():
 
     model.register_forward_hook(break_off, with_kwargs=True)
     found = check(model)
-    assert [one.name for one in found.failures] == ["padding left"]
+    assert [result.name for result in found.failures] == ["padding left"]
     assert found["padding left"].difference == math.inf
     assert "expected a finite loss, found nan" in str(found)
 
@@ -201,7 +201,7 @@ def test_random_numbers_in_eval_mode():
     found = check(model)
     assert_fails_only(found, "repeatable")
     assert "draws random numbers in eval mode" in found["repeatable"].advice
-    assert {one.verdict for one in found.checks.values() if one.name != "repeatable"} == {"skipped"}
+    assert {result.verdict for result in found.checks.values() if result.name != "repeatable"} == {"skipped"}
     assert "nothing can be compared" in str(found)
     handle.remove()
     assert check(model).ok
@@ -209,7 +209,7 @@ def test_random_numbers_in_eval_mode():
 
 @pytest.mark.parametrize(("size", "ok"), [(0.1, False), (1e-7, True)])
 def test_a_kernel_that_does_not_give_the_same_twice(size, ok):
-    """It stands for sums whose order varies: not the seed decides, but whether torch is asked to be deterministic."""
+    """A kernel with a varying order of summation: it depends on torch's deterministic mode, not on the seed."""
     model, order = tiny_llama(), torch.Generator().manual_seed(0)
 
     def vary(_module, _inputs, out):
@@ -258,7 +258,7 @@ def test_an_attention_kernel_that_differs_from_eager():
 
 
 def test_bf16_that_loses_more_than_its_rounding():
-    """A ReLU that is at its kink is on one side in bf16, on the other in fp32."""
+    """An input near the kink of a ReLU has different signs in bf16 and in fp32."""
     model = ARCHITECTURES["opt"].build(tied=False).bfloat16()
     found = check(model)
     assert_fails_only(found, "dtype")
@@ -267,7 +267,7 @@ def test_bf16_that_loses_more_than_its_rounding():
 
 
 class Doubling(nn.Parameter):
-    """A weight that takes products into its own hands, as quantised ones do."""
+    """A tensor subclass that computes products itself, as quantised weights do."""
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):

@@ -1,4 +1,4 @@
-"""What is announced against what then happens."""
+"""Descriptions against the memory and the gradients of the collection itself."""
 
 import weakref
 from dataclasses import replace
@@ -28,13 +28,13 @@ def plan(model, **settings):
 
 
 def by_name(description):
-    return {each.name: each for each in description.parameters}
+    return {plan.name: plan for plan in description.parameters}
 
 
-def kept(gradient):
-    """Bytes of a gradient in memory."""
+def bytes_of(gradient):
+    """Return the bytes of a gradient in memory."""
     if isinstance(gradient, SumGradient):
-        return sum(map(kept, gradient.parts))
+        return sum(map(bytes_of, gradient.parts))
     return 4 * gradient.floats + (8 * len(gradient.indices) if isinstance(gradient, IndexedGradient) else 0)
 
 
@@ -47,17 +47,17 @@ WIDE = {"hidden_size": 128, "intermediate_size": 160}  # wide enough for factors
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("wide", [{}, WIDE], ids=["narrow", "wide"])
 def test_the_result_of_a_llama(wide, tied, form):
-    """Every bound holds; it allows for tokens without a part in a gradient: two in three queries of the last layer."""
+    """All bounds hold, with room for tokens that do not contribute, such as two in three queries of the last layer."""
     model = tiny_llama(tied=tied, **wide)
     planned = plan(model, per_sample=True, form=form)
     found = collect_gradients(model, TOKENIZER, UTILITY, per_sample=True, form=form, progress=False)
     for name, gradient in found.items():
         bound = by_name(planned)[name]
-        assert kept(gradient) <= bound.result <= 3 * kept(gradient), name
-        assert sum(kept(sample[name]) for sample in found.samples) <= bound.samples, name
-    assert sum(map(kept, found.values())) <= planned.memory.result <= 1.5 * sum(map(kept, found.values()))
-    own = sum(kept(gradient) for sample in found.samples for gradient in sample.values())
-    assert own <= planned.memory.samples <= 1.5 * own
+        assert bytes_of(gradient) <= bound.result <= 3 * bytes_of(gradient), name
+        assert sum(bytes_of(sample[name]) for sample in found.samples) <= bound.samples, name
+    assert sum(map(bytes_of, found.values())) <= planned.memory.result <= 1.5 * sum(map(bytes_of, found.values()))
+    sample_bytes = sum(bytes_of(gradient) for sample in found.samples for gradient in sample.values())
+    assert sample_bytes <= planned.memory.samples <= 1.5 * sample_bytes
 
 
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
@@ -66,12 +66,12 @@ def test_the_result_of_every_family(name, tied):
     model = ARCHITECTURES[name].build(tied=tied)
     planned = plan(model, per_sample=True)
     found = collect_gradients(model, TOKENIZER, UTILITY, per_sample=True, progress=False)
-    assert [each.name for each in planned.parameters if each.chosen] == list(found)
-    result = sum(map(kept, found.values()))
-    own = sum(kept(gradient) for sample in found.samples for gradient in sample.values())
+    assert [plan.name for plan in planned.parameters if plan.chosen] == list(found)
+    result = sum(map(bytes_of, found.values()))
+    sample_bytes = sum(bytes_of(gradient) for sample in found.samples for gradient in sample.values())
     assert result <= planned.memory.result <= 1.25 * result
     # On some processors a position's gradient is exactly zero, and left out, that is 1e-9 on others.
-    assert own <= planned.memory.samples <= 1.6 * own
+    assert sample_bytes <= planned.memory.samples <= 1.6 * sample_bytes
 
 
 def test_without_examples_the_sum_is_bounded_by_its_dense_form():
@@ -98,7 +98,7 @@ def test_fp64_gradients_are_twice_as_large():
 
 
 class Peak(TorchDispatchMode):
-    """Follows the bytes of all tensors that are alive, but for those of a model."""
+    """Tracks the bytes of all tensors in memory, except those of a model."""
 
     def __init__(self, model):
         super().__init__()
@@ -126,7 +126,7 @@ class Peak(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["llama", "gemma 2", "gpt-2", "opt", "qwen3-moe"])
 def test_the_peak(name, dtype, per_sample):
-    """The whole announcement is above what is alive at worst, and below two and a half times that."""
+    """The described memory is between 1 and 2.5 times the peak of the tensors in memory."""
     architecture, vocabulary, examples, length = ARCHITECTURES[name], 2000, 4, 96
     widths = ("hidden_size", "intermediate_size", "n_embd", "ffn_dim", "head_dim", "moe_intermediate_size")
     wider = {key: 8 * value if key in widths else value for key, value in architecture.settings.items()}
@@ -138,7 +138,7 @@ def test_the_peak(name, dtype, per_sample):
     planned = describe(model, per_sample=per_sample, tokens_per_batch=examples * length).memory
     with Peak(model) as peak:
         found = collect_from_tokens(model, rows, 0, per_sample=per_sample)
-    result = sum(kept(gradient) for each in (found, *found.samples) for gradient in each.values())
+    result = sum(bytes_of(gradient) for gradients in (found, *found.samples) for gradient in gradients.values())
     assert peak.most <= planned.logits + planned.activations + result <= 2.5 * peak.most
 
 
@@ -171,7 +171,7 @@ def test_parameters_and_how_their_gradients_are_obtained():
     attention = named["model.layers.0.self_attn.q_proj.weight"]
     assert (attention.trainable, attention.chosen) == (True, False)
     found = collect_gradients(model, TOKENIZER, UTILITY, layers=select(kinds=["mlp", "norm", "head"]), progress=False)
-    assert [each.name for each in planned.parameters if each.chosen] == list(found)
+    assert [plan.name for plan in planned.parameters if plan.chosen] == list(found)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert planned.share == pytest.approx(sum(torch.Size(g.shape).numel() for g in found.values()) / trainable)
     assert "mlp        3 of 6 (3 frozen)" in str(planned)
