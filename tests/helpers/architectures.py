@@ -176,7 +176,9 @@ def collected(
 ) -> GradientSet:
     """Collect ``together`` examples at a time, or a few more where they are short."""
     budget = together * max(map(len, rows))
-    return collect_from_tokens(model, rows, 0, per_sample=per_sample, tokens_per_batch=budget, progress=False, **settings)
+    return collect_from_tokens(
+        model, rows, 0, per_sample=per_sample, tokens_per_batch=budget, progress=False, **settings
+    )
 
 
 def worst_error(found: GradientSet, reference: Sequence[dict[str, Tensor]]) -> float:
