@@ -1,4 +1,4 @@
-"""Intervals and tests on plain arrays: no function here knows a gradient or a model.
+"""Confidence intervals and significance tests on plain arrays, without any gradient or model.
 
 Reading order: ``jackknife`` (intervals of any smooth statistic) → ``ratio`` (Fieller intervals of a quotient, such as a
 cosine) → ``pair_means`` (means over pairs of examples) → ``permutation`` (relabelled and sign-flipped examples) →

@@ -6,16 +6,19 @@ percentiles of a bootstrap miss the truth. The jackknife repeats no example.
 
 import numpy as np
 
+Interval = tuple[float, float]
+"""Lower and upper end of an interval."""
+
 _SWEEPS = 3
 """How often row and column means are subtracted; absent pairs make one sweep inexact."""
 
 
-def jackknife_groups(examples: int, most: int, generator: np.random.Generator) -> list[np.ndarray]:
-    """Deal examples at random into groups of nearly equal size, of which one is left out at a time.
+def jackknife_groups(examples: int, max_groups: int, generator: np.random.Generator) -> list[np.ndarray]:
+    """Divide examples at random into groups of nearly equal size, of which the jackknife leaves out one at a time.
 
     Args:
         examples: N, the number of examples.
-        most: Largest number of groups; from N on, every example is a group.
+        max_groups: Largest number of groups; from N on, every example is a group.
         generator: Source of randomness.
 
     Returns:
@@ -27,13 +30,13 @@ def jackknife_groups(examples: int, most: int, generator: np.random.Generator) -
         >>> [len(group) for group in jackknife_groups(7, 3, np.random.default_rng(0))]
         [3, 2, 2]
     """
-    if most >= examples:
+    if max_groups >= examples:
         return list(np.arange(examples)[:, None])
-    return [np.sort(group) for group in np.array_split(generator.permutation(examples), most)]
+    return [np.sort(group) for group in np.array_split(generator.permutation(examples), max_groups)]
 
 
 def leave_one_out_means(values: np.ndarray) -> np.ndarray:
-    """Return the means over the first axis with one entry left out, for every entry in turn.
+    """Return the mean over the first axis without one entry, for every entry in turn.
 
     Args:
         values: (N, …) one entry per example.
@@ -61,10 +64,10 @@ def jackknife_interval(
     Args:
         value: The statistic, or an array of statistics, from all examples.
         left_out: For every sample, (J, …) values of the statistic without each group of the sample's examples, J ≥ 2.
-        confidence: Share of experiments whose interval should hold the truth.
+        confidence: Nominal coverage of the interval, between 0 and 1.
 
     Returns:
-        Lower and upper ends, with the shape of ``value``.
+        Lower and upper ends, each with the shape of ``value``.
 
     Example:
         >>> values = np.array([1.0, 2.0, 3.0, 6.0])
@@ -80,7 +83,7 @@ def jackknife_interval(
 
 
 def jackknife_p_value(value: np.ndarray | float, *left_out: np.ndarray) -> np.ndarray:
-    """Return the two-sided p-value of an expected statistic of zero.
+    """Return the two-sided p-value of the hypothesis that the expected statistic is zero.
 
     The p-value is below .05 where the 95 % interval of :func:`jackknife_interval` excludes zero.
 
@@ -113,7 +116,7 @@ def jackknife_error(*left_out: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         left_out: Values without each group of examples, as for :func:`jackknife_interval`.
 
     Returns:
-        Standard errors and degrees of freedom, with the shape of the statistic.
+        Standard errors and degrees of freedom, each with the shape of the statistic.
     """
     # 1. Variance that each independent sample of J groups adds: v = (J − 1)/J · Σ_j (θ_j − θ̄)².
     parts = np.array([(len(replicates) - 1) * replicates.var(axis=0) for replicates in left_out])
@@ -164,7 +167,7 @@ def narrowed_interval(
         value: The statistic, or an array of statistics.
         left_out: Values without each group of examples, as for :func:`jackknife_interval`.
         counted_twice: Variance of the interactions.
-        confidence: Share of experiments whose interval should hold the truth.
+        confidence: Nominal coverage of the interval, between 0 and 1.
 
     Returns:
         Lower and upper ends, with the shape of ``value``.

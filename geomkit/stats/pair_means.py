@@ -1,4 +1,4 @@
-"""Means over pairs of examples within a set and between two sets, their difference, its interval and its test.
+"""Means over pairs of examples within a set and between two sets, and their difference with interval and p-value.
 
 Two sets of the same size are paired by place, whether their rows belong together or not: pairs of examples at the same
 place do not count, the two examples at a place leave the jackknife together, and a permutation swaps them. The rule is
@@ -9,11 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from geomkit.stats.jackknife import interactions, narrowed_interval
+from geomkit.stats.jackknife import Interval, interactions, narrowed_interval
 from geomkit.stats.permutation import permuted_places
 from geomkit.utils.display import signed
 
-Interval = tuple[float, float]
 _UNKNOWN = (float("nan"), float("nan"))
 
 
@@ -37,12 +36,12 @@ class WithinBetween:
 
 
 def mean_between(block: np.ndarray, same: bool, confidence: float) -> tuple[float, Interval]:
-    """Return the mean over pairs of examples at different places, and its interval over examples.
+    """Return the mean over pairs of examples at different places, and its jackknife interval over examples.
 
     Args:
         block: (N, M) value of every pair.
         same: Whether rows and columns are the same set.
-        confidence: Share of experiments whose interval should hold the truth.
+        confidence: Nominal coverage of the interval, between 0 and 1.
     """
     value, left_out = _mean(block), _leave_one_out(block, same)
     low, high = narrowed_interval(value, left_out, _interaction_variance(block, same), confidence)
@@ -65,7 +64,7 @@ def within_between(
         second: (M, M) values of pairs within the second set, symmetric; only the permutation test reads them.
         generator: Source of randomness of the permutations.
         draws: Number of permutations.
-        confidence: Share of experiments whose interval should hold the truth.
+        confidence: Nominal coverage of the interval, between 0 and 1.
     """
     value = _mean(first) - _mean(across)
     # 1. The difference without an example of the first set changes both means, without one of the second set only the

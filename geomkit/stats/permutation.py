@@ -46,7 +46,7 @@ def percentile_interval(values: np.ndarray, confidence: float = 0.95) -> tuple[f
 
 
 def sign_flip_p_value(differences: np.ndarray) -> float:
-    """Return the two-sided p-value of paired differences that are symmetric about zero, by flipping their signs.
+    """Return the two-sided p-value of the hypothesis that paired differences are symmetric about zero, by sign flips.
 
     Args:
         differences: (prompts,) mean difference of every prompt.

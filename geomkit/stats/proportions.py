@@ -14,8 +14,8 @@ class Rate:
     """A proportion of prompts (or of layers) with its interval.
 
     Attributes:
-        successes: Number of prompts that counted.
-        n: Number of prompts.
+        successes: Number of prompts with the outcome that is counted.
+        n: Number of all prompts.
     """
 
     successes: int
@@ -94,7 +94,9 @@ def summarize_runs(runs: Sequence[np.ndarray]) -> dict[str, float | int]:
         runs: For every run, (prompts,) outcomes between 0 and 1.
 
     Returns:
-        ``value``, ``low``, ``high``, ``prompts``; ``runs``, ``seed_sd``, ``least``, ``most``; NaN without a run.
+        ``value``, the mean over all runs, with its 95 % interval ``low`` to ``high`` over ``prompts`` prompts; the
+        number of ``runs``, the standard deviation ``seed_sd`` of the runs' means, and the smallest (``least``) and largest
+        (``most``) of these means. NaN without a run.
     """
     if not runs:
         return {"value": np.nan, "low": np.nan, "high": np.nan, "prompts": 0, "runs": 0, "seed_sd": np.nan,

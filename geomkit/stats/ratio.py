@@ -1,4 +1,4 @@
-"""Fieller's interval of a ratio of two estimates, such as a cosine, from their values with single examples left out."""
+"""Fieller's interval of a ratio of two estimates, such as a cosine, from their leave-one-out values."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -36,7 +36,7 @@ class Ratio:
         Variances and covariances are the jackknife's, the degrees of freedom those of Welch and Satterthwaite.
 
         Args:
-            confidence: Share of experiments whose interval should hold the truth.
+            confidence: Nominal coverage of the interval, between 0 and 1.
             bound: Largest possible magnitude of the ratio, at which the interval is cut. Where the denominator cannot
                 be told from zero, the interval is [−bound, bound].
         """
@@ -56,7 +56,7 @@ class Ratio:
 
     @property
     def p_value(self) -> float:
-        """Two-sided p-value of a numerator of zero; 1 − confidence of the interval that ends at zero."""
+        """Two-sided p-value of the hypothesis that a is zero: 1 − confidence of the interval that ends at zero."""
         from scipy.stats import t as student
 
         if self._numerator_variance <= 0:

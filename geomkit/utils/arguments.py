@@ -13,36 +13,36 @@ def check_rank(rank: object) -> None:
     """Check that a rank is a whole number of at least 1.
 
     Raises:
-        GeometryError: If the rank is not.
+        GeometryError: If the rank is not a whole number, or is below 1.
     """
     if not is_whole(rank, 1):
         raise GeometryError(f"expected a rank of at least 1, a whole number, found {rank!r}; give e.g. 10")
 
 
 def check_confidence(confidence: object) -> None:
-    """Check that a confidence level lies strictly between 0 and 1.
+    """Check that a confidence level is a number strictly between 0 and 1.
 
     Raises:
-        GeometryError: If the level does not, for instance because it is in per cent.
+        GeometryError: If the level is not, for instance because it is given in per cent.
     """
     if not isinstance(confidence, Real) or not 0 < float(confidence) < 1:
         raise GeometryError(f"expected a confidence between 0 and 1, found {confidence!r}; give .95, not 95")
 
 
-def check_draws(draws: object, least: int, name: str = "draws") -> None:
+def check_draws(draws: object, minimum: int, name: str = "draws") -> None:
     """Check that a number of random draws is whole and large enough.
 
     Args:
         draws: The number of draws.
-        least: The smallest number allowed.
+        minimum: The smallest number allowed.
         name: Name of the argument, for the message.
 
     Raises:
-        GeometryError: If the number is not whole, or less than ``least``.
+        GeometryError: If the number is not whole, or less than ``minimum``.
     """
-    if not is_whole(draws, least):
+    if not is_whole(draws, minimum):
         raise GeometryError(
-            f"expected a whole number of at least {least}, found {name}={draws!r}; leave it out or draw more"
+            f"expected a whole number of at least {minimum}, found {name}={draws!r}; leave it out or draw more"
         )
 
 
@@ -57,7 +57,7 @@ def check_groups(groups: object) -> None:
 
 
 def check_finite(values: "Tensor", where: str) -> None:
-    """Check that values computed from gradients are finite, since one NaN spoils every comparison with it.
+    """Check that values computed from gradients are finite, because a single NaN makes every sum over them NaN.
 
     Args:
         values: The values, of any shape.
@@ -73,14 +73,14 @@ def check_finite(values: "Tensor", where: str) -> None:
         )
 
 
-def is_whole(number: object, least: int) -> bool:
-    """Return whether an object is a whole number, not a boolean, of at least ``least``.
+def is_whole(number: object, minimum: int) -> bool:
+    """Return whether an object is a whole number, not a boolean, of at least ``minimum``.
 
     Example:
         >>> is_whole(2, 1), is_whole(0, 1), is_whole(2.5, 1), is_whole(True, 1)
         (True, False, False, False)
     """
-    return not isinstance(number, bool) and isinstance(number, Integral) and int(number) >= least
+    return not isinstance(number, bool) and isinstance(number, Integral) and int(number) >= minimum
 
 
 def type_in_words(value: object) -> str:

@@ -21,9 +21,9 @@ class Result(ABC):
 
 def html_table(title: str, frame: "pd.DataFrame", *, rows: int = 12) -> str:
     """Return a heading and the first rows of a data frame as HTML, with numbers to four significant digits."""
-    shown = frame.head(rows).to_html(index=False, border=0, na_rep="–", float_format=lambda value: f"{value:.4g}")
+    table = frame.head(rows).to_html(index=False, border=0, na_rep="–", float_format=lambda value: f"{value:.4g}")
     more = f"<p>… {len(frame) - rows} more rows: <code>.to_frame()</code></p>" if len(frame) > rows else ""
-    return f"<div><p><b>{title}</b></p>{shown}{more}</div>"
+    return f"<div><p><b>{title}</b></p>{table}{more}</div>"
 
 
 def text_table(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -23,7 +23,7 @@ def full_precision() -> Iterator[None]:
 
 @contextmanager
 def casts_uncached() -> Iterator[None]:
-    """Disable autocast's cache inside the block: each use of a weight is a cast, which the autograd graph shows."""
+    """Disable autocast's cache inside the block, so that the autograd graph has a cast for each use of a weight."""
     previous = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:
@@ -33,7 +33,7 @@ def casts_uncached() -> Iterator[None]:
 
 
 def no_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Return a context in which autocast is off for a device, so that products keep the type of their factors."""
+    """Return a context in which autocast is off for a device, so that products keep the dtype of their factors."""
     return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
 
 

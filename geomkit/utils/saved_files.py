@@ -47,8 +47,8 @@ def write(kind: SavedKind, folder: Path, content: Any, tensors: Mapping[str, lis
     Args:
         kind: The kind of the result.
         folder: The folder, which is made if it is missing.
-        content: What :func:`json.dumps` can write.
-        tensors: By name, the parts that one flat tensor consists of.
+        content: A value that :func:`json.dumps` accepts.
+        tensors: For every name, the parts of one flat tensor, in order.
 
     Raises:
         DataError: If there is a file in place of the folder, or a tensor has a type that cannot be saved.
@@ -65,7 +65,7 @@ def write(kind: SavedKind, folder: Path, content: Any, tensors: Mapping[str, lis
             document = {"kind": kind, "format": FORMAT, "geomkit": __version__, "numbers": numbers, "content": content}
             write_atomically(folder / f"{kind}.json", json.dumps(document | {"checksum": checksum(document)}) + "\n")
         finally:
-            # 3. Whatever the JSON file does not name: the old tensors, or the new ones if writing failed.
+            # 3. Remove the tensors that the JSON file does not name: the old ones, or the new ones if writing failed.
             _remove_leftovers(kind, folder)
 
 
@@ -73,7 +73,8 @@ def read(kind: SavedKind, folder: Path) -> tuple[Any, dict[str, Tensor]]:
     """Return the JSON content and the flat tensors that :func:`write` wrote.
 
     Raises:
-        DataError: If there are none, the files are damaged or do not belong together, or a later version wrote them.
+        DataError: If there are no such files, they are damaged or do not belong together, or a later version of geomkit
+            wrote them.
     """
     if not (folder / f"{kind}.json").is_file():
         present = ", ".join(sorted(path.name for path in folder.glob("*.json"))) or "none"
@@ -91,7 +92,7 @@ def checksum(document: Mapping[str, Any]) -> str:
 
 
 def damaged(kind: SavedKind, folder: Path, finding: str) -> DataError:
-    """Return the error for files that are not as geomkit writes them."""
+    """Return the error for saved files that are not as geomkit wrote them, with what was found instead."""
     return DataError(
         f"expected {folder / f'{kind}.json'} and its numbers as geomkit wrote them, found {finding}; they are cut "
         "short, changed or from different saves: copy both files again, or save again"

@@ -33,7 +33,7 @@ def saveable(cls: _Class) -> _Class:
 
 
 def save(kind: SavedKind, result: Any, folder: str | Path) -> Path:
-    """Write a result to a folder, replacing a result of its kind in one step; other files stay as they are.
+    """Write a result to a folder, replacing an earlier result of its kind in one step; other files stay as they are.
 
     Args:
         kind: The kind of the result, after which its files are named.
@@ -53,10 +53,11 @@ def save(kind: SavedKind, result: Any, folder: str | Path) -> Path:
 
 
 def load(kind: SavedKind, folder: str | Path) -> Any:
-    """Read the result of a kind that :func:`save` wrote to a folder, bit for bit, on the CPU.
+    """Return the result of a kind that :func:`save` wrote to a folder, bit for bit, on the CPU.
 
     Raises:
-        DataError: If there is none, the files are damaged or do not belong together, or a later version wrote them.
+        DataError: If there is no such result, the files are damaged or do not belong together, or a later version of
+            geomkit wrote them.
     """
     content, tensors = read(kind, Path(folder))
     try:
@@ -70,7 +71,7 @@ def _pack(value: Any, tensors: dict[str, list[Tensor]], parameter: str = "", fie
 
     Args:
         value: The value.
-        tensors: By name, the parts that each tensor to write consists of so far.
+        tensors: For every name, the parts so far of the tensor to write; changed in place.
         parameter: Key of the innermost dict around the value, usually the parameter that the value belongs to.
         field: The field of the innermost dataclass around the value.
 

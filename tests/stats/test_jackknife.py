@@ -54,8 +54,8 @@ def test_covers_a_curved_statistic_in_groups_too(examples: int, groups: int) -> 
     drawn = generator.gamma(2.0, size=(1500, examples))
     hits = 0
     for values in drawn:
-        dealt = jackknife_groups(examples, groups, generator)
-        without = np.array([np.log(np.delete(values, group).mean()) for group in dealt])
+        left_out = jackknife_groups(examples, groups, generator)
+        without = np.array([np.log(np.delete(values, group).mean()) for group in left_out])
         low, high = jackknife_interval(np.log(values.mean()), without)
         hits += bool(low <= np.log(2.0) <= high)
     assert 0.93 <= hits / 1500 <= 0.97

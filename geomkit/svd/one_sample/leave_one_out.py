@@ -10,9 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from geomkit.stats.jackknife import interactions, leave_one_out_means, narrowed_interval
-
-Interval = tuple[float, float]
+from geomkit.stats.jackknife import Interval, interactions, leave_one_out_means, narrowed_interval
 
 
 @dataclass(frozen=True, eq=False)

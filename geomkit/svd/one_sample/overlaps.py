@@ -16,6 +16,7 @@ import numpy as np
 from geomkit.errors import GeometryError
 from geomkit.gradients.checks import check_enough, check_sets, sample_counts
 from geomkit.gradients.gradient_set import GradientSet
+from geomkit.stats.jackknife import Interval
 from geomkit.stats.multiple_testing import benjamini_hochberg
 from geomkit.stats.pair_means import WithinBetween, mean_between, within_between
 from geomkit.svd.common_basis import to_common_basis
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 _FEWEST = 3
-Interval = tuple[float, float]
 
 
 @dataclass(frozen=True, eq=False)

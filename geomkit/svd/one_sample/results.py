@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from geomkit.inputs.parameters import kind_of, layer_index
+from geomkit.stats.jackknife import Interval
 from geomkit.svd.nulls import haar_overlap
-from geomkit.svd.one_sample.leave_one_out import Estimate, Interval
+from geomkit.svd.one_sample.leave_one_out import Estimate
 from geomkit.svd.singular_vectors import Side
 from geomkit.utils.display import Result, signed
 from geomkit.utils.figures import draw
