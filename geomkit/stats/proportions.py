@@ -95,8 +95,8 @@ def summarize_runs(runs: Sequence[np.ndarray]) -> dict[str, float | int]:
 
     Returns:
         ``value``, the mean over all runs, with its 95 % interval ``low`` to ``high`` over ``prompts`` prompts; the
-        number of ``runs``, the standard deviation ``seed_sd`` of the runs' means, and the smallest (``least``) and largest
-        (``most``) of these means. NaN without a run.
+        number of ``runs``, the standard deviation ``seed_sd`` of the runs' means, and the smallest and the largest of
+        these means, ``least`` and ``most``. NaN without a run.
     """
     if not runs:
         return {"value": np.nan, "low": np.nan, "high": np.nan, "prompts": 0, "runs": 0, "seed_sd": np.nan,
