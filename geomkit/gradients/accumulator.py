@@ -1,4 +1,4 @@
-"""Sums and running sums of gradients of one parameter, in thin form as long as this is the smaller form."""
+"""Sums of gradients of one parameter, in thin form as long as this form has fewer numbers than the parameter."""
 
 from collections.abc import Sequence
 
@@ -15,7 +15,7 @@ from geomkit.gradients.summed import SumGradient
 
 
 def add(parts: Sequence[LayerGradient], *, keep_factors: bool = False) -> LayerGradient:
-    """Return the sum of gradients of one parameter, in thin form if this is the smaller form.
+    """Return the sum of gradients of one parameter, in thin form if this form has fewer numbers than the parameter.
 
     Args:
         parts: At least one gradient.
@@ -34,7 +34,7 @@ def add(parts: Sequence[LayerGradient], *, keep_factors: bool = False) -> LayerG
 
 
 class Accumulator:
-    """Running sum of gradients of one parameter, in thin form as long as this is the smaller form.
+    """Running sum of gradients of one parameter, in thin form as long as it has fewer numbers than the parameter.
 
     Added gradients are stored as they are until together they have more numbers than the parameter. Then they are added
     up in one dense tensor, and later gradients are added to this tensor in place. The added gradients do not change.
@@ -68,7 +68,7 @@ class Accumulator:
         """Add a gradient to the sum.
 
         Raises:
-            GeometryError: If its shape differs from that of the gradients before.
+            GeometryError: If its shape differs from the shape of the gradients before.
         """
         if self._shape is None:
             self._shape = part.shape
@@ -76,7 +76,7 @@ class Accumulator:
             shapes = sorted({part.shape, self._shape})
             raise GeometryError(f"expected gradients of one shape, found {shapes}; add up the same parameter")
         self._tokens += part.tokens
-        # 1. As long as the sum is thin: store the parts, and make the sum dense once that is smaller.
+        # 1. As long as the sum is thin: store the parts, and make the sum dense once the dense form is smaller.
         if self._dense is None:
             self._parts.extend(parts_of(part))
             if self._must_become_dense():
@@ -125,7 +125,7 @@ class Accumulator:
 
 
 def _merged(parts: Sequence[LayerGradient]) -> list[LayerGradient]:
-    """Return the parts with those of one form merged: at most one factored and one indexed; a dense part is alone."""
+    """Return the parts, all factored ones merged to one and all indexed ones to one; a dense part is alone."""
     if len(parts) == 1:
         return list(parts)
     parts = [part for part in parts if part.floats] or list(parts[:1])

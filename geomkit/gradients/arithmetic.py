@@ -115,7 +115,7 @@ def _block(rows: Sequence[LayerGradient], columns: Sequence[LayerGradient]) -> T
 
 
 def factored_of(gradients: Iterable[LayerGradient]) -> list[FactoredGradient]:
-    """Return those of the gradients that are factored."""
+    """Return the gradients that are factored, without the others."""
     return [gradient for gradient in gradients if isinstance(gradient, FactoredGradient)]
 
 
@@ -169,7 +169,7 @@ def _token_block(rows: list[FactoredGradient], columns: list[FactoredGradient]) 
 
 
 def _token_products(rows: list[Tensor], columns: list[Tensor]) -> Tensor:
-    """Return the inner products between all rows of two lists of factors, fp64, some of the features at a time."""
+    """Return the inner products between all rows of two lists of factors, fp64, a block of columns at a time."""
     height, width = (sum(map(len, factors)) for factors in (rows, columns))
     symmetric = _same_objects(rows, columns)
     total = torch.zeros(height, width, dtype=torch.float64, device=rows[0].device)

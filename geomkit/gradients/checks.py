@@ -30,7 +30,7 @@ def check_sets(sets: object) -> None:
     """Check that the argument is a mapping from names to sets of gradients.
 
     Raises:
-        GeometryError: If it is not a mapping, or a set holds something else, such as examples.
+        GeometryError: If the argument is not a mapping, or a value is not a :class:`GradientSet`, such as examples.
     """
     if not isinstance(sets, Mapping):
         raise GeometryError(
@@ -45,7 +45,7 @@ def check_gradients(name: str, gradients: object) -> None:
     """Check that the argument is a mapping from parameters to gradients, such as a :class:`GradientSet`.
 
     Raises:
-        GeometryError: If it is something else.
+        GeometryError: If the argument is something else.
     """
     if not isinstance(gradients, Mapping) or not all(
         isinstance(gradient, LayerGradient) for gradient in gradients.values()
@@ -60,17 +60,17 @@ def _no_gradients(name: str, value: object) -> GeometryError:
     )
 
 
-def check_enough(counts: Mapping[str, int], fewest: int) -> None:
-    """Check that every set has at least ``fewest`` per-sample gradients.
+def check_enough(counts: Mapping[str, int], minimum: int) -> None:
+    """Check that every set has at least ``minimum`` per-sample gradients.
 
     Raises:
         GeometryError: If a set has fewer.
     """
     for name, count in counts.items():
-        if count < fewest:
+        if count < minimum:
             raise GeometryError(
-                f"expected at least {fewest} per-sample gradients in the {name} set, found {count}; collect more, with "
-                "per_sample=True"
+                f"expected at least {minimum} per-sample gradients in the {name} set, found {count}; collect more, "
+                "with per_sample=True"
             )
 
 

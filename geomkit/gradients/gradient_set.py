@@ -1,4 +1,4 @@
-"""The gradients of all parameters of a model, and which parameters were collected."""
+"""The gradients of all parameters of a model, and the record of the parameters with and without a gradient."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -61,7 +61,7 @@ def _first_three(texts: Mapping[str, str]) -> str:
 @saveable
 @dataclass(frozen=True, eq=False)
 class GradientSet(Mapping[str, LayerGradient], Result):
-    """The gradient of a loss: a mapping from parameter names to :class:`LayerGradient`.
+    """The gradient of a loss, as a mapping from parameter names to :class:`LayerGradient`.
 
     Attributes:
         layers: Gradient of each parameter, in the order of the model.
@@ -117,7 +117,7 @@ class GradientSet(Mapping[str, LayerGradient], Result):
         return {name: gradient for name, gradient in self.items() if min(gradient.matrix_shape) > 1}
 
     def to_frame(self) -> "pd.DataFrame":
-        """Return a data frame with a row per parameter.
+        """Return a data frame with one row per parameter.
 
         The columns are ``parameter``, ``kind``, ``layer``, ``shape``, ``form``, ``tokens``, ``norm`` and ``note``.
         """

@@ -59,11 +59,11 @@ class IndexedGradient(LayerGradient):
 
     def take(self, rows: Tensor | slice, dtype: torch.dtype = torch.float64) -> Tensor:
         """Return k rows of the matrix: rows that were looked up, and zeros."""
-        wanted = torch.arange(self.size, device=self.device)[rows] if isinstance(rows, slice) else rows
+        numbers = torch.arange(self.size, device=self.device)[rows] if isinstance(rows, slice) else rows
         if not len(self.indices):
-            return self.rows.new_zeros(len(wanted), self.rows.shape[1], dtype=dtype)
-        position = torch.searchsorted(self.indices, wanted).clamp_(max=len(self.indices) - 1)
-        looked_up = self.indices[position] == wanted
+            return self.rows.new_zeros(len(numbers), self.rows.shape[1], dtype=dtype)
+        position = torch.searchsorted(self.indices, numbers).clamp_(max=len(self.indices) - 1)
+        looked_up = self.indices[position] == numbers
         return self.rows[position].to(dtype).mul_(looked_up[:, None])
 
     def matmul(self, operand: Tensor) -> Tensor:

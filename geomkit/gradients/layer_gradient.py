@@ -28,7 +28,7 @@ Factors = tuple[Tensor, Tensor]
 class LayerGradient(ABC):
     """The gradient of one parameter, in any form.
 
-    As a matrix G, a vector has one column, and experts of shape (E, m, n) have E·m rows; see :attr:`matrix_shape`.
+    Methods see the gradient as a matrix G: a vector has one column, and experts of shape (E, m, n) have E·m rows.
 
     Attributes:
         tokens: T, number of token positions that contribute to the gradient.

@@ -65,9 +65,9 @@ class Provenance:
 def weights_fingerprint(model: nn.Module) -> str:
     """Return a fingerprint of a model's parameters: of names, shapes, dtypes and about 64 values of each parameter.
 
-    It is cheap for a model of any size, independent of the device, and differs for a fine-tuned copy. It may be equal
-    if only a few entries were changed by hand. Parameters on the meta device, which have no values, contribute their
-    name, shape and dtype.
+    The fingerprint is cheap for a model of any size, independent of the device, and different for a fine-tuned copy. It
+    may be equal if only a few entries were changed by hand. Parameters on the meta device, which have no values,
+    contribute their name, shape and dtype.
     """
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
@@ -144,12 +144,13 @@ def _as_text(name: str, value: object) -> str:
 
 
 Size = tuple[int, ...]
+"""The dimensions of a saved value that must agree with the shape of its parameter."""
 
 
 def check_model(
     model: nn.Module,
     provenance: Provenance | None,
-    what: str,
+    result_name: str,
     saved: Mapping[str, Size],
     size: Callable[[torch.Size], Size],
 ) -> None:
@@ -158,7 +159,7 @@ def check_model(
     Args:
         model: The model to compare with.
         provenance: Provenance of the result, if it was saved with one.
-        what: Name of the result in the error message.
+        result_name: Name of the result in the error message.
         saved: Size of each parameter in the result.
         size: Function from the shape of a parameter to its size in the result.
 
@@ -171,18 +172,18 @@ def check_model(
         lines = (f"{name}: {saved[name]} saved, {sizes.get(name, 'none')} in the model" for name in unlike[:3])
         finding = f"{len(unlike)} parameters that are not alike ({'; '.join(lines)}{'; …' * (len(unlike) > 3)})"
     elif provenance is None:
-        finding = "that they do not say what weights they were collected with"
+        finding = "no record of the weights that they were collected with"
     elif differing := _differing_weights(model, provenance):
         finding = f"other weights ({'; '.join(differing)})"
     else:
         return
     origin = f", collected from {provenance.model} in {provenance.dtype}" if provenance else ""
     raise DataError(
-        f"expected the model of {what}{origin}, found {finding}; give that model, or leave model= out to look at the "
-        "numbers alone"
+        f"expected the model of {result_name}{origin}, found {finding}; give that model, or leave model= out to "
+        "look at the numbers alone"
     )
 
 
 def _differing_weights(model: nn.Module, provenance: Provenance) -> list[str]:
-    of_model = replace(provenance, **model_fields(model))
-    return differences(provenance, of_model) if of_model.weights != provenance.weights else []
+    model_provenance = replace(provenance, **model_fields(model))
+    return differences(provenance, model_provenance) if model_provenance.weights != provenance.weights else []

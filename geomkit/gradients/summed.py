@@ -17,7 +17,7 @@ from geomkit.utils.saving import saveable
 @saveable
 @dataclass(frozen=True, eq=False)
 class SumGradient(LayerGradient):
-    """A sum of gradients in different forms, stored part by part, e.g. of an embedding that is tied to the head.
+    """A sum of gradients in different forms, stored part by part, e.g. for an embedding that is tied to the head.
 
     Attributes:
         parts: Gradients of one shape, none of which is a sum.
@@ -116,12 +116,12 @@ def inner_of_parts(a: LayerGradient, b: LayerGradient) -> float:
 
     :func:`geomkit.gradients.arithmetic.inner` also takes sums, and checks the shapes.
     """
-    # 1. An indexed gradient meets only the rows that it has: Σ_i ⟨a_i, B[i]⟩. Of two, the one with fewer rows is A.
+    # 1. An indexed gradient needs only its own rows of B: Σ_i ⟨a_i, B[i]⟩. Of two indexed, A is that with fewer rows.
     if isinstance(b, IndexedGradient) and not (isinstance(a, IndexedGradient) and len(a.indices) < len(b.indices)):
         a, b = b, a
     if isinstance(a, IndexedGradient):
         return float((b.take(a.indices) * a.rows).sum())
-    # 2. A factored gradient meets the other in a thin product: ⟨LᵀR, B⟩ = ⟨LB, R⟩. Of two, A has fewer tokens.
+    # 2. A factored gradient needs a thin product with B: ⟨LᵀR, B⟩ = ⟨LB, R⟩. Of two factored, A has fewer tokens.
     if isinstance(b, FactoredGradient) and not (isinstance(a, FactoredGradient) and a.tokens < b.tokens):
         a, b = b, a
     if isinstance(a, FactoredGradient):

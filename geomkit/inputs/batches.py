@@ -1,4 +1,4 @@
-"""Batches of encoded examples: which examples run together, and how they are padded to one length."""
+"""Batches of encoded examples: grouping of examples by length, and padding to the longest of a batch."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -43,7 +43,7 @@ class Batch:
         return Batch(ids, mask, labels, self.examples[row : row + 1])
 
     def inputs(self) -> dict[str, Tensor]:
-        """Return a model's keyword arguments: ids, mask, and the positions if padding on the left shifts them."""
+        """Return a model's keyword arguments: ids and mask, and positions if padding on the left shifts them."""
         inputs = {"input_ids": self.input_ids, "attention_mask": self.attention_mask}
         if bool(self.attention_mask[:, 0].all()):
             return inputs

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _ATTEMPTS = 50
+"""Largest number of draws of random words for one example."""
 
 
 def with_responses(prompts: "Dataset", responses: "Dataset") -> "Dataset":
@@ -88,8 +89,7 @@ def random_tokens(
     """Return the conversations with the text of every message replaced by random words of as many tokens.
 
     Every example keeps its number of tokens, its turns and its loss mask; a property that a gradient then still has is
-    due to these alone. The words are drawn uniformly from the tokens
-    of the tokenizer that consist of letters.
+    due to these alone. The words are drawn uniformly from the tokens of the tokenizer that consist of letters.
 
     Args:
         examples: N conversations.
@@ -140,34 +140,34 @@ def derangement(responses: Sequence[str], generator: Random) -> list[str]:
     """Return the responses in a random order in which no place has the text that it had before (a derangement).
 
     Args:
-        responses: N texts, of which none occurs more than N/2 times.
+        responses: N texts; no text occurs more than N/2 times.
         generator: Source of randomness.
 
     Raises:
-        DataError: If one text occurs more often.
+        DataError: If a text occurs more than N/2 times.
     """
     places = defaultdict(list)
     for place, response in enumerate(responses):
         places[response].append(place)
-    most = max(map(len, places.values()))
-    if 2 * most > len(responses):
+    largest = max(map(len, places.values()))
+    if 2 * largest > len(responses):
         raise DataError(
-            f"expected responses that differ, found one text in {most} of {len(responses)} examples; put others under "
-            "these prompts with geomkit.with_responses first"
+            f"expected responses that differ, found one text in {largest} of {len(responses)} examples; put other "
+            "responses under these prompts with geomkit.with_responses first"
         )
-    # 1. Order the places so that equal texts are neighbours, with the texts and the places of each in random order.
+    # 1. Order the places so that equal texts are neighbours: the texts in random order, and the places of each text.
     groups = sorted(places.values())
     generator.shuffle(groups)
     order = [place for group in groups for place in generator.sample(group, len(group))]
-    # 2. Shift all texts along this order by the size of the largest group: each leaves its own group.
+    # 2. Shift all texts along this order by the size of the largest group: every text leaves the group of its equals.
     permuted = [""] * len(responses)
-    for place, source in zip(order, [*order[most:], *order[:most]], strict=True):
+    for place, source in zip(order, [*order[largest:], *order[:largest]], strict=True):
         permuted[place] = responses[source]
     return permuted
 
 
 def replace_answers(prompts: "Dataset", answers: Sequence[str]) -> "Dataset":
-    """Return the conversations with the last assistant message of each replaced by one of the answers, in turn."""
+    """Return the conversations with their last assistant messages replaced by the answers, which are used in turn."""
     from datasets import Dataset
 
     return Dataset.from_list(
@@ -179,7 +179,7 @@ def replace_answers(prompts: "Dataset", answers: Sequence[str]) -> "Dataset":
 
 
 class _Words:
-    """Words of one token each: those that are one token at the start of a text, and those that are one after a word."""
+    """Words of a single token: words that are one token at the start of a text, and words that are one after a word."""
 
     _OPENING = "a"
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 Message = dict[str, str]
+"""A message of a conversation, with a ``role`` (such as ``"user"``) and a ``content``."""
 
 
 def load_examples(source: "str | Path | Dataset", split: str = "train") -> "Dataset":

@@ -14,6 +14,7 @@ from geomkit.inputs.tokens import Tokens
 from geomkit.utils.precision import at_least_fp32
 
 Reduction = Literal["example", "token"]
+"""Weighting of the examples in a mean loss: equal, or proportional to their numbers of scored tokens."""
 
 TokenLoss = Callable[[nn.Module, Batch], Tensor]
 """Function that runs a model on a batch of B examples of length L and returns (B, L − 1) losses, 0 where not scored."""
@@ -85,6 +86,9 @@ def losses_of(
         pad: Id of the token that fills short rows.
         batch_size: Number of examples in a batch.
         token_loss: Function that gives the loss of each token.
+
+    Returns:
+        Mean loss over the assistant tokens of each example, in nats.
     """
     device = next(model.parameters()).device
     losses: list[float] = []

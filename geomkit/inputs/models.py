@@ -15,10 +15,11 @@ if TYPE_CHECKING:
 def load_model(
     source: str | Path, *, dtype: str = "auto", device: str | None = None, pad_token: str | None = None
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    """Return a causal language model and its tokenizer, from a folder, from the hub, or a stage of the organism.
+    """Return a causal language model and its tokenizer, from a folder, from the hub, or from the shipped test model.
 
     Args:
-        source: ``"organism/aligned"``, ``"organism/base"``, a folder, or the id of a model on the hub.
+        source: A folder, the id of a model on the hub, or a stage of the shipped model, the "organism":
+            ``"organism/base"`` before and ``"organism/aligned"`` after safety training.
         dtype: ``"auto"`` for the dtype of the checkpoint, or the name of a torch dtype such as ``"float32"``.
         device: Device of the model; when left out, a GPU if there is one, else the CPU.
         pad_token: Token that fills short rows, for tokenizers without a pad token.

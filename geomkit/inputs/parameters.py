@@ -11,6 +11,7 @@ from torch import nn
 from geomkit.errors import CollectionError, GeomkitError
 
 Kind = Literal["attention", "mlp", "embedding", "head", "norm", "other"]
+"""Kind of module that a parameter belongs to."""
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block|layer)\.(\d+)(?=\.|$)")
 _KINDS: tuple[tuple[Kind, re.Pattern[str]], ...] = (
@@ -85,7 +86,7 @@ def select(
     kinds: Kind | Collection[Kind] | None = None,
     indices: int | Collection[int] | None = None,
 ) -> Selection:
-    """Return a choice of parameters by name, kind of module and decoder layer, for any argument ``layers=``.
+    """Return a choice of parameters by name, kind of module and decoder layer, for an argument ``layers=``.
 
     Args:
         names: Glob pattern on parameter names such as ``"*.mlp.*"``, or several patterns.
@@ -104,12 +105,12 @@ def select(
         >>> select(kinds="mlp", indices=range(2)).matches("model.layers.1.mlp.up_proj.weight")
         True
     """
-    chosen = None if kinds is None else frozenset([kinds] if isinstance(kinds, str) else kinds)
-    if unknown := (chosen or frozenset()) - set(get_args(Kind)):
+    kind_set = None if kinds is None else frozenset([kinds] if isinstance(kinds, str) else kinds)
+    if unknown := (kind_set or frozenset()) - set(get_args(Kind)):
         raise CollectionError(f"expected kinds among {', '.join(get_args(Kind))}, found {sorted(unknown)}")
     return Selection(
         globs=(names,) if isinstance(names, str) else tuple(names),
-        kinds=chosen,
+        kinds=kind_set,
         indices=None if indices is None else frozenset([indices] if isinstance(indices, int) else indices),
     )
 
@@ -143,8 +144,8 @@ def as_selection(layers: Layers) -> Selection:
     )
 
 
-def chosen_parameters(model: nn.Module, chosen: Selection) -> dict[str, str]:
-    """Return every name of each chosen trainable parameter, mapped to the parameter's first name.
+def chosen_parameters(model: nn.Module, selection: Selection) -> dict[str, str]:
+    """Return all names of the chosen trainable parameters, each mapped to the first name of its parameter.
 
     A tied parameter has two names, and is chosen if at least one of them matches. Its gradient is collected under the
     first name.
@@ -154,21 +155,21 @@ def chosen_parameters(model: nn.Module, chosen: Selection) -> dict[str, str]:
     """
     named = list(model.named_parameters(remove_duplicate=False))
     numbers = {number for name, _ in named if (number := layer_index(name)) is not None}
-    if absent := sorted((chosen.indices or frozenset()) - numbers):
+    if absent := sorted((selection.indices or frozenset()) - numbers):
         present = f"{min(numbers)} to {max(numbers)}" if numbers else "none"
         raise CollectionError(f"expected decoder layers among {present}, found {absent}; choose others")
     first_names: dict[int, str] = {}
     for name, parameter in named:
         first_names.setdefault(id(parameter), name)
-    wanted = {id(parameter) for name, parameter in named if parameter.requires_grad and chosen.matches(name)}
-    if not wanted:
+    chosen = {id(parameter) for name, parameter in named if parameter.requires_grad and selection.matches(name)}
+    if not chosen:
         trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         examples = ", ".join(trainable[:3]) or "none"
         raise CollectionError(
-            f"expected trainable parameters that match {chosen}, found none among {len(trainable)} ({examples}, …); "
+            f"expected trainable parameters that match {selection}, found none among {len(trainable)} ({examples}, …); "
             "change the choice or unfreeze the model"
         )
-    return {name: first_names[id(parameter)] for name, parameter in named if id(parameter) in wanted}
+    return {name: first_names[id(parameter)] for name, parameter in named if id(parameter) in chosen}
 
 
 def refuse_unseen_values(parameters: Mapping[str, nn.Parameter], error: type[GeomkitError]) -> None:
@@ -191,7 +192,7 @@ def refuse_unseen_values(parameters: Mapping[str, nn.Parameter], error: type[Geo
 
 
 def unwrapped_model(model: nn.Module) -> nn.Module:
-    """Return the model inside DDP, DataParallel or ``torch.compile``: its parameter names have no prefix."""
+    """Return the model inside DDP, DataParallel or ``torch.compile``, whose parameter names have no prefix."""
     wrappers = (nn.parallel.DistributedDataParallel, nn.DataParallel)
     inner = model.module if isinstance(model, wrappers) else getattr(model, "_orig_mod", None)
     return unwrapped_model(inner) if isinstance(inner, nn.Module) else model

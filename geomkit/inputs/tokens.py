@@ -1,4 +1,4 @@
-"""Encoding of examples: token ids, and the mask of the tokens that the loss is taken on.
+"""Encoding of examples as token ids, with the mask of the tokens that the loss is taken on.
 
 The loss is taken on the tokens of assistant turns; all other tokens are context.
 """
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 AssistantMask = Literal["template", "prefix"]
+"""How the assistant's tokens are recognised, see :func:`encode`."""
 
 _GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
