@@ -165,7 +165,7 @@ def _positions(value: Tensor) -> Tensor:
 
 
 def _runs(live: np.ndarray) -> list[slice] | None:
-    """Return the run of live positions of each example, or ``None`` if those of an example are not one run."""
+    """Return the run of live positions of each example, or ``None`` if the positions of an example are not one run."""
     runs = []
     for example, flags in enumerate(live):
         flag_bytes = flags.tobytes()  # much faster to search than an array of a few values

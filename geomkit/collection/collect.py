@@ -183,15 +183,20 @@ def _sample_sets(
     )
 
 
-def coverage_of(target: Target, seen: Collection[str]) -> Coverage:
-    """Return which of the chosen parameters have a gradient, and the reason for each of the others."""
+def coverage_of(target: Target, with_gradient: Collection[str]) -> Coverage:
+    """Return which of the chosen parameters have a gradient, and the reason for each parameter without a gradient.
+
+    Args:
+        target: The chosen parameters, after the passes.
+        with_gradient: Names of the parameters with a gradient.
+    """
     sizes = {name: parameter.numel() for name, parameter in target.parameters.items()}
-    missing = {name: size for name, size in sizes.items() if name not in seen}
+    missing = {name: size for name, size in sizes.items() if name not in with_gradient}
     return Coverage(
-        seen={name: size for name, size in sizes.items() if name in seen},
+        seen={name: size for name, size in sizes.items() if name in with_gradient},
         missing=missing,
         reasons={
             name: "has no part in the loss" if name in target.called else "its module never ran" for name in missing
         },
-        notes={name: note for name, note in target.notes.items() if name in seen},
+        notes={name: note for name, note in target.notes.items() if name in with_gradient},
     )

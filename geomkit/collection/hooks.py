@@ -142,7 +142,7 @@ class Tape:
 
     Attributes:
         calls: Calls that need a gradient, in order.
-        called: Names of the parameters whose module was called, whether it needs a gradient or not.
+        called: Names of the parameters whose module was called, whether the call needs a gradient or not.
         is_open: Whether calls are recorded; a checkpoint runs modules again during the backward pass.
         model_storages: Addresses of the storages of parameters and buffers.
         store_outputs: Whether calls store their output.

@@ -153,7 +153,7 @@ def sketch(size: int | tuple[int, int] = 16, seed: int = 0, *, entries: Entries 
     A side that is not longer than its size is not projected, and does not contribute to the variance; for example,
     ``size=(16, 10**9)`` projects only the output side. A vector has one side and gets p·q numbers; experts (E, m, n)
     have E·m rows. The test matrices depend only on the seed and on name and shape of the parameter. Therefore sketches
-    of different examples, runs and checkpoints of a model can be compared, and those of different parameters are
+    of different examples, runs and checkpoints of a model can be compared, and sketches of different parameters are
     independent. The test matrices are stored, p·m + q·n numbers for each parameter.
 
     Projecting both sides is the method of LoGra (Choe et al. 2024); random projections of per-example gradients are

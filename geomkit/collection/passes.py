@@ -139,7 +139,7 @@ class _Pass:
                 reason = "input overwritten after the call" if name in overwritten else "used outside its module's call"
                 self.target.notes[name] = reason
             elif calls[name] > 1:
-                modules = len({id(call.module) for other, call in named if other == name})
+                modules = len({id(call.module) for call_name, call in named if call_name == name})
                 self.target.notes[name] = f"shared by {modules} modules" if modules > 1 else "module called repeatedly"
         if self.per_example:
             closed = Counter(name for name, call in named if call.form is not None)
@@ -158,8 +158,8 @@ class _Pass:
         The backward pass reaches all calls if autograd is asked for these leaves: below every call is another call, a
         call at the start of the graph, or one of these leaves.
         """
-        known = {id(parameter) for parameter in self.parameters.values()}
-        return [leaf for leaf in uses.leaves if id(leaf) not in known]
+        parameter_ids = {id(parameter) for parameter in self.parameters.values()}
+        return [leaf for leaf in uses.leaves if id(leaf) not in parameter_ids]
 
     def _receive(self, call: Call, delta: Tensor) -> None:
         """Compute and hand on the gradients of a call with a closed form, once its output gradient is known."""
@@ -181,10 +181,10 @@ class _Pass:
         call.release_tensors()
 
     def _finish(self, computed: Mapping[str, Tensor]) -> None:
-        """Hand on the gradients of the summed loss that autograd computed, and complete those of the examples."""
+        """Hand on the gradients of the summed loss that autograd computed, and complete the gradients of examples."""
         if any(parameter.grad is not None for parameter in self.target.model.parameters()):
             raise CollectionError(
-                "expected a model that leaves the backward pass to autograd, found one that runs its own (a custom or "
+                "expected a model that leaves the backward pass to autograd, found one with its own (a custom or "
                 "offloaded checkpoint); turn that off"
             )
         for name, value in computed.items():

@@ -56,20 +56,20 @@ class PerExampleGradients:
     def expect(
         self, calls: Counter[str], by_autograd: set[str], used_outside: set[str], read_more_than_called: set[str]
     ) -> None:
-        """Set what the backward pass will bring.
+        """Set the number and the kind of uses of each parameter, before the backward pass.
 
         Args:
             calls: Number of calls with a closed form, for each parameter.
             by_autograd: Parameters whose gradient of the summed loss autograd computes, as a use has no closed form.
-            used_outside: Of these, parameters with uses outside module calls.
-            read_more_than_called: Of these, parameters that are read more often than their modules are called.
+            used_outside: Parameters in ``by_autograd`` with uses outside module calls.
+            read_more_than_called: Parameters in ``by_autograd`` that are read more often than their modules are called.
         """
         self._calls_to_come, self._by_autograd = calls, by_autograd
         self._read_more_than_called = read_more_than_called
         self._to_rerun |= used_outside
 
     def receive(self, gradients: ClosedFormGradients) -> None:
-        """Take the part of a call with a closed form in each example's gradient."""
+        """Add a call with a closed form to each example's gradient."""
         names = [name for name in gradients.call.parameters.values() if name not in self._to_rerun]
         if not gradients.separable:
             self._to_rerun.update(names)
@@ -80,7 +80,7 @@ class PerExampleGradients:
         for name in names:
             self._add_part(name, [own_gradients[name] for own_gradients in by_example])
             self._calls_to_come[name] -= 1
-            # Complete: all calls are there, none of them is in doubt, and all uses are calls with a closed form.
+            # Complete: all calls are there, no call is in doubt, and all uses are calls with a closed form.
             if self._calls_to_come[name] == 0 and name not in self._by_autograd | self._doubtful:
                 self._hand_on(name)
 

@@ -23,7 +23,7 @@ from geomkit.utils.precision import at_least_fp32
 
 
 class _WithoutHooks(nn.Module):
-    """A module that runs the forward of another without its hooks; recorded inputs and outputs are those of forward."""
+    """A module that runs the forward of another module without hooks, as recorded inputs are the inputs of forward."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -134,13 +134,13 @@ def _example_gradients(call: Call, row: int, batch_size: int, length: int) -> di
     own_parameters = dict(call.module.named_parameters(recurse=False))
     with torch.enable_grad():
         outputs = [leaf for leaf in tree_leaves(call.module.forward(*inputs, **keywords)) if isinstance(leaf, Tensor)]
-        known = [(output, delta) for output, delta in zip(outputs, deltas, strict=True) if delta is not None]
-        if any(output.shape != delta.shape for output, delta in known):
+        pairs = [(output, delta) for output, delta in zip(outputs, deltas, strict=True) if delta is not None]
+        if any(output.shape != delta.shape for output, delta in pairs):
             return None
         # 2. Σ_k δ_kᵀ ∂y_k/∂w over the outputs k.
         parameters = [own_parameters[local] for local in call.parameters]
-        gradients = _vector_jacobian_products(_direct_gradients(known), parameters)
-    positions = max(int(delta.reshape(-1, delta.shape[-1]).ne(0).any(1).sum()) for _, delta in known)
+        gradients = _vector_jacobian_products(_direct_gradients(pairs), parameters)
+    positions = max(int(delta.reshape(-1, delta.shape[-1]).ne(0).any(1).sum()) for _, delta in pairs)
     return {
         name: DenseGradient(at_least_fp32(gradient), positions)
         for name, gradient in zip(call.parameters.values(), gradients, strict=True)
@@ -152,20 +152,20 @@ _OutputsAndGradients = Sequence[tuple[Tensor, Tensor]]
 
 
 def _vector_jacobian_products(
-    known: _OutputsAndGradients, sources: Sequence[Tensor], *, retain_graph: bool = False
+    pairs: _OutputsAndGradients, sources: Sequence[Tensor], *, retain_graph: bool = False
 ) -> tuple[Tensor | None, ...]:
-    outputs, deltas = zip(*known, strict=True)
+    outputs, deltas = zip(*pairs, strict=True)
     return torch.autograd.grad(outputs, sources, deltas, allow_unused=True, retain_graph=retain_graph)
 
 
-def _direct_gradients(known: _OutputsAndGradients) -> _OutputsAndGradients:
+def _direct_gradients(pairs: _OutputsAndGradients) -> _OutputsAndGradients:
     """Return the outputs with the part of each output gradient that does not come through a later output.
 
     A router returns logits and the scores computed from them. The gradient of the logits then includes the gradient
     that comes through the scores, which would be counted twice: δ_k − Σ_{j>k} δ_jᵀ ∂y_j/∂y_k is left.
     """
     later: list[tuple[Tensor, Tensor]] = []
-    for output, delta in reversed(known):
+    for output, delta in reversed(pairs):
         through = _vector_jacobian_products(later, [output], retain_graph=True)[0] if later else None
         later.append((output, delta if through is None else delta - through))
     return later

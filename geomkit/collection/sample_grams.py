@@ -39,7 +39,7 @@ def sample_grams(
     """Return the exact inner products between the gradients of the losses of all examples.
 
     The examples are divided into blocks whose gradients fit into ``memory``. The gradients of a block stay in memory
-    while the other examples run. If all examples are one block, each of them is run once; with K blocks of one set, an
+    while the other examples run. If all examples are one block, every example is run once; with K blocks of one set, an
     example is run (K + 1)/2 times on average. For estimates in one pass over any number of examples, see
     :func:`geomkit.collection.measures.sketch`.
 
@@ -47,7 +47,7 @@ def sample_grams(
         model: See :func:`geomkit.collect_gradients`, also for ``layers`` and ``tokens_per_batch``.
         tokenizer: Tokenizer of the model.
         a: N examples.
-        b: M other examples; those of ``a`` when left out.
+        b: M other examples; the examples of ``a`` when left out.
         layers: The choice of parameters.
         memory: Largest number of bytes of a block's gradients, in addition to the memory of a batch and 8·N·M bytes of
             the result for each parameter. A block has at least one example, however long.
@@ -55,7 +55,7 @@ def sample_grams(
         progress: Show a progress bar for each pass, in tokens.
 
     Returns:
-        (N, M) inner products by parameter, in the order of the model, fp64 on the CPU; equal to those of
+        (N, M) inner products by parameter, in the order of the model, fp64 on the CPU; equal to the result of
         :func:`geomkit.gradients.gradient_set.layer_grams` for sets that were collected per sample.
 
     Raises:
@@ -99,12 +99,12 @@ def grams_from_tokens(
         raise GeometryError(f"expected bytes to hold gradients in, found memory={memory}; give e.g. 4e9")
     passes = _Passes(model, pad, as_selection(layers), tokens_per_batch, progress)
     # 1. Blocks of examples whose gradients fit into memory, from upper bounds of their sizes.
-    a_blocks = blocks_of(_sizes(model, passes.chosen, a), memory)
+    a_blocks = blocks_of(_sizes(model, passes.selection, a), memory)
     # 2. One set: every pair of blocks once.
     if b is None:
         return _grams_within(passes, a, a_blocks)
     # 3. Two sets: the set in blocks is run once, the other set once for each block. Take the cheaper choice.
-    b_blocks = blocks_of(_sizes(model, passes.chosen, b), memory)
+    b_blocks = blocks_of(_sizes(model, passes.selection, b), memory)
     if _tokens(a) + len(a_blocks) * _tokens(b) <= _tokens(b) + len(b_blocks) * _tokens(a):
         return _grams_between(passes, a, b, a_blocks)
     return {name: table.T.contiguous() for name, table in _grams_between(passes, b, a, b_blocks).items()}
@@ -128,11 +128,11 @@ def blocks_of(sizes: Sequence[int], memory: float) -> list[list[int]]:
     return blocks
 
 
-def _sizes(model: nn.Module, chosen: Selection, rows: Sequence[Tokens]) -> list[int]:
+def _sizes(model: nn.Module, selection: Selection, rows: Sequence[Tokens]) -> list[int]:
     """Return an upper bound of the bytes of each example's gradient."""
     inner = unwrapped_model(model)
     parameters, aliases = dict(inner.named_parameters()), aliases_by_parameter(inner)
-    collected = [(parameters[name], aliases[name]) for name in set(chosen_parameters(inner, chosen).values())]
+    collected = [(parameters[name], aliases[name]) for name in set(chosen_parameters(inner, selection).values())]
     return [
         sum(most_sample_bytes(parameter, names, counts) or 0 for parameter, names in collected)
         for counts in map(_counts, rows)
@@ -156,14 +156,14 @@ class _Passes:
     Attributes:
         model: The model.
         pad: Id of the token that fills short rows.
-        chosen: The choice of parameters.
+        selection: The choice of parameters.
         tokens_per_batch: Largest number of token positions in a batch.
         progress: Whether to show progress bars.
     """
 
     model: nn.Module
     pad: int
-    chosen: Selection
+    selection: Selection
     tokens_per_batch: int
     progress: bool
 
@@ -178,7 +178,7 @@ class _Passes:
             self.model,
             [rows[index] for index in indices],
             self.pad,
-            self.chosen,
+            self.selection,
             tokens_per_batch=self.tokens_per_batch,
             progress=self.progress,
             samples=with_set_indices,
@@ -207,9 +207,9 @@ def _grams_within(passes: _Passes, rows: Sequence[Tokens], blocks: Sequence[Sequ
     """Return the inner products within one set: of each block with itself and with all later blocks, by symmetry."""
     tables = _Tables(len(rows), len(rows))
 
-    def put_symmetric(name: str, examples: Sequence[int], others: Sequence[int], products: Tensor) -> None:
-        tables.put(name, examples, others, products)
-        tables.put(name, others, examples, products.T)
+    def put_symmetric(name: str, rows: Sequence[int], columns: Sequence[int], products: Tensor) -> None:
+        tables.put(name, rows, columns, products)
+        tables.put(name, columns, rows, products.T)
 
     for nth, block in enumerate(blocks):
         in_memory, tables.names = _block_gradients(passes, rows, block)
@@ -241,11 +241,11 @@ def _put_products(
     indices: Sequence[int],
     put: Callable[[str, Sequence[int], Sequence[int], Tensor], None],
 ) -> None:
-    """Run examples, and put the inner products of a block's gradients with each batch of theirs into a table."""
+    """Run examples, and put the inner products of their gradients with a block's gradients into a table."""
 
-    def sink(name: str, others: Sequence[int], gradients: Sequence[LayerGradient]) -> None:
+    def sink(name: str, examples: Sequence[int], gradients: Sequence[LayerGradient]) -> None:
         if by_example := in_memory.get(name):
-            put(name, list(by_example), others, gram(list(by_example.values()), gradients))
+            put(name, list(by_example), examples, gram(list(by_example.values()), gradients))
 
     passes.run(rows, indices, sink)
 

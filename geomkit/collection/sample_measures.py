@@ -62,7 +62,7 @@ class SampleMeasures(Result):
     def side_by_side(self, measure: str) -> Tensor:
         """Return the values of all parameters side by side, (N, K), a row per example.
 
-        For sketches, inner products of these rows estimate those of the gradients over all parameters.
+        For sketches, inner products of these rows estimate the inner products of the gradients over all parameters.
 
         Raises:
             GeometryError: If the measure is unknown.
@@ -210,12 +210,11 @@ def measures_from_tokens(
         progress=progress,
         samples=store_values,
     )
-    seen = next(iter(tables.values()))
-    parameters = {name: parameter for name, parameter in result.target.parameters.items() if name in seen}
+    with_gradient = next(iter(tables.values()))  # all measures have the same parameters
+    parameters = {name: parameter for name, parameter in result.target.parameters.items() if name in with_gradient}
     for measure, function in measures.items():
         for name, parameter in parameters.items():
-            # Some examples may not use a parameter, e.g. an expert that gets none of their tokens: the gradient is
-            # zero.
+            # Examples may not use a parameter, e.g. of an expert that gets no token: their gradient is zero.
             if absent := tables[measure][name].absent():
                 zero = zero_gradient(parameter.shape, parameter.device)
                 (value,) = _values(measure, function, name, [zero])
@@ -264,7 +263,7 @@ class _Table:
         self._values: Tensor | None = None
 
     def put(self, examples: Sequence[int], values: Tensor) -> None:
-        """Write the rows of some examples, and widen the table if they are longer than its rows."""
+        """Write the rows of these examples, and widen the table if the new rows are longer than its rows."""
         if self._values is None:
             self._values = torch.zeros(len(self._seen), *values.shape[1:], dtype=values.dtype)
         if values.ndim != self._values.ndim:

@@ -29,7 +29,7 @@ TOKENS_PER_BATCH = 4096
 """Default number of token positions in a batch: a few GiB of activations for a model of a billion parameters."""
 
 ExampleSink = Callable[[str, Sequence[int], Sequence[LayerGradient]], None]
-"""Function that takes the name of a parameter, the indices of some examples and the gradients of their losses."""
+"""Function that takes a parameter's name, the indices of a batch's examples and the gradients of their losses."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +51,7 @@ def stream(
     model: nn.Module,
     rows: Sequence[Tokens],
     pad: int,
-    chosen: Selection,
+    selection: Selection,
     *,
     reduction: Reduction = "example",
     tokens_per_batch: int = TOKENS_PER_BATCH,
@@ -69,7 +69,7 @@ def stream(
         model: A causal language model; it runs in eval mode.
         rows: N examples.
         pad: Id of the token that fills short rows.
-        chosen: The choice of parameters.
+        selection: The choice of parameters.
         reduction: Weights of the examples in the summed loss: 1 each, or the number of scored tokens.
         tokens_per_batch: Largest number of token positions in a batch, padding included.
         progress: Show a progress bar, in tokens.
@@ -92,7 +92,7 @@ def stream(
     lengths = lengths_of(rows)
     losses, loss_tokens = [0.0] * len(rows), [0] * len(rows)
     with (
-        prepared(model, chosen) as target,
+        prepared(model, selection) as target,
         tqdm(total=sum(lengths), desc="gradients", unit="token", unit_scale=True, disable=not progress) as bar,
     ):
         for plan in plan_batches(lengths, tokens_per_batch):
@@ -114,7 +114,7 @@ def stream(
 
 
 @contextmanager
-def prepared(model: nn.Module, chosen: Selection) -> Iterator[Target]:
+def prepared(model: nn.Module, selection: Selection) -> Iterator[Target]:
     """Prepare a model for passes inside the block, and restore its state afterwards.
 
     Inside the block the model is in eval mode, fp32 products are computed in fp32, and only the chosen parameters need
@@ -122,7 +122,7 @@ def prepared(model: nn.Module, chosen: Selection) -> Iterator[Target]:
 
     Args:
         model: A causal language model.
-        chosen: The choice of parameters.
+        selection: The choice of parameters.
 
     Yields:
         The parameters to collect, for :func:`geomkit.collection.passes.run_pass`.
@@ -131,7 +131,7 @@ def prepared(model: nn.Module, chosen: Selection) -> Iterator[Target]:
         CollectionError: If no trainable parameter is chosen, or weights are sharded or on the meta device.
     """
     inner = unwrapped_model(model)
-    target = Target(inner, chosen_parameters(inner, chosen))
+    target = Target(inner, chosen_parameters(inner, selection))
     refuse_unseen_values(target.parameters, CollectionError)
     with (
         torch.inference_mode(False),

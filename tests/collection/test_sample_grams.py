@@ -94,14 +94,14 @@ def test_no_more_is_held_than_fits(monkeypatch):
     most, alive = 0, weakref.WeakSet()
     whole_stream = grams.stream
 
-    def watched(model, rows, pad, chosen, *, samples, **settings):
+    def watched(model, rows, pad, selection, *, samples, **settings):
         def sink(name, examples, gradients):
             nonlocal most
             samples(name, examples, gradients)
             alive.update(gradients)
             most = max(most, 4 * sum(gradient.floats for gradient in alive))
 
-        return whole_stream(model, rows, pad, chosen, samples=sink, **settings)
+        return whole_stream(model, rows, pad, selection, samples=sink, **settings)
 
     monkeypatch.setattr(grams, "stream", watched)
     for rows in (ROWS, ROWS * 3):

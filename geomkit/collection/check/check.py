@@ -2,7 +2,14 @@
 
 from typing import TYPE_CHECKING
 
-from geomkit.collection.check.questions import attention, complete, dtype, padding_and_batch, repeatable, unanswered
+from geomkit.collection.check.questions import (
+    all_skipped_but,
+    attention,
+    complete,
+    dtype,
+    padding_and_batch,
+    repeatable,
+)
 from geomkit.collection.check.subject import Subject
 from geomkit.collection.check.verdicts import Check, CollectionCheck
 from geomkit.collection.streaming import prepared
@@ -32,9 +39,9 @@ def check_collection(
 
     ``repeatable``: the same call gives the same gradients again. ``complete``: the gradients of a batch equal
     autograd's, for every parameter. ``padding right`` and ``padding left``: an example has the same gradients with
-    padding as alone. ``batch``: it has the same gradients in a batch as alone. ``attention``: the attention kernel of
-    the model gives the same gradients as eager attention. ``dtype``: the dtype of the model gives the same gradients as
-    fp32. A check fails if a difference is larger than the rounding of the model's dtype explains.
+    padding as alone. ``batch``: an example has the same gradients in a batch as alone. ``attention``: the attention
+    kernel of the model gives the same gradients as eager attention. ``dtype``: the dtype of the model gives the same
+    gradients as fp32. A check fails if a difference is larger than the rounding of the model's dtype explains.
 
     The state of the model is restored afterwards, also after an exception. Memory is needed for the gradients of
     ``count`` examples and, for a model below fp32, for a copy in fp32; without enough memory for it, ``dtype`` is
@@ -67,23 +74,23 @@ def check_collection(
     number = min(count, len(examples))
     if number < 2:
         raise DataError(
-            f"expected at least 2 examples, of which one can be alone or beside the other, found {number}; "
+            f"expected at least 2 examples, to compare an example alone and in a batch, found {number}; "
             "give more examples, or a larger count"
         )
     rows = as_encoded(tokenizer, examples.select(range(number)))
-    chosen = as_selection(layers)
-    with prepared(model, chosen) as target, tqdm(desc="checks", unit="pass", disable=not progress) as bar:
-        subject = Subject(target, chosen, rows, pad_id(tokenizer), bar.update)
+    selection = as_selection(layers)
+    with prepared(model, selection) as target, tqdm(desc="checks", unit="pass", disable=not progress) as bar:
+        subject = Subject(target, selection, rows, pad_id(tokenizer), bar.update)
         checks, coverage = _all_checks(subject)
         return CollectionCheck({check.name: check for check in checks}, coverage, str(subject))
 
 
 def _all_checks(subject: Subject) -> tuple[list[Check], Coverage]:
-    """Return all checks; if gradients are not repeatable, the others are skipped."""
+    """Return all checks; if gradients are not repeatable, the other checks are skipped."""
     batched = subject.gradients(subject.batch)
     repeats = repeatable(subject, batched)
     if repeats.verdict == "fails":
-        return [repeats, *unanswered(repeats.name)], subject.summed()[1]
+        return [repeats, *all_skipped_but(repeats.name)], subject.summed()[1]
     completeness, coverage = complete(subject)
     alone = padding_and_batch(subject, batched)
     return [repeats, completeness, *alone, attention(subject, batched), dtype(subject, batched)], coverage

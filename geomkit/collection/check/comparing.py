@@ -46,9 +46,9 @@ class Comparison:
 
     Args:
         target: The parameters to compare.
-        floor: A difference is relative to the norm of the parameter's gradient, or to this share of the norm over all
-            parameters if that is larger. A gradient may be zero up to rounding, e.g. of the bias of the keys in OPT, to
-            which softmax is invariant.
+        floor: A difference is relative to the norm of the parameter's gradient, or to ``floor`` times the norm over all
+            parameters if that product is larger. A gradient may be zero up to rounding, e.g. of the bias of the keys in
+            OPT, to which softmax is invariant.
     """
 
     def __init__(self, target: Target, floor: float) -> None:
@@ -86,9 +86,11 @@ class Comparison:
             # 1. The cosine over all parameters: Σ_p ⟨a_p, b_p⟩ / (‖a‖ ‖b‖).
             _, actual_norms, expected_norms, products = zip(*parameters.values(), strict=True)
             actual_norm, expected_norm = math.hypot(*actual_norms), math.hypot(*expected_norms)
-            both = actual_norm and expected_norm
-            cosine = min(sum(products) / (actual_norm * expected_norm), 1.0) if both else actual_norm == expected_norm
-            cosines.append(float(cosine))
+            if actual_norm and expected_norm:
+                cosine = min(sum(products) / (actual_norm * expected_norm), 1.0)
+            else:  # equal only if both gradients are zero
+                cosine = float(actual_norm == expected_norm)
+            cosines.append(cosine)
             # 2. The relative difference of each parameter: ‖a_p − b_p‖ / max(‖b_p‖, floor · ‖b‖).
             for name, (distance, _, norm, _) in parameters.items():
                 relative = distance / max(norm, self._floor * expected_norm) if distance else 0.0

@@ -1,6 +1,6 @@
 """The checks of :func:`geomkit.check_collection`, a function each.
 
-Most of them compare with ``batched``: the gradients of all examples, collected in one batch.
+Most checks compare with ``batched``: the gradients of all examples, collected in one batch.
 """
 
 import copy
@@ -21,7 +21,7 @@ from geomkit.inputs.tokens import Tokens
 from geomkit.utils.display import human_bytes
 from geomkit.utils.precision import no_autocast
 
-_GROUP_ENTRIES = 2**28  # entries of the gradients that autograd computes at a time: a GiB in fp32
+_GROUP_ENTRIES = 2**28  # entries of the gradients that autograd computes at a time: 1 GiB in fp32
 _PAD_RIGHT = "pad on the right, as geomkit always does; the model does not heed position_ids"
 _SMALLEST_COSINE = 0.999  # over all parameters; a smaller cosine fails, however small the differences
 
@@ -57,10 +57,10 @@ def repeatable(subject: Subject, batched: Sequence[Gradients]) -> Check:
     return _judged("repeatable", subject, repeated, advice=advice, note=note)
 
 
-def unanswered(answered: str) -> list[Check]:
-    """Return skipped checks for all but one: gradients that are not repeatable cannot be compared."""
+def all_skipped_but(name_of_result: str) -> list[Check]:
+    """Return every check except the named check as skipped: gradients that are not repeatable cannot be compared."""
     reason = "the same call gives other gradients each time, so that nothing can be compared"
-    return [_skipped(name, reason) for name in _COMPARED if name != answered]
+    return [_skipped(name, reason) for name in _COMPARED if name != name_of_result]
 
 
 def complete(subject: Subject) -> tuple[Check, Coverage]:
@@ -148,7 +148,7 @@ def dtype(subject: Subject, batched: Sequence[Gradients]) -> Check:
     except (RuntimeError, TypeError) as error:
         return _skipped("dtype", f"no fp32 copy, which needs {size}: {_first_line(error)}")
     try:
-        with no_autocast(subject.device), prepared(twin, subject.chosen) as target:
+        with no_autocast(subject.device), prepared(twin, subject.selection) as target:
             exact = subject.gradients(subject.batch, target)
     except torch.OutOfMemoryError as error:
         return _skipped("dtype", f"no fp32 copy, which needs {size}: {_first_line(error)}")

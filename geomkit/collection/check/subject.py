@@ -36,14 +36,14 @@ class Subject:
 
     Attributes:
         target: The model and its chosen parameters.
-        chosen: The choice of parameters.
+        selection: The choice of parameters.
         rows: The examples.
         pad: Id of the token that fills short rows.
         tick: Function to call after every forward and backward pass.
     """
 
     target: Target
-    chosen: Selection
+    selection: Selection
     rows: Sequence[Tokens]
     pad: int
     tick: Callable[[], Any]

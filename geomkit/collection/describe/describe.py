@@ -73,14 +73,14 @@ def describe(
         given, missing = ("examples", "a tokenizer") if tokenizer is None else ("a tokenizer", "examples")
         raise DataError(f"expected a tokenizer and examples or neither, found only {given}; give {missing} too")
     inner = unwrapped_model(model)
-    chosen = as_selection(layers)
+    selection = as_selection(layers)
     counts = None
     if tokenizer is not None and examples is not None:
         counts = Counts()
         for row in as_encoded(tokenizer, examples):
             counts.add(row)
     workload = _workload(counts, tokens_per_batch) if counts else None
-    chosen_names = set(chosen_parameters(inner, chosen).values())
+    chosen_names = set(chosen_parameters(inner, selection).values())
     aliases = aliases_by_parameter(inner)
     parameters = [
         _planned(
@@ -96,7 +96,7 @@ def describe(
     ]
     return Description(
         model=type(inner).__name__,
-        choice=str(chosen),
+        choice=str(selection),
         parameters=tuple(parameters),
         workload=workload,
         memory=_memory(inner, parameters, workload.positions if workload else tokens_per_batch),

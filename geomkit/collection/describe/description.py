@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 Way = Literal["closed form", "autograd, samples by replay"]
-"""How a gradient is computed."""
+"""Way to compute the gradient of a parameter, and the gradients of single examples."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,8 @@ class ParameterPlan:
         trainable: Whether the parameter needs a gradient.
         chosen: Whether the gradient is collected; only trainable parameters can be chosen.
         result: Upper bound of the bytes of the summed gradient; ``None`` if not chosen, or if there is no bound.
-        samples: Upper bound of the bytes of the examples' gradients; 0 if these are not stored, ``None`` as above.
+        samples: Upper bound of the bytes of the examples' gradients; 0 if these are not stored, and ``None`` where
+            ``result`` is ``None``.
     """
 
     name: str
@@ -85,7 +86,7 @@ class Memory:
 
     Attributes:
         result: The summed gradients; ``None`` if they depend on the number of tokens and no examples are given.
-        samples: The gradients of single examples; 0 if they are not stored, ``None`` as above.
+        samples: The gradients of single examples; 0 if these are not stored, and ``None`` where ``result`` is ``None``.
         logits: The logits in fp32, their softmax and their gradients.
         activations: All other values that a batch stores until the end of its backward pass.
         weights: The weights of the model, which are in memory already.
