@@ -8,7 +8,7 @@ import numpy as np
 
 from geomkit.errors import SPFError
 from geomkit.spf.demands import Measured
-from geomkit.spf.projection.corrections import Plan, coordinates, remaining_coordinates
+from geomkit.spf.projection.corrections import Plan, coordinate_norm, remaining_coordinate_norm
 from geomkit.spf.projection.protection import Protection
 from geomkit.spf.projection.reading import Reading
 from geomkit.spf.rule import Rule
@@ -126,7 +126,7 @@ def _worst(
     totals: np.ndarray,
     tolerances: np.ndarray,
 ) -> tuple[float, bool]:
-    """Return ⟨Δθ, g_s⟩ of the block, or the anchor, that exceeds its rounding most, and whether it does exceed it."""
+    """Return the ⟨Δθ, g_s⟩ that is largest above its rounding, over blocks or anchors, and whether it is above."""
     is_safety = weights > 0
     if rule.promise == "every anchor":
         place = int(np.argmax((totals - tolerances)[is_safety]))
@@ -146,8 +146,8 @@ def _leaks(
     if step.plan is None or rule.level == "gradient" or rule.removal == "norm-matched":
         return {}, {}
     fired = [name for name in step.raw if name in step.plan.fired and protections[name].gradient.norm]
-    left = {name: remaining_coordinates(step.plan, name, protections[name], step.applied[name]) for name in fired}
-    return left, {name: coordinates(protections[name], step.raw[name]) for name in fired}
+    left = {name: remaining_coordinate_norm(step.plan, name, protections[name], step.applied[name]) for name in fired}
+    return left, {name: coordinate_norm(protections[name], step.raw[name]) for name in fired}
 
 
 def _ratio(left: Iterable[float], was: Iterable[float]) -> float:

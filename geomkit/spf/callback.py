@@ -58,7 +58,7 @@ class SPFCallback(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Add the safety gradient for a rule that mixes, before the task's gradient, so that their sum is clipped."""
+        """Add the safety gradient, if the rule adds it, before the task's gradient, so that their sum is clipped."""
         if self._guard and not args.fp16:  # in fp16 gradients stay scaled until the optimizer steps
             self._guard.mix()
 
@@ -86,7 +86,7 @@ class SPFCallback(TrainerCallback):
             self._guard.save(_checkpoint(args, state))
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Add the last step's measurements to the logs, and to the history, which is a copy of them."""
+        """Add the last step's measurements to the logs, and to the history, which is a copy of the logs."""
         logs, certificate = kwargs.get("logs"), self.certificate
         if certificate and certificate.steps and logs is not None and "loss" in logs:
             last = certificate.records[-1]

@@ -66,13 +66,13 @@ class Certificate(Result):
         if not self.guaranteed or broken is None:
             return
         if self.promise == "subspace":
-            expected, found = "no movement inside the protected subspace", f"{broken.leak:.2g} of it"
+            expected, actual = "no movement inside the protected subspace", f"{broken.leak:.2g} of it"
         else:
             unit = self.promise.removeprefix("every ")
             expected = f"Σ⟨Δθ, g_s⟩ ≤ {broken.bound:.2g}, and no {unit}'s beyond its bound"
-            found = f"{broken.first_order:.2g} and {broken.worst:.2g} (rounding allows {broken.tolerance:.2g})"
+            actual = f"{broken.first_order:.2g} and {broken.worst:.2g} (rounding allows {broken.tolerance:.2g})"
         raise SPFError(
-            f"step {broken.step}: expected {expected}, found {found}; another hook may change the weights after the "
+            f"step {broken.step}: expected {expected}, found {actual}; another hook may change the weights after the "
             "guard's: attach SPF last"
         )
 

@@ -76,7 +76,7 @@ def _refuse_other_settings(path: Path, saved: Mapping[str, object], now: Mapping
 
 
 def _flat(settings: Mapping[str, Any]) -> dict[str, object]:
-    """Return settings with those of a nested mapping by dotted names, such as ``rule.rank``."""
+    """Return settings with nested mappings flattened to dotted names, such as ``rule.rank``."""
     flat: dict[str, object] = {}
     for name, value in settings.items():
         if isinstance(value, Mapping):

@@ -27,7 +27,7 @@ class BenignFence:
 
     Attributes:
         pool: The examples.
-        margin: Tolerated excess of their loss over their loss before training, nats per token.
+        margin: Tolerated excess of the examples' loss over its value before training, nats per token.
     """
 
     pool: AnchorPool
@@ -75,10 +75,10 @@ class ConstraintMeter:
         """Whether every step has the same anchors."""
         return self._pool.fixed
 
-    def losses(self, chosen: Sequence[int]) -> np.ndarray:
+    def losses(self, indices: Sequence[int]) -> np.ndarray:
         """Return the safety loss of each anchor with these indices, nats per token."""
-        rows = [self._pool.rows[index] for index in chosen]
-        return np.array(losses_of(self._model, rows, self._pad, token_loss=self._token_loss(chosen)))
+        rows = [self._pool.rows[index] for index in indices]
+        return np.array(losses_of(self._model, rows, self._pad, token_loss=self._token_loss(indices)))
 
     def measure(self, step: int, blocks: Iterable[str]) -> Measured:
         """Collect the gradients of a step's constraints, and set their bounds.
@@ -91,8 +91,8 @@ class ConstraintMeter:
             CollectionError: If a loss or gradient is not finite.
         """
         # 1. Gradients: one constraint for each anchor, or one for the mean over the anchors.
-        chosen = self._pool.draw(step)
-        rows = [self._pool.rows[index] for index in chosen]
+        indices = self._pool.draw(step)
+        rows = [self._pool.rows[index] for index in indices]
         per_anchor = self._rule.each_anchor and len(rows) > 1
         parts: dict[str, list[Tensor | None]] = defaultdict(list)
         safety = collect_from_tokens(
@@ -101,12 +101,12 @@ class ConstraintMeter:
             self._pad,
             per_sample=per_anchor,
             products=None if per_anchor or self._fence else lambda name, part: parts[name].append(part),
-            token_loss=self._token_loss(chosen),
+            token_loss=self._token_loss(indices),
         )
         constraints = list(safety.samples) if per_anchor else [safety]
         # 2. Bounds on Σ ⟨Δθ, g_i⟩: hard, 0 for a rule that constrains; soft, L_ref + margin − L_s where that is
         #    negative: the loss has drifted further than the margin, and this change brings it back to first order.
-        references = self.references[list(chosen)] if len(self.references) else np.full(len(rows), np.inf)
+        references = self.references[list(indices)] if len(self.references) else np.full(len(rows), np.inf)
         allowed = references if per_anchor else [references.mean()]
         distances = [
             reference + self._rule.drift_margin - constraint.loss
@@ -125,21 +125,21 @@ class ConstraintMeter:
             {name: gradients for name in blocks if (gradients := _of_block(constraints, name))},
             Demands(weights, hard, soft, self._budget),
             safety.loss,
-            chosen,
+            indices,
             _mean_products(parts, len(rows)),
         )
 
     def _benign(self, step: int, fence: BenignFence) -> tuple[GradientSet, float]:
         """Return the gradient of the benign examples and its bound: ∞ while their loss is within the margin."""
-        chosen = fence.pool.draw(step)
-        benign = collect_from_tokens(self._model, [fence.pool.rows[index] for index in chosen], self._pad)
-        allowed = float(self.benign_references[list(chosen)].mean()) + fence.margin
+        indices = fence.pool.draw(step)
+        benign = collect_from_tokens(self._model, [fence.pool.rows[index] for index in indices], self._pad)
+        allowed = float(self.benign_references[list(indices)].mean()) + fence.margin
         return benign, allowed - benign.loss if benign.loss > allowed else np.inf
 
-    def _token_loss(self, chosen: Sequence[int]) -> TokenLoss:
+    def _token_loss(self, indices: Sequence[int]) -> TokenLoss:
         if self.reference_model is None:
             return token_losses
-        return partial(_divergences, self.reference_model, chosen)
+        return partial(_divergences, self.reference_model, indices)
 
     def state(self) -> dict[str, Tensor]:
         """Return the measurements before training, which a resumed run needs."""
@@ -159,12 +159,12 @@ class ConstraintMeter:
             before[:] = [state[f"teacher.{index}"].to(device) for index in range(len(before))]
 
 
-def _divergences(reference_model: ReferenceModel, chosen: Sequence[int], model: nn.Module, batch: Batch) -> Tensor:
-    return reference_model.losses(model, batch, chosen)
+def _divergences(reference_model: ReferenceModel, indices: Sequence[int], model: nn.Module, batch: Batch) -> Tensor:
+    return reference_model.losses(model, batch, indices)
 
 
 def _mean_products(parts: Mapping[str, Sequence[Tensor | None]], examples: int) -> dict[str, Tensor]:
-    """Return (1,) the mean ⟨W, g⟩ over the examples, for parameters of which every part of the pass gave a product."""
+    """Return (1,) the mean ⟨W, g⟩ over the examples, for each parameter with a product in every part of the pass."""
     known = {name: [part for part in products if part is not None] for name, products in parts.items()}
     return {
         name: torch.stack(products).sum(0, keepdim=True) / examples

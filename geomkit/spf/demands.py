@@ -49,7 +49,7 @@ class Measured:
         gradients: For each block the gradients of the m constraints.
         demands: Bounds on the update.
         loss: Safety loss on the anchors, nats per token.
-        chosen: Indices of the anchors in the pool.
+        anchor_indices: Indices of the anchors in the pool.
         products: (m,) ⟨W, g_i⟩ in fp64, for the parameters W whose products the pass over the anchors has computed:
             ``dots`` of a :class:`~geomkit.spf.projection.reading.Reading` that need not be read.
     """
@@ -57,5 +57,5 @@ class Measured:
     gradients: Mapping[str, tuple[LayerGradient, ...]]
     demands: Demands
     loss: float
-    chosen: Sequence[int]
+    anchor_indices: Sequence[int]
     products: Mapping[str, Tensor] = field(default_factory=dict)

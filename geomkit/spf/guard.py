@@ -36,7 +36,7 @@ class Options:
     Attributes:
         refresh_every: Number of steps from one measurement of the safety gradient to the next.
         refresh_energy: Recompute a subspace only when the fraction of ‖g_s‖² inside it is less than this multiple of
-            the fraction at first; ``None`` recomputes it at every measurement.
+            the fraction when the subspace was computed; ``None`` recomputes it at every measurement.
         measure_curvature: Whether to run the anchors once more after each step.
         log: File to which each step appends a line.
         seed: Seed of random directions.
@@ -51,7 +51,7 @@ class Options:
 
 @dataclass
 class _Pending:
-    """What the hook before a step hands to the hook after it."""
+    """The measurements before a step, which the hook before the step hands to the hook after it."""
 
     measured: Measured
     fresh: bool
@@ -60,11 +60,11 @@ class _Pending:
 
 
 _GUARDED: WeakSet[torch.optim.Optimizer] = WeakSet()
-"""The optimizers with a guard: of two guards each would undo what the other certifies."""
+"""The optimizers with a guard: two guards of one optimizer would change the updates that the other has certified."""
 
 
 _READING = 1e-5
-"""Largest difference of two readings of the same weights, relative to their norm: fp32 products of other shapes."""
+"""Largest relative difference of two readings of the same weights: fp32 rounding depends on the product's shape."""
 
 
 class Guard:
@@ -99,13 +99,13 @@ class Guard:
         )
         self._optimizer = unwrapped(optimizer)
         self._records: list[StepRecord] = []
-        self._earlier_steps = 0  # of the run that this run resumes, without records
+        self._earlier_steps = 0  # steps without records, of the run that this run resumes
         self._is_mixed = False  # whether the safety gradient has been added for the next step
         self._origin: dict[str, Tensor] = {}  # UᵀW₀ of each block under a rule with a closed subspace
         self._pending: _Pending | None = None
         self._probes_after: dict[str, Tensor] = {}  # WΩ of each block after the last step
         if self._optimizer in _GUARDED:
-            raise SPFError("expected an optimizer without a guard, found one that has one; detach() the other first")
+            raise SPFError("expected an optimizer without a guard, found a guarded one; detach() its guard first")
         self._log = self._begin_log() if state is None else self._resume(state)
         self._handles = [
             self._optimizer.register_step_pre_hook(_as_hook(self._before_step)),
@@ -158,7 +158,7 @@ class Guard:
         return self._protected.measure(self.steps, is_mixed=self._is_mixed)
 
     def _changes(self, before: Mapping[str, Reading], now: Mapping[str, Reading]) -> dict[str, Reading]:
-        """Return the change since an earlier reading; inside a closed subspace, the change since the first reading."""
+        """Return the changes since the reading ``before``; inside a closed subspace, since the first reading."""
         changes = {name: reading - before[name] for name, reading in now.items()}
         for name, origin in self._origin.items():
             if name in changes and (left := now[name].left) is not None:
@@ -169,9 +169,9 @@ class Guard:
 
     def _before_step(self) -> None:
         """Measure, read and, under a rule on the gradient, project the gradients."""
-        if bool(getattr(self._optimizer, "found_inf", None) or False):  # a fused optimizer skips the overflow itself
+        if bool(getattr(self._optimizer, "found_inf", None) or False):  # a fused optimizer skips a step that overflowed
             return
-        # 1. The weights, if others are trained than at the last step, and their gradients.
+        # 1. Divide the weights anew if other weights are trained than at the last step; check their gradients.
         if self._guarded.refresh():
             self._protected.discard()
         refuse_broken_gradients(self._guarded.parameters)
@@ -243,7 +243,7 @@ class Guard:
             if self._log:
                 self._log.write(self._records[-1])
         Certificate(self.rule.name, self.rule.promise, self._records[-1:]).raise_on_violation()
-        # 4. What the next step needs.
+        # 4. Keep the probes and the measurement that the next step needs.
         self._probes_after = {name: pending.before[name].probe + change.probe for name, change in applied.items()}
         self._protected.keep(measured)
 
@@ -253,7 +253,7 @@ class Guard:
         Update-level rules apply in full; gradient-level rules get only the corrections for drift and benign answers.
         """
         blocks, protections = self._guarded.blocks, self._protected.protections
-        # Drift is known from a measurement; corrected again at later steps without one, it would be overcorrected.
+        # Drift is known only at a measurement: corrected again at later steps, it would be overcorrected.
         demands = pending.measured.demands if pending.fresh else pending.measured.demands.only_hard()
         if self.rule.level == "update":
             pending.plan = plan(self.rule, blocks, protections, raw, demands, self._seed())
@@ -264,7 +264,7 @@ class Guard:
         if not (self._options.measure_curvature and pending.fresh):
             return math.nan
         with self._guarded.collecting():
-            return float(self._constraint_meter.losses(pending.measured.chosen).mean())
+            return float(self._constraint_meter.losses(pending.measured.anchor_indices).mean())
 
     def _seed(self) -> int:
         return self._options.seed + self.steps
@@ -274,8 +274,8 @@ class Guard:
     def save(self, folder: str | Path) -> None:
         """Write into a checkpoint the state that a resumed run needs, see ``resume`` of :meth:`SPF.attach`.
 
-        The measurement is discarded, so that the next step measures anew in this run as in a resumed one. Of several
-        processes the first one writes.
+        The measurement is discarded, so that the next step measures anew, in this run as in a resumed run. If there are
+        several processes, only the first process writes.
 
         Args:
             folder: The checkpoint, which exists.

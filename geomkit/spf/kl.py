@@ -44,20 +44,20 @@ class ReferenceModel:
                 )
         return cls(log_probabilities)
 
-    def losses(self, model: nn.Module, batch: Batch, chosen: Sequence[int]) -> Tensor:
+    def losses(self, model: nn.Module, batch: Batch, indices: Sequence[int]) -> Tensor:
         """Return KL(before ‖ now) at each next token.
 
         Args:
             model: The model now.
             batch: B anchors of length L.
-            chosen: Index of the anchor of each example in the batch.
+            indices: Index of the anchor of each example in the batch.
 
         Returns:
             (B, L − 1) divergences in nats; 0 where a token is not scored.
         """
         now = torch.log_softmax(next_token_logits(model, batch), -1)
         before = torch.zeros_like(now)
-        before[scored(batch)] = torch.cat([self.log_probabilities[chosen[example]] for example in batch.examples]).to(
+        before[scored(batch)] = torch.cat([self.log_probabilities[indices[example]] for example in batch.examples]).to(
             now
         )
         return (before.exp() * (before - now)).sum(-1) * scored(batch)

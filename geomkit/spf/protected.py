@@ -55,7 +55,7 @@ class ProtectedBlocks:
 
         Args:
             step: Number of the step, from 0.
-            is_mixed: Whether the constraints have been measured for the mixing of this very step.
+            is_mixed: Whether the constraints were already measured at this step, to add the safety gradient.
         """
         due = step % self._every == 0
         if self.measured is not None and (not due or is_mixed):
@@ -71,12 +71,12 @@ class ProtectedBlocks:
         return measured
 
     def _protect(self, name: str, measured: Measured) -> Protection:
-        """Return a block's protection by its new gradients, with its former subspaces where these are still good."""
+        """Return a block's protection for new gradients; former subspaces stay while they hold enough of g_s."""
         gradients, probe, saved = measured.gradients[name], self._probes.get(name), self._saved.pop(name, None)
         former = self.protections.get(name)
         if former is not None and former.left is None:
             former = None
-        # 1. A block without former subspaces gets new ones.
+        # 1. A block without former subspaces gets new subspaces.
         if former is None and saved is None:
             return protect(self._rule, gradients, name, self._seed, probe)
         # 2. A closed subspace stays for good. Another subspace stays while the fraction of the present ‖g_s‖² inside it
@@ -95,13 +95,13 @@ class ProtectedBlocks:
         moves: Mapping[str, Sequence[Move]] | None = None,
         known: Mapping[str, Tensor] | None = None,
     ) -> dict[str, Reading]:
-        """Return the readings of some blocks, see :func:`~geomkit.spf.projection.reading.read_all`.
+        """Return the readings of blocks by name, see :func:`~geomkit.spf.projection.reading.read_all`.
 
         Args:
             names: Names of the blocks.
             blocks: Blocks to read in place of the weights, such as gradients.
-            moves: Gradients to add first.
-            known: Inner products that are known.
+            moves: Gradients to add to blocks before these are read.
+            known: For some of the blocks (m,) ⟨W, g_i⟩, which is then not read.
         """
         protections = {name: self.protections[name] for name in names}
         group = self._guarded.processes.group
@@ -110,18 +110,18 @@ class ProtectedBlocks:
         )
 
     def discard(self) -> None:
-        """Discard the measurement and the probes, as other weights are trained than before."""
+        """Discard the measurement and the probes, after the set of trained weights has changed."""
         self.measured, self._probes = None, {}
 
     def keep(self, measured: Measured | None) -> None:
-        """Keep after a step what the next one needs: gradients hold the anchors' activations in memory."""
+        """Keep the measurement or the protections only if the next step uses them, since gradients hold activations."""
         if self._every > 1:
             self.measured = measured
         elif not (self._rule.closed_subspace or self._energy):
             self.protections = {}
 
     def bases(self) -> dict[str, Tensor]:
-        """Return the subspaces that a resumed run needs, and discard what it will measure anew."""
+        """Return the subspaces for a checkpoint, and discard all measurements, as a resumed run measures anew."""
         self.measured = None
         if not self._rule.closed_subspace:
             self.protections = {}

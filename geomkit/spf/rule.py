@@ -77,7 +77,7 @@ class Rule:
         """Check that the settings fit together.
 
         Raises:
-            SPFError: If they do not.
+            SPFError: If two settings contradict each other.
         """
         conditions = [
             (self.has_subspace != (self.rank > 0), "a rank for a rule that removes a subspace, and for no other"),

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 _BLOCK_PROMISE = "⟨Δθ, g_s⟩ ≤ 0 for every block and step"
-_LEFT_PROMISE = _BLOCK_PROMISE + "; UᵀΔθ = 0 where it conflicted, but for drift"
+_LEFT_PROMISE = _BLOCK_PROMISE + "; UᵀΔθ = 0 for a block that conflicted, except for drift correction"
 _TESTS = "tests/spf/test_rules.py::"
 
 RULES: Mapping[str, Rule] = MappingProxyType(
@@ -39,7 +39,7 @@ RULES: Mapping[str, Rule] = MappingProxyType(
                 "block",
                 "left",
                 "own",
-                "the paper's subspace, on the update; where the rest of g_s conflicts, that too",
+                "the paper's subspace, on the update; then rank1 with the part of g_s outside it",
                 formula="(I − UUᵀ) Δ, then rank1 with (I − UUᵀ) g_s",
                 guarantee=_LEFT_PROMISE,
                 test=_TESTS + "test_left_values",
@@ -53,7 +53,7 @@ RULES: Mapping[str, Rule] = MappingProxyType(
                 "block",
                 "left",
                 "own",
-                "mixing, and left on the update that the optimizer makes of it; what wins in the experiments",
+                "mixing, then left on the optimizer's update; the best rule in the shipped experiments",
                 formula="mixing, then left with k = 1",
                 guarantee=_LEFT_PROMISE,
                 test=_TESTS + "test_mixed_left_values",
@@ -71,7 +71,8 @@ RULES: Mapping[str, Rule] = MappingProxyType(
                 "own",
                 "the subspaces of both sides, on the update",
                 formula="(I − UUᵀ) Δ (I − VVᵀ), then rank1 with (I − UUᵀ) g_s (I − VVᵀ)",
-                guarantee=_BLOCK_PROMISE + "; UᵀΔθ = 0, ΔθV = 0 where it conflicted, but for drift",
+                guarantee=_BLOCK_PROMISE
+                + "; UᵀΔθ = 0, ΔθV = 0 for a block that conflicted, except for drift correction",
                 test=_TESTS + "test_two_sided_values",
                 when="to study the subspaces of both sides: they can cost the task",
                 rank=10,
@@ -111,7 +112,7 @@ RULES: Mapping[str, Rule] = MappingProxyType(
                 "global",
                 "left",
                 "replicated",
-                "arXiv 2601.10141, Algorithm 1, as replicated (there with one fixed anchor)",
+                "arXiv 2601.10141, Algorithm 1, implemented from the paper (which has one fixed anchor)",
                 formula="(I − UUᵀ) g_u",
                 test=_TESTS + "test_paper_values",
                 when="to reproduce the paper",
@@ -159,7 +160,7 @@ RULES: Mapping[str, Rule] = MappingProxyType(
                 "block",
                 "random",
                 "control",
-                "a random subspace, where left would remove its own",
+                "a random subspace in place of the subspace that left removes",
                 formula="(I − RRᵀ) Δ, R random",
                 test=_TESTS + "test_random_values",
                 when="only as a control in experiments",
@@ -171,7 +172,7 @@ RULES: Mapping[str, Rule] = MappingProxyType(
                 "block",
                 "norm-matched",
                 "control",
-                "a random direction, as much as rank1 would remove",
+                "a random direction, with the norm that rank1 would remove",
                 formula="Δ − E ⟨Δ, g_s⟩₊ / ‖g_s‖, ‖E‖ = 1 random",
                 test=_TESTS + "test_norm_matched_values",
                 when="only as a control in experiments",

@@ -32,13 +32,14 @@ class SPF:
             :func:`geomkit.load_examples` finds them; the model's own refusals are the safe choice, see
             :func:`geomkit.own_refusals`.
         rule: A name in :data:`geomkit.spf.rules.RULES`, or a rule; :func:`geomkit.spf.rules.rules` says when to choose
-            which. ``"mixed-left"`` also learns the anchors; ``"rank1"`` is the cheapest rule that only removes the
-            conflict with them.
-        rank: Rank k for a rule that protects a subspace; ``None`` for the rule's own.
+            each rule. ``"mixed-left"`` also learns the anchors; ``"rank1"`` is the cheapest rule that only removes the
+            conflict with the anchors.
+        rank: Rank k for a rule that removes a subspace; ``None`` for the rule's own rank.
         drift_correction: Whether to undo, to first order, the increase of the safety loss that earlier steps caused
             through curvature; ``None`` for the rule's own setting.
         mix: Multiple of the safety gradient that is added to the task's gradient before the optimizer's step, in
-            addition to the rule, so that both are learnt; ``None`` for the rule's own multiple, mostly 0.
+            addition to the rule, so that the model learns the task and the anchors; ``None`` for the rule's own
+            multiple, which is 0 for most rules.
         drift_margin: Excess of the anchors' loss over its value before training above which drift is corrected, nats
             per token; ``None`` for the rule's own margin.
         anchors_per_step: Number of anchors that each step draws from the pool.
@@ -46,17 +47,17 @@ class SPF:
             exceeds its value before training by more than ``benign_margin``, the update must bring it back, to first
             order and without a conflict with safety.
         benign_per_step: Number of benign examples that each step draws.
-        benign_margin: Tolerated excess of their loss, nats per token.
+        benign_margin: Tolerated excess of the benign examples' loss over its value before training, nats per token.
         correction_limit: Largest correction for drift and the benign fence, as a fraction of the norm of the update.
         refresh_every: Number of steps from one measurement of the safety gradient to the next.
         refresh_energy: Recompute a subspace only when the fraction of ‖g_s‖² inside it is less than this multiple of
-            the fraction at first; ``None`` recomputes it at every measurement.
-        master_weights: Whether to store weights of fewer bits also in fp32 (4 bytes per parameter): the constraint is
-            kept exactly by these, and the weights are these rounded once.
-        measure_curvature: Whether to run the anchors once more after each step, which tells the drift beyond first
-            order; where every step has the same anchors it is known without another run.
+            the fraction when the subspace was computed; ``None`` recomputes it at every measurement.
+        master_weights: Whether to store weights of fewer bits also in fp32 (4 bytes per parameter). The fp32 weights
+            satisfy the constraint exactly; the model's weights are the fp32 weights, rounded once.
+        measure_curvature: Whether to run the anchors once more after each step, to measure the change of the safety
+            loss beyond first order. Where every step has the same anchors, this change is known without another run.
         log: File to which each step appends its record, a line of JSON.
-        tokenizer: The model's tokenizer; :func:`geomkit.finetune` and the Trainer bring their own.
+        tokenizer: The model's tokenizer; :func:`geomkit.finetune` and the Trainer pass theirs.
         seed: Seed of the draws of anchors and of random directions.
 
     Example:
@@ -100,7 +101,7 @@ class SPF:
         *,
         resume: str | Path | None = None,
     ) -> "Guard":
-        """Attach SPF to an optimizer, whose every step is projected from then on.
+        """Attach SPF to an optimizer; from then on, every step of the optimizer is projected.
 
         Args:
             model: The model that is trained.
@@ -109,7 +110,7 @@ class SPF:
             resume: The checkpoint from which training is resumed, into which :meth:`Guard.save` has written.
 
         Returns:
-            A :class:`Guard`, which holds the certificate; as a context manager it ends the projection.
+            A :class:`Guard`, which holds the certificate; as a context manager it ends the projection with the block.
 
         Raises:
             SPFError: If there is no tokenizer, the rule is unknown, the optimizer holds parameters that are not the
@@ -176,7 +177,7 @@ class SPF:
         return rule
 
     def encoded_like(self, rows: EncodedExamples) -> "SPF":
-        """Return the settings with anchors and benign examples encoded as other rows are, unless they are encoded."""
+        """Return the settings with anchors and benign examples encoded like ``rows``; encoded examples stay as is."""
 
         def encoded(examples: "Dataset | EncodedExamples | str | Path") -> EncodedExamples:
             if isinstance(examples, EncodedExamples):

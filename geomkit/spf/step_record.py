@@ -115,7 +115,7 @@ class Log:
             SPFError: If the file exists and is not empty.
         """
         if path.exists() and path.stat().st_size:
-            raise SPFError(f"expected a new file at {path}, found one with something in it; move it, or resume its run")
+            raise SPFError(f"expected a new file at {path}, found a file with records; move it, or resume its run")
         write_atomically(path, "")
         return cls(path)
 

@@ -1,4 +1,4 @@
-"""What a rule does to the utility gradients before a step: it projects them, and adds the safety gradient."""
+"""Changes of the utility gradients before a step: their projection, and the addition of the safety gradient."""
 
 import torch
 
@@ -19,7 +19,7 @@ def project_gradients(
     Args:
         rule: A rule on the gradient.
         guarded: The weights with their gradients.
-        protected: Their protections.
+        protected: The protections of the weights.
         measured: The constraints.
         seed: Seed of random directions.
 

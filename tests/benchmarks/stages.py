@@ -33,7 +33,7 @@ _STAGES: dict[str, tuple[tuple[Any, str], ...]] = {
     "planning: programme": ((nearest, "multipliers"),),
     "applying": ((TensorBlock, "apply"),),
     "assessing": ((guard, "assess"),),
-    "assessing: leaks": ((assess, "remaining_coordinates"), (assess, "coordinates")),
+    "assessing: leaks": ((assess, "remaining_coordinate_norm"), (assess, "coordinate_norm")),
     "the rest of the hooks": ((guard.Guard, _BEFORE), (guard.Guard, "_after_step")),
 }
 

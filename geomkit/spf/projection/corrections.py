@@ -54,6 +54,9 @@ def plan(
         changes: The reading of each block's step d.
         demands: The bounds on sums over all blocks.
         seed: Seed of the random directions of a control.
+
+    Returns:
+        The corrections, which :meth:`Block.apply` can add to the blocks.
     """
     # 1. Which blocks conflict: ⟨d, g_s⟩ > 0.
     dots = {name: change.dots.cpu().numpy() for name, change in changes.items()}
@@ -103,17 +106,17 @@ def _norm(changes: Mapping[str, Reading]) -> float:
     return float(sum(change.norm**2 for change in changes.values()) ** 0.5)
 
 
-def remaining_coordinates(corrections: Plan, name: str, protection: Protection, applied: Reading) -> float:
-    """Return the norm of the coordinates that the corrections should have removed from a block and did not.
+def remaining_coordinate_norm(corrections: Plan, name: str, protection: Protection, applied: Reading) -> float:
+    """Return the norm of the coordinates that remain in a block's step although the corrections remove them.
 
     Args:
         corrections: The corrections.
-        name: The block.
-        protection: Its protection.
-        applied: The reading of its step after the corrections.
+        name: Name of the block.
+        protection: The protection of the block.
+        applied: The reading of the block's step after the corrections.
 
     Returns:
-        A norm in the units of the weights, comparable with :func:`coordinates` of the step before the corrections.
+        A norm in the units of the weights, comparable with the :func:`coordinate_norm` before the corrections.
     """
     if protection.left is None or applied.left is None:
         error = float(applied.dots[0]) - float(corrections.dots[name][0])
@@ -127,8 +130,8 @@ def remaining_coordinates(corrections: Plan, name: str, protection: Protection, 
     return float(sum(float(part.square().sum()) for part in (left, right) if part is not None) ** 0.5)
 
 
-def coordinates(protection: Protection, change: Reading) -> float:
-    """Return the norm of the coordinates of a block's step that a removal sets to zero."""
+def coordinate_norm(protection: Protection, change: Reading) -> float:
+    """Return the norm of the coordinates of a block's step that a removal sets to zero, in units of the weights."""
     if protection.left is None or change.left is None:
         return abs(float(change.dots[0])) / protection.gradient.norm
     parts = (change.left, change.right)

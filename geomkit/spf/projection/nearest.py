@@ -101,7 +101,7 @@ def _add(a: Amounts, b: Amounts) -> Amounts:
 
 
 def _dots_after(constraints: Constraints, *moves: Amounts) -> dict[str, np.ndarray]:
-    """Return for each block (m,) ⟨d, g_i⟩ after moves: those before plus the block's Gram matrix times the amounts."""
+    """Return for each block (m,) ⟨d, g_i⟩ after moves: the values before plus its Gram matrix times the amounts."""
     dots = dict(constraints.dots)
     for amounts in moves:
         for name, amount in amounts.items():
@@ -115,7 +115,7 @@ def _total(dots: Mapping[str, np.ndarray], demands: Demands) -> np.ndarray:
 
 
 class _Programme:
-    """All constraints in one quadratic programme: first one for each block, then the sums that have a bound.
+    """All constraints in one quadratic programme: first a constraint per block, then the sums that have a bound.
 
     Attributes:
         size: Number n of constraints.
@@ -134,7 +134,7 @@ class _Programme:
             self.gram[np.ix_(places, places)] += constraints.removals[name].gram[np.ix_(directions, directions)]
 
     def _places(self, index: int) -> tuple[list[int], list[int]]:
-        """Return the constraints that concern a block, by place in the programme, and their directions in the block."""
+        """Return the indices in the programme of a block's constraints, and of the block's directions for them."""
         sums = list(range(self._single, self.size))
         if not self._single:
             return sums, self._bounded.tolist()
@@ -186,7 +186,7 @@ def multipliers(gram: np.ndarray, excess: np.ndarray) -> np.ndarray | None:
 
     Args:
         gram: K, (n, n), positive semi-definite.
-        excess: r, (n,), by how much Δ exceeds each constraint.
+        excess: r, (n,), the amount by which Δ exceeds each bound.
 
     Returns:
         λ, (n,); ``None`` if no step satisfies all constraints.

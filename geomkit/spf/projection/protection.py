@@ -114,8 +114,8 @@ def protect(
 ) -> Protection:
     """Return the protection of one block under a rule.
 
-    The one left singular vector of a vector is the vector itself, so that its subspace would be all of it; a vector is
-    therefore protected by ⟨d, g_s⟩ alone.
+    A parameter that is a vector gets no subspace: its only left singular vector is the vector itself, so the subspace
+    would be the whole gradient. It is protected by ⟨d, g_s⟩ alone.
 
     Args:
         rule: The rule.
@@ -153,7 +153,7 @@ def with_subspaces(protection: Protection, rule: Rule, name: str, seed: int) -> 
 
 
 def with_subspaces_of(protection: Protection, earlier: Protection) -> Protection:
-    """Return the protection with the subspaces of an earlier one."""
+    """Return the protection with the subspaces of an earlier protection."""
     return replace(protection, left=earlier.left, right=earlier.right, energy=earlier.energy)
 
 

@@ -48,11 +48,11 @@ class Reading:
 
 
 def read(block: Block, protection: Protection, dots: Tensor | None = None) -> Reading:
-    """Return the reading of a block; for a shard, its summand of the block's.
+    """Return the reading of a block; for a shard, the shard's summand of the whole block's reading.
 
     Args:
         block: The block.
-        protection: The protection that says what to read.
+        protection: The protection, which has the gradients and the subspaces to multiply by.
         dots: (m,) ⟨W, g_i⟩, if they are known already, which saves the larger part of the work.
     """
     operand, width = protection.operand, protection.subspace_columns
@@ -88,14 +88,14 @@ def read_all(
     moves: Mapping[str, Sequence[Move]] | None = None,
     known: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Reading]:
-    """Return the reading of every protected block; for shards, of the whole blocks that they belong to.
+    """Return the reading of every protected block; for sharded blocks, the reading of the whole block.
 
     Args:
         blocks: Blocks by name.
         protections: The protections, of some of the blocks.
         group: The processes that hold the shards, if the blocks are sharded.
-        moves: Gradients to add to some of the blocks before they are read; each block is moved and read in turn, as it
-            is then still in the cache.
+        moves: Gradients to add to some of the blocks before these are read. Blocks are moved and read one by one, while
+            a block is still in the processor's cache.
         known: For some of the blocks (m,) ⟨W, g_i⟩, see :func:`read`.
     """
     moves, known = moves or {}, known or {}

@@ -77,13 +77,13 @@ class Removal:
 def removal(
     rule: Rule, block: Block, protection: Protection, change: Reading, name: str, *, fired: bool, seed: int
 ) -> Removal:
-    """Return what a rule removes from a block's step, and the directions of further moves.
+    """Return the removal of a rule from a block's step, and the directions of further moves.
 
     Args:
         rule: The rule.
         block: The block.
-        protection: Its protection.
-        change: The reading of its step.
+        protection: The protection of the block.
+        change: The reading of the block's step.
         name: The block's name, from which a control's random direction is seeded.
         fired: Whether the step conflicts.
         seed: Seed of random directions.

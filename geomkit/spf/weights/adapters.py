@@ -45,7 +45,7 @@ def adapters(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> Iterator[
 
 
 def _adapter(module: Any) -> Adapter | None:
-    """Return a module's adapter; ``None`` if the module has no adapter, or one that computes more than s·BA."""
+    """Return a module's adapter; ``None`` if it has no adapter, or an adapter that computes more than s·BA."""
     if not (hasattr(module, "lora_A") and hasattr(module, "lora_B")):
         return None
     base = module.get_base_layer()

@@ -90,10 +90,10 @@ class TensorBlock(Block):
         return at_least_fp32(weight.reshape(-1, columns))
 
     def times(self, right: Tensor) -> Tensor:
-        """Return W @ B in fp32, or in fp64 if W or B is."""
+        """Return W @ B in fp32, or in fp64 if W or B is fp64."""
         matrix = self._matrix
         dtype = torch.promote_types(matrix.dtype, right.dtype)
-        # Columns of the product are read one by one: this order keeps each of them contiguous.
+        # Columns of the product are read one by one: this order keeps each column contiguous.
         product = (right.to(dtype).T @ matrix.to(dtype).T).T
         return product if self._scale == 1.0 else self._scale * product
 

@@ -53,7 +53,7 @@ def trained_parameters(model: nn.Module, optimizer: Any) -> dict[str, nn.Paramet
     """Return the trainable parameters of an optimizer, by their names in the model.
 
     Raises:
-        SPFError: If there is none, or a parameter is not the model's, or has no values on this process.
+        SPFError: If there is no trainable parameter, a parameter is not the model's, or has no values on this process.
     """
     _refuse_deepspeed(model)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -86,9 +86,9 @@ class Guarded:
 
     Args:
         model: The model that is trained.
-        optimizer: Its optimizer.
-        level: The rule's level. For ``"update"`` the product of an adapter is one block; for ``"gradient"`` its factors
-            are two, as each of them has a gradient.
+        optimizer: The model's optimizer.
+        level: The rule's level. For ``"update"`` the product of an adapter is one block; for ``"gradient"`` its two
+            factors are two blocks, since each factor has a gradient.
         master: Whether to store fp32 master weights for weights of fewer bits.
 
     Attributes:
@@ -99,14 +99,14 @@ class Guarded:
     """
 
     def __init__(self, model: nn.Module, optimizer: Any, level: Level, *, master: bool = False) -> None:
-        """Find the weights and divide them."""
+        """Collect the trained weights of the optimizer, and divide them into blocks."""
         self.model = unwrapped_model(model)
         self._optimizer, self._level, self._master = optimizer, level, master
         self._signature: object = None
         self.parameters: dict[str, nn.Parameter] = {}
         self.blocks: dict[str, Block] = {}
-        self._collected: dict[str, nn.Parameter] = {}  # of each block the parameter whose gradient is collected
-        self._adapters: dict[str, Adapter] = {}  # of the blocks that are products
+        self._collected: dict[str, nn.Parameter] = {}  # parameter whose gradient is collected, by block
+        self._adapters: dict[str, Adapter] = {}  # adapters of the blocks that are products
         self.refresh()
         sharded = [parameter for parameter in self.parameters.values() if is_sharded(parameter)]
         if sharded and master and self.fp32_masters():
@@ -122,7 +122,7 @@ class Guarded:
         self.processes = Processes.of_this_run(next(iter(groups), None))
 
     def refresh(self) -> bool:
-        """Divide the weights anew if the set of trained weights has changed; return whether it has."""
+        """Divide the weights anew if the set of trained weights has changed, and return whether it has changed."""
         reshard(self.model)
         groups = unwrapped(self._optimizer).param_groups
         trained = [parameter for group in groups for parameter in group["params"] if parameter.requires_grad]
@@ -180,7 +180,7 @@ class Guarded:
 
     @contextmanager
     def collecting(self) -> Iterator[None]:
-        """Gather sharded weights inside the ``with`` block, and make the collected parameters alone trainable."""
+        """Gather sharded weights inside the ``with`` block, where only the collected parameters need a gradient."""
         with ExitStack() as stack:
             stack.enter_context(gathered(self.model))
             before = [(parameter, parameter.requires_grad) for parameter in self.model.parameters()]
@@ -234,7 +234,7 @@ class Guarded:
         return {name: block.master for name, block in self._tensors().items() if block.master is not None}
 
     def load_fp32_masters(self, saved: Mapping[str, Tensor]) -> None:
-        """Set the fp32 master weights to saved ones."""
+        """Set the fp32 master weights to saved master weights."""
         for name, master in self.fp32_masters().items():
             master.copy_(saved[name])
 
@@ -262,7 +262,7 @@ def _dense(name: str, gradient: Tensor) -> Tensor:
     """Return the gradient.
 
     Raises:
-        SPFError: If it is a sparse tensor.
+        SPFError: If the gradient is a sparse tensor.
     """
     if gradient.is_sparse:
         raise SPFError(
@@ -286,7 +286,7 @@ def refuse_broken_gradients(parameters: Mapping[str, nn.Parameter]) -> None:
         SPFError: If a gradient is not finite.
     """
     for name, parameter in parameters.items():
-        # A finite sum has finite summands, and is cheaper to test than each of them.
+        # A finite sum has finite summands, and is cheaper to test than all summands.
         gradient = parameter.grad
         if gradient is None or bool(torch.isfinite(gradient.sum(dtype=torch.float32))):
             continue

@@ -91,7 +91,7 @@ def _refuse_difference(size: int, device: torch.device) -> None:
     """Compare the processes' numbers of elements: max(size) and max(−size) = −min(size), in one message.
 
     Raises:
-        SPFError: If they differ.
+        SPFError: If the numbers of elements differ.
     """
     extremes = torch.tensor([size, -size], device=device)
     dist.all_reduce(extremes, dist.ReduceOp.MAX)
@@ -99,5 +99,5 @@ def _refuse_difference(size: int, device: torch.device) -> None:
     if largest != smallest:
         raise SPFError(
             f"expected every process to measure the same anchors, found gradients of {smallest} and {largest} "
-            "numbers; give each the same SPF"
+            "numbers; give every process the same SPF"
         )

@@ -22,7 +22,7 @@ def is_sharded(parameter: nn.Parameter) -> bool:
 def reshard(model: nn.Module) -> None:
     """Shard every parameter that FSDP2 manages, as the optimizer expects it.
 
-    An evaluation leaves parameters gathered that FSDP2 shards again only after the next backward pass.
+    An evaluation leaves parameters gathered, and FSDP2 shards them again only after the next backward pass.
     """
     for module in _fsdp_modules(model):
         module.reshard()
@@ -32,8 +32,8 @@ def reshard(model: nn.Module) -> None:
 def gathered(model: nn.Module) -> Iterator[None]:
     """Gather every parameter that FSDP2 manages inside the ``with`` block, as a plain parameter with its usual name.
 
-    All processes must enter the block together, and each holds the whole model meanwhile. A backward pass inside the
-    block is local: no gradient is summed over processes. After the block all parameters are sharded again.
+    All processes must enter the block together, and every process holds the whole model meanwhile. A backward pass
+    inside the block is local: no gradient is summed over processes. After the block all parameters are sharded again.
 
     Args:
         model: The model; without FSDP2 it is not changed.
@@ -53,7 +53,7 @@ def gathered(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _whole(modules: "Sequence[FSDPModule]") -> Iterator[None]:
-    """Gather the parameters of these modules inside the ``with`` block, in which their hooks cast and do no more."""
+    """Gather the parameters of modules inside the ``with`` block, where FSDP2's hooks only cast to other dtypes."""
     if not modules:
         yield
         return
@@ -81,7 +81,7 @@ def _whole(modules: "Sequence[FSDPModule]") -> Iterator[None]:
         # 4. Restore: the state of rest, no expected calls of modules, sharded parameters.
         for state in states:
             state._training_state = TrainingState.IDLE  # noqa: SLF001
-            state._modules_to_run_forward.clear()  # noqa: SLF001 - of a group of which some did not run
+            state._modules_to_run_forward.clear()  # noqa: SLF001 - modules of a group that did not run
         for module in modules:
             module.reshard()
 
