@@ -1,6 +1,6 @@
 """Gradients of one parameter in common coordinates, in which their sums and leading singular vectors are cheap.
 
-Overlaps need only inner products between bases, which a rotation of the space leaves as they are. So rows of an
+Overlaps need only inner products between bases, which a rotation of the space does not change. Therefore rows of an
 embedding that no example looks up are left out, and if all tokens together are fewer than rows and columns, one QR
 replaces every gradient by a matrix of the size of the token count.
 """
@@ -23,15 +23,15 @@ from geomkit.svd.singular_vectors import Side
 from geomkit.utils.arguments import check_finite
 
 _FORMED = 2**25
-"""How many numbers formed gradients may have together to be kept in memory."""
-_FEWEST_SUMS = 4
-"""From this many sums on, sums of formed gradients are cheaper than of factors."""
+"""Largest number of entries, together, of gradients that are formed as matrices and kept in memory."""
+_MIN_SUMS = 4
+"""Number of sums from which on sums of formed gradients are cheaper than sums of factors."""
 _FULL_SIZE = 160
-"""Up to this size, finding all eigenvectors takes no longer than finding the largest ones."""
+"""Size of a matrix up to which all its eigenvectors are found as fast as the leading ones alone."""
 
 
 def to_common_basis(gradients: Sequence[LayerGradient], side: Side) -> "CommonBasis":
-    """Bring gradients of one parameter into common coordinates.
+    """Return gradients of one parameter in common coordinates.
 
     Args:
         gradients: N gradients of one matrix, in any forms.
@@ -48,10 +48,10 @@ def to_common_basis(gradients: Sequence[LayerGradient], side: Side) -> "CommonBa
     left, right = (
         list(factors) for factors in zip(*(pair if side == "left" else pair[::-1] for pair in pairs), strict=True)
     )
-    # Cheaper than a look at every number: a sum is finite where all its terms are.
+    # Cheaper than a test of every entry: a sum with a NaN or infinite term is not finite.
     check_finite(torch.stack([factor.sum() for factor in (*left, *right)]), f"a parameter of shape {shape}")
-    # 2. With T tokens in all, fewer than rows and columns: all left factors together are Lᵀ = QS, and the columns of S
-    #    stand for the tokens. So do the columns of the right triangle.
+    # 2. If all T tokens are fewer than rows and columns: all left factors together are Lᵀ = QS, and the columns of S
+    #    are the tokens in the coordinates of Q. Likewise for the right factors.
     if sum(map(len, left)) < min(shape):
         left, right = _token_coordinates(left), _token_coordinates(right)
     return CommonBasis(left, right, shape)
@@ -76,7 +76,7 @@ def _factors(gradient: LayerGradient) -> Factors:
 
 
 def _token_coordinates(factors: list[Tensor]) -> list[Tensor]:
-    """Return every factor in the coordinates of the Q of all tokens, from the columns of S in QS."""
+    """Return every factor in the coordinates of Q, where all factors together are (QS)ᵀ, from the columns of S."""
     triangle: Tensor = torch.linalg.qr(torch.cat(factors).T, mode="r").R
     return [part.T for part in torch.split(triangle, [len(factor) for factor in factors], 1)]
 
@@ -85,7 +85,7 @@ def _token_coordinates(factors: list[Tensor]) -> list[Tensor]:
 class CommonBasis:
     """N gradients G_i = left_iᵀ right_i of one parameter, with T_i tokens.
 
-    The gradients are transposed if right singular vectors were asked for, so that all vectors here are left ones.
+    The gradients are transposed if right singular vectors were asked for, so that all vectors here are left vectors.
 
     Attributes:
         left: (T_i, p) factors on the side of the singular vectors, fp64.
@@ -100,6 +100,10 @@ class CommonBasis:
     def basis_of_sum(self, places: Sequence[int], rank: int) -> Tensor:
         """Return the leading singular vectors of the sum of the gradients at the given places.
 
+        Args:
+            places: Indices of the gradients in the sum.
+            rank: Largest number of vectors.
+
         Returns:
             (p, k) orthonormal columns, fp64; see :meth:`bases_of_sums`.
         """
@@ -110,14 +114,14 @@ class CommonBasis:
 
         Args:
             sums: The places of the gradients in every sum.
-            rank: Number of vectors at most; k is never beyond the numeric rank.
+            rank: Largest number of vectors; k is also at most the numeric rank of the sum.
 
         Returns:
             (p, k) orthonormal columns for every sum, fp64.
         """
         # 1. A sum of many tokens is cheaper from formed gradients, if there are several such sums to share them.
         long = [index for index, places in enumerate(sums) if 2 * self._tokens(places) >= self._smaller_dimension]
-        if self.formed is None or len(long) < _FEWEST_SUMS:
+        if self.formed is None or len(long) < _MIN_SUMS:
             return [self._basis_from_factors(places, rank) for places in sums]
         bases = {
             index: self._basis_from_factors(places, rank) for index, places in enumerate(sums) if index not in set(long)
@@ -143,7 +147,7 @@ class CommonBasis:
         return sum(len(self.left[place]) for place in places)
 
     def bases_of_gradients(self, rank: int) -> list[Tensor]:
-        """Return the leading singular vectors of every single gradient, as :meth:`bases_of_sums` does."""
+        """Return the leading singular vectors of every single gradient, in the form of :meth:`bases_of_sums`."""
         if max(map(len, self.left)) >= self._smaller_dimension:
             return [self.basis_of_sum([place], rank) for place in range(len(self.left))]
         left, right = (pad_sequence(side, batch_first=True) for side in (self.left, self.right))
@@ -151,6 +155,10 @@ class CommonBasis:
 
     def leave_one_out_bases(self, count: int, rank: int) -> list[Tensor]:
         """Return the leading singular vectors of the sum of the first ``count`` gradients without one of them.
+
+        Args:
+            count: Number of gradients in the sum.
+            rank: Largest number of vectors.
 
         Returns:
             count + 1 bases (p, k): without every gradient in turn, and of the whole sum.
@@ -187,20 +195,20 @@ class CommonBasis:
         Args:
             left: (B, T, p); padding with rows of zeros changes nothing.
             right: (B, T, q).
-            rank: Number of vectors at most.
+            rank: Largest number of vectors.
         """
-        # leftᵀ = QS: the vectors are Q times those of the (T, q) matrix S right.
-        frames, triangles = torch.linalg.qr(left.mT)
-        bases = self._leading(triangles @ right, rank)
+        # leftᵀ = QS: the vectors are Q times the left singular vectors of the (T, q) matrix S right.
+        bases, triangles = torch.linalg.qr(left.mT)
+        coordinates = self._leading(triangles @ right, rank)
         # In the memory layout that QR returns, products of many rows with few columns are many times slower.
-        return [frame.contiguous() @ basis for frame, basis in zip(frames, bases, strict=True)]
+        return [basis.contiguous() @ vectors for basis, vectors in zip(bases, coordinates, strict=True)]
 
     def _leading(self, matrices: Tensor, rank: int) -> list[Tensor]:
         """Return the leading left singular vectors of every matrix of (B, p, q), from the square of its smaller side.
 
         Squaring costs half of fp64's digits, which does not matter above the tolerance for fp32 factors.
         """
-        # 1. Eigenvectors of MMᵀ are the left vectors U; if p > q, those of MᵀM are the right vectors V.
+        # 1. Eigenvectors of MMᵀ are the left vectors U; if p > q, eigenvectors of MᵀM are the right vectors V.
         tall = matrices.shape[1] > matrices.shape[2]
         squared, vectors = _largest(matrices.mT @ matrices if tall else matrices @ matrices.mT, rank)
         values = squared.clamp(min=0).sqrt()
@@ -222,8 +230,8 @@ def _largest(squares: Tensor, count: int) -> tuple[Tensor, Tensor]:
     # scipy finds the largest eigenvalues of a large matrix without the others; torch cannot.
     from scipy.linalg import eigh
 
-    wanted = max(size - count, 0), size - 1
-    pairs = zip(*(eigh(matrix, subset_by_index=wanted, check_finite=False) for matrix in squares.numpy()), strict=True)
+    leading = max(size - count, 0), size - 1
+    pairs = zip(*(eigh(matrix, subset_by_index=leading, check_finite=False) for matrix in squares.numpy()), strict=True)
     values, vectors = (torch.from_numpy(np.stack(parts)[..., ::-1].copy()) for parts in pairs)
     return values, vectors
 

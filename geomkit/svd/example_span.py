@@ -14,14 +14,12 @@ from torch import Tensor
 from geomkit.errors import GeometryError
 from geomkit.gradients.checks import check_sets
 from geomkit.gradients.gradient_set import GradientSet, layer_grams
+from geomkit.inputs.parameters import ALL_PARAMETERS
 from geomkit.stats.jackknife import jackknife_groups
 from geomkit.svd.layer_spectrum import LayerSpectrum
 from geomkit.svd.singular_values import singular_values_of_gram
 from geomkit.svd.spectrum import Spectrum
 from geomkit.utils.arguments import check_confidence, check_finite, check_groups
-
-ALL = "all parameters"
-"""Name of the only layer in the span of the gradients of all parameters together."""
 
 _ASYMMETRY = 1e-6
 """Relative asymmetry of inner products that were accumulated in fp64 from fp32 gradients."""
@@ -38,9 +36,9 @@ def span(
 ) -> Spectrum:
     """Measure how many directions the gradients of N examples span, from their inner products.
 
-    The singular values are those of the matrix whose N rows are the flattened gradients of the examples; no such
-    matrix is formed. In the result ``tokens`` and ``rank_bound`` are N, ``unit`` is ``"examples"``, and ``shape`` is
-    that of the Gram.
+    The singular values belong to the matrix whose N rows are the flattened gradients of the examples, which is not
+    formed. In the result ``tokens`` and ``rank_bound`` are N, ``unit`` is ``"examples"``, and ``shape`` is
+    the shape of the Gram matrix.
 
     The null has examples in orthogonal directions, with the same norms. It is weak, as all gradients of one model have
     something in common; the strict null is a control set with as many examples, see
@@ -48,17 +46,19 @@ def span(
     N examples, as in :func:`geomkit.svd.spectrum.spectrum`; for their coverage see tests/benchmarks/README.md.
 
     Args:
-        gradients: A set collected with ``per_sample=True``, or the (N, N) inner products of one set of examples by
-            parameter, from :func:`geomkit.collection.sample_grams.sample_grams`.
-        together: Take the gradient of all parameters as one vector; the result has one layer, :data:`ALL`.
+        gradients: A set collected with ``per_sample=True``, or by parameter the (N, N) inner products of one set of
+            examples, from :func:`geomkit.collection.sample_grams.sample_grams`.
+        together: Take the gradient of all parameters as one vector; the result has one layer,
+            :data:`~geomkit.inputs.parameters.ALL_PARAMETERS`.
         unit: Scale the gradient of every example to norm 1, so that directions are counted. Otherwise examples with a
             large gradient count for more, as in the mean gradient.
         groups: Largest number of groups of examples, of which one is left out at a time; 0 for no intervals.
         seed: Seed of the groups.
-        confidence: Of the intervals.
+        confidence: Nominal coverage of the intervals, between 0 and 1.
 
     Returns:
-        The spectrum of every parameter, or of all together. Singular values are exact to 1e-7 of the largest.
+        The spectrum of every parameter, or of all parameters together. Singular values are exact to 1e-7 of the
+        largest.
 
     Raises:
         GeometryError: If there are no per-sample gradients, fewer than two examples, the inner products are not finite
@@ -75,10 +75,10 @@ def span(
     grams = _grams(gradients)
     count = _examples(grams)
     if together:
-        grams = {ALL: torch.stack([gram.double().cpu() for gram in grams.values()]).sum(0)}
-    tables = {name: _unit(gram.double().cpu()) if unit else gram.double().cpu() for name, gram in grams.items()}
-    dealt = jackknife_groups(count, groups, np.random.default_rng(seed)) if groups else []
-    remaining = [torch.from_numpy(np.setdiff1d(np.arange(count), group)) for group in dealt]
+        grams = {ALL_PARAMETERS: torch.stack([gram.double().cpu() for gram in grams.values()]).sum(0)}
+    tables = {name: _cosines(gram.double().cpu()) if unit else gram.double().cpu() for name, gram in grams.items()}
+    left_out = jackknife_groups(count, groups, np.random.default_rng(seed)) if groups else []
+    remaining = [torch.from_numpy(np.setdiff1d(np.arange(count), group)) for group in left_out]
     return Spectrum(
         {name: _spectrum(name, table) for name, table in tables.items()},
         {name: (_orthogonal(name, table),) for name, table in tables.items()},
@@ -101,7 +101,7 @@ def _grams(gradients: GradientSet | Mapping[str, Tensor]) -> Mapping[str, Tensor
 
 
 def _examples(grams: Mapping[str, Tensor]) -> int:
-    """Return N; raise GeometryError unless all tables are inner products of N ≥ 2 examples with themselves."""
+    """Return N; raise GeometryError unless all matrices are the inner products of N ≥ 2 examples with each other."""
     shapes = {tuple(gram.shape) for gram in grams.values()}
     count = max(max(shapes, default=()), default=0)
     if count < 2 or shapes != {(count, count)}:
@@ -124,8 +124,8 @@ def _symmetric(gram: Tensor) -> bool:
     return bool((gram - gram.T).abs().max() <= _ASYMMETRY * gram.diagonal().abs().max())
 
 
-def _unit(gram: Tensor) -> Tensor:
-    """Return the cosines; the row of an example with a zero gradient stays zero."""
+def _cosines(gram: Tensor) -> Tensor:
+    """Return the cosines between examples, from their inner products; zero for an example with a zero gradient."""
     norms = gram.diagonal().clamp(min=0).sqrt()
     inverse = torch.where(norms > 0, 1 / norms, 0.0)
     return gram * inverse[:, None] * inverse
@@ -138,5 +138,5 @@ def _spectrum(name: str, gram: Tensor) -> LayerSpectrum:
 
 
 def _orthogonal(name: str, gram: Tensor) -> LayerSpectrum:
-    """Return the spectrum of orthogonal gradients with the same norms."""
+    """Return the spectrum of orthogonal gradients with the norms of the given gradients."""
     return _spectrum(name, torch.diag(gram.diagonal()))

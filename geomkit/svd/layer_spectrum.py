@@ -1,4 +1,4 @@
-"""The singular values of one gradient and the measures of its rank, of which none is *the* rank."""
+"""The singular values of one gradient and several measures of its rank, which disagree."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,6 +13,7 @@ from geomkit.svd.singular_values import energy_rank, rank_tolerance, singular_va
 from geomkit.utils.arguments import check_rank
 
 Unit = Literal["tokens", "examples"]
+"""Unit of the numbers that bound a rank: the tokens of a gradient, or the examples of a span."""
 
 SMOOTH_STATISTICS = (
     "effective_rank",
@@ -39,7 +40,7 @@ class LayerSpectrum:
         tokens: T, the number of token positions in the gradient.
         rank_bound: min(rows, columns, T), the upper bound of every measure of rank.
         singular_values: (rank_bound,) fp64, descending.
-        unit: What ``tokens`` counts: the tokens of a gradient, or the examples of a span.
+        unit: Unit of ``tokens``: the tokens of a gradient, or the examples of a span.
     """
 
     parameter: str
@@ -148,6 +149,10 @@ def layer_spectrum(parameter: str, gradient: LayerGradient) -> LayerSpectrum:
 
 def statistic_values(layers: Sequence[LayerSpectrum], statistic: str) -> np.ndarray:
     """Return (n,) values of one statistic of n spectra.
+
+    Args:
+        layers: The spectra.
+        statistic: Name of a statistic, a key of :meth:`LayerSpectrum.statistics`.
 
     Raises:
         GeometryError: If there is no such statistic.

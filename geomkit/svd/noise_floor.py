@@ -1,8 +1,8 @@
 """The singular values of a mean gradient that exceed the sampling noise of its examples.
 
-The mean of N random gradients that cancel in expectation is a full matrix too, with a spectrum. The floor here is drawn
-from the examples: a sum of the same gradients under random signs has their noise, with all its correlations between
-tokens, inputs and entries, and no mean.
+The mean of N random gradients with expectation zero is a full matrix too, with a spectrum. The noise floor is computed
+from the examples themselves: a sum of their gradients under random signs has the same noise, with all correlations
+between tokens, inputs and entries, but no mean.
 """
 
 from collections.abc import Mapping, Sequence
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
-_FEWEST = 8
-"""Smallest number of examples: of fewer, too many random signs repeat the mean; of eight, one in 2⁷."""
+_MIN_EXAMPLES = 8
+"""Smallest number of examples: with eight, one in 2⁷ draws of signs repeats the mean; with fewer, too many do."""
 _TIED = 1e-7
-"""Relative slack of comparisons: signs that are all equal give the mean, but for the rounding of its square."""
+"""Relative slack of comparisons: signs that are all equal give the mean, up to the rounding of its square."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,12 +44,12 @@ class LayerNoiseFloor:
         parameter: Name of the parameter.
         shape: Rows and columns.
         tokens: T, the token positions of all examples.
-        singular_values: (K,) of the mean over examples, fp64, descending.
-        floor: The quantile, at the confidence, of the largest singular value of sampling noise. No singular value of
-            the mean beyond the rank of the expected gradient is larger than the largest of its noise (Weyl 1912), so
-            one floor serves all singular values.
+        singular_values: (K,) singular values of the mean over examples, fp64, descending.
+        floor: The quantile, at the confidence level, of the largest singular value of sampling noise. A singular value
+            of the mean beyond the rank of the expected gradient is at most the largest singular value of the noise
+            (Weyl 1912), so the same floor serves all singular values.
         null: (draws,) largest singular value of the mean under random signs.
-        confidence: Of the floor, and of the test for any mean.
+        confidence: Confidence level of the floor, and of the test for any mean.
     """
 
     parameter: str
@@ -67,7 +67,7 @@ class LayerNoiseFloor:
 
     @property
     def p_value(self) -> float:
-        """Share of random signs under which the largest singular value is as large: small where there is a mean.
+        """Share of draws of signs with a largest singular value as large as the mean's: small if there is a mean.
 
         The test is exact where gradients without a mean would be symmetric about zero (Phipson and Smyth 2010).
         """
@@ -75,10 +75,10 @@ class LayerNoiseFloor:
 
     @property
     def signal_rank(self) -> int:
-        """Number of singular values above the floor and above rounding; 0 where no mean can be told from zero.
+        """Number of singular values above the floor and above rounding; 0 if the mean cannot be told from zero.
 
-        At most in a share 1 − confidence of experiments, the number is larger than the rank of the expected gradient.
-        It is smaller wherever a direction is weaker than the noise.
+        In at most a share 1 − confidence of experiments, the number is larger than the rank of the expected gradient.
+        The number is smaller than this rank where a direction is weaker than the noise.
         """
         if self.p_value > 1 - self.confidence + _TIED:
             return 0
@@ -86,7 +86,7 @@ class LayerNoiseFloor:
 
     @property
     def rounding(self) -> float:
-        """Largest rounding of the fp32 factors, see :func:`geomkit.svd.singular_values.rank_tolerance`."""
+        """Largest rounding error of the fp32 factors, see :func:`geomkit.svd.singular_values.rank_tolerance`."""
         return rank_tolerance(self.singular_values, self.shape)
 
 
@@ -97,8 +97,8 @@ class NoiseFloor(Result):
     Attributes:
         layers: For every matrix parameter, the spectrum and its floor.
         examples: N, the number of examples in the mean.
-        draws: Number of random signs; no p-value is below 1/(draws + 1).
-        confidence: Of the floors.
+        draws: Number of draws of random signs; no p-value is below 1/(draws + 1).
+        confidence: Confidence level of the floors.
     """
 
     layers: Mapping[str, LayerNoiseFloor]
@@ -110,30 +110,32 @@ class NoiseFloor(Result):
     def family_p_values(self) -> Mapping[str, float]:
         """The p-value of every parameter, adjusted for the number of parameters (Westfall and Young 1993).
 
-        Parameters with an adjusted p-value up to α include a false one in a share α of experiments at most. Few draws
-        are enough for many parameters, and parameters whose gradients rise and fall together cost no power.
+        The parameters with an adjusted p-value of at most α include a false discovery in at most a share α of
+        experiments. Few draws are enough for many parameters, and parameters with correlated gradients cost no power.
         """
         # 1. Units: the median of a parameter's largest singular value under random signs.
         scales = {name: float(np.median(layer.null)) for name, layer in self.layers.items()}
         nonzero = {name: layer for name, layer in self.layers.items() if scales[name] > 0}
         # 2. For every draw of signs, the largest value of all parameters in these units.
-        most = np.max([layer.null / scales[name] for name, layer in nonzero.items()], axis=0) if nonzero else np.ones(0)
+        scaled = [layer.null / scales[name] for name, layer in nonzero.items()]
+        maxima = np.max(scaled, axis=0) if scaled else np.ones(0)
         # 3. A parameter's value is compared with that maximum.
         return {
-            name: _p_value(most, layer.largest / scales[name]) if name in nonzero else 1.0
+            name: _p_value(maxima, layer.largest / scales[name]) if name in nonzero else 1.0
             for name, layer in self.layers.items()
         }
 
     @property
     def significant(self) -> frozenset[str]:
-        """The parameters whose mean exceeds its noise: with the confidence, none of them by chance."""
+        """The parameters whose mean exceeds its noise; with probability ``confidence``, none of them by chance."""
         return frozenset(name for name, p in self.family_p_values.items() if p <= 1 - self.confidence + _TIED)
 
     def to_frame(self) -> "pd.DataFrame":
-        """Return a row per parameter: its largest singular value, the floor, the signal rank and the p-values.
+        """Return a data frame with one row per parameter: largest singular value, floor, signal rank and p-values.
 
-        ``p_family`` is the p-value of :attr:`family_p_values`, ``q_value`` the p-value after Benjamini and Hochberg
-        (1995) over the parameters: where few of P parameters have a signal, it needs 20 P draws to fall below .05.
+        ``p_family`` is the p-value of :attr:`family_p_values`, ``q_value`` the p-value adjusted after Benjamini and
+        Hochberg (1995) over the parameters: if few of P parameters have a signal, 20 P draws are needed for a
+        ``q_value`` below .05.
         """
         import pandas as pd
 
@@ -192,12 +194,12 @@ def noise_floor(gradients: GradientSet, *, draws: int = 99, seed: int = 0, confi
     Args:
         gradients: Collected with ``per_sample=True``, at least eight examples. The mean is over the examples'
             gradients, with equal weights.
-        draws: Number of random signs, which all parameters share.
+        draws: Number of draws of random signs, which all parameters share.
         seed: Seed of the signs.
-        confidence: Of the floors.
+        confidence: Confidence level of the floors, between 0 and 1.
 
     Returns:
-        For every matrix parameter the spectrum of the mean and its floor.
+        The spectrum of the mean and its noise floor, for every matrix parameter.
 
     Raises:
         GeometryError: If there are no per-sample gradients or fewer than eight, a gradient is not finite, the
@@ -215,7 +217,7 @@ def noise_floor(gradients: GradientSet, *, draws: int = 99, seed: int = 0, confi
     check_draws(draws, 1)
     check_confidence(confidence)
     samples = gradients.samples
-    check_enough({"given": len(samples)}, _FEWEST)
+    check_enough({"given": len(samples)}, _MIN_EXAMPLES)
     exceeding = int((1 - confidence) * (draws + 1) + _TIED)
     if exceeding < 1:
         raise GeometryError(f"expected draws for a confidence of {confidence}, found {draws}; give 99 or more")
@@ -255,7 +257,7 @@ def _null_values(gradients: Sequence[LayerGradient], signs: np.ndarray) -> tuple
         (draws,) for the test, and (draws,) for the floor.
     """
     n = signs.shape[1]
-    # 1. For the test: Σ ε_i g_i / N, which the observed mean is a case of, with all signs equal.
+    # 1. For the test: Σ ε_i g_i / N, of which the observed mean is the case with all signs equal.
     # 2. For the floor: Σ (ε_i − ε̄) g_i / √(N (N−1)). The weights sum to zero, so that the mean cancels, and their
     #    expected sum of squares is 1/N, as for the mean of N examples.
     weights = np.concatenate([signs / n, (signs - signs.mean(1, keepdims=True)) / (n * (n - 1)) ** 0.5])

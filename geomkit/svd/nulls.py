@@ -1,4 +1,4 @@
-"""Nulls: random gradients and random subspaces that share only the trivial causes of a measure with the real ones.
+"""Nulls: random gradients and random subspaces that have only the trivial causes of a measure in common with real ones.
 
 Every function here is a pure function of gradients and numbers, with an explicit generator.
 """
@@ -73,13 +73,18 @@ def _gaussian_product(height: int, width: int, tokens: int, generator: torch.Gen
     freedom = tokens - np.arange(width)
     diagonal = torch.from_numpy(np.sqrt(np.random.default_rng(seed).chisquare(freedom)))
     # 2. LᵀQ is Gaussian, as L is and Q is independent of it.
-    left_in_frame = torch.randn(height, width, generator=generator, dtype=torch.float64)
+    left_q = torch.randn(height, width, generator=generator, dtype=torch.float64)
     # 3. LᵀR = (LᵀQ) S.
-    return left_in_frame @ (upper + torch.diag(diagonal))
+    return left_q @ (upper + torch.diag(diagonal))
 
 
 def haar_overlap(rank_a: int, rank_b: int, dimension: int) -> float:
     """Return the expected overlap ‖UᵀV‖_F² / min(k_a, k_b) of two uniformly random subspaces, max(k_a, k_b) / d.
+
+    Args:
+        rank_a: Dimension k_a of the first subspace.
+        rank_b: Dimension k_b of the second subspace.
+        dimension: Dimension d of the space.
 
     Example:
         >>> round(haar_overlap(20, 20, 4096), 4)
@@ -89,10 +94,15 @@ def haar_overlap(rank_a: int, rank_b: int, dimension: int) -> float:
 
 
 def random_edge(rank_a: int, rank_b: int, dimension: int) -> float:
-    """Return the largest cosine to be expected between two uniformly random subspaces of high dimension.
+    """Return the largest cosine to be expected between two uniformly random subspaces of a space of high dimension.
 
-    With a = k_a/d and b = k_b/d it is √(a(1−b)) + √(b(1−a)) (Wachter 1980), and 1 where a + b ≥ 1, as the two
+    With a = k_a/d and b = k_b/d the cosine is √(a(1−b)) + √(b(1−a)) (Wachter 1980), and 1 where a + b ≥ 1, as the two
     subspaces then intersect.
+
+    Args:
+        rank_a: Dimension k_a of the first subspace.
+        rank_b: Dimension k_b of the second subspace.
+        dimension: Dimension d of the space.
 
     Example:
         >>> round(random_edge(20, 20, 4096), 3), random_edge(3, 3, 4)

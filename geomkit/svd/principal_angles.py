@@ -30,7 +30,7 @@ class LayerAngles:
         angles: (min(k_a, k_b),) radians, descending as in :func:`scipy.linalg.subspace_angles`.
         ranks: The dimensions k_a and k_b of the subspaces.
         dimension: d, the dimension of the space around them.
-        control: Overlap of a control set's subspace with the second subspace, NaN without a control.
+        control: Overlap of a control set's subspace with the second subspace; NaN without a control.
     """
 
     parameter: str
@@ -78,21 +78,21 @@ class Angles(Result):
 
     @property
     def mean_overlap(self) -> float:
-        """Plain mean of the overlap over the parameters where both subspaces have a dimension of at least 1."""
+        """Unweighted mean of the overlap over the parameters where both subspaces have a dimension of at least 1."""
         return _mean([layer.overlap for layer in self.layers.values() if len(layer.angles)])
 
     @property
     def mean_expected_overlap(self) -> float:
-        """Mean of the expected overlap of uniformly random subspaces over the same parameters."""
+        """Mean expected overlap of uniformly random subspaces, over the parameters of :attr:`mean_overlap`."""
         return _mean([layer.expected_overlap for layer in self.layers.values() if len(layer.angles)])
 
     @property
     def mean_control(self) -> float:
-        """Mean of the control's overlap with the second subspace over the same parameters; NaN without a control."""
+        """Mean overlap of the control with the second subspace, over the same parameters; NaN without a control."""
         return _mean([layer.control for layer in self.layers.values() if len(layer.angles)])
 
     def to_frame(self) -> "pd.DataFrame":
-        """Return a row per parameter and statistic.
+        """Return a data frame with one row per parameter and statistic.
 
         ``null`` is the value for uniformly random subspaces: :attr:`LayerAngles.expected_overlap` for the overlap,
         :attr:`LayerAngles.random_edge` for the largest cosine, NaN for the angles (in degrees). ``control`` is, for the
@@ -165,14 +165,15 @@ def basis_angles(a: Tensor, b: Tensor) -> np.ndarray:
         >>> print(f"{angle[0]:.2e}")
         1.00e-08
     """
-    frames = (np.linalg.qr(basis.detach().cpu().double().numpy()).Q for basis in (a, b))
-    small, large = sorted(frames, key=lambda frame: frame.shape[1])
-    # 1. Cosines: the singular values of LᵀS, ascending, so that the angles descend.
+    bases = (np.linalg.qr(basis.detach().cpu().double().numpy()).Q for basis in (a, b))
+    small, large = sorted(bases, key=lambda basis: basis.shape[1])
+    # 1. Cosines: the singular values of LᵀS, with the larger basis L and the smaller S; ascending, so that the angles
+    #    descend.
     projection = large.T @ small
     cosines = np.linalg.svd(projection, compute_uv=False)[::-1]
     # 2. Sines: the singular values of the part of S outside of L, S − LLᵀS, descending.
     sines = np.linalg.svd(small - large @ projection, compute_uv=False)
-    # 3. Below 45° the sine changes more with the angle, above it the cosine.
+    # 3. Below 45° the sine changes more with the angle, above 45° the cosine.
     return np.asarray(np.where(cosines**2 >= 0.5, np.arcsin(np.minimum(sines, 1)), np.arccos(np.minimum(cosines, 1))))
 
 
@@ -187,7 +188,7 @@ def principal_angles(a: Subspace, b: Subspace, control: Subspace | None = None) 
             ``a``, parameter by parameter, and is NaN where the control has a lower rank.
 
     Returns:
-        The angles and overlaps, with the overlaps of uniformly random subspaces and of the control.
+        The angles and overlaps of every parameter, with the overlaps of uniformly random subspaces and of the control.
 
     Raises:
         GeometryError: If sides, parameters or dimensions differ.
@@ -208,7 +209,7 @@ def principal_angles(a: Subspace, b: Subspace, control: Subspace | None = None) 
 
 
 def _check(a: Subspace, b: Subspace) -> None:
-    """Raise GeometryError unless both have the same side, parameters and dimensions."""
+    """Raise GeometryError unless the subspaces have the same side, parameters and dimensions."""
     if a.side != b.side:
         raise GeometryError(f"expected subspaces of one side, found {a.side} and {b.side}; build both with one side=")
     if difference := set(a.layers).symmetric_difference(b.layers):

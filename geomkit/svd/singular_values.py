@@ -1,7 +1,7 @@
 """Singular values of gradients, from small Gram matrices where their error bound allows it, and their rounding error.
 
 A gradient of T tokens has T × T Gram matrices, whose eigenvalues are many times cheaper than an SVD of the factors. An
-error bound tells for every gradient whether squaring loses too many digits; only then are the factors decomposed.
+error bound tells for every gradient whether squaring loses too many digits; if so, the factors are decomposed instead.
 """
 
 from collections import Counter
@@ -20,17 +20,17 @@ from geomkit.utils.arguments import check_finite
 _EPS_FP32 = float(np.finfo(np.float32).eps)
 _EPS_FP64 = torch.finfo(torch.float64).eps
 _PRECISION = 5e-7
-"""Largest error bound of a singular value, relative to σ₁, at which it is taken from a Gram matrix."""
+"""Largest error bound relative to σ₁ at which singular values are taken from a Gram matrix."""
 _ROUNDING = 1e-12
 """Slack of a share of the energy: nine of ten equal values hold 90 %, whatever the last bit of their sum is."""
 _BATCH_NUMBERS = 2**20
-"""How many numbers the small matrices have that are decomposed in one call."""
+"""Number of entries of all small matrices that are decomposed in one call, about."""
 
 
 def singular_values(gradient: LayerGradient) -> np.ndarray:
     """Return the singular values of a gradient, descending.
 
-    The values are exact to 1e-7 of the largest, see :func:`singular_values_of`.
+    The values are exact to 1e-7 of the largest value, see :func:`singular_values_of`.
 
     Returns:
         (rank bound,) fp64.
@@ -72,12 +72,12 @@ def singular_values_of(gradients: Sequence[LayerGradient]) -> Tensor:
     bounds = [gradient.rank_bound for gradient in gradients]
     device = gradients[0].device if gradients else None
     values = torch.zeros(len(gradients), max(bounds, default=0), dtype=torch.float64, device=device)
-    # 1. A batch: matrices of one size whose eigenvalues are the squared singular values, with their error bounds.
+    # 1. A batch: matrices of one size whose eigenvalues are the squared singular values, and bounds of their errors.
     for places, squares, squared_error in _squared_batches(gradients):
         check_finite(squares, f"a gradient of shape {gradients[places[0]].matrix_shape}")
         # 2. One call finds the eigenvalues of the whole batch.
         batch_values = singular_values_of_gram(squares)
-        # 3. An error δ of σ² is an error of up to √δ of σ: too large relative to σ₁, the factors are decomposed.
+        # 3. An error δ of σ² is an error of up to √δ of σ: where √δ is too large relative to σ₁, decompose the factors.
         inexact = (squared_error > (_PRECISION * batch_values[:, 0]) ** 2).tolist()
         for place, from_squares, decompose in zip(places, batch_values, inexact, strict=True):
             spectrum = torch.linalg.svdvals(small_equivalent(gradients[place])) if decompose else from_squares
@@ -108,7 +108,7 @@ def small_equivalent(gradient: LayerGradient) -> Tensor:
     """Return a small fp64 matrix with the same singular values as the gradient.
 
     With fewer tokens T than rows and columns, LᵀR = Q_L (S_L S_Rᵀ) Q_Rᵀ from the QRs of both factors, and the T × T
-    middle S_L S_Rᵀ is returned. Otherwise it is the gradient itself, or its non-zero rows.
+    middle S_L S_Rᵀ is returned. Otherwise the gradient itself is returned, or its non-zero rows.
     """
     if isinstance(gradient, IndexedGradient):
         return gradient.rows.double()
@@ -129,11 +129,14 @@ def rank_tolerance(values: np.ndarray, shape: tuple[int, int]) -> float:
 
 
 def energy_rank(values: np.ndarray, energy: float) -> int:
-    """Return the smallest k whose k leading singular values hold a share ``energy`` of the squared norm.
+    """Return the smallest k such that the k leading singular values hold a share ``energy`` of the squared norm.
 
     Args:
         values: Singular values, descending.
         energy: Share of the squared norm, above 0 and at most 1.
+
+    Returns:
+        k; 0 if all singular values are zero.
 
     Raises:
         GeometryError: If the share is out of range.
@@ -169,7 +172,7 @@ _Grams = tuple[Tensor, ...]
 
 
 def _squared_batches(gradients: Sequence[LayerGradient]) -> Iterator[_Batch]:
-    """Yield the squares of all gradients, stacked by size, as soon as a stack is large enough for one call."""
+    """Yield batches of all gradients' squares, of one size each, as soon as a batch is large enough for one call."""
     gram_cache = _GramCache(gradients)
     waiting: dict[tuple[int, int], list[tuple[int, _Grams]]] = {}
     for place, gradient in enumerate(gradients):
@@ -204,7 +207,7 @@ def _product(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
         decomposition.
     """
     squared_error = _EPS_FP64 * _column_sums(left) * _column_sums(right)
-    # 1. Tokens with a zero factor make a Gram matrix singular without adding anything: they are taken out.
+    # 1. Tokens with a zero factor add nothing to the gradient, but make a Gram matrix singular: take these tokens out.
     left, right, replacement = _without_zero_tokens(left, right)
     # 2. left = CCᵀ: left @ right has the eigenvalues of the symmetric CᵀBC with B = right.
     lower, failed = torch.linalg.cholesky_ex(left + replacement)
@@ -245,8 +248,8 @@ class _GramCache:
 
     def __init__(self, gradients: Sequence[LayerGradient]) -> None:
         factored = [gradient for gradient in gradients if isinstance(gradient, FactoredGradient)]
-        self._uses = Counter(_memory(factor) for gradient in factored for factor in gradient.factors())
-        self._cached: dict[_Memory, Tensor] = {}
+        self._uses = Counter(_memory_key(factor) for gradient in factored for factor in gradient.factors())
+        self._cached: dict[_MemoryKey, Tensor] = {}
 
     def grams(self, gradient: LayerGradient) -> _Grams:
         """Return LLᵀ and RRᵀ of thin factors, otherwise the Gram matrix of the smaller side."""
@@ -258,7 +261,7 @@ class _GramCache:
         return (_gram_of_smaller_side(gradient),)
 
     def _factor_gram(self, factor: Tensor) -> Tensor:
-        key = _memory(factor)
+        key = _memory_key(factor)
         gram = self._cached.get(key)
         if gram is None:
             gram = _gram(factor)
@@ -267,10 +270,10 @@ class _GramCache:
         return gram
 
 
-_Memory = tuple[int, torch.Size, tuple[int, ...]]
+_MemoryKey = tuple[int, torch.Size, tuple[int, ...]]
 
 
-def _memory(tensor: Tensor) -> _Memory:
+def _memory_key(tensor: Tensor) -> _MemoryKey:
     """Return a key that two living tensors share only if they are the same numbers in memory."""
     return tensor.data_ptr(), tensor.shape, tensor.stride()
 

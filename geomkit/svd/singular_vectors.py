@@ -23,17 +23,20 @@ _STRIP = 4096
 """Rows of a tall matrix that are decomposed at a time."""
 
 _OVERSAMPLING = 10
+"""Number of random directions beyond the wanted rank."""
+
 _ITERATIONS = 4
+"""Number of power iterations."""
 
 
 @dataclass(frozen=True, eq=False)
 class SingularVectors:
-    """Singular values of a gradient, and functions that return its k leading singular vectors as columns, fp64.
+    """Singular values of a gradient, and functions that return the k leading singular vectors as columns, fp64.
 
     Attributes:
         values: (K,) singular values, descending, fp64.
-        left: Takes k, returns the left vectors (rows, k).
-        right: Takes k, returns the right vectors (columns, k).
+        left: Function from k to the (rows, k) left vectors.
+        right: Function from k to the (columns, k) right vectors.
     """
 
     values: np.ndarray
@@ -46,7 +49,7 @@ def exact_vectors(gradient: LayerGradient, sides: Sides) -> SingularVectors:
 
     Args:
         gradient: The gradient.
-        sides: Sides whose vectors are needed; the function of another side may fail.
+        sides: Sides whose vectors are needed; the function of the other side may fail.
     """
     if isinstance(gradient, IndexedGradient):
         return _from_rows(gradient)
@@ -59,8 +62,8 @@ def exact_vectors(gradient: LayerGradient, sides: Sides) -> SingularVectors:
 def randomized_vectors(gradient: LayerGradient, rank: int, generator: torch.Generator) -> SingularVectors:
     """Return approximate leading singular vectors from random projections (Halko, Martinsson and Tropp 2011).
 
-    Ten more directions than needed and four power iterations with orthogonalisation take eleven thin products with the
-    gradient, which is not formed. The values and ‖UᵀG‖ never exceed the exact ones.
+    The method takes ten more directions than vectors and four power iterations with orthogonalisation: eleven thin
+    products with the gradient, which is not formed. The values and ‖UᵀG‖ never exceed the exact ones.
 
     Args:
         gradient: The gradient.
@@ -69,20 +72,20 @@ def randomized_vectors(gradient: LayerGradient, rank: int, generator: torch.Gene
     """
     rows, columns = gradient.matrix_shape
     size = min(rank + _OVERSAMPLING, rows, columns)
-    # 1. Gaussian directions of the input space, turned towards the leading ones by power iterations with GᵀG.
-    frame = torch.randn(columns, size, generator=generator, dtype=torch.float64).to(gradient.device)
+    # 1. Gaussian directions of the input space, turned towards the leading right vectors by power iterations with GᵀG.
+    basis = torch.randn(columns, size, generator=generator, dtype=torch.float64).to(gradient.device)
     for _ in range(_ITERATIONS):
-        frame = _orthonormal(gradient.rmatmul(_orthonormal(gradient.matmul(frame)).T).T)
+        basis = _orthonormal(gradient.rmatmul(_orthonormal(gradient.matmul(basis)).T).T)
     # 2. Orthonormal basis Q of their images, and the SVD of the small QᵀG = U Σ Vᵀ: G ≈ (QU) Σ Vᵀ.
-    frame = _orthonormal(gradient.matmul(frame))
-    projected = _from_matrix(gradient.rmatmul(frame.T))
-    return SingularVectors(projected.values, lambda k: frame @ projected.left(k), projected.right)
+    q = _orthonormal(gradient.matmul(basis))
+    projected = _from_matrix(gradient.rmatmul(q.T))
+    return SingularVectors(projected.values, lambda k: q @ projected.left(k), projected.right)
 
 
 def _orthonormal(columns: Tensor) -> Tensor:
     """Return an orthonormal basis of the column space."""
-    frame: Tensor = torch.linalg.qr(columns).Q
-    return frame
+    basis: Tensor = torch.linalg.qr(columns).Q
+    return basis
 
 
 def _from_rows(gradient: IndexedGradient) -> SingularVectors:
@@ -109,7 +112,8 @@ def _from_factors(left: Tensor, right: Tensor, sides: Sides) -> SingularVectors:
 def _from_strips(gradient: LayerGradient) -> SingularVectors:
     """Decompose a tall matrix from the triangle of its QR, of which only a strip of rows is formed at a time."""
     rows, columns = gradient.matrix_shape
-    # 1. G = QS: the triangle of the rows so far and the next strip together have the triangle of both.
+    # 1. G = QS: the triangle S of the rows so far can stand for these rows when the triangle with the next strip is
+    #    computed.
     triangle = torch.zeros(0, columns, dtype=torch.float64, device=gradient.device)
     step = max(_STRIP, columns)
     for start in range(0, rows, step):

@@ -1,7 +1,7 @@
 """Singular spectra of a model's gradients, with intervals over examples and a null with the same token count.
 
 No single number is the rank of a gradient: the measures of :class:`~geomkit.svd.layer_spectrum.LayerSpectrum` answer
-different questions and disagree, and all are bounded by min(rows, columns, T), whatever the gradient. So a
+different questions and disagree, and all are bounded by min(rows, columns, T), whatever the gradient. Therefore a
 :class:`Spectrum` keeps T, the bound, the null, and the spectra with groups of examples left out in turn.
 """
 
@@ -43,7 +43,7 @@ class Spectrum(Result):
             :func:`geomkit.svd.nulls.random_factor_null`.
         without: For every parameter, the spectra without one group of examples in turn, the same groups for all
             parameters; empty if there are no samples.
-        confidence: Of the intervals.
+        confidence: Nominal coverage of the intervals.
     """
 
     layers: Mapping[str, LayerSpectrum]
@@ -53,7 +53,7 @@ class Spectrum(Result):
 
     @property
     def unit(self) -> Unit:
-        """What token counts and rank bounds count: the tokens of a gradient, or the examples of a span."""
+        """Unit of token counts and rank bounds: the tokens of a gradient, or the examples of a span."""
         return next((layer.unit for layer in self.layers.values()), "tokens")
 
     @property
@@ -62,7 +62,7 @@ class Spectrum(Result):
         return [name for name, layer in self.layers.items() if not layer.is_zero]
 
     def mean(self, statistic: str) -> float:
-        """Return the plain mean of a statistic over the parameters with a non-zero gradient.
+        """Return the unweighted mean of a statistic over the parameters with a non-zero gradient.
 
         Raises:
             GeometryError: If there is no such statistic.
@@ -70,10 +70,10 @@ class Spectrum(Result):
         return _mean(statistic_values([self.layers[name] for name in self.measured], statistic))
 
     def interval(self, statistic: str) -> tuple[float, float]:
-        """Return the interval of the mean over parameters.
+        """Return the jackknife interval of a statistic's mean over parameters, over examples.
 
         Returns:
-            The ends; NaN for a statistic without an interval, or without samples.
+            Lower and upper end; NaN for a statistic without an interval, or without samples.
 
         Raises:
             GeometryError: If there is no such statistic.
@@ -92,7 +92,7 @@ class Spectrum(Result):
         return _mean(statistic_values(spectra, statistic))
 
     def left_out(self, statistic: str, parameters: Sequence[str] | None = None) -> np.ndarray:
-        """Return a statistic with one group of examples left out, for every group in turn.
+        """Return the values of a statistic with one group of examples left out, for every group in turn.
 
         Args:
             statistic: Name of a statistic.
@@ -107,11 +107,12 @@ class Spectrum(Result):
         return np.column_stack([_left_out_values(self.layers[name], self.without[name], statistic) for name in names])
 
     def to_frame(self) -> "pd.DataFrame":
-        """Return a row per parameter and statistic.
+        """Return a data frame with one row per parameter and statistic.
 
         ``low`` and ``high`` are the interval over examples. ``null`` is the mean over the random spectra of the null,
-        ``null_low`` and ``null_high`` are the smallest and the largest: with D draws, another draw falls outside with
-        probability 2/(D+1). ``tolerance`` is the threshold of the numeric rank for singular values.
+        ``null_low`` and ``null_high`` are the smallest and the largest of these spectra's values: with D draws, another
+        draw falls outside with probability 2/(D+1). ``tolerance`` is the threshold above which singular values
+        count for the numeric rank.
         """
         import pandas as pd
 
@@ -171,7 +172,7 @@ def _largest_possible(statistic: str, rank_bound: float) -> float:
 
 
 def _left_out_values(layer: LayerSpectrum, without: Sequence[LayerSpectrum], statistic: str) -> np.ndarray:
-    """Return (J,) values of a statistic without every group in turn.
+    """Return (J,) values of a statistic without one group of examples, for every group in turn.
 
     The values are NaN for a CER(k) that becomes 1 because at most k tokens are left.
     """
@@ -213,19 +214,19 @@ def spectrum(
 
     Args:
         gradients: Gradients by parameter, such as a :class:`~geomkit.gradients.gradient_set.GradientSet`; vectors are
-            left out. For intervals a set collected with ``per_sample=True``, thinned by ``match_tokens`` or not.
+            left out. Intervals need a set collected with ``per_sample=True``, which ``match_tokens`` may have thinned.
         null_draws: Number of random gradients from the null of every parameter; 0 for no null.
         groups: Largest number of groups of examples, of which one is left out at a time; a group costs as much as a
             draw of the null. 0 for no intervals.
         seed: Seed of the null and of the groups; the draws of a parameter do not depend on the other parameters.
-        confidence: Of the intervals.
+        confidence: Nominal coverage of the intervals, between 0 and 1.
 
     Returns:
         The spectra. Singular values are exact to 1e-7 of the largest, and no gradient of few tokens is formed.
 
     Raises:
-        GeometryError: If these are no gradients or not finite, ``groups`` is 1 or negative, ``null_draws`` is
-            negative, or the confidence is not between 0 and 1.
+        GeometryError: If ``gradients`` holds something other than gradients or a value that is not finite, ``groups``
+            is 1 or negative, ``null_draws`` is negative, or the confidence is not between 0 and 1.
 
     Example:
         >>> import geomkit as gk
@@ -266,7 +267,7 @@ def _without_groups(
     if not isinstance(gradients, GradientSet) or len(gradients.samples) < 2 or not groups:
         return {}
     count = len(gradients.samples)
-    dealt = jackknife_groups(count, groups, np.random.default_rng(seed))
+    left_out = jackknife_groups(count, groups, np.random.default_rng(seed))
     relative_weights = gradients.weights * count  # 1 for equal weights: nothing is scaled or copied then
     spectra: dict[str, tuple[LayerSpectrum, ...]] = {}
     for name in names:
@@ -274,11 +275,11 @@ def _without_groups(
             sample[name] if weight == 1 else sample[name].scaled(weight)
             for sample, weight in zip(gradients.samples, relative_weights, strict=True)
         ]
-        spectra[name] = tuple(layer_spectrum(name, total) for total in _sums_without(parts, dealt))
+        spectra[name] = tuple(layer_spectrum(name, total) for total in _sums_without(parts, left_out))
     return spectra
 
 
 def _sums_without(parts: Sequence[LayerGradient], groups: Sequence[np.ndarray]) -> Iterator[LayerGradient]:
-    """Return the sums of all gradients but those of one group, for every group."""
+    """Return the sum of all gradients without the gradients of one group, for every group in turn."""
     sums = [add([parts[place] for place in group]) for group in groups]
     return (add([*sums[:place], *sums[place + 1 :]]) for place in range(len(sums)))

@@ -1,7 +1,8 @@
 """Differences between the spectra of two sets of examples, with intervals and p-values.
 
-A spectrum below its null is no result about safety yet: with random weights it is below the null too, because the
-examples repeat their wording. Only the difference from a control set at the same token count is such a result.
+A spectrum below its null is not yet a result about safety: the spectrum of a model with random weights is below the
+null too, because the examples repeat their wording. Only the difference from a control set at the same token count is
+a result about safety.
 """
 
 from collections.abc import Sequence
@@ -34,7 +35,7 @@ class SpectrumContrast(Result):
         a: Spectra of the first set.
         b: Spectra of the second set, for the same parameters at the same token counts.
         names: Names of the two sets.
-        confidence: Of the intervals.
+        confidence: Nominal coverage of the intervals.
     """
 
     a: Spectrum
@@ -44,7 +45,7 @@ class SpectrumContrast(Result):
 
     @property
     def measured(self) -> list[str]:
-        """Names of the parameters with a non-zero gradient on both sides."""
+        """Names of the parameters with a non-zero gradient in both sets."""
         return [name for name in self.a.measured if not self.b.layers[name].is_zero]
 
     def mean(self, statistic: str) -> tuple[float, tuple[float, float]]:
@@ -63,7 +64,7 @@ class SpectrumContrast(Result):
         return difference, (float(low), float(high))
 
     def p_value(self, statistic: str) -> float:
-        """Return the two-sided p-value of no difference between the means; NaN for a statistic without an interval.
+        """Return the two-sided p-value of equal means of a statistic; NaN for a statistic without an interval.
 
         Raises:
             GeometryError: If there is no such statistic.
@@ -72,19 +73,19 @@ class SpectrumContrast(Result):
         return float(jackknife_p_value(difference, *left_out)) if all(map(len, left_out)) else float("nan")
 
     def _mean(self, statistic: str) -> tuple[float, tuple[np.ndarray, np.ndarray]]:
-        """Return the difference between the means, and the mean of each side without every group of examples."""
+        """Return the difference between the means, and the means of both sets without each group of examples."""
         names = self.measured
         if not names:
             return float("nan"), (np.empty(0), np.empty(0))
         difference = float((_values(self.a, names, statistic) - _values(self.b, names, statistic)).mean())
-        first, second = (side.left_out(statistic, names).mean(axis=1) for side in (self.a, self.b))
+        first, second = (spectrum.left_out(statistic, names).mean(axis=1) for spectrum in (self.a, self.b))
         return difference, (first, second)
 
     def to_frame(self) -> "pd.DataFrame":
-        """Return a row per parameter and statistic.
+        """Return a data frame with one row per parameter and statistic.
 
-        ``a`` and ``b`` are the two values, ``difference`` is a − b with its interval ``low``, ``high`` and two-sided
-        ``p_value``; ``q_value`` is the p-value adjusted for the number of parameters, within each statistic
+        ``a`` and ``b`` are the two values, and ``difference`` is a − b with the interval ``low`` to ``high`` and the
+        two-sided ``p_value``; ``q_value`` is the p-value adjusted for the number of parameters, within each statistic
         (:func:`geomkit.stats.multiple_testing.benjamini_hochberg`).
         """
         return self._frame.copy()
@@ -114,20 +115,20 @@ class SpectrumContrast(Result):
         return f"{self.names[0]} − {self.names[1]}: {', '.join(differences)}{where}"
 
 
-def _values(side: Spectrum, names: Sequence[str], statistic: str) -> np.ndarray:
-    return statistic_values([side.layers[name] for name in names], statistic)
+def _values(spectrum: Spectrum, names: Sequence[str], statistic: str) -> np.ndarray:
+    return statistic_values([spectrum.layers[name] for name in names], statistic)
 
 
 def _columns(contrast: SpectrumContrast, names: Sequence[str], statistic: str) -> dict[str, object]:
     """Return the columns of the rows of one statistic; ``place`` is the index of the parameter."""
-    a, b = (_values(side, names, statistic) for side in (contrast.a, contrast.b))
+    a, b = (_values(spectrum, names, statistic) for spectrum in (contrast.a, contrast.b))
     difference = a - b
-    left_out = [side.left_out(statistic, names) for side in (contrast.a, contrast.b)]
+    left_out = [spectrum.left_out(statistic, names) for spectrum in (contrast.a, contrast.b)]
     low, high, p_value = (np.full(len(names), np.nan) for _ in range(3))
     if all(map(len, left_out)):
         low, high = jackknife_interval(difference, *left_out, confidence=contrast.confidence)
         p_value = jackknife_p_value(difference, *left_out)
-        # A zero gradient has no examples that could vary: nothing is known of its rank.
+        # The rank of a zero gradient does not vary with the examples, so that the jackknife says nothing about it.
         zero = ~np.isin(names, contrast.measured)
         low, high, p_value = (np.where(zero, np.nan, values) for values in (low, high, p_value))
     return {
@@ -152,8 +153,8 @@ def compare_spectra(
 ) -> SpectrumContrast:
     """Compare the spectra of two independent sets of examples at equal token counts.
 
-    Intervals and p-values are those of the two-sample jackknife, with Student's t and the degrees of freedom of Welch
-    and Satterthwaite. They are cautious, as the intervals of :func:`geomkit.svd.spectrum.spectrum` are, except where a
+    Intervals and p-values come from the two-sample jackknife, with Student's t and the degrees of freedom of Welch and
+    Satterthwaite. They are cautious, as the intervals of :func:`geomkit.svd.spectrum.spectrum` are, except where a
     few examples have most of the squared norm; see tests/benchmarks/README.md.
 
     Args:
@@ -161,33 +162,33 @@ def compare_spectra(
             :func:`geomkit.svd.token_matching.match_tokens`.
         b: Spectra of the second set, of other examples, thinned together with the first set.
         names: Names of the two sets.
-        confidence: Of the intervals.
+        confidence: Nominal coverage of the intervals, between 0 and 1.
 
     Returns:
         The differences a − b.
 
     Raises:
-        GeometryError: If a side is no spectrum or was measured without samples, parameters, their shapes or token
-            counts differ, there are not two names, or the confidence is not between 0 and 1.
+        GeometryError: If ``a`` or ``b`` is not a spectrum or was measured without samples; if parameters, shapes or
+            token counts differ; if there are not two names; or if the confidence is not between 0 and 1.
 
     Example:
         >>> import geomkit as gk
         >>> model, tokenizer = gk.load_organism()
         >>> sets = (gk.load_examples(name).select(range(8)) for name in ("safety", "utility"))
         >>> options = {"per_sample": True, "layers": "*.3.mlp.*", "progress": False}
-        >>> sides = gk.match_tokens(*(gk.collect_gradients(model, tokenizer, rows, **options) for rows in sets))
-        >>> contrast = compare_spectra(*(gk.spectrum(side) for side in sides), names=("safety", "utility"))
+        >>> matched = gk.match_tokens(*(gk.collect_gradients(model, tokenizer, rows, **options) for rows in sets))
+        >>> contrast = compare_spectra(*(gk.spectrum(gradients) for gradients in matched), names=("safety", "utility"))
         >>> difference, (low, high) = contrast.mean("effective_rank")
         >>> bool(low < difference < high)
         True
     """
     check_confidence(confidence)
     if len(names) != 2 or isinstance(names, str):
-        raise GeometryError(f"expected two names, found {names!r}; give one for each side")
-    for side in (a, b):
-        if not isinstance(side, Spectrum):
+        raise GeometryError(f"expected two names, found {names!r}; give one for each set")
+    for spectrum in (a, b):
+        if not isinstance(spectrum, Spectrum):
             raise GeometryError(
-                f"expected two spectra, found {type_in_words(side)}; measure each with spectrum or span"
+                f"expected two spectra, found {type_in_words(spectrum)}; measure each with spectrum or span"
             )
     if difference := sorted(set(a.layers).symmetric_difference(b.layers)):
         raise GeometryError(
@@ -196,10 +197,10 @@ def compare_spectra(
         )
     if not a.layers:
         raise GeometryError("expected spectra of one parameter or more, found none; choose others with layers=")
-    for side_name, side in zip(names, (a, b), strict=True):
-        if any(len(side.without.get(name, ())) < 2 for name in side.layers):
+    for set_name, spectrum in zip(names, (a, b), strict=True):
+        if any(len(spectrum.without.get(name, ())) < 2 for name in spectrum.layers):
             raise GeometryError(
-                f"expected {side_name} spectra with groups of examples left out, found spectra of the mean only; "
+                f"expected {set_name} spectra with groups of examples left out, found spectra of the mean only; "
                 "measure a set collected with per_sample=True, with groups= of 2 or more"
             )
     _check_units(a, b)
@@ -208,7 +209,7 @@ def compare_spectra(
 
 
 def _check_units(a: Spectrum, b: Spectrum) -> None:
-    """Raise GeometryError unless both sides have the same number of tokens, or of examples, for every parameter."""
+    """Raise GeometryError unless both spectra have the same number of tokens, or of examples, for every parameter."""
     if a.unit != b.unit:
         raise GeometryError(
             f"expected two spectra of gradients or two spans, found one of {a.unit} and one of {b.unit}; measure both "
@@ -226,12 +227,12 @@ def _check_units(a: Spectrum, b: Spectrum) -> None:
         )
     raise GeometryError(
         f"expected equal token counts, found {first} and {second} in {unequal[0]} ({len(unequal)} differ); rank "
-        "grows with tokens, so bring the sides to the same number with match_tokens first"
+        "grows with tokens, so bring the sets to the same number with match_tokens first"
     )
 
 
 def _check_shapes(a: Spectrum, b: Spectrum) -> None:
-    """Raise GeometryError unless every parameter has the same shape on both sides."""
+    """Raise GeometryError unless every parameter has the same shape in both spectra."""
     for name, layer in a.layers.items():
         if layer.shape != (other := b.layers[name].shape):
             raise GeometryError(

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from geomkit.gradients.provenance import Provenance
 
 Method = Literal["exact", "randomized"]
+"""Computation of singular vectors: by an SVD of small matrices, or from random projections."""
 
 
 @saveable
@@ -42,7 +43,7 @@ class LayerSubspace:
         singular_values: (k,) fp64, descending.
         energy: Share of the gradient's squared norm in the subspace, ‖UᵀG‖² / ‖G‖² for a left basis U.
         numeric_rank: Number of singular values above rounding, see
-            :func:`geomkit.svd.singular_values.rank_tolerance`; for a randomized subspace, among the computed ones.
+            :func:`geomkit.svd.singular_values.rank_tolerance`; for a randomized subspace, among the computed values.
         parameter: Name of the parameter.
         partner: (columns, k) the right vectors v_i with G v_i = σ_i u_i for the left vectors u_i of ``basis``, if both
             sides were asked for.
@@ -63,7 +64,7 @@ class LayerSubspace:
         return self.basis.shape[1]
 
     def on(self, side: Side) -> "LayerSubspace":
-        """Return the subspace of one of both sides."""
+        """Return the left or the right subspace of a result with both sides."""
         return replace(self, basis=self.basis if side == "left" or self.partner is None else self.partner, partner=None)
 
 
@@ -77,12 +78,12 @@ def layer_subspace(
     seed: int = 0,
     parameter: str = "",
 ) -> LayerSubspace:
-    """Return the subspace of the leading singular vectors of one gradient, which is not formed if it has few tokens.
+    """Return the subspace of the leading singular vectors of one gradient; a gradient of few tokens is not formed.
 
     Args:
         gradient: Gradient of a matrix; T tokens cost a QR of each thin factor and the SVD of a T × T matrix.
         rank: Number of vectors; fewer if the numeric rank of the gradient is lower.
-        energy: Instead of a rank, the share of the squared norm that the vectors should hold.
+        energy: Instead of a rank, the share of the squared norm that the subspace should hold.
         side: ``"left"`` for the output space, ``"right"`` for the input space, or ``"both"``.
         method: ``"randomized"`` for gradients of many tokens whose exact SVD is too slow; check the residual.
         seed: Seed of the random projections.
@@ -108,8 +109,8 @@ def layer_subspace(
         vectors = exact_vectors(gradient, side)
     values = vectors.values[: gradient.rank_bound]
     numeric_rank = int((values > rank_tolerance(values, gradient.matrix_shape)).sum())
-    wanted = rank if energy is None else energy_rank(values, energy)
-    k = min(wanted or 0, numeric_rank)
+    requested = rank if energy is None else energy_rank(values, energy)
+    k = min(requested or 0, numeric_rank)
     if method == "randomized":
         share, residual = _accuracy(gradient, vectors, k, side)
     else:
@@ -180,7 +181,7 @@ class Subspace(Result):
         return Subspace(side, {name: layer.on(side) for name, layer in self.layers.items()}, self.provenance)
 
     def to_frame(self) -> "pd.DataFrame":
-        """Return a row per parameter: ``rank`` of ``numeric_rank`` in ``dimension``, and its ``energy``.
+        """Return a data frame with one row per parameter: the ranks, the ``dimension`` of the space and the ``energy``.
 
         With both sides, the dimension is that of the left side.
         """
@@ -213,10 +214,10 @@ class Subspace(Result):
         return f"{sides} subspaces of {counted(len(ranks), 'matrix', 'matrices')}, rank {span}{residual}"
 
     def save(self, folder: str | Path) -> Path:
-        """Write the subspaces to a folder, from which :func:`load_subspace` reads them without the model.
+        """Save the subspaces in a folder; :func:`load_subspace` loads them, without the model.
 
         Args:
-            folder: Target folder. A subspace saved there before is replaced in one step; other files are left alone.
+            folder: Folder to write to. Saved subspaces in it are replaced in one step; other files stay.
 
         Returns:
             The folder.
@@ -238,9 +239,9 @@ def subspace(
     Args:
         gradients: Gradients by parameter, such as a :class:`~geomkit.gradients.gradient_set.GradientSet`; vectors are
             left out.
-        rank: Number of directions. A gradient of a lower numeric rank has fewer, with a warning: singular vectors
-            beyond the numeric rank are rounding noise.
-        energy: Instead of a rank, the share of the squared norm that the directions should hold; the ranks then differ
+        rank: Number of vectors. A subspace has fewer, with a warning, if the numeric rank of the gradient is lower:
+            singular vectors beyond the numeric rank are rounding noise.
+        energy: Instead of a rank, the share of the squared norm that each subspace should hold; the ranks then differ
             between parameters.
         side: ``"left"`` for the output space, ``"right"`` for the input space, or ``"both"`` with vectors in pairs.
         method: ``"exact"``, or ``"randomized"`` for large gradients of many tokens: eleven thin products per gradient,
@@ -251,8 +252,8 @@ def subspace(
         The subspace of every matrix parameter.
 
     Raises:
-        GeometryError: If these are no gradients, not exactly one of ``rank`` and ``energy`` is given, the given one is
-            out of range, or ``energy`` is combined with random projections.
+        GeometryError: If ``gradients`` holds something other than gradients, not exactly one of ``rank`` and
+            ``energy`` is given, the given one is out of range, or ``energy`` is combined with random projections.
 
     Warns:
         UserWarning: Once, if some gradients have a numeric rank below ``rank``.
@@ -279,8 +280,8 @@ def load_subspace(folder: str | Path, model: nn.Module | None = None) -> Subspac
     """Return the subspaces that :meth:`Subspace.save` wrote to a folder, bit for bit, on the CPU.
 
     Args:
-        folder: Folder with the saved subspaces.
-        model: If given, subspaces of gradients from another model or from other weights are refused.
+        folder: Folder of the saved subspaces.
+        model: Model to compare with: an error is raised unless the gradients were from this model with these weights.
 
     Returns:
         The subspaces.

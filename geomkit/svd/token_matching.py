@@ -1,7 +1,7 @@
-"""Random subsets of tokens that bring several gradients to the same token count, so that their spectra compare.
+"""Random subsets of tokens that bring several gradients to the same token count, so that spectra can be compared.
 
-No gradient has a higher rank than it has tokens: measures of rank grow with the token count and compare only at equal
-counts.
+The rank of a gradient is at most its number of tokens. Measures of rank therefore grow with the token count, and can
+be compared only at equal counts.
 """
 
 import logging
@@ -28,79 +28,79 @@ _Parts = dict[str, tuple[FactoredGradient, ...]]
 
 
 @overload
-def match_tokens(*sides: GradientSet, seed: int = 0) -> tuple[GradientSet, ...]: ...
+def match_tokens(*sets: GradientSet, seed: int = 0) -> tuple[GradientSet, ...]: ...
 @overload
-def match_tokens(*sides: Mapping[str, LayerGradient], seed: int = 0) -> tuple[Mapping[str, LayerGradient], ...]: ...
-def match_tokens(*sides: Mapping[str, LayerGradient], seed: int = 0) -> tuple[Mapping[str, LayerGradient], ...]:
-    """Return the gradients with the same number of tokens on every side, parameter by parameter.
+def match_tokens(*sets: Mapping[str, LayerGradient], seed: int = 0) -> tuple[Mapping[str, LayerGradient], ...]: ...
+def match_tokens(*sets: Mapping[str, LayerGradient], seed: int = 0) -> tuple[Mapping[str, LayerGradient], ...]:
+    """Return the gradients with the same number of tokens in every set, parameter by parameter.
 
-    A side with more tokens than the smallest side keeps a random subset of its tokens. Only factored gradients can be
+    A set with more tokens than the smallest set keeps a random subset of its tokens. Only factored gradients can be
     thinned: the linear layers of sets collected with ``form="factored"`` or ``per_sample=True``; all other parameters
-    are left out. So is, with a logged warning, a layer with a zero gradient on some side, as that of LoRA's ``lora_A``
-    before the first step.
+    are left out. A layer with a zero gradient in a set is left out too, with a logged warning; an example is LoRA's
+    ``lora_A`` before the first step.
 
     A set collected per sample stays a set with samples: the subset is drawn from the tokens of all examples together,
-    every example keeps its part of the subset, and the mean is that of the thinned examples with unchanged weights. The
-    losses and the counts of examples and scored tokens stay those of the whole set. The tokens are not reweighted:
+    every example keeps its part of the subset, and the mean is the mean of the thinned examples with unchanged weights.
+    The losses and the counts of examples and scored tokens stay those of the whole set. The tokens are not reweighted:
     spectra, subspaces and cosines do not depend on the scale.
 
     Args:
-        sides: Two or more gradients by parameter, of the same model.
+        sets: Two or more sets of gradients by parameter, of the same model.
         seed: Seed of the subsets; the subset of a parameter does not depend on the other parameters.
 
     Returns:
-        The sides, in order, with the parameters that are factored on all of them: sets for sets, dicts for other
-        mappings.
+        The sets, in order, with the parameters that are factored in all of them: a ``GradientSet`` for a
+        ``GradientSet``, a dict for any other mapping.
 
     Raises:
-        GeometryError: If there are fewer than two sides, a side is no gradients, a parameter has two shapes, or no
-            parameter is factored on all sides.
+        GeometryError: If there are fewer than two sets, a set holds something other than gradients, a parameter has
+            two shapes, or no parameter is factored in all sets.
 
     Example:
         >>> short, long = (FactoredGradient(torch.ones(t, 3), torch.ones(t, 4)) for t in (2, 5))
-        >>> [side["w"].tokens for side in match_tokens({"w": long}, {"w": short}, {"w": long})]
+        >>> [gradients["w"].tokens for gradients in match_tokens({"w": long}, {"w": short}, {"w": long})]
         [2, 2, 2]
     """
-    if len(sides) < 2:
-        raise GeometryError(f"expected two sides to match or more, found {len(sides)}; give e.g. safety and control")
-    for side in sides:
-        check_gradients("given", side)
-    # 1. The parameters that all sides have, are factored on all sides, and have tokens on all sides.
-    first, *others = sides
-    shared = [name for name in first if all(name in side for side in others)]
-    parts = [{name: _parts(side, name) for name in shared} for side in sides]
-    factored = [name for name in shared if all(side_parts[name] for side_parts in parts)]
-    # 2. The token count of a parameter is that of its smallest side.
-    tokens = {name: min(sum(part.tokens for part in side_parts[name]) for side_parts in parts) for name in factored}
+    if len(sets) < 2:
+        raise GeometryError(f"expected two sets to match or more, found {len(sets)}; give e.g. safety and control")
+    for gradients in sets:
+        check_gradients("given", gradients)
+    # 1. The parameters that all sets have, are factored in all sets, and have tokens in all sets.
+    first, *others = sets
+    shared = [name for name in first if all(name in gradients for gradients in others)]
+    parts = [{name: _parts(gradients, name) for name in shared} for gradients in sets]
+    factored = [name for name in shared if all(set_parts[name] for set_parts in parts)]
+    # 2. The token count of a parameter is the smallest of its counts in all sets.
+    tokens = {name: min(sum(part.tokens for part in set_parts[name]) for set_parts in parts) for name in factored}
     names = [name for name in factored if tokens[name] > 0]
     if not names:
-        gradients = [gradient for side in sides for gradient in side.values()]
-        raise GeometryError(_nothing_to_match(gradients, shared, factored))
+        all_gradients = [gradient for gradients in sets for gradient in gradients.values()]
+        raise GeometryError(_nothing_to_match(all_gradients, shared, factored))
     for name in names:
-        check_one_shape(name, *(side[name] for side in sides))
+        check_one_shape(name, *(gradients[name] for gradients in sets))
     if zero := [name for name in factored if tokens[name] == 0]:
         _LOGGER.warning("left %d of %d layers out, whose gradient is zero: %s", len(zero), len(factored), zero[:4])
-    # 3. Every side and parameter has a generator, so that no subset depends on another.
+    # 3. Every set and parameter has a generator, so that no subset depends on another.
     matched = []
-    for place, (side, side_parts) in enumerate(zip(sides, parts, strict=True)):
-        generators = {name: parameter_generator(len(sides) * seed + place, name) for name in names}
-        thinned = {name: _thinned(side_parts[name], tokens[name], generators[name]) for name in names}
-        matched.append(_rebuilt(side, thinned))
+    for place, (gradients, set_parts) in enumerate(zip(sets, parts, strict=True)):
+        generators = {name: parameter_generator(len(sets) * seed + place, name) for name in names}
+        thinned = {name: _thinned(set_parts[name], tokens[name], generators[name]) for name in names}
+        matched.append(_rebuilt(gradients, thinned))
     return tuple(matched)
 
 
-def _parts(side: Mapping[str, LayerGradient], name: str) -> tuple[FactoredGradient, ...]:
-    """Return the gradients of all examples, without samples the mean gradient; nothing if they are not factored."""
-    samples = side.samples if isinstance(side, GradientSet) else ()
-    gradients = [sample[name] for sample in samples] or [side[name]]
-    factored = tuple(gradient for gradient in gradients if isinstance(gradient, FactoredGradient))
-    return factored if len(factored) == len(gradients) else ()
+def _parts(gradients: Mapping[str, LayerGradient], name: str) -> tuple[FactoredGradient, ...]:
+    """Return the gradients of all examples, or the mean gradient without samples; empty if any is not factored."""
+    samples = gradients.samples if isinstance(gradients, GradientSet) else ()
+    parts = [sample[name] for sample in samples] or [gradients[name]]
+    factored = tuple(part for part in parts if isinstance(part, FactoredGradient))
+    return factored if len(factored) == len(parts) else ()
 
 
 def _thinned(
     parts: Sequence[FactoredGradient], tokens: int, generator: torch.Generator
 ) -> tuple[FactoredGradient, ...]:
-    """Draw a number of tokens from those of all parts together, and return every part with its drawn tokens."""
+    """Return every part with its share of ``tokens`` random tokens, drawn from the tokens of all parts together."""
     ends = np.cumsum([part.tokens for part in parts])
     drawn = torch.randperm(int(ends[-1]), generator=generator)[:tokens].sort().values.numpy()
     if tokens == ends[-1]:
@@ -117,19 +117,19 @@ def _at_tokens(gradient: FactoredGradient, places: Tensor) -> FactoredGradient:
     return FactoredGradient(gradient.left[places], gradient.right[places])
 
 
-def _rebuilt(side: Mapping[str, LayerGradient], thinned: _Parts) -> Mapping[str, LayerGradient]:
-    """Return a side with thinned gradients in place of its gradients."""
-    if not isinstance(side, GradientSet):
+def _rebuilt(gradients: Mapping[str, LayerGradient], thinned: _Parts) -> Mapping[str, LayerGradient]:
+    """Return a set with thinned gradients in place of its gradients."""
+    if not isinstance(gradients, GradientSet):
         return {name: mean for name, (mean,) in thinned.items()}
-    coverage = _restricted(side.coverage, thinned)
-    if not side.samples:
-        return replace(side, layers={name: mean for name, (mean,) in thinned.items()}, coverage=coverage)
+    coverage = _restricted(gradients.coverage, thinned)
+    if not gradients.samples:
+        return replace(gradients, layers={name: mean for name, (mean,) in thinned.items()}, coverage=coverage)
     samples = (
         replace(sample, layers={name: parts[place] for name, parts in thinned.items()}, coverage=coverage)
-        for place, sample in enumerate(side.samples)
+        for place, sample in enumerate(gradients.samples)
     )
-    means = {name: _weighted_sum(parts, side.weights.tolist()) for name, parts in thinned.items()}
-    return replace(side, layers=means, samples=tuple(samples), coverage=coverage)
+    means = {name: _weighted_sum(parts, gradients.weights.tolist()) for name, parts in thinned.items()}
+    return replace(gradients, layers=means, samples=tuple(samples), coverage=coverage)
 
 
 def _weighted_sum(parts: Sequence[FactoredGradient], weights: Sequence[float]) -> FactoredGradient:
@@ -138,7 +138,7 @@ def _weighted_sum(parts: Sequence[FactoredGradient], weights: Sequence[float]) -
 
 
 def _restricted(coverage: Coverage, names: Mapping[str, object]) -> Coverage:
-    """Return the coverage with all parameters but the given ones moved to the missing ones."""
+    """Return the coverage with all parameters except the given ones counted as missing."""
     seen = {name: size for name, size in coverage.seen.items() if name in names}
     dropped = {name: size for name, size in coverage.seen.items() if name not in names}
     reasons = {**coverage.reasons, **dict.fromkeys(dropped, "left out by match_tokens")}
@@ -146,9 +146,9 @@ def _restricted(coverage: Coverage, names: Mapping[str, object]) -> Coverage:
 
 
 def _nothing_to_match(gradients: Sequence[LayerGradient], shared: Sequence[str], factored: Sequence[str]) -> str:
-    """Return the error message that says why no parameter is left."""
+    """Return the error message with the reason why no parameter is left."""
     if factored:
-        return f"expected a gradient other than zero on every side, found none in {factored[:4]}; train these first"
+        return f"expected a gradient other than zero in every set, found none in {factored[:4]}; train these first"
     if not shared:
         return "expected gradients of the same parameters, found none in common; collect all with the same layers="
     if any(
@@ -156,5 +156,5 @@ def _nothing_to_match(gradients: Sequence[LayerGradient], shared: Sequence[str],
         for gradient in gradients
         if not isinstance(gradient, IndexedGradient)
     ):
-        return 'expected factored gradients on all sides, found none; collect all with form="factored"'
+        return 'expected factored gradients in all sets, found none; collect all with form="factored"'
     return f"expected the weight of a linear layer, found none among {shared[:4]}; choose others with layers="

@@ -12,11 +12,11 @@ from geomkit.gradients.layer_gradient import LayerGradient, row_products, strips
 from geomkit.svd.singular_values import singular_values_of_gram
 
 _NUMBERS = 2**24
-"""How many numbers of examples, sums or Gram matrices are in memory at a time."""
+"""Largest number of entries of formed examples, sums or Gram matrices that are in memory at a time."""
 
 
 def weighted_spectra(gradients: Sequence[LayerGradient], weights: Tensor) -> Tensor:
-    """Return the singular values of Σ_i w_i G_i for many weights w.
+    """Return the singular values of the sums Σ_i w_i G_i for many vectors w of weights.
 
     While all tokens together are fewer than rows and columns, one QR of each side serves all sums, which differ only in
     the weights of a T × T middle. Otherwise strips of rows of all examples are formed, and all sums are one product.
@@ -35,17 +35,17 @@ def weighted_spectra(gradients: Sequence[LayerGradient], weights: Tensor) -> Ten
     if len(indexed) == len(gradients):
         gradients = _without_unused_rows(indexed)
     thin = [factors for gradient in gradients if (factors := thin_factors(gradient)) is not None]
-    # Factors of rows that were looked up are one-hot: larger than the formed rows.
+    # The left factor of an indexed gradient is one-hot and larger than the formed rows, so indexed ones take strips.
     tokens = sum(len(left) for left, _ in thin)
     if not indexed and len(thin) == len(gradients) and tokens < min(gradients[0].matrix_shape):
-        return _from_common_frames(thin, weights)
+        return _from_common_triangles(thin, weights)
     tall = [_tall(gradient) for gradient in gradients]
     step = max(1, _NUMBERS // tall[0].matrix_shape[1] ** 2)
     return torch.cat([_from_strips(tall, weights[start : start + step]) for start in range(0, len(weights), step)])
 
 
 def _without_unused_rows(gradients: Sequence[IndexedGradient]) -> list[IndexedGradient]:
-    """Return the gradients over the rows that at least one of them looked up."""
+    """Return the gradients without the rows that no gradient looked up."""
     used = torch.cat([gradient.indices for gradient in gradients]).unique()  # type: ignore[no-untyped-call]
     return [
         IndexedGradient(torch.searchsorted(used, gradient.indices), gradient.rows, len(used), gradient.tokens)
@@ -53,13 +53,13 @@ def _without_unused_rows(gradients: Sequence[IndexedGradient]) -> list[IndexedGr
     ]
 
 
-def _from_common_frames(thin: Sequence[tuple[Tensor, Tensor]], weights: Tensor) -> Tensor:
+def _from_common_triangles(thin: Sequence[tuple[Tensor, Tensor]], weights: Tensor) -> Tensor:
     """Return the spectra of the sums LᵀWR, with all tokens in L and R and the weights of the tokens in diagonal W."""
     # 1. Lᵀ = Q_L S_L and Rᵀ = Q_R S_R: a sum has the singular values of S_L W S_Rᵀ.
     left, right = (
         torch.linalg.qr(torch.cat(side).double().T, mode="r").R.contiguous() for side in zip(*thin, strict=True)
     )
-    # 2. The weight of an example is that of all its tokens.
+    # 2. All tokens of an example have the weight of the example.
     lengths = torch.tensor([len(factor) for factor, _ in thin], device=weights.device)
     by_token = weights.repeat_interleave(lengths, dim=1)
     middles = ((left * token_weights) @ right.T for token_weights in by_token)

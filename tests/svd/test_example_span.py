@@ -9,8 +9,9 @@ from geomkit.collection.collect import collect_gradients
 from geomkit.collection.sample_grams import sample_grams
 from geomkit.errors import GeometryError
 from geomkit.gradients.gradient_set import GradientSet, layer_grams
+from geomkit.inputs.parameters import ALL_PARAMETERS
 from geomkit.stats.jackknife import jackknife_groups
-from geomkit.svd.example_span import ALL, span
+from geomkit.svd.example_span import span
 from geomkit.svd.layer_spectrum import SMOOTH_STATISTICS
 from geomkit.svd.spectrum_contrast import compare_spectra
 from tests.helpers.tiny import SAFETY, UTILITY, tiny_llama, tiny_tokenizer
@@ -43,7 +44,7 @@ def test_singular_values_are_those_of_the_stacked_gradients(collected: GradientS
         assert (layer.tokens, layer.rank_bound) == (len(UTILITY), len(UTILITY))
     whole = np.hstack([stacked(collected, name) for name in collected])
     (layer,) = span(collected, together=True, unit=unit).layers.values()
-    assert layer.parameter == ALL
+    assert layer.parameter == ALL_PARAMETERS
     np.testing.assert_allclose(layer.singular_values, values_of(whole, unit), rtol=1e-5)
 
 

@@ -49,7 +49,7 @@ def test_match_tokens_leaves_zero_gradients_out_and_says_so(caplog: pytest.LogCa
     matched = match_tokens({"lora_A": zero, "lora_B": factored(5)}, {"lora_A": factored(3), "lora_B": factored(4)})
     assert [list(side) for side in matched] == [["lora_B"]] * 2
     assert caplog.messages == ["left 1 of 2 layers out, whose gradient is zero: ['lora_A']"]
-    with pytest.raises(GeometryError, match=r"other than zero on every side, found none in \['lora_A'\]"):
+    with pytest.raises(GeometryError, match=r"other than zero in every set, found none in \['lora_A'\]"):
         match_tokens({"lora_A": zero}, {"lora_A": factored(3)})
 
 
@@ -143,7 +143,7 @@ def test_more_than_two_sides_meet_at_the_least() -> None:
     again = match_tokens(*sides, seed=1)
     assert torch.equal(matched[2]["w"].left, again[2]["w"].left)
     assert not torch.equal(matched[2]["w"].left, match_tokens(*sides, seed=2)[2]["w"].left)
-    with pytest.raises(GeometryError, match="two sides to match or more, found 1"):
+    with pytest.raises(GeometryError, match="two sets to match or more, found 1"):
         match_tokens(sides[0])
 
 

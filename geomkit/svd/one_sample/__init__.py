@@ -1,4 +1,4 @@
-"""Agreement of single examples' gradients with the gradient of all: direction, subspace, and the number that is enough.
+"""Agreement of gradients of single examples, and of a few examples, with the mean gradient of all.
 
 Reading order: ``pooled`` → ``leave_one_out`` → ``study`` with its ``results`` → ``anchor_curve``, ``overlaps``,
 ``gradient_map``.

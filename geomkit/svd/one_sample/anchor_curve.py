@@ -1,8 +1,9 @@
-"""Overlap of the mean gradient of n anchors with the mean gradient of all, as a function of n.
+"""Overlap of the mean gradient of n anchors with the mean gradient of other examples, as a function of n.
 
-Half of the examples are set aside as the reference; the mean gradient of one, two, four … of the other examples is
-compared with the mean gradient of the reference. With as many anchors as the reference has examples, the overlap is the
-split-half reliability: no number of anchors can be expected to have a larger overlap with a reference of that size.
+Half of the safety examples are set aside as the reference; the mean gradient of one, two, four … of the other examples,
+the anchors, is compared with the mean gradient of the reference. With as many anchors as the reference has examples,
+the overlap is the split-half reliability: no number of anchors can be expected to have a larger overlap with a
+reference of that size.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ from torch import Tensor
 from geomkit.errors import GeometryError
 from geomkit.gradients.checks import check_enough, sample_counts, with_controls
 from geomkit.gradients.gradient_set import GradientSet
-from geomkit.inputs.parameters import kind_of, layer_index
+from geomkit.inputs.parameters import ALL_PARAMETERS, kind_of, layer_index
 from geomkit.svd.common_basis import CommonBasis, to_common_basis
 from geomkit.svd.nulls import haar_overlap
 from geomkit.svd.one_sample.pooled import is_matrix, no_subspaces, pooled_gradients, space_dimension
@@ -28,9 +29,8 @@ if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
-_FEWEST = 4  # two in the reference and two anchors
+_MIN_EXAMPLES = 4  # two in the reference and two anchors
 _BAND = (0.05, 0.95)  # quantiles: the central 90 % of the draws
-_ALL = "all parameters"
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,14 +105,14 @@ class AnchorCurve(Result):
         return self.counts[int(np.argmax(reached))] if reached.any() else None
 
     def to_frame(self) -> "pd.DataFrame":
-        """Return one row per parameter, group and number of anchors, rows of all parameters together first.
+        """Return a data frame with one row per parameter, group and number of anchors; first, all parameters together.
 
         ``value`` is the mean over draws, ``low`` to ``high`` contains the central 90 % of the draws, and ``null`` is
         the expected overlap of uniformly random subspaces.
         """
         import pandas as pd
 
-        rows = [*self._rows(_ALL, self.draws, self.expected)]
+        rows = [*self._rows(ALL_PARAMETERS, self.draws, self.expected)]
         for name, layer in self.layers.items():
             rows += self._rows(name, layer.draws, layer.expected)
         return pd.DataFrame(rows)
@@ -121,7 +121,7 @@ class AnchorCurve(Result):
         return [
             {
                 "parameter": parameter,
-                "kind": "all" if parameter == _ALL else kind_of(parameter),
+                "kind": "all" if parameter == ALL_PARAMETERS else kind_of(parameter),
                 "layer": layer_index(parameter),
                 "group": group,
                 "anchors": count,
@@ -139,7 +139,7 @@ class AnchorCurve(Result):
         return draw("plot_anchor_curve", self)
 
     def __str__(self) -> str:
-        """Return the overlaps with the fewest and the most anchors, and the numbers that reach shares of the latter."""
+        """Return the overlaps with the fewest and the most anchors, and the numbers for half and 90 % of the latter."""
         means, half = self.means(), self.ceiling / 2
         others = "".join(
             f", {name} {self.means(name)[0]:.3f} to {self.means(name)[-1]:.3f}"
@@ -166,9 +166,9 @@ def anchor_curve(
     """Measure how the mean gradient of n anchors approaches the mean gradient of a disjoint reference as n grows.
 
     Each draw splits the safety examples at random into a reference, half of the examples, and the anchors, of which the
-    first n are averaged for every n. Controls are compared with the same references. From a control with as many
-    examples as there are safety examples, only examples at the anchors' places are averaged, so that no prompt is
-    compared with another wording of itself.
+    first n are averaged for every n. Controls are compared with the same references. If a control has as many examples
+    as the safety set, only the control's examples at the anchors' places are averaged, so that no prompt is compared
+    with another wording of itself.
 
     Args:
         safety: N ≥ 4 examples, collected with ``per_sample=True``.
@@ -201,7 +201,7 @@ def anchor_curve(
     check_rank(rank)
     check_draws(draws, 1)
     half = len(safety.samples) // 2
-    check_enough({"safety": len(safety.samples)}, _FEWEST)
+    check_enough({"safety": len(safety.samples)}, _MIN_EXAMPLES)
     check_enough(sample_counts(sets), half)
     steps = _anchor_counts(counts, half)
     # 1. Random splits, the same for all parameters.
@@ -223,13 +223,14 @@ def anchor_curve(
 
 def _anchor_counts(counts: Sequence[int] | None, half: int) -> tuple[int, ...]:
     """Return the numbers of anchors, ascending: the given ones or powers of two, and half of the examples."""
-    wanted = [2**power for power in range(half.bit_length()) if 2**power <= half] if counts is None else list(counts)
-    if not all(is_whole(count, 1) and count <= half for count in wanted):
+    powers_of_two = [2**power for power in range(half.bit_length()) if 2**power <= half]
+    requested = powers_of_two if counts is None else list(counts)
+    if not all(is_whole(count, 1) and count <= half for count in requested):
         raise GeometryError(
-            f"expected counts of anchors between 1 and {half}, half of the examples, found {wanted}; collect more "
+            f"expected counts of anchors between 1 and {half}, half of the examples, found {requested}; collect more "
             "examples or ask for fewer anchors"
         )
-    return tuple(sorted({*wanted, half}))
+    return tuple(sorted({*requested, half}))
 
 
 _Split = tuple[list[int], dict[str, list[int]]]
@@ -257,7 +258,7 @@ def _layer_overlaps(
     common: CommonBasis, splits: Sequence[_Split], counts: Sequence[int], rank: int
 ) -> tuple[int, dict[str, np.ndarray]]:
     """Return the rank that all examples of one parameter have, and by group (draws, counts) overlaps at this rank."""
-    # 1. Subspaces of single examples, cut to the rank that all have.
+    # 1. Subspaces of single examples, cut to the rank that all examples have.
     single = common.bases_of_gradients(rank)
     common_rank = min(basis.shape[1] for basis in single)
     if not common_rank:
@@ -266,8 +267,8 @@ def _layer_overlaps(
     references = common.bases_of_sums([reference for reference, _ in splits], common_rank)
     overlaps = {}
     for name in splits[0][1]:
-        # 3. Subspaces of the sums of the first n anchors, all draws in one go. For n = 1 the subspace is that of a
-        #    single example, and there are far fewer examples than draws of one.
+        # 3. Subspaces of the sums of the first n anchors, for all draws in one call. For n = 1 the subspace was
+        #    computed in step 1.
         sums = [groups[name][:count] for _, groups in splits for count in counts if count > 1]
         sum_bases = iter(common.bases_of_sums(sums, common_rank))
         # 4. Overlaps with the reference of the same draw.

@@ -1,4 +1,4 @@
-"""Map of single gradients in the plane, with the separation of the sets and a permutation test of it.
+"""Map of single gradients in the plane, with the separation of the sets and a permutation test of the separation.
 
 The map shows two dimensions of many and is only a picture. The separation, the mean silhouette, is computed from the
 distances between the gradients themselves.
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
 
 MapMethod = Literal["pca", "mds"]
-_FEWEST = 2  # examples of a set
+_MIN_EXAMPLES = 2  # examples of a set
 _AT_ONCE = 2**24  # largest number of entries in the sums of distances of the permutations that are computed together
 
 
@@ -44,9 +44,9 @@ class GradientMap(Result):
         coordinates: (N, 2) position of each example on the map.
         quality: With PCA the share of the variance on the map; with MDS the normalised stress (Kruskal 1964), 0 if the
             distances on the map are the true distances, above .2 poor.
-        silhouettes: (N,) silhouette of each example (Rousseeuw 1987): 1 if the others of the set are far nearer than
-            the nearest other set, 0 between two sets, negative if another set is nearer.
-        p_value: One-sided p-value of the mean silhouette, if the labels were exchangeable.
+        silhouettes: (N,) silhouette of each example (Rousseeuw 1987): 1 if the other examples of its set are far nearer
+            than the nearest other set, 0 between two sets, negative if another set is nearer.
+        p_value: One-sided p-value of the mean silhouette, under exchangeable labels.
     """
 
     method: MapMethod
@@ -64,7 +64,7 @@ class GradientMap(Result):
         return float(self.silhouettes.mean())
 
     def to_frame(self) -> "pd.DataFrame":
-        """Return one row per example: ``set``, ``example``, ``x``, ``y`` and ``silhouette``."""
+        """Return a data frame with one row per example: ``set``, ``example``, ``x``, ``y`` and ``silhouette``."""
         import pandas as pd
 
         return pd.DataFrame(
@@ -83,9 +83,9 @@ class GradientMap(Result):
 
     def __str__(self) -> str:
         """Return the quality of the map and the separation of the sets as text."""
-        shown = f"{self.quality:.0%} of the variance" if self.method == "pca" else f"stress {self.quality:.3f}"
+        quality = f"{self.quality:.0%} of the variance" if self.method == "pca" else f"stress {self.quality:.3f}"
         return (
-            f"map of {len(self.labels)} gradients of {len(self.names)} sets by {self.method.upper()}, {shown}; "
+            f"map of {len(self.labels)} gradients of {len(self.names)} sets by {self.method.upper()}, {quality}; "
             f"mean silhouette {self.separation:+.3f}, p = {self.p_value:.2g}"
         )
 
@@ -99,11 +99,11 @@ def gradient_map(
     draws: int = 999,
     seed: int = 0,
 ) -> GradientMap:
-    """Place the gradients of single examples in the plane, from their inner products over all parameters.
+    """Return a map of single examples' gradients in the plane, from their inner products over all parameters.
 
     The p-value is (1 + #{permuted ≥ observed}) / (1 + draws), over permutations of the labels. If all sets have the
     same size, labels are permuted among the examples at the same place of their sets, because these may belong
-    together; for independent examples that is right as well.
+    together; the restriction is valid for independent examples as well.
 
     Args:
         sets: Two sets or more by name, of at least two examples each, collected with ``per_sample=True``; or the number
@@ -131,14 +131,16 @@ def gradient_map(
         (1.0, 0.93)
     """
     if method not in get_args(MapMethod):
-        raise GeometryError(f"expected the method {' or '.join(get_args(MapMethod))}, found {method!r}")
+        raise GeometryError(
+            f"expected the method {' or '.join(get_args(MapMethod))}, found {method!r}; give one of these"
+        )
     check_draws(draws, 0)
     counts = _counts(sets)
     if len(counts) < 2:
         raise GeometryError(
             f"expected two sets or more to tell apart, found {len(counts)}; give e.g. a control as well"
         )
-    check_enough(counts, _FEWEST)
+    check_enough(counts, _MIN_EXAMPLES)
     # 1. Distances from inner products: ‖a − b‖² = ‖a‖² + ‖b‖² − 2⟨a, b⟩.
     products = _products(sets, grams, sum(counts.values()))
     if normalise:
@@ -155,18 +157,17 @@ def gradient_map(
     step = max(1, _AT_ONCE // (len(labels) * len(counts)))
     silhouettes = silhouettes_of(distances, labels[None])[0]
     null = [silhouettes_of(distances, permuted[start : start + step]).mean(1) for start in range(0, draws, step)]
-    # Permutations that repeat the observed labels differ from it in the last bits.
-    as_high = sum(int((means >= silhouettes.mean() - 1e-12).sum()) for means in null)
-    return GradientMap(
-        method, normalise, tuple(counts), labels, coordinates, quality, silhouettes, (1 + as_high) / (1 + draws)
-    )
+    # Permutations that repeat the observed labels have the observed mean up to its last bits.
+    at_least_as_high = sum(int((means >= silhouettes.mean() - 1e-12).sum()) for means in null)
+    p_value = (1 + at_least_as_high) / (1 + draws)
+    return GradientMap(method, normalise, tuple(counts), labels, coordinates, quality, silhouettes, p_value)
 
 
 def silhouettes_of(distances: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Return the silhouette (b − a) / max(a, b) of every example, for several labellings at once.
 
-    a is the mean distance of the example to the others of its set, and b the mean distance to the nearest other set.
-    The silhouette is 0 where a and b are zero.
+    a is the mean distance of the example to the other examples of its set, and b the mean distance to the nearest other
+    set. The silhouette is 0 where a and b are zero.
 
     Args:
         distances: (N, N) distances between examples.

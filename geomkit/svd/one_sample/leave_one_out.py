@@ -68,8 +68,8 @@ class LeaveOneOut:
     def replicates(self) -> tuple[np.ndarray, ...]:
         """Return the jackknife replicates of the mean value: without each anchor and, if unmatched, each example.
 
-        If the group is as large as the set of anchors, example j is left out together with anchor j. That is right for
-        examples that belong to the anchors, and for independent examples as well.
+        If the group is as large as the set of anchors, example j is left out together with anchor j. This rule is valid
+        for examples that belong to the anchors, and for independent examples as well.
         """
         examples, anchors = self.without_two.shape[:2]
         without_own = np.where(self.own_anchor, 0.0, self.without_two)
@@ -126,15 +126,19 @@ def estimates(anchors: LeaveOneOut, group: LeaveOneOut, confidence: float) -> li
     )
     contrast_interval = narrowed_interval(contrast, differences, counted_twice, confidence)
     return [
-        Estimate(float(mean), (float(low), float(high)), float(above), (float(least), float(most)))
-        for mean, low, high, above, least, most in zip(value, *interval, contrast, *contrast_interval, strict=True)
+        Estimate(
+            float(mean), (float(low), float(high)), float(difference), (float(difference_low), float(difference_high))
+        )
+        for mean, low, high, difference, difference_low, difference_high in zip(
+            value, *interval, contrast, *contrast_interval, strict=True
+        )
     ]
 
 
 def _variance(interactions: np.ndarray, matched: bool) -> np.ndarray:
     """Return the variance that (M, N, …) interactions add to the mean over examples.
 
-    Unmatched, every interaction is a term of its own: Σ_ij I_ij² / M². Matched, I_ij and I_ji belong to the same two
+    Unmatched, the interactions are independent terms: Σ_ij I_ij² / M². Matched, I_ij and I_ji belong to the same two
     rows and vary together: Σ_{i<j} (I_ij + I_ji)² / M².
     """
     if matched:
@@ -170,23 +174,23 @@ def leave_one_out_cosines(anchors: np.ndarray, across: np.ndarray, squared_norms
     count, examples = across.shape[:2]
     place = np.arange(examples) % count  # p, the example's own anchor
     # 1. Numerators, with the sum A of all anchors: ⟨g_c, A − a_p⟩, and ⟨g_c, A − a_p − a_j⟩ by subtracting ⟨g_c, a_j⟩.
-    toward = np.swapaxes(across, 0, 1)
-    inner = toward.sum(1) - toward[np.arange(examples), place]
+    with_anchors = np.swapaxes(across, 0, 1)  # (M, N, …) ⟨g_c, a_j⟩
+    inner = with_anchors.sum(1) - with_anchors[np.arange(examples), place]
     # 2. ‖A − a_p‖² = ‖A‖² − 2⟨A, a_p⟩ + ‖a_p‖², for every anchor.
     rows, diagonal = anchors.sum(1), np.moveaxis(anchors.diagonal(), -1, 0)
     squared = rows.sum(0) - 2 * rows + diagonal
     # 3. ‖A − a_p − a_j‖² = ‖A − a_p‖² − 2⟨a_j, A − a_p⟩ + ‖a_j‖², (M, N, …).
-    with_anchor = rows - anchors[:, place].swapaxes(0, 1)
-    squared_without_two = squared[place][:, None] - 2 * with_anchor + diagonal
+    anchor_with_mean = rows - anchors[:, place].swapaxes(0, 1)  # ⟨a_j, A − a_p⟩
+    squared_without_two = squared[place][:, None] - 2 * anchor_with_mean + diagonal
     # 4. Cosines; the number of anchors in a mean cancels.
     return LeaveOneOut(
         _cosines(inner, squared_norms * squared[place]),
-        _cosines(inner[:, None] - toward, squared_norms[:, None] * squared_without_two),
+        _cosines(inner[:, None] - with_anchors, squared_norms[:, None] * squared_without_two),
     )
 
 
 def _cosines(inner: np.ndarray, squared: np.ndarray) -> np.ndarray:
-    """Return inner products divided by the root of the product of squared norms; NaN where it is zero."""
+    """Return inner products divided by the root of the product of squared norms; NaN where this product is zero."""
     cosines: np.ndarray = np.full(inner.shape, np.nan)
     np.divide(inner, np.sqrt(squared.clip(0)), out=cosines, where=squared > 0)
     return cosines

@@ -1,9 +1,9 @@
 """Overlaps between the leading subspaces of single examples, within sets and between sets.
 
-The leading subspace of each example's gradient is compared with every other example's. Gradients of the same layer
-share the covariance of the layer's inputs and overlap without any common content. Only the contrast, the mean overlap
-within a set minus the mean overlap with another set, shows that the examples of the first set share a subspace that the
-examples of the other set do not.
+The leading subspace of each example's gradient is compared with the leading subspaces of all other examples. Gradients
+of the same layer share the covariance of the layer's inputs and overlap without any common content. Only the contrast,
+the mean overlap within a set minus the mean overlap with another set, shows that the examples of the first set share a
+subspace that the examples of the other set do not.
 """
 
 from collections.abc import Mapping
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
-_FEWEST = 3
+_MIN_EXAMPLES = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +47,7 @@ class Overlaps(Result):
 
     Attributes:
         side: Side whose singular vectors span the subspaces, ``"left"`` or ``"right"``.
-        rank: The requested rank; in a parameter, no rank is above the one that all its examples have.
+        rank: The requested rank; in a parameter, at most the rank that all examples have.
         names: Names of the sets.
         counts: Number of examples of each set.
         pairs: (N, N) overlap ‖U_iᵀU_j‖_F²/k of every two examples, mean over parameters, set after set.
@@ -72,7 +72,7 @@ class Overlaps(Result):
     confidence: float = 0.95
 
     def to_frame(self) -> "pd.DataFrame":
-        """Return one row per ordered pair of sets.
+        """Return a data frame with one row per ordered pair of sets.
 
         ``value`` is the mean overlap with its interval ``low`` to ``high``, and ``null`` the expected overlap of random
         subspaces; ``contrast`` is the first set's mean overlap within itself minus ``value``, with its interval,
@@ -136,7 +136,7 @@ def overlaps(
 
     Between sets of equal size, examples at the same place are not compared (they may be one prompt, answered in two
     ways), are left out together in the jackknife, and swap their labels together in the permutation test; all three
-    rules are right for independent examples as well. Intervals are jackknife intervals over examples. The one-sided
+    rules are valid for independent examples as well. Intervals are jackknife intervals over examples. The one-sided
     p-value (1 + #{permuted ≥ observed}) / (1 + draws) is the probability of a contrast this high if the labels of the
     two sets were exchangeable. Measured error rates and coverage: tests/benchmarks/README.md.
 
@@ -172,7 +172,7 @@ def overlaps(
     check_confidence(confidence)
     if len(sets) < 2:
         raise GeometryError(f"expected two sets or more to compare, found {len(sets)}; give e.g. a control set as well")
-    check_enough(sample_counts(sets), _FEWEST)
+    check_enough(sample_counts(sets), _MIN_EXAMPLES)
     # 1. Overlaps of every two examples, mean over parameters, and the place of every set among the examples.
     pairs, expected = _pair_overlaps(sets, rank, side)
     names, counts = tuple(sets), sample_counts(sets)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from geomkit.inputs.parameters import kind_of, layer_index
+from geomkit.inputs.parameters import ALL_PARAMETERS, kind_of, layer_index
 from geomkit.stats.jackknife import Interval
 from geomkit.svd.nulls import haar_overlap
 from geomkit.svd.one_sample.leave_one_out import Estimate
@@ -17,8 +17,6 @@ from geomkit.utils.figures import draw
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
-
-_ALL = "all parameters"
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,14 +133,14 @@ class OneSample(Result):
         return next(iter(self.controls.values()))
 
     def to_frame(self) -> "pd.DataFrame":
-        """Return one row per parameter, group and statistic, rows of all parameters together first.
+        """Return a data frame with one row per parameter, group and statistic, first for all parameters together.
 
         ``value`` has the interval ``low`` to ``high``, ``contrast`` (safety − group) the interval ``contrast_low`` to
         ``contrast_high``, and ``null`` is the expected value of uniformly random subspaces or gradients.
         """
         import pandas as pd
 
-        rows = _rows(_ALL, self.groups, self.expected)
+        rows = _rows(ALL_PARAMETERS, self.groups, self.expected)
         for name, layer in self.layers.items():
             rows += [
                 {**row, "rank": layer.rank, "dimension": layer.dimension}
@@ -178,7 +176,7 @@ def _rows(parameter: str, groups: Mapping[str, Group], expected: float) -> list[
     return [
         {
             "parameter": parameter,
-            "kind": "all" if parameter == _ALL else kind_of(parameter),
+            "kind": "all" if parameter == ALL_PARAMETERS else kind_of(parameter),
             "layer": layer_index(parameter),
             "group": name,
             "statistic": statistic,

@@ -1,4 +1,4 @@
-"""Comparison of single safety examples with the mean safety gradient: whether one example finds the leading directions.
+"""Comparison of single safety examples with the mean safety gradient, in leading directions and in cosine.
 
 The gradient of each safety example (anchor) is compared with the mean gradient of the *other* anchors; a mean that
 includes the anchor would agree with it by construction. Control examples are compared with the same means, the control
@@ -39,7 +39,7 @@ from geomkit.svd.singular_vectors import Side
 from geomkit.utils.arguments import check_confidence, check_rank
 
 _LOGGER = logging.getLogger(__name__)
-_FEWEST = 3  # the others of an anchor must be two at least
+_MIN_EXAMPLES = 3  # examples: the mean of the other anchors must be over at least two
 
 
 def one_sample_study(
@@ -59,7 +59,7 @@ def one_sample_study(
 
     All intervals are jackknife intervals over examples (:func:`geomkit.stats.jackknife.jackknife_interval`), in which
     leaving out an anchor changes the means as well. Example i of a control with as many examples as there are anchors
-    is left out together with anchor i, which is right whether the two share a prompt or not. Measured coverage:
+    is left out together with anchor i, which is valid whether the two share a prompt or not. Measured coverage:
     tests/benchmarks/README.md.
 
     Args:
@@ -92,7 +92,7 @@ def one_sample_study(
     check_confidence(confidence)
     if len(sets) == 1:
         raise GeometryError("expected a control at least, found none; give e.g. benign requests with the same refusals")
-    check_enough(sample_counts(sets), _FEWEST)
+    check_enough(sample_counts(sets), _MIN_EXAMPLES)
     gradients, places = pooled_gradients(sets), pooled_places(sample_counts(sets))
     # 1. In every parameter: inner products of the anchors with all examples, and overlaps of all examples with the
     #    means without each anchor.
@@ -110,7 +110,8 @@ def one_sample_study(
     studied = [name for name in ranks if ranks[name]]
     if not studied:
         raise no_subspaces()
-    # 2. The whole model is treated as one more parameter: its overlaps are means, its inner products sums.
+    # 2. The whole model is treated as a further parameter: its overlaps are means over parameters, its inner products
+    #    sums.
     mean_overlaps = np.mean([overlaps[name] for name in studied], axis=0)
     summed_products = tuple(np.sum(parts, axis=0) for parts in zip(*products.values(), strict=True))
     by_parameter = [summed_products, *(products[name] for name in studied)]
