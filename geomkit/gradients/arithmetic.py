@@ -24,12 +24,16 @@ _FP64_NUMBERS = 2**21
 _BLOCK_TOKENS = 1024
 """Number of tokens of a block: Gram matrices of tokens are computed in blocks of about this many rows and columns."""
 
-_FEWEST_ROWS = 32
+_MIN_STRIP_ROWS = 32
 """Smallest number of rows of a strip: with fewer rows, the factors would be read too often."""
 
 
 def zero_gradient(shape: Sequence[int], device: torch.device | str | None = None) -> LayerGradient:
     """Return the gradient of a parameter that does not affect the loss: for a matrix, factors without any token.
+
+    Args:
+        shape: Shape of the parameter.
+        device: Device of the gradient; the CPU when left out.
 
     Example:
         >>> zero = zero_gradient((5, 4))
@@ -191,7 +195,7 @@ def _gram_by_strips(rows: Sequence[LayerGradient], columns: Sequence[LayerGradie
     """Return Σ_s ⟨A[s], B[s]⟩ for every pair, where all gradients are formed a strip s of matrix rows at a time."""
     total = torch.zeros(len(rows), len(columns), dtype=torch.float64, device=rows[0].device)
     height, width = rows[0].matrix_shape
-    step = max(_FEWEST_ROWS, _FP64_NUMBERS // ((len(rows) + len(columns)) * max(width, 1)))
+    step = max(_MIN_STRIP_ROWS, _FP64_NUMBERS // ((len(rows) + len(columns)) * max(width, 1)))
     symmetric = _same_objects(rows, columns)
     for start in range(0, height, step):
         a = _flat_strips(rows, slice(start, start + step))

@@ -13,6 +13,10 @@ def with_controls(
 ) -> dict[str, GradientSet]:
     """Return the safety set and the control sets by name; a single control set is named ``"control"``.
 
+    Args:
+        safety: The safety set.
+        control: A control set, several by name, or ``None``.
+
     Raises:
         GeometryError: If a control set is named ``"safety"``, or a set is not a :class:`GradientSet`.
     """
@@ -44,6 +48,10 @@ def check_sets(sets: object) -> None:
 def check_gradients(name: str, gradients: object) -> None:
     """Check that the argument is a mapping from parameters to gradients, such as a :class:`GradientSet`.
 
+    Args:
+        name: Name of the set in the error message.
+        gradients: The argument.
+
     Raises:
         GeometryError: If the argument is something else.
     """
@@ -62,6 +70,10 @@ def _no_gradients(name: str, value: object) -> GeometryError:
 
 def check_enough(counts: Mapping[str, int], minimum: int) -> None:
     """Check that every set has at least ``minimum`` per-sample gradients.
+
+    Args:
+        counts: Number of per-sample gradients of each set, by name.
+        minimum: The smallest number allowed.
 
     Raises:
         GeometryError: If a set has fewer.

@@ -123,10 +123,10 @@ def thin_factors(gradient: LayerGradient) -> Factors | None:
 
 
 def row_products(a: Tensor, b: Tensor) -> Tensor:
-    """Return A Bᵀ, the inner products between the rows of two matrices, fp64.
+    """Return A Bᵀ, the (n, m) inner products between the rows of A (n, d) and of B (m, d), fp64.
 
-    On a CPU numpy multiplies: for A = B it computes only half of the symmetric product, which torch does not, and it is
-    several times faster for few long rows.
+    On a CPU numpy multiplies: for A = B numpy computes only half of the symmetric product, which torch does not, and
+    numpy is faster for few long rows.
     """
     if a.device.type != "cpu":
         return a.double() @ b.double().T

@@ -117,7 +117,13 @@ def plan_batches(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int
 
 
 def batches(rows: Sequence[Tokens], pad: int, batch_size: int) -> Iterator[Batch]:
-    """Yield batches of ``batch_size`` examples in order, padded on the right."""
+    """Yield batches of examples in order, padded on the right.
+
+    Args:
+        rows: The examples.
+        pad: Id of the token that fills short rows.
+        batch_size: Number of examples in a batch; the last batch may have fewer.
+    """
     for start in range(0, len(rows), batch_size):
         chunk = rows[start : start + batch_size]
         yield collate(chunk, pad, examples=range(start, start + len(chunk)))

@@ -69,7 +69,7 @@ def check_examples(examples: object) -> None:
             "Dataset.from_list"
         )
     if len(examples) == 0:
-        raise DataError("expected at least one example, found an empty set")
+        raise DataError("expected at least one example, found an empty set; give a set with rows")
     if "messages" not in columns:
         raise DataError(f"expected a column 'messages', found {columns}; load the set with geomkit.load_examples")
 
@@ -96,7 +96,9 @@ def _read_jsonl(path: Path) -> "Dataset":
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: expected UTF-8 text, found {error.reason} at byte {error.start}") from None
+        raise DataError(
+            f"{path}: expected UTF-8 text, found {error.reason} at byte {error.start}; save the file as UTF-8"
+        ) from None
     # Not str.splitlines, which also splits at U+2028 and similar characters; JSON allows these inside a string.
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
@@ -109,7 +111,7 @@ def _read_jsonl(path: Path) -> "Dataset":
             raise DataError(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}")
         rows.append(row)
     if not rows:
-        raise DataError(f"expected at least one example in {path}, found an empty file")
+        raise DataError(f"expected at least one example in {path}, found an empty file; write one JSON object a line")
     try:
         return Dataset.from_list(rows)
     except Exception as error:  # pyarrow has exception types of its own for rows that differ in a column's type
@@ -131,7 +133,7 @@ def _from_hub(name: str, split: str) -> "Dataset":
 def _with_messages(dataset: "Dataset", name: str) -> "Dataset":
     columns = dataset.column_names
     if len(dataset) == 0:
-        raise DataError(f"expected at least one example in {name}, found an empty set")
+        raise DataError(f"expected at least one example in {name}, found an empty set; give a set with rows")
     if "messages" not in columns:
         if not {"prompt", "response"} <= set(columns):
             raise DataError(
@@ -158,7 +160,7 @@ def _check_messages(messages: Any, where: str) -> None:
         if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
             raise DataError(f"{where}: expected messages with a text 'role' and 'content', found {message!r:.80}")
     if not any(message["role"] == "assistant" for message in messages):
-        raise DataError(f"{where}: expected an assistant message to take the loss on, found none")
+        raise DataError(f"{where}: expected an assistant message to take the loss on, found none; drop the row")
     if not response_of(messages).strip():  # the end marker would still be a loss token: the model would learn silence
         raise DataError(
             f"{where}: expected words in the last assistant message, found {response_of(messages)!r:.80}; drop the row"

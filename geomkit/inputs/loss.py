@@ -43,6 +43,10 @@ def token_losses(model: nn.Module, batch: Batch) -> Tensor:
 def next_token_logits(model: nn.Module, batch: Batch) -> Tensor:
     """Return (B, L − 1, vocabulary) logits of every next token, fp32 or better, from one run of the model.
 
+    Args:
+        model: A causal language model.
+        batch: B examples padded to length L, on the model's device.
+
     Raises:
         CollectionError: If the model returns logits for another number of tokens.
     """

@@ -67,7 +67,9 @@ def one_collection_at_a_time(model: nn.Module) -> Iterator[None]:
     """
     with _LOCK:
         if id(model) in _MODELS_IN_USE:
-            raise CollectionError("expected a model at rest, found one whose gradients are just being collected")
+            raise CollectionError(
+                "expected a model at rest, found one whose gradients are just being collected; collect outside of hooks"
+            )
         _MODELS_IN_USE.add(id(model))
         try:
             yield

@@ -42,7 +42,7 @@ def load_model(
     if name.startswith("organism/") and (data_dir() / name).is_dir():
         name = str(data_dir() / name)
     if name.startswith((".", "/", "~")) and not Path(name).is_dir():
-        raise DataError(f"expected a folder with a causal language model at {name}, found none")
+        raise DataError(f"expected a folder with a causal language model at {name}, found none; check the path")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
@@ -54,7 +54,9 @@ def load_model(
         ) from None
     if pad_token is not None:
         if pad_token not in tokenizer.get_vocab():
-            raise DataError(f"expected a pad token from the vocabulary of '{source}', found '{pad_token}'")
+            raise DataError(
+                f"expected a pad token from the vocabulary of '{source}', found '{pad_token}'; give another one"
+            )
         tokenizer.pad_token = pad_token
     target = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return model.to(target).eval(), tokenizer

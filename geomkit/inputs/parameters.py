@@ -13,6 +13,9 @@ from geomkit.errors import CollectionError, GeomkitError
 Kind = Literal["attention", "mlp", "embedding", "head", "norm", "other"]
 """Kind of module that a parameter belongs to."""
 
+ALL_PARAMETERS = "all parameters"
+"""Name in results of all parameters together, in place of the name of a parameter."""
+
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block|layer)\.(\d+)(?=\.|$)")
 _KINDS: tuple[tuple[Kind, re.Pattern[str]], ...] = (
     ("norm", re.compile(r"norm|(?:^|\.)ln_|layernorm|layer_norm")),
@@ -107,7 +110,9 @@ def select(
     """
     kind_set = None if kinds is None else frozenset([kinds] if isinstance(kinds, str) else kinds)
     if unknown := (kind_set or frozenset()) - set(get_args(Kind)):
-        raise CollectionError(f"expected kinds among {', '.join(get_args(Kind))}, found {sorted(unknown)}")
+        raise CollectionError(
+            f"expected kinds among {', '.join(get_args(Kind))}, found {sorted(unknown)}; give one of these"
+        )
     return Selection(
         globs=(names,) if isinstance(names, str) else tuple(names),
         kinds=kind_set,
@@ -150,6 +155,10 @@ def chosen_parameters(model: nn.Module, selection: Selection) -> dict[str, str]:
     A tied parameter has two names, and is chosen if at least one of them matches. Its gradient is collected under the
     first name.
 
+    Args:
+        model: A model; only its trainable parameters are chosen.
+        selection: Conditions on names, kinds and decoder layers.
+
     Raises:
         CollectionError: If no trainable parameter matches, or the model lacks one of the decoder layers.
     """
@@ -177,7 +186,10 @@ def refuse_unseen_values(parameters: Mapping[str, nn.Parameter], error: type[Geo
 
     Args:
         parameters: Parameters by name.
-        error: Exception to raise for parameters that are sharded, made in inference mode or on the meta device.
+        error: Type of the exception to raise.
+
+    Raises:
+        GeomkitError: Of type ``error``, if a parameter is sharded, made in inference mode or on the meta device.
     """
     for name, parameter in parameters.items():
         if hasattr(parameter, "device_mesh") or hasattr(parameter, "ds_id") or parameter.numel() == 0:

@@ -206,7 +206,9 @@ def _encoder(
     tokenizer: "PreTrainedTokenizerBase", assistant_mask: AssistantMask, max_length: int | None
 ) -> Callable[[int, list[Message]], Tokens]:
     if assistant_mask not in get_args(AssistantMask):
-        raise DataError(f"expected the mask {' or '.join(get_args(AssistantMask))}, found {assistant_mask!r}")
+        raise DataError(
+            f"expected the mask {' or '.join(get_args(AssistantMask))}, found {assistant_mask!r}; give one of these"
+        )
     render = _renderer(tokenizer, assistant_mask)
 
     def encode_one(index: int, messages: list[Message]) -> Tokens:
@@ -279,7 +281,9 @@ def _render_by_prefix(tokenizer: "PreTrainedTokenizerBase", messages: list[Messa
         if message["role"] != "assistant":
             continue
         if turn == 0:
-            raise DataError("expected a message before the assistant's first, which prefixes start from, found none")
+            raise DataError(
+                "expected a message before the assistant's first, which prefixes start from, found none; drop the row"
+            )
         before = tokenizer.apply_chat_template(
             messages[:turn], tokenize=True, return_dict=True, add_generation_prompt=True
         )["input_ids"]

@@ -142,7 +142,7 @@ def _p_value(pooled: np.ndarray, first: int, generator: np.random.Generator, dra
     # 3. The observed assignment is the first row, and counts among the others: no p-value is zero.
     assigned = np.concatenate([np.arange(len(pooled))[None], assigned])
     studentised = _studentised(values, assigned[:, :first], assigned[:, first:])
-    # Assignments that repeat the observed one differ from it in the last bits.
+    # Assignments that repeat the observed assignment have its difference up to the last bits.
     return float((studentised >= studentised[0] - 1e-9).mean())
 
 

@@ -35,6 +35,10 @@ def permuted_labels(first: int, second: int, draws: int, generator: np.random.Ge
 def percentile_interval(values: np.ndarray, confidence: float = 0.95) -> tuple[float, float]:
     """Return the central interval that holds a share ``confidence`` of the values.
 
+    Args:
+        values: (n,) values.
+        confidence: The share, between 0 and 1.
+
     Example:
         >>> low, high = percentile_interval(np.arange(101.0), 0.9)
         >>> round(low), round(high)

@@ -58,7 +58,7 @@ def rate(flags: Sequence[bool]) -> Rate:
         75.0% [30.1%, 95.4%]
     """
     if not len(flags):
-        raise DataError("expected at least one outcome to take a share of, found none")
+        raise DataError("expected at least one outcome to take a share of, found none; evaluate some prompts")
     return Rate(sum(flags), len(flags))
 
 

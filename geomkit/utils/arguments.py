@@ -53,7 +53,9 @@ def check_groups(groups: object) -> None:
         GeometryError: If the number is 1, negative or not whole.
     """
     if not is_whole(groups, 0) or groups == 1:
-        raise GeometryError(f"expected two groups of examples or more, or 0 for no intervals, found groups={groups!r}")
+        raise GeometryError(
+            f"expected two groups of examples or more, or 0 for no intervals, found groups={groups!r}; give e.g. 16"
+        )
 
 
 def check_finite(values: "Tensor", where: str) -> None:

@@ -45,7 +45,7 @@ def test_inner_products_between_any_forms(rows, columns, shape, seed):
 
 @pytest.mark.parametrize("limit", [1, 7, 10**6])
 def test_grams_do_not_depend_on_how_much_is_taken_at_a_time(limit, monkeypatch):
-    for name in ("_FP64_NUMBERS", "_BLOCK_TOKENS", "_FEWEST_ROWS"):
+    for name in ("_FP64_NUMBERS", "_BLOCK_TOKENS", "_MIN_STRIP_ROWS"):
         monkeypatch.setattr(f"geomkit.gradients.arithmetic.{name}", limit)
     generator = seeded()
     few = [drawn("factored", (40, 30), generator) for _ in range(5)]
