@@ -63,7 +63,7 @@ class Conflict(Result):
             positive cosine as well.
         negative: Number of utility examples whose gradient has a negative inner product with the mean safety gradient,
             with the Wilson interval over utility examples, given the safety examples. Half of all unrelated gradients
-            have a negative one.
+            have a negative inner product.
         negative_parameters: Share of the parameters with a negative cosine, each parameter counted once. Parameters
             are not independent draws, so the interval is over examples, see
             :func:`geomkit.correlation.negative_shares.negative_shares`.
@@ -73,7 +73,7 @@ class Conflict(Result):
             one. One tensor with large gradients, such as the head, can dominate ``cosine``, and one example with large
             gradients as well; here all tensors and all examples have equal weight (the coverage of both intervals:
             tests/benchmarks/README.md).
-        contrast: Difference between this cosine and the control's, if there is a control.
+        contrast: Difference between the safety set's cosine and the control's, if there is a control.
         layers: The conflict in each parameter.
         per_example: (M,) cosine of each utility example with the mean safety gradient.
         control_per_example: (M,) cosine of each utility example with the mean control gradient, if there is a control.
@@ -96,7 +96,7 @@ class Conflict(Result):
     confidence: float = 0.95
 
     def to_frame(self) -> "pd.DataFrame":
-        """Return one row per parameter: its cosine with interval, null interval and p-value.
+        """Return a data frame with one row per parameter: the cosine with interval, null interval and p-value.
 
         ``weight`` is the parameter's share of ‖ḡ_s‖·‖ḡ_u‖: the sum of weight times cosine is the cosine over all
         parameters. ``q_value`` and, with a control, ``contrast_q_value`` are the p-values adjusted over the parameters
@@ -223,17 +223,17 @@ def conflict(
 
     # 2. The same random divisions of the pooled examples for all parameters.
     safety_size, utility_size = total.across.shape
-    shuffled = permuted_labels(safety_size, utility_size, draws, np.random.default_rng(seed))
+    divisions = permuted_labels(safety_size, utility_size, draws, np.random.default_rng(seed))
 
-    def measured(name: str, gram: PairGrams, control_gram: PairGrams | None, norms: float) -> LayerConflict:
-        return layer_conflict(name, gram, control_gram, shuffled, confidence, norms=norms)
+    def conflict_in(name: str, gram: PairGrams, control_gram: PairGrams | None, norms: float) -> LayerConflict:
+        return layer_conflict(name, gram, control_gram, divisions, confidence, norms=norms)
 
-    # 3. The conflict over all parameters, the same with equal weights, and the conflict in each parameter.
-    whole = measured("", total, control_total, total.norms)
+    # 3. The conflict over all parameters, also with equal weights, and the conflict in each parameter.
+    whole = conflict_in("", total, control_total, total.norms)
     equal = _normalised_total(grams)
-    unweighted = measured("", equal, _normalised_total(control_grams) if control_grams else None, equal.norms)
+    unweighted = conflict_in("", equal, _normalised_total(control_grams) if control_grams else None, equal.norms)
     layers = {
-        name: measured(name, gram, control_grams[name] if control_grams else None, total.norms)
+        name: conflict_in(name, gram, control_grams[name] if control_grams else None, total.norms)
         for name, gram in grams.items()
     }
     # 4. Shares of negative inner products, over utility examples and over parameters.

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
-_FEWEST = 3
+_MIN_EXAMPLES = 3
 _NO_ENERGY = 1e-9  # shares of the energy below this are rounding errors, and not tested
 
 
@@ -65,12 +65,12 @@ class DirectionParts:
     confidence: float = 0.95
 
     def table(self) -> dict[str, np.ndarray]:
-        """Return columns with one row per direction, 1 to k, and a last row, ``direction`` 0, for all others together.
+        """Return the columns of a table: one row per direction, 1 to k, and one row, ``direction`` 0, for all others.
 
         ``contribution`` with its interval ``low`` to ``high`` is in units of the cosine; ``expected`` is the
-        contribution in proportion to ``energy``, and ``p_value`` tests whether the contribution equals it (two-sided,
-        Student's t over utility examples; NaN where there is no energy). The ``cumulative_`` columns sum from the first
-        direction on.
+        contribution in proportion to ``energy``, and ``p_value`` tests whether the contribution equals ``expected``
+        (two-sided, Student's t over utility examples; NaN where there is no energy). The ``cumulative_`` columns sum
+        from the first direction on.
         """
         energy = np.append(self.energy, max(1 - self.energy.sum(), 0.0))
         parts = np.vstack([self.parts, self.whole - self.parts.sum(0)])
@@ -142,13 +142,13 @@ class ConflictDirections(Result):
         )
 
     def by_index(self) -> "pd.DataFrame":
-        """Return one row per index of a direction, over all matrices; see :meth:`DirectionParts.table`."""
+        """Return a data frame with one row per direction index, over all matrices; see :meth:`DirectionParts.table`."""
         import pandas as pd
 
         return pd.DataFrame(self.total.table())
 
     def to_frame(self) -> "pd.DataFrame":
-        """Return one row per matrix and direction; see :meth:`DirectionParts.table`.
+        """Return a data frame with one row per matrix and direction; see :meth:`DirectionParts.table`.
 
         ``energy`` is the share within the matrix. ``q_value`` is the p-value adjusted after Benjamini and Hochberg
         (1995).
@@ -218,7 +218,7 @@ def conflict_directions(
     check_sets({"utility": utility})
     check_rank(rank)
     check_confidence(confidence)
-    check_enough({"utility": len(utility.samples)}, _FEWEST)
+    check_enough({"utility": len(utility.samples)}, _MIN_EXAMPLES)
     names = [name for name in shared_layers(safety, *utility.samples) if min(safety[name].matrix_shape) > 1]
     if not names:
         raise GeometryError("expected a matrix to find directions in, found vectors only; collect more parameters")

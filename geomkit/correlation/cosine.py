@@ -81,11 +81,11 @@ def _inner_without(across: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _pair_variance(across: np.ndarray, cosine: float) -> float:
-    """Return the variance of the inner product of two means that belongs to pairs of examples, not to either mean.
+    """Return the part of the variance of two means' inner product that is due to pairs of examples, not to single ones.
 
     The variance is the residual of an additive two-way layout of the inner products, divided by N·M. The jackknife
-    over each set counts this part twice. A share cos² of it is left in the jackknife's variance: the norms in the
-    denominator have a pair part as well, and near a cosine of ±1 numerator and denominator move together (coverage
+    over each set counts this part twice. A share cos² of this part is left in the jackknife's variance: the norms in
+    the denominator have a pair part as well, and near a cosine of ±1 numerator and denominator move together (coverage
     with and without this share: tests/benchmarks/README.md).
     """
     n, m = across.shape
@@ -210,9 +210,14 @@ def permutation_test(cosine: float, permuted: np.ndarray, confidence: float) -> 
 
     p = (1 + #{permuted ≤ observed}) / (1 + draws), valid for any number of draws (Phipson and Smyth 2010). Where a
     cosine is NaN, the p-value is 1 and the interval (−1, 1).
+
+    Args:
+        cosine: The observed cosine.
+        permuted: (draws,) cosines from :func:`permuted_cosines`.
+        confidence: Share of the permuted cosines in the interval, between 0 and 1.
     """
     if np.isnan(cosine) or np.isnan(permuted).any():
         return 1.0, (-1.0, 1.0)
-    # Assignments that repeat the observed one differ from it in the last bits.
-    as_low = int((permuted <= cosine + 1e-12).sum())
-    return (1 + as_low) / (1 + len(permuted)), percentile_interval(permuted, confidence)
+    # Assignments that repeat the observed assignment have its cosine up to the last bits.
+    at_least_as_low = int((permuted <= cosine + 1e-12).sum())
+    return (1 + at_least_as_low) / (1 + len(permuted)), percentile_interval(permuted, confidence)

@@ -16,7 +16,7 @@ from geomkit.utils.display import signed
 LayerGrams = Mapping[str, Tensor]
 """Inner products between examples by parameter, as returned by :func:`geomkit.sample_grams`."""
 
-_FEWEST = 3  # leaving one example out must leave a pair
+_MIN_EXAMPLES = 3  # leaving one example out must leave a pair
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,8 @@ class ControlDifference:
         value: Cosine of the expected safety and utility gradients minus the cosine of the expected control and utility
             gradients; negative where safety conflicts more. NaN if a mean gradient is no larger than its noise.
         interval: Confidence interval of the difference, over the examples of all three sets.
-        p_value: Two-sided p-value of no difference; its measured false-positive rate is in tests/benchmarks/README.md.
+        p_value: Two-sided p-value of the hypothesis of no difference; its measured false-positive rate is in
+            tests/benchmarks/README.md.
         control: Estimate of the cosine of the expected control and utility gradients.
         control_interval: Confidence interval of the control's cosine.
     """
@@ -75,27 +76,27 @@ class LayerConflict:
 
 
 def layer_conflict(
-    name: str, grams: PairGrams, control: PairGrams | None, shuffled: np.ndarray, confidence: float, *, norms: float
+    name: str, grams: PairGrams, control: PairGrams | None, divisions: np.ndarray, confidence: float, *, norms: float
 ) -> LayerConflict:
-    """Measure the conflict in one parameter.
+    """Return the conflict in one parameter, from inner products between examples.
 
     Args:
         name: Name of the parameter.
         grams: Inner products of N safety and M utility examples.
         control: Inner products of control examples and the same utility examples, if there is a control.
-        shuffled: (draws, N + M) random divisions of the pooled safety and utility examples.
+        divisions: (draws, N + M) booleans: random divisions of the pooled examples into two sets, true for the first.
         confidence: Nominal coverage of the intervals, between 0 and 1.
         norms: Product of the norms of both mean gradients over all parameters.
     """
     corrected, interval = expected_cosine(grams, confidence)
-    p_value, null_interval = permutation_test(grams.cosine, permuted_cosines(grams, shuffled), confidence)
+    p_value, null_interval = permutation_test(grams.cosine, permuted_cosines(grams, divisions), confidence)
     weight = grams.norms / norms if norms > 0 else 0.0
     contrast = None if control is None else control_difference(grams, control, confidence)
     return LayerConflict(name, grams.cosine, corrected, interval, null_interval, p_value, weight, contrast)
 
 
 def control_difference(grams: PairGrams, control: PairGrams, confidence: float) -> ControlDifference:
-    """Compare the cosines of safety and control set with one utility set.
+    """Return the difference between the safety set's and the control set's cosine with the utility set.
 
     Args:
         grams: Inner products of safety and utility examples.
@@ -199,8 +200,8 @@ def _pair_grams(within: LayerGrams, across: LayerGrams, utility: LayerGrams, nam
                 f"{(n, m)} across and {gram.utility.shape} within utility; take all from the same sets"
             )
         for side, size in ((name, n), ("utility", m)):
-            if size < _FEWEST:
-                raise GeometryError(f"expected at least {_FEWEST} {side} examples, found {size}; collect more")
+            if size < _MIN_EXAMPLES:
+                raise GeometryError(f"expected at least {_MIN_EXAMPLES} {side} examples, found {size}; collect more")
     return grams
 
 

@@ -9,7 +9,7 @@ from geomkit.correlation.cosine import PairGrams
 from geomkit.stats.jackknife import jackknife_groups, jackknife_interval
 
 _GROUPS = 5
-"""A sign seldom turns when one example is left out; with a fifth of the examples left out, intervals covered best."""
+"""Number of groups of examples: a sign seldom turns when only one example is left out, so a fifth is left out."""
 
 
 @dataclass(frozen=True)

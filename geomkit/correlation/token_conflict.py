@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-_FEWEST = 2
+_MIN_EXAMPLES = 2
 _SHOWN = 5  # examples in a notebook
 
 
@@ -89,7 +89,10 @@ class TokenConflict(Result):
         return float(low[0]), float(high[0])
 
     def to_frame(self) -> "pd.DataFrame":
-        """Return one row per scored token: ``example``, ``position``, ``token``, ``id``, ``loss``, ``contribution``."""
+        """Return a data frame with one row per scored token.
+
+        The columns are ``example``, ``position``, ``token``, ``id``, ``loss`` and ``contribution``.
+        """
         import pandas as pd
 
         rows = [
@@ -107,7 +110,7 @@ class TokenConflict(Result):
         return pd.DataFrame(rows, columns=["example", "position", "token", "id", "loss", "contribution"])
 
     def by_token(self) -> "pd.DataFrame":
-        """Return one row per distinct token, the most conflicting first.
+        """Return a data frame with one row per distinct token, the most conflicting token first.
 
         The columns are ``token`` and ``id``; ``count``, the number of scored positions of the token, and ``examples``,
         the number of examples with such a position; ``loss`` and ``contribution``, means over these positions; and
@@ -171,9 +174,9 @@ def token_conflict(
     safety gradient: tokens that conflict with both gradients conflict with the wording of the refusals.
 
     Args:
-        model: A causal language model, which runs in eval mode and is left as found. Weights of fewer bits than fp32
+        model: A causal language model, which runs in eval mode; its state is restored. Weights of fewer bits than fp32
             make the derivatives as coarse as the weights.
-        tokenizer: Its tokenizer, with a chat template and a pad token.
+        tokenizer: The model's tokenizer, with a chat template and a pad token.
         utility: Rows with a column ``messages``, at least two.
         safety_gradients: The mean safety gradient by parameter, such as a
             :class:`~geomkit.gradients.gradient_set.GradientSet` of the same model. Other parameters do not count.
@@ -204,8 +207,10 @@ def token_conflict(
     check_gradients("safety", safety_gradients)
     check_confidence(confidence)
     rows = as_encoded(tokenizer, utility)
-    if len(rows) < _FEWEST:
-        raise GeometryError(f"expected at least {_FEWEST} utility examples to tell their spread, found {len(rows)}")
+    if len(rows) < _MIN_EXAMPLES:
+        raise GeometryError(
+            f"expected at least {_MIN_EXAMPLES} utility examples to tell their spread, found {len(rows)}; give more"
+        )
     # 1. Loss ℓ_t of every token and its derivative ⟨∇ℓ_t, ḡ_s⟩ / ‖ḡ_s‖.
     values, norm = token_derivatives(
         model, rows, pad_id(tokenizer), safety_gradients, tokens_per_batch=tokens_per_batch, progress=progress

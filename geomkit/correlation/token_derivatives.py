@@ -40,8 +40,8 @@ def token_derivatives(
 ) -> tuple[list[TokenValues], float]:
     """Return the derivative of each token's loss along the unit vector of a gradient, and each token's loss.
 
-    The model runs in eval mode and is left as found. For the shortest example, the sum over tokens is compared with a
-    backward pass, which reveals operations that forward mode does not see.
+    The model runs in eval mode, and its state is restored. For the shortest example, the sum over tokens is compared
+    with a backward pass, which reveals operations that forward mode does not see.
 
     Args:
         model: A causal language model.
@@ -102,7 +102,7 @@ def _forward_mode(model: nn.Module) -> Iterator[None]:
 
 
 def _load_forward_rules() -> None:
-    """Let torch load its forward-mode rules, which happens at their first use with a DeprecationWarning of torch."""
+    """Make torch load its forward-mode rules now, without the DeprecationWarning that their first use raises."""
     with warnings.catch_warnings(), forward_ad.dual_level():
         warnings.simplefilter("ignore", DeprecationWarning)
         forward_ad.make_dual(torch.zeros(1), torch.zeros(1))  # type: ignore[no-untyped-call]
