@@ -35,21 +35,21 @@ SPARE = Look(COLOURS["null"], "dot", "hexagon")
 """The look of arms without a fixed look when all fixed looks are taken."""
 
 _OWN_STRENGTH = (1.0, 1.0)
-"""The rate and the length of a scenario as it is defined, as multiples of its own."""
+"""The rate and the length of a scenario's own strength, as multiples of the values in its definition."""
 
 
 # ------------------------------------------------------------------------------------------- which cells and arms
 
 
 def of_one_organism(results: Results) -> Results:
-    """Return the cells of the first organism: prompts differ between organisms, so no panel shows two."""
+    """Return the cells of the first organism: prompts differ between organisms, so a panel shows a single organism."""
     return results.where(organism=results.records[0]["cell"]["organism"]) if results.records else results
 
 
 def comparable(results: Results) -> Results:
     """Return the cells of one organism, at one rate and length per scenario.
 
-    Where a scenario has cells at its own rate and length, these are returned, else those at its only other strength.
+    A scenario's cells are the cells at its own rate and length, or, without such cells, at its only other strength.
 
     Raises:
         DataError: If a scenario has several strengths, none of them its own.
@@ -63,13 +63,13 @@ def comparable(results: Results) -> Results:
                 f"{scenario}: expected cells at one rate and length, or at the scenario's own, found {several}; choose "
                 "with results.where(rate=…, length=…)"
             )
-    chosen = tuple(
+    records = tuple(
         record
         for record in results.records
         for cell in [record["cell"]]
         if (cell["rate"], cell["length"]) == _OWN_STRENGTH or _OWN_STRENGTH not in strengths[cell["scenario"]]
     )
-    return replace(results, records=chosen)
+    return replace(results, records=records)
 
 
 def scenario_labels(results: Results, scenarios: Sequence[str]) -> list[str]:
@@ -94,10 +94,12 @@ def at_strength(scenario: str, rate: float, length: float) -> str:
         >>> at_strength("poison-10", 1.0, 1.0), at_strength("poison-10", 4.0, 0.1)
         ('poison-10', 'poison-10, rate 4×, steps 0.1×')
     """
-    return scenario if (rate, length) == _OWN_STRENGTH else f"{scenario}, rate {times(rate)}, steps {times(length)}"
+    if (rate, length) == _OWN_STRENGTH:
+        return scenario
+    return f"{scenario}, rate {multiple_text(rate)}, steps {multiple_text(length)}"
 
 
-def times(multiple: float) -> str:
+def multiple_text(multiple: float) -> str:
     """Return a multiple as text, such as ``"4×"``."""
     return f"{multiple:g}×"
 
@@ -107,23 +109,23 @@ def arms_of(results: Results) -> list[str]:
     return list(dict.fromkeys(record["cell"]["arm"] for record in results.records))
 
 
-def among(known: list[str], arms: Sequence[str] | None) -> list[str]:
-    """Return the chosen arms without duplicates, or all known arms if ``arms`` is ``None``.
+def chosen_arms(all_arms: list[str], arms: Sequence[str] | None) -> list[str]:
+    """Return the chosen arms without duplicates, or all arms if ``arms`` is ``None``.
 
     Raises:
         DataError: If no arm is chosen, or an arm is not known.
     """
     if arms is None:
-        return known
+        return all_arms
     if not arms:
-        raise DataError(f"expected at least one arm among {', '.join(known)}, found none")
-    if unknown := [name for name in arms if name not in known]:
-        raise DataError(f"expected arms among {', '.join(known)}, found {', '.join(map(repr, unknown))}")
+        raise DataError(f"expected at least one arm among {', '.join(all_arms)}, found none")
+    if unknown := [name for name in arms if name not in all_arms]:
+        raise DataError(f"expected arms among {', '.join(all_arms)}, found {', '.join(map(repr, unknown))}")
     return list(dict.fromkeys(arms))
 
 
-def few(names: list[str]) -> list[str]:
-    """Return the names of arms unchanged.
+def at_most_nine(names: list[str]) -> list[str]:
+    """Return the names of arms unchanged, if there are at most :data:`FEW_ARMS`.
 
     Raises:
         DataError: If there are more arms than a panel can show.

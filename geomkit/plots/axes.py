@@ -39,17 +39,17 @@ def whole_ticks(values: Iterable[float], most: int = 6) -> list[int]:
     places = sorted(set(map(int, values)))
     span = places[-1] - places[0] if places else 0
     step = next(step for power in count() for step in (10**power, 2 * 10**power, 5 * 10**power) if most * step >= span)
-    chosen: list[int] = []
+    ticks: list[int] = []
     for place in places:
-        if not chosen or place - chosen[-1] >= step:
-            chosen.append(place)
-    return chosen
+        if not ticks or place - ticks[-1] >= step:
+            ticks.append(place)
+    return ticks
 
 
 def step_ticks(steps: Iterable[int]) -> dict[str, object]:
-    """Return the ticks of an axis of optimizer steps: chosen steps of a short run, whole numbers of a long one."""
-    known = set(steps)
-    return {"tickvals": whole_ticks(known, 10)} if len(known) <= _FEW_STEPS else {"tickformat": "d"}
+    """Return the ticks of an axis of optimizer steps: chosen steps of a short run, whole numbers of a long run."""
+    distinct = set(steps)
+    return {"tickvals": whole_ticks(distinct, 10)} if len(distinct) <= _FEW_STEPS else {"tickformat": "d"}
 
 
 def name_rows(figure: go.Figure, names: Sequence[str]) -> None:

@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 
 from geomkit.errors import DataError
 from geomkit.experiments.results import Results
-from geomkit.plots.arms import among, of_one_organism, times
+from geomkit.plots.arms import chosen_arms, multiple_text, of_one_organism
 from geomkit.plots.panels import Panels, narrow_panels
 from geomkit.plots.style import TEMPLATE, title
 
@@ -38,7 +38,7 @@ def plot_breakdown(
     strengths = summary.groupby("arm", sort=False).size()
     if arms is None and not (strengths > 1).any():
         raise DataError(f"expected arms on {scenario} at several rates or lengths, found none")
-    names = among(list(strengths.index), arms) if arms is not None else list(strengths[strengths > 1].index)
+    names = chosen_arms(list(strengths.index), arms) if arms is not None else list(strengths[strengths > 1].index)
     means = summary[summary["arm"].isin(names)]
     rates, lengths = (sorted(set(means[axis])) for axis in ("rate", "length"))
     inner = 46 * len(rates) + 85
@@ -80,8 +80,8 @@ def _map(name: str, means: pd.DataFrame, rates: list[float], lengths: list[float
     )
     return go.Heatmap(
         z=values,
-        x=[times(length) for length in lengths],
-        y=[times(rate) for rate in rates],
+        x=[multiple_text(length) for length in lengths],
+        y=[multiple_text(rate) for rate in rates],
         name=name,
         coloraxis="coloraxis",
         xgap=2,
@@ -98,8 +98,8 @@ def _map(name: str, means: pd.DataFrame, rates: list[float], lengths: list[float
 
 
 def _mark_broken(drawn: Panels, means: pd.DataFrame) -> None:
-    """Write "broke off" into white cells whose runs all broke off; a heat map writes nothing where it has no value."""
+    """Write "broke off" into cells whose runs all broke off; a heat map leaves cells without a value white."""
     for _, row in means[(means["runs"] == 0) & (means["broke"] > 0)].iterrows():
         place = drawn.at(list(drawn.names).index(row["arm"]))
-        x, y = times(row["length"]), times(row["rate"])
+        x, y = multiple_text(row["length"]), multiple_text(row["rate"])
         drawn.figure.add_annotation(x=x, y=y, text="broke<br>off", showarrow=False, font_size=11, **place)

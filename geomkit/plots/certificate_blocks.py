@@ -101,7 +101,7 @@ def plot_certificate_blocks(certificate: Certificate, name: str = "") -> go.Figu
 
 
 def _limit(changes: pd.DataFrame) -> tuple[float, bool]:
-    """Return where the scale of colours ends, and whether a value lies beyond."""
+    """Return the end of the scale of colours, and whether a value is larger."""
     magnitudes = np.abs(changes.to_numpy()[np.isfinite(changes)])
     limit = float(np.quantile(magnitudes, _SHOWN, method="higher")) or float(magnitudes.max()) or 1.0
     return limit, limit < magnitudes.max()
@@ -120,6 +120,6 @@ def _axis_of_blocks(names: list[str]) -> dict[str, object]:
 
 
 def _label(name: str) -> str:
-    """Return the end of a block's name, without what all names begin with."""
+    """Return the end of a block's name, without the beginning that all names share."""
     label = name.removeprefix("base_model.model.").removeprefix("model.").removesuffix(".weight")
     return label if len(label) <= _LABEL else f"…{label[-_LABEL:]}"

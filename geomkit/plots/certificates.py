@@ -1,4 +1,4 @@
-"""Figures of certificates: how the updates of one run or of several changed the safety loss."""
+"""Figures of certificates: the changes of the safety loss by the updates of a run, or of several runs."""
 
 from collections.abc import Iterator, Mapping
 
@@ -21,7 +21,7 @@ NATS = "nats per token"
 """The unit of the safety loss."""
 
 _BINS = 500
-"""A longer run is drawn by the extremes of this many stretches of it."""
+"""A long run is cut into this many stretches, of which the extremes are drawn."""
 
 _ZERO = {"color": INK, "width": 1}
 
@@ -50,12 +50,12 @@ def plot_certificate(certificate: Certificate, name: str = "") -> go.Figure:
         SPFError: If no step was recorded.
     """
     check_recorded(certificate)
-    whole = certificate.to_frame()
-    frame = _thinned(whole)
+    all_steps = certificate.to_frame()
+    frame = _thinned(all_steps)
     figure = make_subplots(3, 1, shared_xaxes=True, row_heights=[0.42, 0.38, 0.2], vertical_spacing=0.06)
     figure.add_traces(list(_changes(frame, certificate)), rows=1, cols=1)
-    figure.add_traces(list(_drift(whole)), rows=2, cols=1)
-    figure.add_trace(_projected(frame, len(frame) == len(whole)), row=3, col=1)
+    figure.add_traces(list(_drift(all_steps)), rows=2, cols=1)
+    figure.add_trace(_projected(frame, len(frame) == len(all_steps)), row=3, col=1)
     for row in (1, 2):
         figure.add_hline(y=0, line=_ZERO, row=row, col=1)
     promise = "" if certificate.guaranteed else " (not promised by this rule)"
@@ -74,7 +74,7 @@ def plot_certificate(certificate: Certificate, name: str = "") -> go.Figure:
         margin_b=84 + room,
         bargap=0.1,
     )
-    figure.update_xaxes(**step_ticks([whole["step"].iloc[0] - 1, *whole["step"]]))
+    figure.update_xaxes(**step_ticks([all_steps["step"].iloc[0] - 1, *all_steps["step"]]))
     return figure
 
 
@@ -133,14 +133,14 @@ def check_recorded(certificate: Certificate) -> None:
 
 
 def _thinned(frame: pd.DataFrame) -> pd.DataFrame:
-    """Return the extremes and a violation of each stretch of a long run, or all steps of a short one."""
+    """Return the extremes and a violation of each stretch of a long run, or all steps of a short run."""
     if len(frame) <= 2 * _BINS:
         return frame
     stretches = frame.groupby(np.arange(len(frame)) * _BINS // len(frame))
-    chosen = {0, len(frame) - 1, *stretches["violated"].idxmax()}
+    rows = {0, len(frame) - 1, *stretches["violated"].idxmax()}
     for column in ("first_order_raw", "first_order"):
-        chosen |= {*stretches[column].idxmax(), *stretches[column].idxmin()}
-    return frame.loc[sorted(chosen)]
+        rows |= {*stretches[column].idxmax(), *stretches[column].idxmin()}
+    return frame.loc[sorted(rows)]
 
 
 # -------------------------------------------------------------------------------------- top: the changes by each update
@@ -217,7 +217,7 @@ def _drift(frame: pd.DataFrame) -> Iterator[go.Scatter]:
 
 
 def _losses(frame: pd.DataFrame) -> tuple[_Steps, _Values]:
-    """Return the numbers of steps after which the safety loss was measured, and its change since the first."""
+    """Return the steps after which the safety loss was measured, and its changes since the first measurement."""
     fresh = frame[frame["fresh"]]
     steps, losses = fresh["step"].to_numpy() - 1, fresh["anchor_loss"].to_numpy()
     last = frame.iloc[-1]
@@ -229,15 +229,15 @@ def _losses(frame: pd.DataFrame) -> tuple[_Steps, _Values]:
 
 
 def _summed(frame: pd.DataFrame, column: str) -> tuple[_Steps, _Values]:
-    """Return numbers of steps, from that before the run, and the sum of a column over the run until then."""
+    """Return the numbers of steps, the first before the run, and the sums of a column from the start to each step."""
     first = frame["step"].iloc[0] - 1
     return np.arange(first, first + len(frame) + 1), np.concatenate([[0.0], np.cumsum(frame[column])])
 
 
 def _line(steps: _Steps, values: _Values, name: str, colour: str, dash: str) -> go.Scatter:
     if len(steps) > 2 * _BINS:
-        chosen = np.unique(np.linspace(0, len(steps) - 1, 2 * _BINS).astype(int))
-        steps, values = steps[chosen], values[chosen]
+        places = np.unique(np.linspace(0, len(steps) - 1, 2 * _BINS).astype(int))
+        steps, values = steps[places], values[places]
     return go.Scatter(
         x=steps,
         y=values,
@@ -251,10 +251,10 @@ def _line(steps: _Steps, values: _Values, name: str, colour: str, dash: str) -> 
 # ------------------------------------------------------------------------------------------ bottom: projected blocks
 
 
-def _projected(frame: pd.DataFrame, whole: bool) -> go.Bar | go.Scatter:
+def _projected(frame: pd.DataFrame, is_whole_run: bool) -> go.Bar | go.Scatter:
     """Return a bar per step if the frame is the whole run, else a line through the steps that were chosen."""
     look = {"x": frame["step"], "y": frame["fired"], "name": "blocks projected"}
     hover = "step %{x}<br><b>%{y:.1%}</b> of the blocks projected<extra></extra>"
-    if whole:
+    if is_whole_run:
         return go.Bar(**look, marker={"color": COLOURS["null"], "line_width": 0}, hovertemplate=hover)
     return go.Scatter(**look, mode="lines", line={"color": COLOURS["null"], "width": 1}, hovertemplate=hover)

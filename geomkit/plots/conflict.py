@@ -34,7 +34,7 @@ def plot_conflict(conflict: Conflict, *, contrast: bool = False) -> go.Figure:
 
     Args:
         conflict: The conflict between two gradient sets.
-        contrast: Draw the cosine minus that of the control instead, red where safety conflicts more than the control.
+        contrast: Draw the cosine minus the control's cosine instead, red where safety conflicts more than the control.
 
     Returns:
         The figure: a row per kind of parameter and a column per layer, with the cosine of the mean gradients (or the
@@ -101,7 +101,7 @@ def _heatmap(cells: _Cells, rows: list[str], columns: list[str], contrast: bool)
 
 
 def _limit(magnitudes: NDArray[np.float64]) -> tuple[float, bool]:
-    """Return where the scale of colours ends, and whether a value lies beyond: one norm can exceed all matrices."""
+    """Return the end of the scale of colours, and whether a value is larger: a norm layer can exceed all matrices."""
     if not magnitudes.any():
         return 1.0, False
     limit = float(np.quantile(magnitudes, _SHOWN, method="higher"))
@@ -235,11 +235,11 @@ def plot_conflict_examples(conflict: Conflict) -> go.Figure:
 
 def _bins(histograms: list[NDArray[np.float64]]) -> tuple[dict[str, float], int]:
     """Return bins that cover all finite values, and the largest number of values in a bin of one histogram."""
-    known = [values[np.isfinite(values)] for values in histograms]
-    together = np.concatenate(known)
-    if not len(together):
+    finite = [values[np.isfinite(values)] for values in histograms]
+    all_values = np.concatenate(finite)
+    if not len(all_values):
         return {}, 0
-    low, high = float(together.min()), float(together.max())
+    low, high = float(all_values.min()), float(all_values.max())
     size = max((high - low) / _BINS, 1e-9)
-    most = max(np.bincount(((values - low) / size).astype(np.int64), minlength=1).max() for values in known)
+    most = max(np.bincount(((values - low) / size).astype(np.int64), minlength=1).max() for values in finite)
     return {"start": low, "end": high + 1e-9, "size": size}, int(most)

@@ -90,7 +90,11 @@ def _cumulative(frame: pd.DataFrame, cosine: float) -> list[go.Scatter]:
 
 
 def _labels(energy: NDArray[np.float64]) -> list[str]:
-    """Return the label of each point of the curve, empty for most; ``energy[k]`` is that of the first k directions."""
+    """Return the label of each point of the curve, empty for most points.
+
+    Args:
+        energy: (points,) share of the energy in the first k directions, for k = 0, 1, 2, …
+    """
     labels = [""] * len(energy)
     last = -1.0
     for number in _LABELLED:

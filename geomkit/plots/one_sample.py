@@ -19,7 +19,7 @@ from geomkit.utils.display import counted, signed
 
 
 def plot_one_sample(study: OneSample) -> go.Figure:
-    """Draw the overlap of each example's subspace with that of the mean safety gradient, with the controls.
+    """Draw the overlap of each example's subspace with the subspace of the mean safety gradient, with the controls.
 
     Args:
         study: A leave-one-out study of single examples.
@@ -154,8 +154,8 @@ def _anchor_traces(curve: AnchorCurve, name: str, look: Look) -> list[go.Scatter
 
 
 def _looks_with_control(names: list[str]) -> list[Look]:
-    """Return the look of each set of examples; the first set without a fixed colour has that of controls."""
-    unnamed = [name for name in names if name.casefold() not in {known.casefold() for known in COLOURS}]
+    """Return the look of each set of examples; the first set without a fixed colour has the look of controls."""
+    unnamed = [name for name in names if name.casefold() not in {fixed.casefold() for fixed in COLOURS}]
     first = unnamed[:1] if "control" not in names else []
     return looks(["control" if name in first else name for name in names])
 

@@ -12,11 +12,11 @@ from geomkit.errors import DataError
 from geomkit.experiments.results import Results
 from geomkit.plots.arms import (
     add_legend,
-    among,
     arm_looks,
     arms_of,
+    at_most_nine,
+    chosen_arms,
     comparable,
-    few,
     scenario_labels,
 )
 from geomkit.plots.axes import name_rows
@@ -47,15 +47,15 @@ def plot_frontier(results: Results, *, arms: Sequence[str] | None = None) -> go.
         DataError: If an arm is unknown, there are too many arms to draw, no run was completed, or a scenario has
             several rates and lengths, none of them its own.
     """
-    chosen = comparable(results)
-    names = few(among(arms_of(chosen), arms))
-    summary = chosen.summary(["refusal", "triggered_refusal", "over_refusal", "utility"])
-    runs = chosen.to_frame()
+    results = comparable(results)
+    names = at_most_nine(chosen_arms(arms_of(results), arms))
+    summary = results.summary(["refusal", "triggered_refusal", "over_refusal", "utility"])
+    runs = results.to_frame()
     if "utility" not in runs:
         raise DataError("expected a run that was completed, found none; the errors are in to_frame()")
     scenarios = list(dict.fromkeys(runs["scenario"]))
-    drawn = wide_panels(scenario_labels(chosen, scenarios))
-    # Markers become smaller from arm to arm, so that of arms at the same place each is visible inside the one before.
+    drawn = wide_panels(scenario_labels(results, scenarios))
+    # Markers become smaller from arm to arm, so that a marker is visible inside the marker of an earlier arm.
     sizes = np.linspace(17, 7, len(names)) if len(names) > 1 else [10]
     for number, scenario in enumerate(scenarios):
         for (name, look), size in zip(arm_looks(names).items(), sizes, strict=True):
@@ -100,14 +100,14 @@ def plot_attacks(results: Results, *, arms: Sequence[str] | None = None) -> go.F
     attacked = tuple(record for record in results.records if record.get("attacks"))
     if not attacked:
         raise DataError("expected cells that were attacked, found none; give the grid's block attacks = ['prefill', …]")
-    chosen = comparable(replace(results, records=attacked))
-    frame = chosen.attacks()
-    names = few(among(arms_of(chosen), arms))
+    results = comparable(replace(results, records=attacked))
+    frame = results.attacks()
+    names = at_most_nine(chosen_arms(arms_of(results), arms))
     frame = frame[frame["arm"].isin(names)]
     attacks = list(dict.fromkeys(frame["attack"]))
     scenarios = list(dict.fromkeys(frame["scenario"]))
     inner = len(attacks) * (14 + 10 * len(names)) + 75
-    drawn = narrow_panels(scenario_labels(chosen, scenarios), inner, gap=75)
+    drawn = narrow_panels(scenario_labels(results, scenarios), inner, gap=75)
     figure = drawn.figure
     for number, scenario in enumerate(scenarios):
         shifts = side_by_side(len(names), 0.68)

@@ -1,4 +1,4 @@
-"""Figures of several panels: how many stand in a row, where each is, and the titles of the shared axes."""
+"""Figures of several panels: the number of panels in a row, the place of a panel, and titles of shared axes."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -98,20 +98,20 @@ def narrow_panels(names: Sequence[str], height: int, gap: int) -> Panels:
     return panels(names, columns, across=0.03, down=gap / height, shared_yaxes=True)
 
 
-def lay_out(drawn: Panels, legend: Sequence[str], title: dict[str, object], below: str, beside: str) -> None:
+def lay_out(drawn: Panels, legend: Sequence[str], title: dict[str, object], x_title: str, y_title: str) -> None:
     """Set size, legend, title and axis titles of a figure of :func:`wide_panels`.
 
     Args:
         drawn: The figure and its panels.
         legend: The entries of the legend.
         title: The title of the figure.
-        below: The title of the horizontal axes.
-        beside: The title of the vertical axes.
+        x_title: The title of the horizontal axes.
+        y_title: The title of the vertical axes.
     """
     room = legend_room(legend)
     drawn.figure.update_layout(
         template=TEMPLATE, title=title, height=150 + 235 * drawn.rows + room, margin={"t": 104, "b": 90 + room}
     )
     drawn.figure.update_annotations(font_size=13)
-    drawn.figure.update_yaxes(title=beside, col=1)
-    drawn.name_lowest(below)
+    drawn.figure.update_yaxes(title=y_title, col=1)
+    drawn.name_lowest(x_title)

@@ -36,9 +36,9 @@ def plot_angles(angles: Angles) -> go.Figure:
     figure = make_subplots(1, 2, column_widths=[0.55, 0.45], horizontal_spacing=0.13)
     kinds = list(dict.fromkeys(kind_of(parameter) for parameter in layers))
     for kind, look in zip(kinds, looks(kinds), strict=True):
-        chosen = {name: layer for name, layer in layers.items() if kind_of(name) == kind}
-        figure.add_trace(_angle_lines(chosen, kind, look.colour), row=1, col=1)
-        figure.add_traces([_expected_overlaps(chosen), _overlaps(chosen, kind, look)], rows=1, cols=2)
+        of_kind = {name: layer for name, layer in layers.items() if kind_of(name) == kind}
+        figure.add_trace(_angle_lines(of_kind, kind, look.colour), row=1, col=1)
+        figure.add_traces([_expected_overlaps(of_kind), _overlaps(of_kind, kind, look)], rows=1, cols=2)
     figure.add_traces(_summary(layers), rows=1, cols=1)
     control = ""
     if not np.isnan(angles.mean_control):
@@ -97,7 +97,7 @@ def _angle_lines(layers: Mapping[str, LayerAngles], kind: str, colour: str) -> g
 
 
 def _summary(layers: Mapping[str, LayerAngles]) -> list[go.Scatter]:
-    """Return the median over parameters of the angles, and that of the edge for random subspaces."""
+    """Return the median of the angles over parameters, and the median of the edge for random subspaces."""
     longest = _longest(layers)
     padded = np.full((len(layers), longest), np.nan)
     for row, layer in zip(padded, layers.values(), strict=True):
@@ -147,7 +147,7 @@ def _control_overlaps(layers: Mapping[str, LayerAngles]) -> go.Scatter:
 
 
 def _by_layer(values: Mapping[str, float], what: str, **look: object) -> go.Scatter:
-    """Return a marker per parameter at its layer, with ``what`` the values are in the hover text."""
+    """Return a marker per parameter at its layer; ``what`` names the values in the hover text."""
     return go.Scatter(
         x=[column_of(parameter) for parameter in values],
         y=list(values.values()),

@@ -41,7 +41,7 @@ def plot_effective_rank(
         of its null.
 
     Raises:
-        GeometryError: If there is no spectrum, not one name for each, or no such statistic.
+        GeometryError: If there is no spectrum, no such statistic, or not as many names as spectra.
     """
     names = named(spectra, names)
     frames = [_rows_of(spectrum.to_frame(), statistic) for spectrum in spectra]
@@ -141,7 +141,7 @@ def _contrast_traces(contrast: SpectrumContrast, frame: pd.DataFrame) -> Iterato
         ("not told apart", frame[~significant], "white"),
     ):
         yield go.Scatter(
-            # A trace without points has no entry in the legend; a trace of one missing point has.
+            # A trace without points has no entry in the legend; a trace with a missing point has an entry.
             x=rows["x"] if len(rows) else [None],
             y=rows["difference"] if len(rows) else [None],
             name=name,
@@ -177,14 +177,14 @@ def _rows_of(frame: pd.DataFrame, statistic: str) -> pd.DataFrame:
     Raises:
         GeometryError: If there is no such statistic.
     """
-    known = list(dict.fromkeys(frame["statistic"]))
-    if statistic not in known:
-        raise GeometryError(f"expected a statistic among {', '.join(known)}, found '{statistic}'")
-    chosen = frame[frame["statistic"] == statistic]
-    outside = chosen["layer"].isna()
-    places = chosen["parameter"].map(place_of).mask(outside, _OUTSIDE)
+    statistics = list(dict.fromkeys(frame["statistic"]))
+    if statistic not in statistics:
+        raise GeometryError(f"expected a statistic among {', '.join(statistics)}, found '{statistic}'")
+    rows = frame[frame["statistic"] == statistic]
+    outside = rows["layer"].isna()
+    places = rows["parameter"].map(place_of).mask(outside, _OUTSIDE)
     # Matrices outside the layers stand at 0, 1, 2, … of their panel.
-    return chosen.assign(place=places, x=chosen["layer"].mask(outside, outside.cumsum() - 1).astype(float))
+    return rows.assign(place=places, x=rows["layer"].mask(outside, outside.cumsum() - 1).astype(float))
 
 
 def _panels(frames: Sequence[pd.DataFrame]) -> Panels:
@@ -201,7 +201,7 @@ def _add(drawn: Panels, number: int, traces: Iterator[go.Scatter]) -> None:
         drawn.add(number, trace)
 
 
-def _lay_out(drawn: Panels, frame: pd.DataFrame, heading: dict[str, object], beside: str) -> None:
+def _lay_out(drawn: Panels, frame: pd.DataFrame, heading: dict[str, object], y_title: str) -> None:
     """Set title, size and axes of a figure with a panel for each kind of matrix."""
     figure = drawn.figure
     figure.update_layout(
@@ -214,7 +214,7 @@ def _lay_out(drawn: Panels, frame: pd.DataFrame, heading: dict[str, object], bes
     figure.update_xaxes(tickvals=whole_ticks(frame["layer"].dropna()), tickangle=0, showgrid=False)
     figure.update_xaxes(title="layer", row=drawn.rows)
     figure.update_yaxes(rangemode="tozero")
-    figure.update_yaxes(title=beside, col=1)
+    figure.update_yaxes(title=y_title, col=1)
     if drawn.names[-1] == _OUTSIDE:
         _name_outside(drawn, frame[frame["place"] == _OUTSIDE])
 

@@ -97,7 +97,7 @@ def _figure(figure: Figure, name: str) -> str:
 
 
 def _table(frame: pd.DataFrame) -> str:
-    """Return a frame as an HTML table in which numbers and their headings are aligned right, unlike in pandas'."""
+    """Return a data frame as an HTML table in which numbers and their headings are aligned right."""
     numeric = [dtype.kind in "iuf" for dtype in frame.dtypes]
     heads = "".join(_cell("th", str(name), number) for name, number in zip(frame.columns, numeric, strict=True))
     rows = (

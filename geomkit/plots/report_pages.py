@@ -92,7 +92,7 @@ def _one_sample(analysis: Analysis) -> Section:
 
 
 def tour_sections(tour: "Tour") -> list[Section]:
-    """Return the sections of the tour: the outcome of fine-tuning, those of its analysis, then the certificates."""
+    """Return the sections of the tour: the outcome of fine-tuning, the sections of the analysis, the certificates."""
     outcome = Section(
         "Fine-tuning with and without SPF",
         "Held-out forbidden requests refused, benign requests refused, and exact answers on the task learnt (on the "

@@ -11,7 +11,7 @@ from geomkit.training.evaluate import Evaluation
 from geomkit.training.result import FineTuneResult
 
 _SPREAD = 0.56
-"""How much of the distance between two rows the markers of one row take up."""
+"""Share of the distance between two rows over which the markers of a row are spread."""
 
 
 def plot_evaluation(evaluations: Evaluation | Mapping[str, Evaluation]) -> go.Figure:

@@ -103,11 +103,13 @@ def names_like(pattern: str, names: Iterable[str]) -> list[str]:
     Raises:
         GeometryError: If no name matches.
     """
-    known = list(names)
-    if matching := [name for name in known if fnmatchcase(name, pattern)]:
+    all_names = list(names)
+    if matching := [name for name in all_names if fnmatchcase(name, pattern)]:
         return matching
-    examples = ", ".join(known[:2])
-    raise GeometryError(f"expected parameters like {pattern!r}, found none of {len(known)} ({examples}, …); try '*'")
+    examples = ", ".join(all_names[:2])
+    raise GeometryError(
+        f"expected parameters like {pattern!r}, found none of {len(all_names)} ({examples}, …); try '*'"
+    )
 
 
 def _subtitle(spectra: Sequence[Spectrum], layers: str) -> str:
@@ -124,9 +126,9 @@ class _Quantity:
     """A function of the index of a singular value, and how its values are written.
 
     Attributes:
-        of: The values of a layer's spectrum at given indices from 1.
-        index: What the index is called.
-        form: Format of the values, as d3 takes it.
+        of: Function of a layer's spectrum and indices from 1, which returns the values at these indices.
+        index: Name of the index.
+        form: Format of the values, in d3's notation.
     """
 
     of: Callable[[LayerSpectrum, _Indices], _Values]
@@ -134,7 +136,7 @@ class _Quantity:
     form: str
 
     def hover(self, name: str, over: str) -> str:
-        """Return the hover text of a line whose customdata are its own ends and the null's middle and ends."""
+        """Return the hover text of a line whose customdata are the ends of its band, and the null's middle and ends."""
         low, high, null, null_low, null_high = (f"%{{customdata[{i}]:{self.form}}}" for i in range(5))
         spread = f", 90 % of {over} in [{low}, {high}]" if over else ""
         return (
@@ -164,15 +166,15 @@ _ENERGY = _Quantity(_energy, "rank", ".1%")
 
 def _curves(spectra: Sequence[Spectrum], names: Sequence[str], layers: str, quantity: _Quantity) -> go.Figure:
     """Return a figure of bands, then the medians of nulls, then the medians of gradients: no band covers a line."""
-    chosen = [names_like(layers, spectrum.layers) for spectrum in spectra]
+    matching = [names_like(layers, spectrum.layers) for spectrum in spectra]
     longest = max(
         spectrum.layers[parameter].rank_bound
-        for spectrum, parameters in zip(spectra, chosen, strict=True)
+        for spectrum, parameters in zip(spectra, matching, strict=True)
         for parameter in parameters
     )
     indices = np.unique(np.geomspace(1, longest, _MOST_POINTS).round().astype(np.int64))
     bands, null_lines, lines = [], [], []
-    for spectrum, name, parameters, look in zip(spectra, names, chosen, looks(names), strict=True):
+    for spectrum, name, parameters, look in zip(spectra, names, matching, looks(names), strict=True):
         values = _quantiles(quantity, [spectrum.layers[parameter] for parameter in parameters], indices)
         if values is None:
             raise GeometryError(f"expected gradients, found only zeros in '{name}'; measure examples with a loss")

@@ -75,8 +75,8 @@ class Look(NamedTuple):
 
     Attributes:
         colour: The colour, ``#rrggbb``.
-        dash: The dash of its line, a name of plotly's.
-        symbol: The symbol of its markers, a name of plotly's.
+        dash: The dash of the line, by plotly's name.
+        symbol: The symbol of the markers, by plotly's name.
     """
 
     colour: str
@@ -87,8 +87,8 @@ class Look(NamedTuple):
 def looks(names: Sequence[str]) -> list[Look]:
     """Return the look of each series: the fixed colour if its name has one, else the next free colour."""
     fixed = {name.casefold(): colour for name, colour in COLOURS.items()}
-    taken = [fixed[name.casefold()] for name in names if name.casefold() in fixed]
-    free = [colour for colour in _OTHERS if colour not in taken] or list(_OTHERS)
+    named_colours = [fixed[name.casefold()] for name in names if name.casefold() in fixed]
+    free = [colour for colour in _OTHERS if colour not in named_colours] or list(_OTHERS)
     unnamed = [name for name in names if name.casefold() not in fixed]
     drawn = {name: free[number % len(free)] for number, name in enumerate(unnamed)}
     return [
@@ -124,8 +124,8 @@ def legend_room(names: Iterable[str]) -> int:
         >>> legend_room(["safety", "utility"]), legend_room(["a very long name of a set"] * 4)
         (0, 22)
     """
-    lines, used = 1, 0
+    lines, line_width = 1, 0
     for width in (50 + 7 * len(name) for name in names):
-        full = used > 0 and used + width > _LEGEND_WIDTH
-        lines, used = lines + full, width if full else used + width
+        is_full = line_width > 0 and line_width + width > _LEGEND_WIDTH
+        lines, line_width = lines + is_full, width if is_full else line_width + width
     return 22 * (lines - 1)

@@ -1,4 +1,4 @@
-"""The figure of the tokens that conflict most with safety, and of those that agree most."""
+"""The figure of the tokens that conflict most with safety, and of the tokens that agree most with safety."""
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -13,7 +13,7 @@ _AGAINST, _WITH = "#B2182B", "#2166AC"
 
 
 def plot_token_conflict(tokens: TokenConflict, *, count: int = 12) -> go.Figure:
-    """Draw the tokens that contribute most to the conflict with safety, and those that contribute most to agreement.
+    """Draw the tokens that contribute most to the conflict with safety, and the tokens that agree most with safety.
 
     Args:
         tokens: The contribution of every token.

@@ -14,12 +14,12 @@ from geomkit.plots.arms import (
     FEW_ARMS,
     SPARE,
     add_legend,
-    among,
     arm_looks,
     arms_of,
+    at_most_nine,
     at_strength,
+    chosen_arms,
     comparable,
-    few,
     scenario_labels,
 )
 from geomkit.plots.panels import lay_out, wide_panels
@@ -62,11 +62,11 @@ def plot_refusal_during_training(results: Results, *, arms: Sequence[str] | None
         raise DataError(
             "expected cells that measured refusal along training, found none; give the grid's block along = 5"
         )
-    chosen = comparable(replace(results, records=measured))
-    frame = chosen.refusal_during_training()
-    names = few(among(arms_of(chosen), arms))
+    results = comparable(replace(results, records=measured))
+    frame = results.refusal_during_training()
+    names = at_most_nine(chosen_arms(arms_of(results), arms))
     scenarios = list(dict.fromkeys(frame["scenario"]))
-    drawn = wide_panels(scenario_labels(chosen, scenarios))
+    drawn = wide_panels(scenario_labels(results, scenarios))
     for number, scenario in enumerate(scenarios):
         for name, look in arm_looks(names).items():
             rows = frame[(frame["scenario"] == scenario) & (frame["arm"] == name)]
@@ -98,7 +98,7 @@ def plot_drift(results: Results, *, arms: Sequence[str] | None = None) -> go.Fig
     if not len(frame):
         raise DataError("expected cells that measured curvature, found none; give the grid's block curvature = true")
     frame = frame.assign(drift=frame["first_order"] + frame["curvature"])
-    names = among(list(dict.fromkeys(frame["arm"])), arms)
+    names = chosen_arms(list(dict.fromkeys(frame["arm"])), arms)
     drawn = wide_panels(names)
     figure = drawn.figure
     for number, name in enumerate(names):
@@ -122,8 +122,8 @@ def plot_drift(results: Results, *, arms: Sequence[str] | None = None) -> go.Fig
 def plot_certificate_outcome(results: Results) -> go.Figure:
     """Draw refusal after training against the share of steps that raised the safety loss on their anchors.
 
-    If the constraint alone decided the outcome, runs without such a step would lie at the top and all others below.
-    Runs without such a step are drawn in a panel of their own, one arm next to the other, since all would lie at zero.
+    If the constraint alone decided the outcome, runs without such a step would lie at the top and all other runs below.
+    Runs without such a step would all lie at zero, so they are drawn in a separate panel, arm by arm.
 
     Args:
         results: Results with cells under SPF. Of more than nine arms, the eight with most runs have colours.

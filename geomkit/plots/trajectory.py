@@ -48,8 +48,8 @@ def plot_trajectory(trajectory: "Trajectory", *, questions: Collection[str] | No
     look_of = dict(zip(sides, looks([side.rpartition(" − ")[2] for side in sides]), strict=True))
     in_legend: set[str] = set()
     for number, (question, measure) in enumerate(measures):
-        chosen = frame[(frame["question"] == question) & (frame["measure"] == measure)]
-        for side, part in chosen.groupby("of", sort=False):
+        rows = frame[(frame["question"] == question) & (frame["measure"] == measure)]
+        for side, part in rows.groupby("of", sort=False):
             for trace in _traces(part, str(side), measure, look_of[str(side)]):
                 trace.showlegend = bool(trace.showlegend) and trace.name not in in_legend
                 in_legend |= {trace.name} if trace.showlegend else set()
@@ -70,9 +70,9 @@ def _chosen(frame: pd.DataFrame, questions: Collection[str] | None) -> pd.DataFr
 
     Where a value is unknown, its interval is removed too.
     """
-    known = list(dict.fromkeys(frame["question"]))
-    if unknown := [question for question in questions or () if question not in known]:
-        raise GeometryError(f"expected questions among {', '.join(known)}, found {', '.join(unknown)}")
+    all_questions = list(dict.fromkeys(frame["question"]))
+    if unknown := [question for question in questions or () if question not in all_questions]:
+        raise GeometryError(f"expected questions among {', '.join(all_questions)}, found {', '.join(unknown)}")
     if questions is not None:
         frame = frame[frame["question"].isin(list(questions))]
     measured = frame.groupby(["question", "measure"])["value"].transform(lambda values: values.notna().any())
@@ -147,14 +147,14 @@ def _traces(frame: pd.DataFrame, side: str, measure: str, look: Look) -> Iterato
 
 
 def _band(frame: pd.DataFrame, low: str, high: str, name: str, side: str, colour: str) -> Iterator[go.Scatter]:
-    """Yield a band between two columns where both are known, if that is at two steps at least."""
-    known = frame.dropna(subset=[low, high])
-    if len(known) > 1:
-        yield band(known["x"], known[low], known[high], colour, name=name, legendgroup=side)
+    """Yield a band between two columns over the rows where both columns are known, if there are at least two rows."""
+    rows = frame.dropna(subset=[low, high])
+    if len(rows) > 1:
+        yield band(rows["x"], rows[low], rows[high], colour, name=name, legendgroup=side)
 
 
 def _hover(row: Mapping[Hashable, float]) -> str:
-    """Return the interval of a value and its null as text, as far as they are known."""
+    """Return the interval of a value and its null as text; a part that is unknown is left out."""
     interval = _interval(row["low"], row["high"])
     null = f" {row['null']:.4g}" if np.isfinite(row["null"]) else ""
     null_interval = _interval(row["null_low"], row["null_high"])
