@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Conflict(Result):
-    """Conflict between the safety and the utility gradient of a model, over all parameters and in each.
+    """Conflict between the safety and the utility gradient of a model, over all parameters and in each parameter.
 
     Attributes:
         cosine: Cosine of the two mean gradients over all parameters, as an optimizer step on these examples sees it.
@@ -77,7 +77,7 @@ class Conflict(Result):
         layers: The conflict in each parameter.
         per_example: (M,) cosine of each utility example with the mean safety gradient.
         control_per_example: (M,) cosine of each utility example with the mean control gradient, if there is a control.
-        confidence: Nominal coverage of all intervals but that of ``negative``, which is 95 %.
+        confidence: Nominal coverage of all intervals except the interval of ``negative``, whose coverage is 95 %.
     """
 
     cosine: float
@@ -196,7 +196,7 @@ def conflict(
         confidence: Nominal coverage of the intervals, between 0 and 1.
 
     Returns:
-        The conflict over all parameters and in each.
+        The conflict over all parameters and in each parameter.
 
     Raises:
         GeometryError: If a set lacks per-sample gradients, has fewer than three examples or a value that is not finite;

@@ -81,7 +81,7 @@ def _inner_without(across: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _pair_variance(across: np.ndarray, cosine: float) -> float:
-    """Return the part of the variance of two means' inner product that is due to pairs of examples, not to single ones.
+    """Return the part of the variance of two means' inner product that comes from pairs of examples.
 
     The variance is the residual of an additive two-way layout of the inner products, divided by N·M. The jackknife
     over each set counts this part twice. A share cos² of this part is left in the jackknife's variance: the norms in
@@ -172,7 +172,7 @@ def contrast_ratio(first: PairGrams, second: PairGrams) -> Ratio | None:
         denominator=float(s * c * u),
         numerator_without=(a_s * c - b * s_without, a * c_without - b_c * s, a_u * c - b_u * s),
         denominator_without=(s_without * c * u, s * c_without * u, s * c * u_without),
-        # 4. Variance of pairs, which two of the three jackknives count: that of a‖c‖ and that of b‖s‖.
+        # 4. Variance of pairs in a‖c‖ and in b‖s‖, which two of the three jackknives count.
         counted_twice=float(
             c**2 * _pair_variance(first.across, a / (s * u)) + s**2 * _pair_variance(second.across, b / (c * u))
         ),

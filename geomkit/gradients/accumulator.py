@@ -125,7 +125,7 @@ class Accumulator:
 
 
 def _merged(parts: Sequence[LayerGradient]) -> list[LayerGradient]:
-    """Return the parts, all factored ones merged to one and all indexed ones to one; a dense part is alone."""
+    """Return the parts with all factored parts merged, and all indexed parts; a dense part is the only part."""
     if len(parts) == 1:
         return list(parts)
     parts = [part for part in parts if part.floats] or list(parts[:1])

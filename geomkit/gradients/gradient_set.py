@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 @saveable
 @dataclass(frozen=True)
 class Coverage:
-    """The chosen parameters whose gradients were collected, and those that are missing.
+    """The chosen parameters whose gradients were collected, and the chosen parameters without a gradient.
 
     Attributes:
         seen: Number of entries of each parameter with a gradient.

@@ -118,7 +118,7 @@ def random_tokens(
     rows = []
     for index, (messages, tokens) in enumerate(zip(encoded.examples["messages"], encoded, strict=True)):
         lengths = [len(words.ids(message["content"])) for message in messages]
-        # Words may merge into other tokens at their borders: draw again until the loss mask is that of the example.
+        # Words may merge into other tokens at their borders: draw again until the loss mask is the example's loss mask.
         for _ in range(_ATTEMPTS):
             drawn = [
                 {"role": message["role"], "content": words.draw(length, generator)}

@@ -50,7 +50,7 @@ def kind_of(parameter: str) -> Kind:
 
 @dataclass(frozen=True)
 class Selection:
-    """A choice of parameters: those whose name satisfies all three conditions.
+    """A choice of parameters by three conditions, all of which the name of a parameter must satisfy.
 
     Attributes:
         globs: Glob patterns, of which the name must match at least one.

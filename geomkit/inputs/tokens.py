@@ -43,7 +43,7 @@ class Tokens:
 
     @property
     def loss_tokens(self) -> int:
-        """Number of scored tokens: those of the assistant, without the first position, which no model predicts."""
+        """Number of scored tokens: the assistant's tokens, without the first position, which no model predicts."""
         return sum(self.loss_mask[1:])
 
 
@@ -120,9 +120,9 @@ def encode(
         tokenizer: Tokenizer with a chat template.
         examples: N rows with a column ``messages``; :func:`geomkit.load_examples` makes them.
         assistant_mask: ``"template"`` reads the ``{% generation %}`` markers of the chat template. ``"prefix"`` is for
-            templates without these markers: the tokens of a turn are those by which the rendering with the turn is
-            longer than the rendering before it. This needs a template whose rendering of a conversation starts with the
-            rendering of its first turns, which is checked.
+            templates without these markers: the tokens of a turn are the tokens by which the rendering with the turn
+            is longer than the rendering before the turn. This needs a template whose rendering of a conversation starts
+            with the rendering of its first turns, which is checked.
         max_length: Number of tokens that longer examples are cut to, at their end; ``None`` for no cut.
 
     Returns:
@@ -186,7 +186,7 @@ def as_encoded(tokenizer: "PreTrainedTokenizerBase", examples: "Dataset | Encode
     other = examples.tokenizer
     if other is not tokenizer and (len(other), other.chat_template) != (len(tokenizer), tokenizer.chat_template):
         raise DataError(
-            f"expected examples encoded with the tokenizer of '{tokenizer.name_or_path}', found those of "
+            f"expected examples encoded with the tokenizer of '{tokenizer.name_or_path}', found the tokenizer of "
             f"'{other.name_or_path}'; encode them with this tokenizer"
         )
     return examples
@@ -254,7 +254,7 @@ def _render_by_template(tokenizer: "PreTrainedTokenizerBase", messages: list[Mes
     """Return token ids and the mask of the tokens between the markers of the template.
 
     The mask of ``tokenizer.apply_chat_template`` is wrong if the tokenizer drops the last character between two
-    markers, such as a space: it then marks all tokens up to the end of the conversation, including those of the user.
+    markers, such as a space: the mask then marks all tokens up to the end of the conversation, also the user's.
     """
     from transformers.utils.chat_template_utils import render_jinja_template
 

@@ -7,8 +7,8 @@ from numpy.typing import ArrayLike
 def benjamini_hochberg(p_values: ArrayLike) -> np.ndarray:
     """Return q-values: of the tests with a q-value below .05, at most 5 % are expected to be false discoveries.
 
-    The bound holds for independent p-values and for positively dependent ones, as those of a model's layers are
-    (Benjamini and Hochberg 1995).
+    The bound holds for independent p-values (Benjamini and Hochberg 1995), and also for positively dependent p-values,
+    such as the p-values of a model's layers.
 
     Args:
         p_values: (n,) between 0 and 1. NaN stands for a test that was not possible: it stays NaN and does not count

@@ -72,7 +72,7 @@ def within_between(
     (within,), between = _leave_one_out(first, True), _leave_one_out(across, False)
     left_out = (within - between[0], *(-part for part in between[1:]))
     # 2. Variance of the pairs' interactions, which the jackknife counts twice. Paired by place, the values (i, j)
-    #    within and between change together, so their interactions are those of the difference.
+    #    within and between change together, so the interactions are taken of the difference.
     counted_twice = (
         _interaction_variance(first - (across + across.T) / 2, True)
         if _is_paired(across)

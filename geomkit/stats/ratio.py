@@ -33,7 +33,7 @@ class Ratio:
     def interval(self, confidence: float, bound: float) -> tuple[float, float]:
         """Return Fieller's (1954) interval: all θ for which a − θq is within Student's t of zero.
 
-        Variances and covariances are the jackknife's, the degrees of freedom those of Welch and Satterthwaite.
+        Variances and covariances come from the jackknife, the degrees of freedom from Welch and Satterthwaite.
 
         Args:
             confidence: Nominal coverage of the interval, between 0 and 1.

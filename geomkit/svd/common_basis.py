@@ -27,7 +27,7 @@ _FORMED = 2**25
 _MIN_SUMS = 4
 """Number of sums from which on sums of formed gradients are cheaper than sums of factors."""
 _FULL_SIZE = 160
-"""Size of a matrix up to which all its eigenvectors are found as fast as the leading ones alone."""
+"""Largest size at which computing all eigenvectors takes no longer than computing only the leading eigenvectors."""
 
 
 def to_common_basis(gradients: Sequence[LayerGradient], side: Side) -> "CommonBasis":
@@ -43,7 +43,7 @@ def to_common_basis(gradients: Sequence[LayerGradient], side: Side) -> "CommonBa
     if side not in get_args(Side):
         raise GeometryError(f"expected the side {' or '.join(get_args(Side))}, found {side!r}; compare one at a time")
     shape = gradients[0].matrix_shape
-    # 1. Thin factors of every gradient; right singular vectors are the left ones of the transpose.
+    # 1. Thin factors of every gradient; right singular vectors are the left vectors of the transpose.
     pairs = _looked_up(gradients) or [_factors(gradient) for gradient in gradients]
     left, right = (
         list(factors) for factors in zip(*(pair if side == "left" else pair[::-1] for pair in pairs), strict=True)

@@ -186,10 +186,10 @@ def noise_floor(gradients: GradientSet, *, draws: int = 99, seed: int = 0, confi
     """Measure how many singular values of the mean gradient exceed the sampling noise of its examples.
 
     The same random signs ε answer two questions. *Is there a mean at all?* compares the largest singular value of the
-    mean with that of Σ ε_i g_i / N, an exact test wherever gradients without a mean would be symmetric about zero. *How
-    many directions does the mean have?* compares every singular value with the largest of
+    mean with the largest of Σ ε_i g_i / N, an exact test wherever gradients without a mean would be symmetric about
+    zero. *How many directions does the mean have?* compares every singular value with the largest of
     Σ (ε_i − ε̄) g_i / √(N (N−1)): noise with the sample covariance of the mean, in which a strong direction does not
-    hide the weak ones. For error rates in simulations see tests/benchmarks/README.md.
+    hide the weak directions. For error rates in simulations see tests/benchmarks/README.md.
 
     Args:
         gradients: Collected with ``per_sample=True``, at least eight examples. The mean is over the examples'

@@ -148,9 +148,9 @@ def _rows(layer: LayerAngles) -> list[dict[str, object]]:
 def basis_angles(a: Tensor, b: Tensor) -> np.ndarray:
     """Return the principal angles between the column spaces of two bases, radians, descending.
 
-    Small angles are taken from their sines and large ones from their cosines (Björck and Golub 1973), in fp64: an angle
-    of 1e-8 is exact. (``subspace_angles`` of scipy 1.17 pairs the two in reverse order, so that a tiny angle is lost if
-    there is a large one.) Bases rounded to fp32 are about 1e-7 off.
+    Small angles are computed from their sines, large angles from their cosines (Björck and Golub 1973), in fp64: an
+    angle of 1e-8 is exact. (``subspace_angles`` of scipy 1.17 pairs the two in reverse order, so that a tiny angle
+    is lost if there is a large angle.) Bases rounded to fp32 are about 1e-7 off.
 
     Args:
         a: (d, k_a) independent columns.

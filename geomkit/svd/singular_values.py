@@ -172,7 +172,7 @@ _Grams = tuple[Tensor, ...]
 
 
 def _squared_batches(gradients: Sequence[LayerGradient]) -> Iterator[_Batch]:
-    """Yield batches of all gradients' squares, of one size each, as soon as a batch is large enough for one call."""
+    """Yield the squares of all gradients in batches of one size, as soon as a batch is large enough for one call."""
     gram_cache = _GramCache(gradients)
     waiting: dict[tuple[int, int], list[tuple[int, _Grams]]] = {}
     for place, gradient in enumerate(gradients):
@@ -226,8 +226,8 @@ def _without_zero_tokens(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor, T
     """Return both Gram matrices without the tokens whose factor is zero on either side, and ones for their diagonal.
 
     Such a token adds nothing to the gradient, but stops a Cholesky decomposition. The first token of a text is an
-    example: it can attend only to itself, so its query has no gradient. The ones replace the token's diagonal entry on
-    the side that is decomposed; the zeros of the other side keep the token out of the product.
+    example: that token can attend only to itself, so its query has no gradient. The ones replace the token's diagonal
+    entry on the side that is decomposed; the zeros of the other side keep the token out of the product.
     """
     zero = (left.diagonal(dim1=1, dim2=2) == 0) | (right.diagonal(dim1=1, dim2=2) == 0)
     replacement = torch.diag_embed(zero.double())

@@ -63,7 +63,7 @@ def randomized_vectors(gradient: LayerGradient, rank: int, generator: torch.Gene
     """Return approximate leading singular vectors from random projections (Halko, Martinsson and Tropp 2011).
 
     The method takes ten more directions than vectors and four power iterations with orthogonalisation: eleven thin
-    products with the gradient, which is not formed. The values and ‖UᵀG‖ never exceed the exact ones.
+    products with the gradient, which is not formed. The values and ‖UᵀG‖ never exceed the exact values.
 
     Args:
         gradient: The gradient.

@@ -183,7 +183,7 @@ class Subspace(Result):
     def to_frame(self) -> "pd.DataFrame":
         """Return a data frame with one row per parameter: the ranks, the ``dimension`` of the space and the ``energy``.
 
-        With both sides, the dimension is that of the left side.
+        With both sides, ``dimension`` belongs to the left side.
         """
         import pandas as pd
 
@@ -205,7 +205,7 @@ class Subspace(Result):
         )
 
     def __str__(self) -> str:
-        """Return the number of subspaces, their ranks, and the largest residual of randomized ones."""
+        """Return the number of subspaces, their ranks, and the largest residual of randomized subspaces."""
         ranks = [layer.rank for layer in self.layers.values()]
         span = f"{min(ranks)} to {max(ranks)}" if len(set(ranks)) > 1 else f"{ranks[0]}" if ranks else "0"
         sides = {"both": "left and right"}.get(self.side, self.side)
@@ -246,7 +246,7 @@ def subspace(
         side: ``"left"`` for the output space, ``"right"`` for the input space, or ``"both"`` with vectors in pairs.
         method: ``"exact"``, or ``"randomized"`` for large gradients of many tokens: eleven thin products per gradient,
             and a ``residual``, the distance of the result from singular vectors.
-        seed: Seed of the random projections; those of a parameter do not depend on the other parameters.
+        seed: Seed of the random projections; the projections of a parameter do not depend on other parameters.
 
     Returns:
         The subspace of every matrix parameter.

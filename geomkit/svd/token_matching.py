@@ -41,7 +41,7 @@ def match_tokens(*sets: Mapping[str, LayerGradient], seed: int = 0) -> tuple[Map
 
     A set collected per sample stays a set with samples: the subset is drawn from the tokens of all examples together,
     every example keeps its part of the subset, and the mean is the mean of the thinned examples with unchanged weights.
-    The losses and the counts of examples and scored tokens stay those of the whole set. The tokens are not reweighted:
+    The losses and the counts of examples and scored tokens do not change. The tokens are not reweighted:
     spectra, subspaces and cosines do not depend on the scale.
 
     Args:

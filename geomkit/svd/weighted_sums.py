@@ -35,7 +35,7 @@ def weighted_spectra(gradients: Sequence[LayerGradient], weights: Tensor) -> Ten
     if len(indexed) == len(gradients):
         gradients = _without_unused_rows(indexed)
     thin = [factors for gradient in gradients if (factors := thin_factors(gradient)) is not None]
-    # The left factor of an indexed gradient is one-hot and larger than the formed rows, so indexed ones take strips.
+    # Not with indexed gradients: their left factors are one-hot, and larger than the formed rows.
     tokens = sum(len(left) for left, _ in thin)
     if not indexed and len(thin) == len(gradients) and tokens < min(gradients[0].matrix_shape):
         return _from_common_triangles(thin, weights)

@@ -139,7 +139,7 @@ class AnchorCurve(Result):
         return draw("plot_anchor_curve", self)
 
     def __str__(self) -> str:
-        """Return the overlaps with the fewest and the most anchors, and the numbers for half and 90 % of the latter."""
+        """Return the overlaps with the fewest and the most anchors, and how many reach half and 90 % of the last."""
         means, half = self.means(), self.ceiling / 2
         others = "".join(
             f", {name} {self.means(name)[0]:.3f} to {self.means(name)[-1]:.3f}"

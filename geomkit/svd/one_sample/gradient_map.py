@@ -234,7 +234,7 @@ def _pca(products: np.ndarray) -> tuple[np.ndarray, float]:
 
 
 def _mds(products: np.ndarray, distances: np.ndarray) -> tuple[np.ndarray, float]:
-    """Return (N, 2) coordinates whose distances fit the given ones best, and the normalised stress."""
+    """Return (N, 2) coordinates whose distances fit the given distances best, and the normalised stress."""
     from sklearn.manifold import smacof
 
     start, _ = _pca(products)

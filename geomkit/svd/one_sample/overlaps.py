@@ -177,7 +177,7 @@ def overlaps(
     pairs, expected = _pair_overlaps(sets, rank, side)
     names, counts = tuple(sets), sample_counts(sets)
     places = pooled_places(counts)
-    # 2. Mean overlap of two different examples within a set a, and between a and b: one block of the pairs each.
+    # 2. Mean overlap of two different examples: a block of the pairs for every set a, and for every two sets a and b.
     generator = np.random.default_rng(seed)
     means = {(a, b): mean_between(pairs[places[a], places[b]], a == b, confidence) for a in names for b in names}
     # 3. Contrast: mean of the block (a, a) minus mean of the block (a, b). Permutations of the labels also need (b, b).
@@ -210,8 +210,8 @@ def overlaps(
 def _pair_overlaps(sets: Mapping[str, GradientSet], rank: int, side: Side) -> tuple[np.ndarray, dict[str, float]]:
     """Return (N, N) overlaps of single examples, mean over parameters, and each parameter's expected overlap.
 
-    The expected overlap is that of uniformly random subspaces. Parameters in which an example has no gradient are left
-    out.
+    The expected overlap is the overlap of uniformly random subspaces. Parameters in which an example has no gradient
+    are left out.
     """
     examples = sum(sample_counts(sets).values())
     total, expected = np.zeros((examples, examples)), {}

@@ -149,7 +149,7 @@ def _groups(
     Args:
         overlaps: (N + M, N + 1, P) overlaps of all examples with the means without each anchor and the mean of all.
         products: (N, N + M, P) inner products of the anchors with all examples, and (N + M, P) squared norms.
-        places: Places of each group among the examples, those of the anchors as ``"safety"``.
+        places: Places of each group among the examples; the anchors are the group ``"safety"``.
         confidence: Nominal coverage of the intervals.
     """
     across, squared_norms = products
