@@ -22,8 +22,8 @@ FOLDER = Path(__file__).parents[1] / "notebooks"
 PLOTLY, PNG = "application/vnd.plotly.v1+json", "image/png"
 WIDGET = "application/vnd.jupyter.widget-view+json"
 MOST_BYTES = 1_500_000
-COLOURS = 64
-"""Colours of a PNG: enough for lines, markers and one colour scale."""
+COLOURS = 255
+"""Colours of a PNG: enough for lines, markers and colour scales, at a third of the size of all colours."""
 
 
 def stored(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
