@@ -42,14 +42,14 @@ def test_sums(parts, shape, seed, keep, scale):
         handed_out.append((partial, partial.dense().clone()))
     assert all(torch.equal(partial.dense(), held) for partial, held in handed_out)  # not changed by what followed
     total = sum(map(dense, gradients))
-    for found, factor in (
+    for result, factor in (
         (running.total(), 1.0),
         (running.total(scale), scale),
         (add(gradients, keep_factors=keep), 1.0),
     ):
-        np.testing.assert_allclose(found.dense(), factor * total, atol=1e-4)
-        assert found.tokens == sum(gradient.tokens for gradient in gradients)
-        assert found.shape == shape
+        np.testing.assert_allclose(result.dense(), factor * total, atol=1e-4)
+        assert result.tokens == sum(gradient.tokens for gradient in gradients)
+        assert result.shape == shape
     assert all(torch.equal(now, then) for now, then in zip(entries(gradients), before, strict=True))
     if not keep:
         assert running.floats <= shape[0] * shape[1]

@@ -28,13 +28,13 @@ def test_inner_products_between_any_forms(rows, columns, shape, seed):
     generator = seeded(seed)
     a, b = ([drawn(form, shape, generator) for form in side] for side in (rows, columns))
     flat_a, flat_b = (np.stack([dense(gradient).ravel() for gradient in side]) for side in (a, b))
-    found = gram(a, b)
-    assert found.dtype == torch.float64
-    assert found.shape == (len(a), len(b))
+    result = gram(a, b)
+    assert result.dtype == torch.float64
+    assert result.shape == (len(a), len(b))
     # Where forming the matrix is cheaper it is formed in fp32.
     scale = np.linalg.norm(flat_a, axis=1)[:, None] * np.linalg.norm(flat_b, axis=1) + 10
-    np.testing.assert_allclose(found.numpy() / scale, flat_a @ flat_b.T / scale, atol=1e-6)
-    np.testing.assert_allclose(gram(b, a).numpy().T / scale, found.numpy() / scale, atol=1e-12)
+    np.testing.assert_allclose(result.numpy() / scale, flat_a @ flat_b.T / scale, atol=1e-6)
+    np.testing.assert_allclose(gram(b, a).numpy().T / scale, result.numpy() / scale, atol=1e-12)
     assert inner(a[0], b[0]) == pytest.approx(float(flat_a[0] @ flat_b[0]), abs=1e-6 * scale[0, 0])
     symmetric = gram(a, a)
     assert torch.equal(symmetric, symmetric.T) or symmetric.numpy() == pytest.approx(
@@ -98,10 +98,10 @@ def test_a_zero_gradient_goes_through_everything(shape):
 
 
 def test_rows_that_share_an_index_are_summed():
-    found = coalesce(torch.tensor([4, 1, 4]), torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]), size=6, tokens=3)
-    assert found.indices.tolist() == [1, 4]
-    assert found.rows.tolist() == [[3.0, 4.0], [6.0, 8.0]]
-    assert (found.rank_bound, found.tokens) == (2, 3)
+    result = coalesce(torch.tensor([4, 1, 4]), torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]), size=6, tokens=3)
+    assert result.indices.tolist() == [1, 4]
+    assert result.rows.tolist() == [[3.0, 4.0], [6.0, 8.0]]
+    assert (result.rank_bound, result.tokens) == (2, 3)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -35,9 +35,9 @@ def flat(gradients):
 def test_coverage_says_the_share_and_names_what_is_missing():
     assert str(Coverage({"a": 3}, {}, {})) == "100.0% of the chosen parameters"
     missing = dict.fromkeys("bcdef", 1)
-    found = Coverage({"a": 3}, missing, dict.fromkeys(missing, "never ran"))
-    assert found.share == 3 / 8
-    assert str(found) == (
+    result = Coverage({"a": 3}, missing, dict.fromkeys(missing, "never ran"))
+    assert result.share == 3 / 8
+    assert str(result) == (
         "37.5% of the chosen parameters; missing: b (never ran), c (never ran), d (never ran) and 2 more"
     )
     assert Coverage({}, {}, {}).share == 0

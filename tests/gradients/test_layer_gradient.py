@@ -56,9 +56,9 @@ def test_products_from_both_sides(form, shape, seed, width, dtype):
         "rmatmul": (gradient.rmatmul(left), left.double().numpy() @ matrix),
     }
     exact = dtype == torch.float64
-    for found, wanted in expected.values():
-        assert found.dtype == (torch.float64 if exact else torch.float32)
-        np.testing.assert_allclose(found, wanted, atol=(1e-12 if exact else 1e-4) * (1 + np.abs(matrix).max()))
+    for result, wanted in expected.values():
+        assert result.dtype == (torch.float64 if exact else torch.float32)
+        np.testing.assert_allclose(result, wanted, atol=(1e-12 if exact else 1e-4) * (1 + np.abs(matrix).max()))
 
 
 @quick
@@ -69,9 +69,9 @@ def test_some_rows(form, shape, seed, data):
     start, stop = data.draw(st.integers(0, 10)), data.draw(st.integers(0, 10))
     matrix = dense(gradient)
     np.testing.assert_allclose(gradient.take(torch.tensor(wanted, dtype=torch.int64)), matrix[wanted], atol=1e-12)
-    found = gradient.take(slice(start, stop), torch.float32)
-    assert found.dtype == torch.float32
-    np.testing.assert_allclose(found, matrix[start:stop], atol=1e-4)
+    result = gradient.take(slice(start, stop), torch.float32)
+    assert result.dtype == torch.float32
+    np.testing.assert_allclose(result, matrix[start:stop], atol=1e-4)
 
 
 @quick

@@ -67,7 +67,7 @@ def test_names_shapes_and_types_count_and_where_a_tensor_lies_does_not():
             self.register_parameter(name, nn.Parameter(value, requires_grad=False))
 
     value = torch.arange(6.0).reshape(2, 3)
-    found = {
+    result = {
         weights_fingerprint(Named(name, tensor))
         for name, tensor in (
             ("w", value),
@@ -81,7 +81,7 @@ def test_names_shapes_and_types_count_and_where_a_tensor_lies_does_not():
             ("w", torch.zeros(2, 3, device="meta")),
         )
     }
-    assert len(found) == 9
+    assert len(result) == 9
     turned = value.T.contiguous().T
     assert not turned.is_contiguous()
     assert weights_fingerprint(Named("w", turned)) == weights_fingerprint(Named("w", value))
@@ -125,9 +125,9 @@ def test_a_model_from_the_hub_is_known_by_its_name_and_commit():
     model = tiny_llama()
     model.config._name_or_path, model.config._commit_hash = "somebody/model", "abc"
     model.lm_head.to(torch.bfloat16)
-    found = provenance_of(model, ROWS_OF_ORIGIN.select([0]), reduction="token", seed=3)
-    assert (found.model, found.revision, found.dtype) == ("somebody/model", "abc", "bfloat16, float32")
-    assert (found.reduction, found.layers, found.max_length, found.seed) == ("token", "*", 9, 3)
+    result = provenance_of(model, ROWS_OF_ORIGIN.select([0]), reduction="token", seed=3)
+    assert (result.model, result.revision, result.dtype) == ("somebody/model", "abc", "bfloat16, float32")
+    assert (result.reduction, result.layers, result.max_length, result.seed) == ("token", "*", 9, 3)
 
 
 def test_differences_name_each_field_and_shorten_fingerprints(origin):

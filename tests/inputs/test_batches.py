@@ -37,9 +37,9 @@ def test_a_pad_token_that_also_occurs_as_text_still_counts():
 
 def test_batches_keep_the_order_and_say_which_rows_they_hold():
     rows = encode(tiny_tokenizer(), UTILITY)
-    found = list(batches(rows, 0, 3))
-    assert [batch.examples for batch in found] == [(0, 1, 2), (3,)]
-    assert found[1].input_ids[0].tolist() == list(rows[3].input_ids)
+    result = list(batches(rows, 0, 3))
+    assert [batch.examples for batch in result] == [(0, 1, 2), (3,)]
+    assert result[1].input_ids[0].tolist() == list(rows[3].input_ids)
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)

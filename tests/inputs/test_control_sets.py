@@ -26,9 +26,9 @@ def responses(examples):
 
 
 def test_responses_are_put_under_prompts_in_turn():
-    found = with_responses(UTILITY, SAFETY)
-    assert prompts(found) == prompts(UTILITY)
-    assert responses(found) == [*responses(SAFETY), responses(SAFETY)[0]]
+    result = with_responses(UTILITY, SAFETY)
+    assert prompts(result) == prompts(UTILITY)
+    assert responses(result) == [*responses(SAFETY), responses(SAFETY)[0]]
 
 
 # ---------------------------------------------------------------------------------------------------- shuffled
@@ -51,10 +51,10 @@ def test_every_other_place_is_as_likely():
 
 
 def test_shuffled_pairs_keep_prompts_and_responses_apart():
-    found = shuffled_pairs(UTILITY, seed=3)
-    assert prompts(found) == prompts(UTILITY)
-    assert sorted(responses(found)) == sorted(responses(UTILITY))
-    assert responses(found) == responses(shuffled_pairs(UTILITY, seed=3))
+    result = shuffled_pairs(UTILITY, seed=3)
+    assert prompts(result) == prompts(UTILITY)
+    assert sorted(responses(result)) == sorted(responses(UTILITY))
+    assert responses(result) == responses(shuffled_pairs(UTILITY, seed=3))
     with pytest.raises(DataError, match=r"found one text in 64 of 64 examples; .*with_responses"):
         shuffled_pairs(load_examples("safety"))
 
@@ -66,18 +66,18 @@ def test_shuffled_pairs_keep_prompts_and_responses_apart():
 def test_random_tokens_keep_every_place_of_the_loss(examples):
     _, tokenizer = load_organism()
     rows = load_examples(examples).select(range(10))
-    found = random_tokens(rows, tokenizer, seed=1)
-    wanted, drawn = encode(tokenizer, rows), encode(tokenizer, found)
+    result = random_tokens(rows, tokenizer, seed=1)
+    wanted, drawn = encode(tokenizer, rows), encode(tokenizer, result)
     assert [tokens.loss_mask for tokens in drawn] == [tokens.loss_mask for tokens in wanted]
-    assert not set(responses(found)) & set(responses(rows))
-    assert responses(found) == responses(random_tokens(rows, tokenizer, seed=1))
-    assert responses(found) != responses(random_tokens(rows, tokenizer, seed=2))
+    assert not set(responses(result)) & set(responses(rows))
+    assert responses(result) == responses(random_tokens(rows, tokenizer, seed=1))
+    assert responses(result) != responses(random_tokens(rows, tokenizer, seed=2))
 
 
 def test_random_tokens_serve_other_tokenizers_system_turns_and_empty_ones():
     tokenizer = tiny_tokenizer()
-    found = random_tokens(conversations(("how do i", "sure"), ("", "no way")), tokenizer)
-    assert [len(text.split()) for row in found["messages"] for text in (row[0]["content"], row[1]["content"])] == [
+    result = random_tokens(conversations(("how do i", "sure"), ("", "no way")), tokenizer)
+    assert [len(text.split()) for row in result["messages"] for text in (row[0]["content"], row[1]["content"])] == [
         3,
         1,
         0,
@@ -105,8 +105,8 @@ def test_random_tokens_say_what_stands_in_the_way():
 def test_own_responses_are_what_the_model_says():
     model, tokenizer = load_organism()
     rows = load_examples("safety").select(range(4))
-    found = own_responses(model, tokenizer, with_responses(rows, load_examples("utility")), progress=False)
-    assert list(found["messages"]) == list(rows["messages"])
+    result = own_responses(model, tokenizer, with_responses(rows, load_examples("utility")), progress=False)
+    assert list(result["messages"]) == list(rows["messages"])
 
 
 def test_a_silent_model_is_said():

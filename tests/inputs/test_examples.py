@@ -20,25 +20,25 @@ def written(tmp_path, *lines):
 
 def test_rows_come_in_order_and_blank_lines_do_not_count(tmp_path):
     path = written(tmp_path, *(json.dumps({"messages": row, "kind": "x"}) for row in SAFETY["messages"]), "", "  ")
-    found = load_examples(path)
-    assert list(found["messages"]) == list(SAFETY["messages"])
-    assert found["kind"] == ["x"] * 3
-    assert list(load_examples(str(path))["messages"]) == list(found["messages"])
+    result = load_examples(path)
+    assert list(result["messages"]) == list(SAFETY["messages"])
+    assert result["kind"] == ["x"] * 3
+    assert list(load_examples(str(path))["messages"]) == list(result["messages"])
 
 
 def test_prompt_and_response_become_messages_and_other_columns_stay(tmp_path):
     path = written(tmp_path, json.dumps({"prompt": "help", "response": "sure", "kind": "x"}))
-    found = load_examples(path)
-    assert found.column_names == ["kind", "messages"]
-    assert found[0]["messages"] == [USER, ASSISTANT]
+    result = load_examples(path)
+    assert result.column_names == ["kind", "messages"]
+    assert result[0]["messages"] == [USER, ASSISTANT]
 
 
 def test_a_line_ends_at_a_newline_only(tmp_path):
     """JSON allows U+2028 and U+0085 inside a string, where str.splitlines would cut the line."""
     text = "one\u2028two\u0085three"
     row = {"messages": [USER, {"role": "assistant", "content": text}]}
-    found = load_examples(written(tmp_path, json.dumps(row, ensure_ascii=False), GOOD))
-    assert response_of(found[0]["messages"]) == text
+    result = load_examples(written(tmp_path, json.dumps(row, ensure_ascii=False), GOOD))
+    assert response_of(result[0]["messages"]) == text
 
 
 @pytest.mark.parametrize(

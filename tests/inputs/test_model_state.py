@@ -43,11 +43,11 @@ def test_global_random_states_return_also_after_an_exception():
 
 
 def test_full_precision_is_kept_inside_and_the_callers_choice_after() -> None:
-    found = torch.get_float32_matmul_precision()
+    result = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high")
     try:
         with full_precision():
             assert torch.get_float32_matmul_precision() == "highest"
         assert torch.get_float32_matmul_precision() == "high"
     finally:
-        torch.set_float32_matmul_precision(found)
+        torch.set_float32_matmul_precision(result)

@@ -20,8 +20,8 @@ def test_a_folder_loads_in_eval_mode_with_its_tokenizer(saved):
     model, tokenizer = load_model(saved, device="cpu")
     assert not model.training
     assert tokenizer.pad_token == "[pad]"  # noqa: S105
-    for found, wanted in zip(model.parameters(), tiny_llama().parameters(), strict=True):
-        assert torch.equal(found, wanted)
+    for result, wanted in zip(model.parameters(), tiny_llama().parameters(), strict=True):
+        assert torch.equal(result, wanted)
     assert load_model(str(saved), dtype="bfloat16", device="cpu")[0].dtype == torch.bfloat16
 
 

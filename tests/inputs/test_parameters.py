@@ -56,9 +56,9 @@ def test_every_parameter_of_a_llama_has_a_kind():
 
 def chosen(layers="*", **conditions):
     layers = select(layers, **conditions) if conditions else layers
-    found = collect_gradients(tiny_llama(), TOKENIZER, SAFETY, progress=False, layers=layers)
-    assert found.coverage.share == 1
-    return set(found)
+    result = collect_gradients(tiny_llama(), TOKENIZER, SAFETY, progress=False, layers=layers)
+    assert result.coverage.share == 1
+    return set(result)
 
 
 def test_by_glob_kind_and_index():
@@ -74,8 +74,8 @@ def test_by_glob_kind_and_index():
 def test_a_tied_parameter_is_chosen_by_either_name():
     model = tiny_llama(tied=True)
     for conditions in ({"kinds": "head"}, {"kinds": "embedding"}, {"names": "lm_head*"}):
-        found = chosen_parameters(model, select(**conditions))
-        assert found == dict.fromkeys(["model.embed_tokens.weight", "lm_head.weight"], "model.embed_tokens.weight")
+        result = chosen_parameters(model, select(**conditions))
+        assert result == dict.fromkeys(["model.embed_tokens.weight", "lm_head.weight"], "model.embed_tokens.weight")
 
 
 def test_layers_are_chosen_by_number():

@@ -19,9 +19,9 @@ def test_q_values_are_those_of_the_step_up_procedure(seed: int) -> None:
 
 def test_what_was_not_tested_stays_out() -> None:
     tested = [0.001, 0.2, 0.03]
-    found = benjamini_hochberg([np.nan, *tested, np.nan])
-    assert found[1:4] == pytest.approx(benjamini_hochberg(tested))
-    assert np.isnan(found[[0, 4]]).all()
+    result = benjamini_hochberg([np.nan, *tested, np.nan])
+    assert result[1:4] == pytest.approx(benjamini_hochberg(tested))
+    assert np.isnan(result[[0, 4]]).all()
     assert np.isnan(benjamini_hochberg([np.nan])).all()
     assert benjamini_hochberg([]).shape == (0,)
 

@@ -30,7 +30,7 @@ def test_labels_that_mean_nothing_are_rejected_once_in_twenty(
 ) -> None:
     generator = np.random.default_rng(0)
     drawn_blocks = (blocks(counts, (lean, lean), generator, paired) for _ in range(1000))
-    p_values = [within_between(*found, generator, 99, 0.95).p_value for found in drawn_blocks]
+    p_values = [within_between(*result, generator, 99, 0.95).p_value for result in drawn_blocks]
     assert np.mean(np.array(p_values) <= 0.05) == pytest.approx(0.05, abs=0.015)
 
 
@@ -52,7 +52,7 @@ def test_a_planted_subspace_is_found() -> None:
     """Fourteen examples that lean towards two directions of twelve, beside fourteen that do not: power above .9."""
     generator = np.random.default_rng(2)
     drawn_blocks = (blocks((14, 14), (2.5, 0.0), generator) for _ in range(200))
-    p_values = [within_between(*found, generator, 99, 0.95).p_value for found in drawn_blocks]
+    p_values = [within_between(*result, generator, 99, 0.95).p_value for result in drawn_blocks]
     assert np.mean(np.array(p_values) <= 0.05) > 0.9
 
 

@@ -19,9 +19,9 @@ def test_the_interval_is_scipys_where_the_share_is_of_whole_prompts(count, n):
 )
 def test_wilson_intervals_of_the_literature(successes, n, low, high):
     """Newcombe (1998), table I, method 3; the first two by hand from z = 1.96."""
-    found = Rate(successes, n)
-    assert found.interval == pytest.approx((low, high), abs=5e-5)
-    assert found.value == successes / n
+    result = Rate(successes, n)
+    assert result.interval == pytest.approx((low, high), abs=5e-5)
+    assert result.value == successes / n
     assert str(Rate(10, 10)) == "100.0% [72.2%, 100.0%]"
 
 

@@ -22,9 +22,9 @@ def collected() -> GradientSet:
     return collect_gradients(tiny_llama(), tiny_tokenizer(), UTILITY, per_sample=True, progress=False)
 
 
-def stacked(found: GradientSet, name: str) -> np.ndarray:
+def stacked(result: GradientSet, name: str) -> np.ndarray:
     """(N, entries): the flattened gradient of each example."""
-    return np.array([sample[name].dense().double().numpy().ravel() for sample in found.samples])
+    return np.array([sample[name].dense().double().numpy().ravel() for sample in result.samples])
 
 
 def values_of(matrix: np.ndarray, unit: bool) -> np.ndarray:
@@ -36,9 +36,9 @@ def values_of(matrix: np.ndarray, unit: bool) -> np.ndarray:
 @pytest.mark.parametrize("unit", [True, False])
 def test_singular_values_are_those_of_the_stacked_gradients(collected: GradientSet, unit: bool) -> None:
     """Of every parameter, norms and embeddings included, and of all in one row."""
-    found = span(collected, unit=unit)
-    assert list(found.layers) == list(collected)
-    for name, layer in found.layers.items():
+    result = span(collected, unit=unit)
+    assert list(result.layers) == list(collected)
+    for name, layer in result.layers.items():
         expected = values_of(stacked(collected, name), unit)
         np.testing.assert_allclose(layer.singular_values, expected, atol=1e-6 * expected[0])
         assert (layer.tokens, layer.rank_bound) == (len(UTILITY), len(UTILITY))
@@ -49,11 +49,11 @@ def test_singular_values_are_those_of_the_stacked_gradients(collected: GradientS
 
 
 def test_left_out_are_the_spans_of_the_others(collected: GradientSet) -> None:
-    found = span(collected, groups=2, seed=3)
+    result = span(collected, groups=2, seed=3)
     groups = jackknife_groups(len(UTILITY), 2, np.random.default_rng(3))
     for name in collected:
         matrix = stacked(collected, name)
-        for group, layer in zip(groups, found.without[name], strict=True):
+        for group, layer in zip(groups, result.without[name], strict=True):
             expected = values_of(np.delete(matrix, group, axis=0), unit=True)
             np.testing.assert_allclose(layer.singular_values, expected, atol=1e-6 * expected[0])
 
@@ -95,12 +95,12 @@ def test_what_is_no_gram_of_one_set_is_refused(collected: GradientSet) -> None:
 def test_intervals_cover(examples: int) -> None:
     """A population whose directions fall like a power, in 16 groups."""
     generator = np.random.default_rng(0)
-    found = []
+    runs = []
     for seed in range(300):
         rows = generator.standard_normal((examples, 300)) * np.arange(1, 301) ** -0.75
         measured = span({"w": torch.from_numpy(rows @ rows.T)}, seed=seed)
-        found.append([(measured.mean(statistic), *measured.interval(statistic)) for statistic in SMOOTH_STATISTICS[:6]])
-    values, low, high = np.array(found).transpose(2, 0, 1)
+        runs.append([(measured.mean(statistic), *measured.interval(statistic)) for statistic in SMOOTH_STATISTICS[:6]])
+    values, low, high = np.array(runs).transpose(2, 0, 1)
     truth = values.mean(0)
     covered = ((low <= truth) & (truth <= high)).mean(0)
     assert ((covered >= 0.9) & (covered <= 0.985)).all(), dict(zip(SMOOTH_STATISTICS, covered, strict=False))
@@ -125,14 +125,14 @@ def test_contrasts_tell_spans_apart_with_power_above_nine_in_ten_and_few_false_a
 
 
 def test_the_figures_of_spectra_draw_spans(collected: GradientSet) -> None:
-    found = span(collected)
-    expected = np.median([layer.singular_values / layer.singular_values[0] for layer in found.layers.values()], axis=0)
-    np.testing.assert_allclose(plots.plot_spectrum(found, names=["safety"]).data[-1].y, expected, rtol=1e-6)
-    assert plots.plot_cer(found).data[-1].y[-1] == pytest.approx(1)
-    assert "outside the layers" in {note.text for note in plots.plot_effective_rank(found).layout.annotations}
+    result = span(collected)
+    expected = np.median([layer.singular_values / layer.singular_values[0] for layer in result.layers.values()], axis=0)
+    np.testing.assert_allclose(plots.plot_spectrum(result, names=["safety"]).data[-1].y, expected, rtol=1e-6)
+    assert plots.plot_cer(result).data[-1].y[-1] == pytest.approx(1)
+    assert "outside the layers" in {note.text for note in plots.plot_effective_rank(result).layout.annotations}
     whole = span(collected, together=True)
     assert plots.plot_effective_rank(whole).data[1].y[0] == pytest.approx(whole.mean("effective_rank"))
-    assert compare_spectra(found, found).plot().data
+    assert compare_spectra(result, result).plot().data
 
 
 @pytest.mark.parametrize(
@@ -149,18 +149,18 @@ def test_numbers_out_of_range_are_refused(options: dict[str, object], said: str)
         span({"w": torch.eye(4)}, **options)
 
 
-@pytest.mark.parametrize("found", [UTILITY, "safety", None, [1]], ids=["Dataset", "str", "None", "list"])
-def test_examples_are_no_gradients(found: object) -> None:
+@pytest.mark.parametrize("argument", [UTILITY, "safety", None, [1]], ids=["Dataset", "str", "None", "list"])
+def test_examples_are_no_gradients(argument: object) -> None:
     with pytest.raises(
         GeometryError, match=r"from collect_gradients\(\.\.\., per_sample=True\), found .* collect them"
     ):
-        span(found)
+        span(argument)
 
 
 def test_no_groups_give_no_intervals_and_what_is_not_finite_is_refused() -> None:
-    found = span({"w": torch.eye(4)}, groups=0)
-    assert found.unit == "examples"
-    assert "[" not in str(found)
+    result = span({"w": torch.eye(4)}, groups=0)
+    assert result.unit == "examples"
+    assert "[" not in str(result)
     with pytest.raises(GeometryError, match="not finite in w"):
         span({"w": torch.full((3, 3), float("nan"))})
 

@@ -22,21 +22,21 @@ def planted(values: list[float], size: int = 12) -> LayerSpectrum:
 
 @pytest.mark.parametrize("k", [1, 3, 8])
 def test_equal_singular_values_have_that_rank_by_every_measure(k: int) -> None:
-    found = planted([2.0] * k).statistics()
-    assert [found[name] for name in RANKS] == pytest.approx([k] * len(RANKS))
-    assert found["rank99"] == k
+    result = planted([2.0] * k).statistics()
+    assert [result[name] for name in RANKS] == pytest.approx([k] * len(RANKS))
+    assert result["rank99"] == k
 
 
 def test_measures_of_a_geometric_spectrum() -> None:
-    found = planted([4.0, 2.0, 1.0])
+    result = planted([4.0, 2.0, 1.0])
     shares = np.array([4, 2, 1]) / 7
     energy = np.array([16, 4, 1]) / 21
-    assert found.effective_rank == pytest.approx(math.exp(-(shares * np.log(shares)).sum()))
-    assert found.entropy_rank == pytest.approx(math.exp(-(energy * np.log(energy)).sum()))
-    assert found.participation_ratio == pytest.approx(21**2 / (16**2 + 4**2 + 1))
-    assert found.stable_rank == pytest.approx(21 / 16)
-    assert [found.cer(k) for k in (1, 2, 3, 9)] == pytest.approx([16 / 21, 20 / 21, 1, 1])
-    assert [found.rank_at(energy) for energy in (0.5, 16 / 21, 0.9, 0.99, 1.0)] == [1, 1, 2, 3, 3]
+    assert result.effective_rank == pytest.approx(math.exp(-(shares * np.log(shares)).sum()))
+    assert result.entropy_rank == pytest.approx(math.exp(-(energy * np.log(energy)).sum()))
+    assert result.participation_ratio == pytest.approx(21**2 / (16**2 + 4**2 + 1))
+    assert result.stable_rank == pytest.approx(21 / 16)
+    assert [result.cer(k) for k in (1, 2, 3, 9)] == pytest.approx([16 / 21, 20 / 21, 1, 1])
+    assert [result.rank_at(energy) for energy in (0.5, 16 / 21, 0.9, 0.99, 1.0)] == [1, 1, 2, 3, 3]
 
 
 def test_nine_of_ten_equal_values_hold_ninety_percent() -> None:
@@ -44,19 +44,19 @@ def test_nine_of_ten_equal_values_hold_ninety_percent() -> None:
 
 
 def test_numeric_rank_leaves_rounding_out() -> None:
-    found = planted([1.0, 1e-3, 1e-7, 0.0])
-    assert found.tolerance == pytest.approx(12 * np.finfo(np.float32).eps)
-    assert found.numeric_rank == 2
+    result = planted([1.0, 1e-3, 1e-7, 0.0])
+    assert result.tolerance == pytest.approx(12 * np.finfo(np.float32).eps)
+    assert result.numeric_rank == 2
 
 
 @settings(max_examples=50, deadline=None)
 @given(values=st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=12))
 def test_measures_are_ordered_and_bounded(values: list[float]) -> None:
-    found = planted(values)
+    result = planted(values)
     slack = 1 + 1e-6
-    assert 1 / slack <= found.stable_rank <= found.entropy_rank * slack
-    assert found.participation_ratio <= found.entropy_rank * slack <= found.effective_rank * slack**2
-    assert found.effective_rank <= found.rank_bound * slack
+    assert 1 / slack <= result.stable_rank <= result.entropy_rank * slack
+    assert result.participation_ratio <= result.entropy_rank * slack <= result.effective_rank * slack**2
+    assert result.effective_rank <= result.rank_bound * slack
 
 
 @pytest.mark.parametrize(("tokens", "published"), [(16, 0.69), (32, 0.41), (64, 0.25), (128, 0.16)])

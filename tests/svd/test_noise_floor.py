@@ -52,26 +52,26 @@ def each(generator: np.random.Generator, examples: int, repeats: int, values: Se
 
 @pytest.mark.parametrize("examples", [8, 20])
 def test_pure_noise_is_called_a_signal_as_often_as_promised(examples: int) -> None:
-    found = each(np.random.default_rng(examples), examples, 50, [0.0])
-    p_values = np.array([layer.p_value for layer in found])
+    result = each(np.random.default_rng(examples), examples, 50, [0.0])
+    p_values = np.array([layer.p_value for layer in result])
     assert 0.035 <= (p_values <= 0.05).mean() <= 0.065
     assert 0.45 <= (p_values <= 0.5).mean() <= 0.55
-    assert [layer.signal_rank > 0 for layer in found] == (p_values <= 0.05).tolist()
+    assert [layer.signal_rank > 0 for layer in result] == (p_values <= 0.05).tolist()
 
 
 def test_planted_directions_are_counted() -> None:
     """The weakest is at twice the floor of 16 examples."""
-    found = each(np.random.default_rng(0), 16, 15, [2.0, 1.7, 1.44])
-    ranks = np.array([layer.signal_rank for layer in found])
-    assert np.median([layer.floor for layer in found]) == pytest.approx(0.72, abs=0.03)
+    result = each(np.random.default_rng(0), 16, 15, [2.0, 1.7, 1.44])
+    ranks = np.array([layer.signal_rank for layer in result])
+    assert np.median([layer.floor for layer in result]) == pytest.approx(0.72, abs=0.03)
     assert (ranks == 3).mean() >= 0.95
     assert (ranks > 3).mean() <= 0.05
 
 
 def test_a_strong_direction_does_not_hide_a_weak_one() -> None:
     """Signs alone would carry a part of the strong one, up to 20 · 2/√16, into the floor."""
-    found = each(np.random.default_rng(1), 16, 5, [20.0, 1.4])
-    assert np.mean([layer.signal_rank == 2 for layer in found]) >= 0.95
+    result = each(np.random.default_rng(1), 16, 5, [20.0, 1.4])
+    assert np.mean([layer.signal_rank == 2 for layer in result]) >= 0.95
 
 
 def marchenko_pastur_edge(shape: tuple[int, int], noise: float) -> float:
@@ -95,10 +95,10 @@ def test_one_signal_among_many_parameters_is_found_with_few_draws_and_none_is_in
     for seed in range(100):
         drawn = coloured(generator, 12, 25)
         drawn[:, 7] += planted
-        found = noise_floor(dense(drawn), seed=seed, draws=39)
-        missed += "w7" not in found.significant
-        invented += len(found.significant - {"w7"}) > 0
-        assert found.to_frame()["q_value"].min() > 0.05  # 39 draws are too few for a q-value below 25 / 40
+        result = noise_floor(dense(drawn), seed=seed, draws=39)
+        missed += "w7" not in result.significant
+        invented += len(result.significant - {"w7"}) > 0
+        assert result.to_frame()["q_value"].min() > 0.05  # 39 draws are too few for a q-value below 25 / 40
     assert missed <= 100 * 0.05
     assert invented <= 100 * 0.1  # 5 %, and two standard deviations of what 100 experiments show
 
@@ -121,19 +121,19 @@ def test_the_result_names_everything_and_says_what_it_cannot() -> None:
         }
         for _ in range(10)
     ]
-    found = noise_floor(gradient_set(samples))
-    frame = found.to_frame().set_index("parameter")
+    result = noise_floor(gradient_set(samples))
+    frame = result.to_frame().set_index("parameter")
     assert list(frame.index) == [*few, "model.layers.0.self_attn.q_proj.weight"]
     assert list(frame["signal_rank"]) == [1, 0, 0]
     assert frame["p_value"].iloc[2] == 1.0
     assert (frame["q_value"] >= frame["p_value"]).all()
     assert (frame["p_family"] >= frame["p_value"]).all()
-    assert found.significant == {next(iter(few))}
+    assert result.significant == {next(iter(few))}
     assert frame["layer"].iloc[0] == 0
-    assert "10 examples" in str(found)
-    assert "3 matrices" in found._repr_html_()
-    assert isinstance(found, NoiseFloor)
-    assert noise_floor(gradient_set(samples)).to_frame().equals(found.to_frame())
+    assert "10 examples" in str(result)
+    assert "3 matrices" in result._repr_html_()
+    assert isinstance(result, NoiseFloor)
+    assert noise_floor(gradient_set(samples)).to_frame().equals(result.to_frame())
 
 
 def test_misuse_is_explained() -> None:

@@ -77,8 +77,8 @@ PUBLISHED = [(16, 0.69, 1.0), (32, 0.41, 0.72), (64, 0.25, 0.45), (128, 0.16, 0.
 
 def energies(gradients: Iterable[LayerGradient]) -> tuple[float, float]:
     """Mean CER(10) and CER(20)."""
-    found = [layer_spectrum("w", gradient) for gradient in gradients]
-    return float(np.mean([one.cer(10) for one in found])), float(np.mean([one.cer(20) for one in found]))
+    result = [layer_spectrum("w", gradient) for gradient in gradients]
+    return float(np.mean([one.cer(10) for one in result])), float(np.mean([one.cer(20) for one in result]))
 
 
 @pytest.mark.parametrize(("tokens", "cer10", "cer20"), PUBLISHED)
@@ -89,8 +89,8 @@ def test_nulls_of_unstructured_gradients_have_the_published_energy(
     gradient = DenseGradient(torch.zeros(1024, 1024), tokens) if form == "dense" else factored(tokens, 1024, 1024)
     generator = torch.Generator().manual_seed(0)
     draws = 1 if tokens == 1024 else 4
-    found = energies(random_factor_null(gradient, generator) for _ in range(draws))
-    assert found == pytest.approx((cer10, cer20), abs=0.01)
+    result = energies(random_factor_null(gradient, generator) for _ in range(draws))
+    assert result == pytest.approx((cer10, cer20), abs=0.01)
 
 
 def power_law(tokens: int, left: float, right: float, seed: int) -> FactoredGradient:
@@ -126,7 +126,7 @@ def test_dense_null_has_the_spectrum_of_gaussian_factors(tokens: int) -> None:
     assert drawn[0].shape == gradient.shape
     direct = [factored(tokens, 20, 12, seed) for seed in range(0, 400, 2)]
     ours, theirs = (
-        np.mean([layer_spectrum("w", found).singular_values for found in part], axis=0) for part in (drawn, direct)
+        np.mean([layer_spectrum("w", result).singular_values for result in part], axis=0) for part in (drawn, direct)
     )
     bound = len(theirs)
     assert ours[:bound] == pytest.approx(theirs, rel=0.05)

@@ -44,12 +44,12 @@ def test_angles_are_those_of_scipy_and_do_not_depend_on_basis_order_or_rotation(
     seed: int, rank_a: int, rank_b: int
 ) -> None:
     a, b = frame(12, rank_a, seed), frame(12, rank_b, seed + 1)
-    found = basis_angles(a, b)
-    assert found == pytest.approx(subspace_angles(a.numpy(), b.numpy()), abs=1e-6)
-    assert (np.diff(found) <= 1e-12).all()
-    assert basis_angles(b, a) == pytest.approx(found, abs=1e-7)
+    result = basis_angles(a, b)
+    assert result == pytest.approx(subspace_angles(a.numpy(), b.numpy()), abs=1e-6)
+    assert (np.diff(result) <= 1e-12).all()
+    assert basis_angles(b, a) == pytest.approx(result, abs=1e-7)
     turned = frame(12, 12, seed + 2)
-    assert basis_angles(turned @ a, turned @ b @ frame(rank_b, rank_b, seed + 3)) == pytest.approx(found, abs=1e-7)
+    assert basis_angles(turned @ a, turned @ b @ frame(rank_b, rank_b, seed + 3)) == pytest.approx(result, abs=1e-7)
     overlap = principal_angles(named(a), named(b)).mean_overlap
     assert overlap == pytest.approx(float((a.T @ b).square().sum()) / min(rank_a, rank_b), abs=1e-12)
 
@@ -88,22 +88,22 @@ def test_planted_angles_are_recovered_from_fp32_bases(angles: list[float], seed:
 
 def test_a_control_is_measured_at_the_rank_of_what_it_controls() -> None:
     a, b, control = named(frame(30, 4, 0)), named(frame(30, 6, 1)), named(frame(30, 5, 2))
-    found = principal_angles(a, b, control)
+    result = principal_angles(a, b, control)
     cut = control.layers["w"].basis[:, :4]
-    assert found.mean_control == pytest.approx(float((cut.T @ b.layers["w"].basis).square().sum()) / 4, abs=1e-12)
-    assert found.mean_overlap == principal_angles(a, b).mean_overlap
-    table = found.to_frame().set_index("statistic")
-    assert table.control["overlap"] == found.mean_control
+    assert result.mean_control == pytest.approx(float((cut.T @ b.layers["w"].basis).square().sum()) / 4, abs=1e-12)
+    assert result.mean_overlap == principal_angles(a, b).mean_overlap
+    table = result.to_frame().set_index("statistic")
+    assert table.control["overlap"] == result.mean_control
     assert np.isnan(table.control["largest_angle"])
-    assert f"control {found.mean_control:.3g}" in str(found)
+    assert f"control {result.mean_control:.3g}" in str(result)
 
 
 def test_without_a_control_or_with_one_of_lower_rank_there_is_none() -> None:
     a, b = named(frame(30, 4, 0)), named(frame(30, 6, 1))
-    for found in (principal_angles(a, b), principal_angles(a, b, named(frame(30, 3, 2)))):
-        assert np.isnan(found.mean_control)
-        assert found.to_frame()["control"].isna().all()
-        assert "control" not in str(found)
+    for result in (principal_angles(a, b), principal_angles(a, b, named(frame(30, 3, 2)))):
+        assert np.isnan(result.mean_control)
+        assert result.to_frame()["control"].isna().all()
+        assert "control" not in str(result)
     with pytest.raises(GeometryError, match="dimensions 30 and 31"):
         principal_angles(a, b, named(frame(31, 4, 0)))
 
@@ -114,8 +114,8 @@ def test_overlap_and_edge_of_random_subspaces_are_as_expected() -> None:
         principal_angles(named(frame(size, rank_a, seed)), named(frame(size, rank_b, seed + 1000))).layers["w"]
         for seed in range(40)
     ]
-    assert np.mean([found.overlap for found in drawn]) == pytest.approx(haar_overlap(rank_a, rank_b, size), rel=0.05)
-    assert np.mean([found.largest_cosine for found in drawn]) == pytest.approx(
+    assert np.mean([result.overlap for result in drawn]) == pytest.approx(haar_overlap(rank_a, rank_b, size), rel=0.05)
+    assert np.mean([result.largest_cosine for result in drawn]) == pytest.approx(
         random_edge(rank_a, rank_b, size), rel=0.1
     )
     assert drawn[0].random_edge == random_edge(16, 8, 256)
@@ -128,20 +128,20 @@ def test_published_edges() -> None:
 
 
 def test_frame_has_each_statistic_beside_its_null() -> None:
-    found = principal_angles(named(frame(30, 4, 0)), named(frame(30, 6, 1)))
-    table = found.to_frame().set_index("statistic")
-    assert table.value["overlap"] == found.mean_overlap
-    assert table.null["overlap"] == found.mean_expected_overlap == pytest.approx(6 / 30)
-    assert table.null["largest_cosine"] == found.layers["w"].random_edge
-    assert table.value["largest_angle"] == pytest.approx(np.degrees(found.layers["w"].angles[0]))
-    assert "mean overlap" in found._repr_html_()
+    result = principal_angles(named(frame(30, 4, 0)), named(frame(30, 6, 1)))
+    table = result.to_frame().set_index("statistic")
+    assert table.value["overlap"] == result.mean_overlap
+    assert table.null["overlap"] == result.mean_expected_overlap == pytest.approx(6 / 30)
+    assert table.null["largest_cosine"] == result.layers["w"].random_edge
+    assert table.value["largest_angle"] == pytest.approx(np.degrees(result.layers["w"].angles[0]))
+    assert "mean overlap" in result._repr_html_()
 
 
 def test_an_empty_subspace_has_no_angles() -> None:
-    found = principal_angles(named(frame(30, 4, 0)), named(torch.zeros(30, 0)))
-    assert len(found.layers["w"].angles) == 0
-    assert math.isnan(found.mean_overlap)
-    assert found.to_frame()["value"].isna().all()
+    result = principal_angles(named(frame(30, 4, 0)), named(torch.zeros(30, 0)))
+    assert len(result.layers["w"].angles) == 0
+    assert math.isnan(result.mean_overlap)
+    assert result.to_frame()["value"].isna().all()
 
 
 def test_subspaces_that_cannot_be_compared_are_refused() -> None:

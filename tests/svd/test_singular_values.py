@@ -26,19 +26,19 @@ RANKS = ("numeric_rank", "effective_rank", "entropy_rank", "participation_ratio"
 @pytest.mark.parametrize("gradient", GRADIENTS.values(), ids=GRADIENTS)
 def test_singular_values_are_those_of_the_dense_gradient(gradient: LayerGradient) -> None:
     expected = np.linalg.svd(exact(gradient), compute_uv=False)
-    found = singular_values(gradient)
-    assert found.dtype == np.float64
-    assert len(found) == gradient.rank_bound
-    assert np.abs(found - expected[: len(found)]).max() <= (1e-7 if gradient is DEFICIENT else 1e-12) * expected[0]
+    result = singular_values(gradient)
+    assert result.dtype == np.float64
+    assert len(result) == gradient.rank_bound
+    assert np.abs(result - expected[: len(result)]).max() <= (1e-7 if gradient is DEFICIENT else 1e-12) * expected[0]
 
 
 def test_small_singular_values_survive_a_wide_range() -> None:
     scales = torch.logspace(0, -6, 8)
     left, right = rotation(64, 1)[:8].float(), rotation(48, 2)[:8].float()
     gradient = FactoredGradient(left * scales[:, None], right)
-    found = singular_values(gradient)
-    assert np.abs(found - np.linalg.svd(exact(gradient), compute_uv=False)[:8]).max() < 1e-14
-    assert found == pytest.approx(scales.numpy(), rel=1e-5)
+    result = singular_values(gradient)
+    assert np.abs(result - np.linalg.svd(exact(gradient), compute_uv=False)[:8]).max() < 1e-14
+    assert result == pytest.approx(scales.numpy(), rel=1e-5)
 
 
 @settings(max_examples=60, deadline=None)
@@ -61,20 +61,20 @@ def test_singular_values_are_exact_whatever_the_condition_of_the_factors(
     order = torch.arange(tokens) // 2 if repeated else torch.arange(tokens)
     gradient = FactoredGradient(left[order].float(), right[order].float())
     expected = np.linalg.svd(exact(gradient), compute_uv=False)
-    found = layer_spectrum("w", gradient)
-    assert np.abs(found.singular_values - expected[: found.rank_bound]).max() <= 1e-7 * expected[0]
-    near = np.abs(expected / found.tolerance - 1) < 1e-2  # a value on the edge may fall on either side
-    assert abs(found.numeric_rank - (expected > found.tolerance).sum()) <= near.sum()
+    result = layer_spectrum("w", gradient)
+    assert np.abs(result.singular_values - expected[: result.rank_bound]).max() <= 1e-7 * expected[0]
+    near = np.abs(expected / result.tolerance - 1) < 1e-2  # a value on the edge may fall on either side
+    assert abs(result.numeric_rank - (expected > result.tolerance).sum()) <= near.sum()
 
 
 def test_a_gram_gives_singular_values_to_the_root_of_its_precision() -> None:
     matrices = rotation(12, 1)[:8].T * torch.logspace(0, -7, 8).double()  # (12, 8), σ down to 1e-7
     stacked = torch.stack([matrices, 2 * matrices])
-    found = singular_values_of_gram(stacked.mT @ stacked).numpy()
+    result = singular_values_of_gram(stacked.mT @ stacked).numpy()
     expected = np.linalg.svd(stacked.numpy(), compute_uv=False)
-    assert found.dtype == np.float64
-    assert np.abs(found - expected).max() <= 2e-8 * 2
-    assert found[:, :4] == pytest.approx(expected[:, :4], rel=1e-9)  # σ down to 1e-3 keeps ten digits
+    assert result.dtype == np.float64
+    assert np.abs(result - expected).max() <= 2e-8 * 2
+    assert result[:, :4] == pytest.approx(expected[:, :4], rel=1e-9)  # σ down to 1e-3 keeps ten digits
     assert (singular_values_of_gram(torch.zeros(3, 3)) == 0).all()
 
 
@@ -109,10 +109,10 @@ def test_one_call_for_all_gradients_gives_what_one_each_gives(monkeypatch: pytes
     shared = gaussian(5, 20, seed=7)
     siblings = [FactoredGradient(gaussian(5, size, seed=size), shared) for size in (20, 30, 20)]
     gradients = [*GRADIENTS.values(), zero_gradient((6, 5)), zero_gradient((3,)), *siblings]
-    found = singular_values_of(gradients)
-    assert found.dtype == torch.float64
-    assert found.shape == (len(gradients), max(gradient.rank_bound for gradient in gradients))
-    for gradient, values in zip(gradients, found, strict=True):
+    result = singular_values_of(gradients)
+    assert result.dtype == torch.float64
+    assert result.shape == (len(gradients), max(gradient.rank_bound for gradient in gradients))
+    for gradient, values in zip(gradients, result, strict=True):
         bound = gradient.rank_bound
         alone = singular_values(gradient)
         assert values[:bound].numpy() == pytest.approx(alone, rel=1e-9, abs=1e-7 * max(alone, default=0.0))

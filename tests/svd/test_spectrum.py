@@ -33,26 +33,26 @@ def effective_rank(matrix: np.ndarray) -> float:
 def test_left_out_are_the_spectra_of_the_others(reduction: str, form: str) -> None:
     """In every parameter and form: embeddings, linear layers, and a head."""
     model, tokenizer = tiny_llama(), tiny_tokenizer()
-    found = collect_gradients(
+    result = collect_gradients(
         model, tokenizer, UTILITY, per_sample=True, reduction=reduction, form=form, progress=False
     )
-    measured = spectrum(found, null_draws=0, groups=3, seed=5)
+    measured = spectrum(result, null_draws=0, groups=3, seed=5)
     groups = jackknife_groups(len(UTILITY), 3, np.random.default_rng(5))
     assert "model.embed_tokens.weight" in measured.without
     for name, without in measured.without.items():
-        samples = np.array([sample[name].dense().double().numpy() for sample in found.samples])
+        samples = np.array([sample[name].dense().double().numpy() for sample in result.samples])
         for group, layer in zip(groups, without, strict=True):
             kept = np.setdiff1d(np.arange(len(samples)), group)
-            expected = np.linalg.svd(np.tensordot(found.weights[kept], samples[kept], 1), compute_uv=False)
+            expected = np.linalg.svd(np.tensordot(result.weights[kept], samples[kept], 1), compute_uv=False)
             relative = layer.singular_values / layer.singular_values[0]
             np.testing.assert_allclose(relative, (expected / expected[0])[: layer.rank_bound], atol=1e-6)
-            assert layer.tokens == sum(found.samples[place][name].tokens for place in kept)
+            assert layer.tokens == sum(result.samples[place][name].tokens for place in kept)
 
 
 def test_intervals_are_those_of_the_jackknife() -> None:
-    found = drawn_set(power_law, np.random.default_rng(0), [5] * 6, ("v", "w"))
-    measured = spectrum(found, null_draws=0, confidence=0.9)
-    matrices = {name: np.array([sample[name].dense().numpy() for sample in found.samples]) for name in found}
+    result = drawn_set(power_law, np.random.default_rng(0), [5] * 6, ("v", "w"))
+    measured = spectrum(result, null_draws=0, confidence=0.9)
+    matrices = {name: np.array([sample[name].dense().numpy() for sample in result.samples]) for name in result}
     values = np.array([effective_rank(each.sum(0)) for each in matrices.values()])
     without = np.array(
         [[effective_rank(np.delete(each, place, 0).sum(0)) for each in matrices.values()] for place in range(6)]
@@ -66,39 +66,39 @@ def test_intervals_are_those_of_the_jackknife() -> None:
 
 
 def test_what_has_no_interval() -> None:
-    found = drawn_set(power_law, np.random.default_rng(0), [5] * 6)
-    frame = spectrum(found, null_draws=0).to_frame().set_index("statistic")
+    result = drawn_set(power_law, np.random.default_rng(0), [5] * 6)
+    frame = spectrum(result, null_draws=0).to_frame().set_index("statistic")
     assert frame.loc[list(JUMPING), ["low", "high"]].isna().all(axis=None)
     assert frame.loc[list(SMOOTH_STATISTICS), ["low", "high"]].notna().all(axis=None)
     assert {*JUMPING, *SMOOTH_STATISTICS} == set(frame.index)
-    alone = replace(found, samples=found.samples[:1])
-    for bare in (spectrum(dict(found)), spectrum(found, groups=0), spectrum(alone)):
+    alone = replace(result, samples=result.samples[:1])
+    for bare in (spectrum(dict(result)), spectrum(result, groups=0), spectrum(alone)):
         assert bare.to_frame()[["low", "high"]].isna().all(axis=None)
         assert all(map(math.isnan, bare.interval("effective_rank")))
         assert "[" not in str(bare)
-    assert all(map(math.isnan, spectrum(found).interval("rank90")))
+    assert all(map(math.isnan, spectrum(result).interval("rank90")))
     with pytest.raises(GeometryError, match=r"expected one of numeric_rank, .* found 'rank'"):
-        spectrum(found).interval("rank")
+        spectrum(result).interval("rank")
     with pytest.raises(GeometryError, match="found groups=1"):
-        spectrum(found, groups=1)
+        spectrum(result, groups=1)
 
 
 def test_cer_has_no_interval_where_leaving_out_takes_it_to_one() -> None:
-    found = drawn_set(power_law, np.random.default_rng(0), [3] * 7, ("v", "w"))  # 21 tokens, 18 without an example
-    frame = spectrum(found, null_draws=0).to_frame().set_index(["statistic", "parameter"])
+    result = drawn_set(power_law, np.random.default_rng(0), [3] * 7, ("v", "w"))  # 21 tokens, 18 without an example
+    frame = spectrum(result, null_draws=0).to_frame().set_index(["statistic", "parameter"])
     assert frame.loc["cer20", ["low", "high"]].isna().all(axis=None)
     assert frame.loc["cer10", ["low", "high"]].notna().all(axis=None)
-    assert all(map(math.isnan, spectrum(found).interval("cer20")))
+    assert all(map(math.isnan, spectrum(result).interval("cer20")))
     few = drawn_set(power_law, np.random.default_rng(0), [3] * 3)  # 9 tokens: 1 with and without
     assert spectrum(few).interval("cer10") == (1, 1)
 
 
 def test_a_zero_gradient_has_no_part_in_the_interval_of_the_mean() -> None:
-    found = drawn_set(power_law, np.random.default_rng(0), [5] * 6, ("v", "w"))
+    result = drawn_set(power_law, np.random.default_rng(0), [5] * 6, ("v", "w"))
     with_zero = replace(
-        found,
-        layers={**found.layers, "w": found["w"].scaled(0.0)},
-        samples=tuple(replace(s, layers={**s.layers, "w": s["w"].scaled(0.0)}) for s in found.samples),
+        result,
+        layers={**result.layers, "w": result["w"].scaled(0.0)},
+        samples=tuple(replace(s, layers={**s.layers, "w": s["w"].scaled(0.0)}) for s in result.samples),
     )
     measured = spectrum(with_zero, null_draws=0)
     frame = measured.to_frame().query("statistic == 'effective_rank' and parameter == 'v'")
@@ -106,18 +106,18 @@ def test_a_zero_gradient_has_no_part_in_the_interval_of_the_mean() -> None:
 
 
 def test_frames_tell_tolerance_tokens_and_bound() -> None:
-    found = spectrum(drawn_set(power_law, np.random.default_rng(0), [5] * 6), null_draws=0)
-    (layer,) = found.layers.values()
-    frame = found.to_frame()
+    result = spectrum(drawn_set(power_law, np.random.default_rng(0), [5] * 6), null_draws=0)
+    (layer,) = result.layers.values()
+    frame = result.to_frame()
     assert list(frame.columns[:7]) == ["parameter", "kind", "layer", "statistic", "value", "low", "high"]
     assert set(frame["tolerance"]) == {layer.singular_values[0] * 48 * float(np.finfo(np.float32).eps)}
     assert (set(frame["tokens"]), set(frame["rank_bound"])) == ({30}, {30})
 
 
 def test_nuclear_rank_counts_equal_values_and_is_below_the_effective_rank() -> None:
-    found = drawn_set(heavy, np.random.default_rng(0), [5] * 6)
-    values = np.linalg.svd(found["w"].dense().double().numpy(), compute_uv=False)
-    (layer,) = spectrum(found, null_draws=0).layers.values()
+    result = drawn_set(heavy, np.random.default_rng(0), [5] * 6)
+    values = np.linalg.svd(result["w"].dense().double().numpy(), compute_uv=False)
+    (layer,) = spectrum(result, null_draws=0).layers.values()
     assert layer.nuclear_rank == pytest.approx(np.linalg.norm(values, 1) ** 2 / np.linalg.norm(values) ** 2, rel=1e-6)
     assert layer.participation_ratio < layer.nuclear_rank < layer.effective_rank
     equal = replace(layer, singular_values=np.array([2.0, 2.0, 2.0, 0.0]))
@@ -135,12 +135,12 @@ def test_nuclear_rank_counts_equal_values_and_is_below_the_effective_rank() -> N
 def test_intervals_cover(draw: Drawing, examples: int, groups: int, tokens: int | None, least: float) -> None:
     """Cautious where examples are alike (.93 to 1), and a little short where few of them have most of the weight."""
     generator = np.random.default_rng(1)
-    found = []
+    result = []
     for seed in range(200):
         drawn = drawn_set(draw, generator, generator.integers(8, 20, examples).tolist())
         measured = spectrum(matched_to(drawn, tokens) if tokens else drawn, null_draws=0, groups=groups, seed=seed)
-        found.append([(measured.mean(statistic), *measured.interval(statistic)) for statistic in SMOOTH_STATISTICS])
-    values, low, high = np.array(found).transpose(2, 0, 1)
+        result.append([(measured.mean(statistic), *measured.interval(statistic)) for statistic in SMOOTH_STATISTICS])
+    values, low, high = np.array(result).transpose(2, 0, 1)
     truth = values.mean(0)
     covered = ((low <= truth) & (truth <= high)).mean(0)
     assert (covered >= least).all(), dict(zip(SMOOTH_STATISTICS, covered, strict=True))
@@ -158,35 +158,35 @@ def test_intervals_cover(draw: Drawing, examples: int, groups: int, tokens: int 
     ],
 )
 def test_numbers_out_of_range_are_refused(options: dict[str, object], said: str) -> None:
-    found = drawn_set(power_law, np.random.default_rng(0), [4] * 4)
+    result = drawn_set(power_law, np.random.default_rng(0), [4] * 4)
     with pytest.raises(GeometryError, match=said):
-        spectrum(found, **options)
+        spectrum(result, **options)
 
 
-@pytest.mark.parametrize("found", [UTILITY, "safety", None, [1]], ids=["Dataset", "str", "None", "list"])
-def test_examples_are_no_gradients(found: object) -> None:
+@pytest.mark.parametrize("argument", [UTILITY, "safety", None, [1]], ids=["Dataset", "str", "None", "list"])
+def test_examples_are_no_gradients(argument: object) -> None:
     with pytest.raises(
         GeometryError, match=r"from collect_gradients\(\.\.\., per_sample=True\), found .* collect them"
     ):
-        spectrum(found)
+        spectrum(argument)
 
 
 def test_what_is_not_finite_is_refused() -> None:
-    found = drawn_set(power_law, np.random.default_rng(0), [4] * 4)
-    first, *others = found.samples
+    result = drawn_set(power_law, np.random.default_rng(0), [4] * 4)
+    first, *others = result.samples
     spoilt = replace(first, layers={"w": first["w"].scaled(math.nan)})
-    for bad in ({"w": spoilt["w"]}, replace(found, samples=(spoilt, *others))):
+    for bad in ({"w": spoilt["w"]}, replace(result, samples=(spoilt, *others))):
         with pytest.raises(GeometryError, match=r"not finite in a gradient of shape \(48, 40\)"):
             spectrum(bad)
 
 
 def test_a_zero_gradient_has_rank_zero_and_is_left_out_of_means() -> None:
-    found = spectrum({"a": factored(4, 8, 6), "zero": FactoredGradient(torch.zeros(4, 8), torch.ones(4, 6))})
-    zero = found.layers["zero"].statistics()
+    result = spectrum({"a": factored(4, 8, 6), "zero": FactoredGradient(torch.zeros(4, 8), torch.ones(4, 6))})
+    zero = result.layers["zero"].statistics()
     assert {zero[name] for name in RANKS} == {0.0}
     assert math.isnan(zero["cer10"])
-    assert found.mean("cer10") == 1.0
-    assert found.mean("stable_rank") == found.layers["a"].stable_rank
+    assert result.mean("cer10") == 1.0
+    assert result.mean("stable_rank") == result.layers["a"].stable_rank
 
 
 def test_spectrum_of_a_set_has_a_null_for_each_matrix_and_none_for_vectors() -> None:
@@ -196,15 +196,15 @@ def test_spectrum_of_a_set_has_a_null_for_each_matrix_and_none_for_vectors() -> 
         "lm_head.weight": DenseGradient(gaussian(14, 9), tokens=50),
         "model.norm.weight": DenseGradient(gaussian(9), tokens=50),
     }
-    found = spectrum(gradients, null_draws=3)
-    frame = found.to_frame()
-    assert list(found.layers) == list(gradients)[:3]
-    assert {len(draws) for draws in found.null.values()} == {3}
+    result = spectrum(gradients, null_draws=3)
+    frame = result.to_frame()
+    assert list(result.layers) == list(gradients)[:3]
+    assert {len(draws) for draws in result.null.values()} == {3}
     assert len(frame) == 3 * 11
     assert ((frame.null_low <= frame.null) & (frame.null <= frame.null_high)).all()
     assert set(frame.kind) == {"mlp", "embedding", "head"}
-    assert found.null_mean("numeric_rank") == pytest.approx((6 + 3 + 9) / 3)
-    assert "3 parameters" in found._repr_html_()
+    assert result.null_mean("numeric_rank") == pytest.approx((6 + 3 + 9) / 3)
+    assert "3 parameters" in result._repr_html_()
 
 
 def test_null_is_reproducible_and_independent_of_the_other_parameters() -> None:
@@ -217,16 +217,16 @@ def test_null_is_reproducible_and_independent_of_the_other_parameters() -> None:
 
 
 def test_spectrum_without_a_null_says_so() -> None:
-    found = spectrum({"a": factored(6, 40, 30)}, null_draws=0)
-    assert found.to_frame().null.isna().all()
-    assert math.isnan(found.null_mean("cer10"))
+    result = spectrum({"a": factored(6, 40, 30)}, null_draws=0)
+    assert result.to_frame().null.isna().all()
+    assert math.isnan(result.null_mean("cer10"))
 
 
 def test_misuse_is_explained() -> None:
-    found = spectrum({"a": factored(6, 40, 30)})
+    result = spectrum({"a": factored(6, 40, 30)})
     with pytest.raises(GeometryError, match="cer10"):
-        found.mean("rank")
+        result.mean("rank")
     with pytest.raises(GeometryError, match="at least 1"):
-        found.layers["a"].cer(0)
+        result.layers["a"].cer(0)
     with pytest.raises(GeometryError, match="at most 1"):
-        found.layers["a"].rank_at(1.5)
+        result.layers["a"].rank_at(1.5)

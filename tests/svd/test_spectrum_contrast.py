@@ -20,8 +20,8 @@ NAMES = [f"model.layers.{layer}.mlp.up_proj.weight" for layer in range(3)]
 
 def measured(draw: Drawing, seed: int, parameters=("w",), examples: int = 8, tokens: int = 5, **options) -> Spectrum:
     generator = np.random.default_rng(seed)
-    found = drawn_set(draw, generator, [tokens] * examples, parameters)
-    return spectrum(found, null_draws=0, seed=seed, **options)
+    result = drawn_set(draw, generator, [tokens] * examples, parameters)
+    return spectrum(result, null_draws=0, seed=seed, **options)
 
 
 def narrow(generator: np.random.Generator, tokens: int) -> tuple[np.ndarray, np.ndarray]:
@@ -98,12 +98,12 @@ def test_what_does_not_compare_is_refused() -> None:
 def p_values(first: Drawing, second: Drawing, draws: int, examples: int = 16, tokens: int = 80) -> np.ndarray:
     """One row per pair of independent sets at equal tokens, one column per smooth statistic."""
     generator = np.random.default_rng(3)
-    found = []
+    result = []
     for _ in range(draws):
         sets = (drawn_set(draw, generator, generator.integers(5, 12, examples).tolist()) for draw in (first, second))
         contrast = compare_spectra(*(spectrum(matched_to(each, tokens), null_draws=0) for each in sets))
-        found.append([contrast.p_value(statistic) for statistic in SMOOTH_STATISTICS])
-    return np.array(found)
+        result.append([contrast.p_value(statistic) for statistic in SMOOTH_STATISTICS])
+    return np.array(result)
 
 
 @pytest.mark.parametrize("draw", [low_rank(), heavy], ids=["low rank", "heavy tails"])
@@ -115,8 +115,8 @@ def test_one_population_is_rarely_told_apart_from_itself(draw: Drawing) -> None:
 
 def test_a_planted_difference_is_found_with_power_of_six_to_ten_in_ten() -> None:
     """3 shared directions against 12, 24 examples a side: seen were 1 by entropy, .98 nuclear, .6 effective rank."""
-    found = p_values(low_rank(3), low_rank(12), 40, examples=24, tokens=120) < 0.05
-    power = dict(zip(SMOOTH_STATISTICS, found.mean(0), strict=True))
+    result = p_values(low_rank(3), low_rank(12), 40, examples=24, tokens=120) < 0.05
+    power = dict(zip(SMOOTH_STATISTICS, result.mean(0), strict=True))
     assert min(power["entropy_rank"], power["nuclear_rank"]) >= 0.9
     assert power["effective_rank"] >= 0.5
 
@@ -184,8 +184,8 @@ def test_what_are_no_two_spectra_is_refused() -> None:
 @pytest.mark.parametrize("unit", ["tokens", "examples"])
 def test_hovers_say_what_was_counted(unit: str) -> None:
     whole = measured(power_law, 0)
-    found = replace(whole, layers={"w": replace(whole.layers["w"], unit=unit)})
-    for figure in (plots.plot_effective_rank(found), compare_spectra(found, found).plot()):
+    result = replace(whole, layers={"w": replace(whole.layers["w"], unit=unit)})
+    for figure in (plots.plot_effective_rank(result), compare_spectra(result, result).plot()):
         assert any(f"}} {unit}" in (trace.hovertemplate or "") for trace in figure.data)
 
 

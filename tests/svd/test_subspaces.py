@@ -20,16 +20,16 @@ from tests.helpers.gradients import GRADIENTS, exact, factored, gaussian, rotati
 def test_basis_spans_the_leading_singular_vectors(gradient: LayerGradient, side: str) -> None:
     matrix = exact(gradient)
     left, values, right = np.linalg.svd(matrix, full_matrices=False)
-    found = layer_subspace(gradient, rank=3, side=side)
-    reference = (left if side == "left" else right.T)[:, : found.rank]
-    basis = found.basis.double().numpy()
-    assert found.basis.dtype == torch.float32
-    assert basis.T @ basis == pytest.approx(np.eye(found.rank), abs=1e-6)
+    result = layer_subspace(gradient, rank=3, side=side)
+    reference = (left if side == "left" else right.T)[:, : result.rank]
+    basis = result.basis.double().numpy()
+    assert result.basis.dtype == torch.float32
+    assert basis.T @ basis == pytest.approx(np.eye(result.rank), abs=1e-6)
     assert basis @ basis.T == pytest.approx(reference @ reference.T, abs=1e-6)
-    assert found.singular_values == pytest.approx(values[: found.rank], rel=1e-9)
-    assert found.energy == pytest.approx((values[: found.rank] ** 2).sum() / (values**2).sum())
-    assert found.numeric_rank == np.linalg.matrix_rank(
-        matrix, tol=found.singular_values[0] * max(matrix.shape) * 2**-23
+    assert result.singular_values == pytest.approx(values[: result.rank], rel=1e-9)
+    assert result.energy == pytest.approx((values[: result.rank] ** 2).sum() / (values**2).sum())
+    assert result.numeric_rank == np.linalg.matrix_rank(
+        matrix, tol=result.singular_values[0] * max(matrix.shape) * 2**-23
     )
 
 
@@ -41,11 +41,11 @@ def test_energy_takes_as_many_directions_as_it_needs() -> None:
 def test_rank_beyond_the_gradient_warns_once_and_takes_what_there_is() -> None:
     gradients = {"a": factored(5, 40, 30), "b": factored(4, 40, 30), "c": factored(30, 40, 30)}
     with pytest.warns(UserWarning, match="2 of 3 gradients .lowest: 4 in b") as caught:
-        found = subspace(gradients, rank=20)
+        result = subspace(gradients, rank=20)
     assert len(caught) == 1
-    assert {name: layer.rank for name, layer in found.layers.items()} == {"a": 5, "b": 4, "c": 20}
-    assert list(found.to_frame()["rank"]) == [5, 4, 20]
-    assert "rank 4 to 20" in str(found)
+    assert {name: layer.rank for name, layer in result.layers.items()} == {"a": 5, "b": 4, "c": 20}
+    assert list(result.to_frame()["rank"]) == [5, 4, 20]
+    assert "rank 4 to 20" in str(result)
 
 
 @pytest.mark.parametrize("wanted", [{"side": "both"}, {"method": "randomized"}, {"side": "both", "energy": 1.0}])
@@ -56,19 +56,19 @@ def test_asking_for_20_of_17_says_so(wanted: dict[str, object]) -> None:
         assert subspace(gradients, **wanted).layers["lm_head.weight"].rank == 17
         return
     with pytest.warns(UserWarning, match=r"expected rank 20, found less .*lowest: 17 in lm_head.weight"):
-        found = subspace(gradients, rank=20, **wanted).layers["lm_head.weight"]
-    assert (found.rank, found.numeric_rank, found.energy) == (17, 17, pytest.approx(1.0))
+        result = subspace(gradients, rank=20, **wanted).layers["lm_head.weight"]
+    assert (result.rank, result.numeric_rank, result.energy) == (17, 17, pytest.approx(1.0))
 
 
 @pytest.mark.parametrize("method", ["exact", "randomized"])
 @pytest.mark.parametrize("gradient", GRADIENTS.values(), ids=GRADIENTS)
 def test_both_sides_come_in_pairs(gradient: LayerGradient, method: str) -> None:
-    found = layer_subspace(gradient, rank=4, side="both", method=method)
-    assert found.partner is not None
-    left, right = found.basis.double().numpy(), found.partner.double().numpy()
+    result = layer_subspace(gradient, rank=4, side="both", method=method)
+    assert result.partner is not None
+    left, right = result.basis.double().numpy(), result.partner.double().numpy()
     image = exact(gradient) @ right
-    assert image == pytest.approx(left * found.singular_values, abs=1e-6 * found.singular_values[0])
-    whole = subspace({"": gradient}, rank=found.rank, side="both", method=method)
+    assert image == pytest.approx(left * result.singular_values, abs=1e-6 * result.singular_values[0])
+    whole = subspace({"": gradient}, rank=result.rank, side="both", method=method)
     for side, basis in (("left", left), ("right", right)):
         alone = layer_subspace(gradient, rank=4, side=side, method=method).basis.double().numpy()
         assert alone @ alone.T == pytest.approx(basis @ basis.T, abs=1e-5)
@@ -88,35 +88,35 @@ def power_law(exponent: float, rows: int = 300, columns: int = 200) -> tuple[Den
 def test_randomized_subspaces_say_how_good_they_are(exponent: float, side: str) -> None:
     gradient, values = power_law(exponent)
     matrix = gradient.tensor.numpy()
-    found = layer_subspace(gradient, rank=10, side=side, method="randomized")
-    basis = found.basis.double().numpy()
+    result = layer_subspace(gradient, rank=10, side=side, method="randomized")
+    basis = result.basis.double().numpy()
     inside = np.linalg.norm(basis.T @ matrix if side == "left" else matrix @ basis) ** 2 / np.linalg.norm(matrix) ** 2
     best = (values[:10] ** 2).sum() / (values**2).sum()
-    assert found.energy == pytest.approx(inside, rel=1e-6)
-    assert found.energy == pytest.approx(best, rel=1e-3)
-    assert found.energy <= best * (1 + 1e-9)
-    assert (found.singular_values <= values[:10] * (1 + 1e-9)).all()
-    assert found.singular_values == pytest.approx(values[:10], rel=5e-3)
+    assert result.energy == pytest.approx(inside, rel=1e-6)
+    assert result.energy == pytest.approx(best, rel=1e-3)
+    assert result.energy <= best * (1 + 1e-9)
+    assert (result.singular_values <= values[:10] * (1 + 1e-9)).all()
+    assert result.singular_values == pytest.approx(values[:10], rel=5e-3)
     both = layer_subspace(gradient, rank=10, side="both", method="randomized")
     apart = matrix @ both.partner.double().numpy() - both.basis.double().numpy() * both.singular_values
     assert both.residual == pytest.approx(np.linalg.norm(apart) / np.linalg.norm(matrix), rel=0.01, abs=1e-6)
-    assert both.residual == found.residual
+    assert both.residual == result.residual
     assert layer_subspace(gradient, rank=10, side=side).residual == 0
 
 
 def test_a_harder_spectrum_has_a_larger_residual_and_the_result_says_so() -> None:
     gradients = {"easy": power_law(2.0)[0], "hard": power_law(0.5)[0]}
-    found = subspace(gradients, rank=10, method="randomized")
-    residuals = found.to_frame().set_index("parameter")["residual"]
+    result = subspace(gradients, rank=10, method="randomized")
+    residuals = result.to_frame().set_index("parameter")["residual"]
     assert 0 < 100 * residuals["easy"] < residuals["hard"] < 0.05
-    assert f"residual at most {residuals['hard']:.1e}" in str(found)
+    assert f"residual at most {residuals['hard']:.1e}" in str(result)
     alone = subspace({"hard": gradients["hard"]}, rank=10, method="randomized").layers["hard"]
-    assert torch.equal(alone.basis, found.layers["hard"].basis)
+    assert torch.equal(alone.basis, result.layers["hard"].basis)
 
 
 def test_randomized_subspace_of_nothing_is_empty() -> None:
-    found = layer_subspace(zero_gradient((8, 6)), rank=2, side="both", method="randomized")
-    assert (found.basis.shape, found.partner.shape, found.energy, found.residual) == ((8, 0), (6, 0), 0.0, 0.0)
+    result = layer_subspace(zero_gradient((8, 6)), rank=2, side="both", method="randomized")
+    assert (result.basis.shape, result.partner.shape, result.energy, result.residual) == ((8, 0), (6, 0), 0.0, 0.0)
 
 
 def test_misused_sides_and_methods_are_explained() -> None:
@@ -130,16 +130,16 @@ def test_misused_sides_and_methods_are_explained() -> None:
 
 
 def test_subspace_leaves_vectors_out_and_keeps_the_side() -> None:
-    found = subspace({"a": factored(5, 40, 30), "norm": DenseGradient(gaussian(9), tokens=5)}, rank=2, side="right")
-    assert list(found.layers) == ["a"]
-    assert found.layers["a"].basis.shape == (30, 2)
-    assert found.side == "right"
+    result = subspace({"a": factored(5, 40, 30), "norm": DenseGradient(gaussian(9), tokens=5)}, rank=2, side="right")
+    assert list(result.layers) == ["a"]
+    assert result.layers["a"].basis.shape == (30, 2)
+    assert result.side == "right"
 
 
 def test_zero_gradient_has_an_empty_subspace() -> None:
-    found = layer_subspace(FactoredGradient(torch.zeros(4, 8), torch.ones(4, 6)), rank=2)
-    assert found.basis.shape == (8, 0)
-    assert (found.energy, found.numeric_rank) == (0.0, 0)
+    result = layer_subspace(FactoredGradient(torch.zeros(4, 8), torch.ones(4, 6)), rank=2)
+    assert result.basis.shape == (8, 0)
+    assert (result.energy, result.numeric_rank) == (0.0, 0)
 
 
 @pytest.mark.parametrize("wanted", [{}, {"rank": 2, "energy": 0.5}, {"rank": 0}, {"energy": 0.0}])

@@ -26,10 +26,10 @@ def factored(tokens: int, rows: int = 20, columns: int = 16, seed: int = 0) -> F
 
 def test_match_tokens_takes_rows_of_both_factors_together() -> None:
     whole = factored(9)
-    found, _ = match_tokens({"a": whole}, {"a": factored(4, seed=2)})
-    places = [(whole.left == row).all(1).nonzero().item() for row in found["a"].left]
+    result, _ = match_tokens({"a": whole}, {"a": factored(4, seed=2)})
+    places = [(whole.left == row).all(1).nonzero().item() for row in result["a"].left]
     assert len(set(places)) == 4
-    assert torch.equal(found["a"].right, whole.right[places])
+    assert torch.equal(result["a"].right, whole.right[places])
 
 
 def test_match_tokens_thins_out_the_longer_side_only() -> None:
@@ -83,22 +83,22 @@ def sampled(lengths: list[int], seed: int = 0) -> GradientSet:
     return GradientSet({"w": mean}, 1.0, len(lengths), start, coverage, tuple(samples))
 
 
-def weighted(found: GradientSet, name: str) -> np.ndarray:
+def weighted(result: GradientSet, name: str) -> np.ndarray:
     """The mean again, from the examples."""
-    matrices = [sample[name].dense().double().numpy() for sample in found.samples]
-    return np.tensordot(found.weights, matrices, 1)
+    matrices = [sample[name].dense().double().numpy() for sample in result.samples]
+    return np.tensordot(result.weights, matrices, 1)
 
 
 @given(lengths=st.lists(st.integers(0, 6), min_size=2, max_size=6), tokens=st.integers(1, 40), seed=st.integers(0, 99))
 def test_examples_are_thinned_with_their_mean(lengths: list[int], tokens: int, seed: int) -> None:
     lengths = [1, *lengths]
     whole = sampled(lengths)
-    found, other = match_tokens(whole, {"w": factored(tokens)}, seed=seed)
-    kept = [set(sample["w"].left[:, 0].long().tolist()) for sample in found.samples]
+    result, other = match_tokens(whole, {"w": factored(tokens)}, seed=seed)
+    kept = [set(sample["w"].left[:, 0].long().tolist()) for sample in result.samples]
     starts = np.cumsum([0, *lengths])
-    assert sum(map(len, kept)) == found["w"].tokens == other["w"].tokens == min(tokens, sum(lengths))
+    assert sum(map(len, kept)) == result["w"].tokens == other["w"].tokens == min(tokens, sum(lengths))
     assert all(own <= set(range(*ends)) for own, ends in zip(kept, pairwise(starts), strict=True))
-    np.testing.assert_allclose(found["w"].dense().numpy(), weighted(found, "w"), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(result["w"].dense().numpy(), weighted(result, "w"), rtol=1e-5, atol=1e-5)
 
 
 def test_every_token_of_every_example_is_as_likely_to_be_kept() -> None:
@@ -151,9 +151,9 @@ def test_a_set_of_means_stays_a_set() -> None:
     mean = GradientSet(
         {"w": factored(9), "norm": DenseGradient(gaussian(3), 9)}, 1.0, 4, 9, Coverage({"w": 320}, {}, {})
     )
-    found, _ = match_tokens(mean, {"w": factored(5)})
-    assert isinstance(found, GradientSet)
-    assert (found["w"].tokens, list(found), found.samples) == (5, ["w"], ())
+    result, _ = match_tokens(mean, {"w": factored(5)})
+    assert isinstance(result, GradientSet)
+    assert (result["w"].tokens, list(result), result.samples) == (5, ["w"], ())
 
 
 def test_sides_of_other_models_and_examples_are_refused() -> None:
