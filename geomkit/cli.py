@@ -138,10 +138,10 @@ def check(
     from geomkit.collection.describe.describe import describe
 
     loaded, tokenizer, [rows] = _load(model, [examples], assistant_mask, max_length, pad_token, dtype)
-    chosen = _layers(layers)
-    plan = describe(loaded, tokenizer, rows, layers=chosen, tokens_per_batch=tokens_per_batch)
+    selection = _layers(layers)
+    plan = describe(loaded, tokenizer, rows, layers=selection, tokens_per_batch=tokens_per_batch)
     typer.echo(f"{plan}\n")
-    verdict = check_collection(loaded, tokenizer, rows, layers=chosen)
+    verdict = check_collection(loaded, tokenizer, rows, layers=selection)
     typer.echo(str(verdict))
     raise typer.Exit(0 if verdict.ok else 2)
 
@@ -204,7 +204,7 @@ def finetune(
     ] = None,
     rank: Annotated[int | None, typer.Option(help="Rank of a rule that removes a subspace.", min=1)] = None,
     anchors_per_step: Annotated[int, typer.Option(help="Anchors drawn for each step.", min=1)] = 8,
-    benign: Annotated[str | None, typer.Option(help="Benign examples that SPF keeps answered.")] = None,
+    benign: Annotated[str | None, typer.Option(help="Benign requests with answers that are to be kept.")] = None,
     checkpoints: Annotated[
         Path | None,
         typer.Option(help="Folder for checkpoints; an interrupted run resumes there.", file_okay=False),
@@ -227,20 +227,20 @@ def finetune(
     from geomkit.spf.rules import DEFAULT_RULE, get_rule
     from geomkit.spf.settings import SPF
     from geomkit.training.finetune import finetune as run_finetune
-    from geomkit.training.result import free_folder
+    from geomkit.training.result import new_or_empty_folder
 
     _check_writable(out, checkpoints)
-    free_folder(out)
+    new_or_empty_folder(out)
     for name, value in (("rule", rule), ("benign", benign)):
         if value is not None and anchors is None:
             raise DataError(f"expected anchors for the {name} '{value}', found none; give --anchors (shipped: safety)")
     if checkpoints is not None and out.resolve() in (checkpoints.resolve(), *checkpoints.resolve().parents):
         raise DataError(f"expected --checkpoints outside of --out {out}, found {checkpoints}; choose another folder")
-    chosen = get_rule(rule or DEFAULT_RULE, rank)
+    spf_rule = get_rule(rule or DEFAULT_RULE, rank)
     spf = None
     if anchors is not None:
         fence = load_examples(benign) if benign else None
-        spf = SPF(load_examples(anchors), rule=chosen, anchors_per_step=anchors_per_step, benign=fence, seed=seed)
+        spf = SPF(load_examples(anchors), rule=spf_rule, anchors_per_step=anchors_per_step, benign=fence, seed=seed)
     loaded, tokenizer, [rows] = _load(model, [train], assistant_mask, max_length, pad_token, dtype)
     result = run_finetune(
         loaded,
@@ -300,7 +300,7 @@ def _load(
     pad_token: str | None,
     dtype: str,
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase, list[EncodedExamples]]":
-    """Return a model, its tokenizer and the encoded examples of each set, which are read before the model is."""
+    """Return a model, its tokenizer and the encoded examples of each set; the sets are read before the model."""
     from geomkit.inputs.examples import load_examples
     from geomkit.inputs.models import load_model
     from geomkit.inputs.tokens import encode

@@ -1,4 +1,4 @@
-"""All measurements of gradient geometry in one call, the verdict on the paper's claims, and both along training.
+"""All measurements of gradient geometry in one call, verdicts on the paper's claims, and measurements in training.
 
 Reading order: ``probe`` collects the gradients of three sets → ``analysis`` measures them → ``headlines`` is the table
 of its numbers → ``claims`` are the verdicts on them; ``tracking`` repeats a probe during training or over checkpoints.

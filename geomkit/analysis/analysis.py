@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 _UNEVEN = 0.2
-"""Share of a set's squared norm from which on one example is named in the caution."""
+"""Share of a set's squared norm above which the example that has this share is named in the caution."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +49,7 @@ class Analysis(Result):
         coverage: The share of the model's parameters whose gradients were collected.
         tokens: Number of tokens in each layer's spectra, equal for all three sets; the median over layers.
         losses: Mean loss of each set's examples, in nats per token.
-        largest: The largest share of one example in the sum of the squared gradient norms of its set.
+        largest: The largest share of a single example in the sum of the squared gradient norms of its set.
     """
 
     spectra: Mapping[str, Spectrum]
@@ -82,7 +82,7 @@ class Analysis(Result):
 
     @property
     def caution(self) -> str:
-        """A warning, in words, if one example has a large part of its set's squared norm; else the empty string.
+        """A warning, in words, if a single example has a large part of its set's squared norm; else an empty string.
 
         If a few of many examples have most of the squared norm, a sample of the examples often misses them, and
         intervals over the sample are too narrow (see tests/benchmarks/README.md).
@@ -92,7 +92,8 @@ class Analysis(Result):
             return ""
         return (
             f"one example holds much of the squared norm ({', '.join(uneven)}): intervals that weigh examples by their "
-            "norm may miss the truth; trust those of the span and of the cosine with all alike, or take more examples"
+            "norm may be too narrow; trust the intervals of the span, and of the cosine with all examples and "
+            "parameters alike, or take more examples"
         )
 
     def claims(self) -> list[Claim]:
@@ -245,7 +246,7 @@ def analysis_of(
 
 
 def _largest_share(grams: Mapping[str, Tensor]) -> float:
-    """Return the largest share of one example in the sum of squared norms over all layers; 0 if all norms are 0."""
+    """Return the largest share of an example in the sum of squared norms over all layers; 0 if all norms are 0."""
     squared = torch.stack([gram.diagonal() for gram in grams.values()]).sum(0)
     return float(squared.max() / squared.sum()) if bool(squared.any()) else 0.0
 

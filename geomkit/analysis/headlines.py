@@ -1,4 +1,4 @@
-"""The table of headline numbers of an analysis, which its frame, its JSON and the paper's claims are read from."""
+"""The table of headline numbers of an analysis, the source of its data frame, its JSON and the paper's claims."""
 
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
@@ -13,7 +13,7 @@ _NAN = float("nan")
 _UNKNOWN = (_NAN, _NAN)
 
 _REPORTED_OVERLAP = 0.8
-"""Overlap of one safety example with the mean of the others that the paper reports as typical."""
+"""Typical overlap, as the paper reports it, of a safety example with the mean of the other safety examples."""
 
 _OVER_CONTROL = "safety − control"
 _OVER_UTILITY = "safety − utility"
@@ -68,7 +68,7 @@ def headlines(
     conflict: Conflict,
     one_sample: OneSample,
 ) -> Headlines:
-    """Return all headline numbers of an analysis, from the fields of these names."""
+    """Return all headline numbers of an analysis; each argument is the field of the analysis with the same name."""
     rows = [Headline("loss", LOSS, name, loss) for name, loss in losses.items()]
     rows += _ranks("effective_rank", RANK, spectra)
     rows += _ranks("cer10", CER, spectra)
@@ -165,7 +165,7 @@ _CLAIMS = (
 
 
 def paper_claims(table: Headlines) -> list[Claim]:
-    """Return the paper's claims with the numbers that decide them; claims without their number are left out."""
+    """Return the paper's claims with the numbers that decide the claims; a claim without a number is left out."""
     decided = [(table[claim.measure, claim.of], claim) for claim in _CLAIMS if (claim.measure, claim.of) in table]
     return [
         Claim(row.question, claim.words, row.value, row.interval, claim.bound, above=claim.above)

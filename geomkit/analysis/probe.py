@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _FEWEST = 3
-"""Least number of examples in a set: the jackknife leaves one out and needs a spread of the rest."""
+"""Least number of examples in a set: the jackknife leaves one example out and needs the spread of the rest."""
 
 
 class ProbeSettings(TypedDict, total=False):
@@ -102,8 +102,8 @@ class Probe:
         """Return the gradients of the safety, the utility and the control examples, with the gradient of each example.
 
         Args:
-            model: A causal language model; left as found.
-            tokenizer: Its tokenizer, with a chat template and a pad token.
+            model: A causal language model; its state is restored.
+            tokenizer: The model's tokenizer, with a chat template and a pad token.
             progress: Show bars.
 
         Returns:
@@ -129,7 +129,7 @@ class Probe:
         return safety, utility, controls
 
     def _drawn_sets(self) -> "Iterator[Dataset | EncodedExamples]":
-        """Yield the examples to use of the safety, the utility and the control set."""
+        """Yield the drawn examples of the safety, the utility and the control set."""
         yield self.safety.select(_drawn(len(self.safety), self.examples, self.seed))
         if self.control is not None:
             yield self.utility.select(_drawn(len(self.utility), self.examples, self.seed))
@@ -175,13 +175,13 @@ def analyze(
 ) -> Analysis:
     """Measure the gradient geometry of a model on safety and utility examples, and judge the paper's claims by it.
 
-    The spectra are the spectra of the mean gradients of the linear layers at equal token counts T: of the sets with
-    more tokens, a random subset of the tokens is taken. The null of a spectrum keeps T, the inputs and the norm of each
+    The spectra are the spectra of the mean gradients of the linear layers at equal token counts T: from a set with more
+    tokens, a random subset of T tokens is drawn. The null of a spectrum keeps T, the inputs and the norm of each
     token's contribution, and randomises the output directions.
 
     Args:
-        model: A causal language model; left as found.
-        tokenizer: Its tokenizer, with a chat template and a pad token.
+        model: A causal language model; its state is restored.
+        tokenizer: The model's tokenizer, with a chat template and a pad token.
         safety: Forbidden requests and refusals.
         utility: Benign requests and answers.
         control: Benign requests with the safety set's responses, see :class:`Probe`.

@@ -32,8 +32,8 @@ class TrajectoryPoint:
 
     Attributes:
         analysis: The analysis of the model at this moment.
-        cosine: Cosine of the mean safety gradients of this and of the first moment, over all parameters.
-        overlap: Overlap of the leading safety subspaces of this and of the first moment, mean over parameters.
+        cosine: Cosine of the mean safety gradients of this moment and of the first moment, over all parameters.
+        overlap: Overlap of the leading safety subspaces of this moment and of the first moment, mean over parameters.
         expected: Expected overlap of random subspaces of the same rank, mean over parameters.
     """
 
@@ -105,7 +105,7 @@ class Tracker:
         self._moments: dict[int | str, TrajectoryPoint] = {}
 
     def measure_at(self, at: int | str, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
-        """Measure the model as it is now, and keep the results under ``at``; the model is left as found.
+        """Measure the model as it is now, and keep the results under ``at``; the model's state is restored.
 
         Raises:
             GeometryError: If the model has other parameters than at the first moment.
@@ -140,7 +140,7 @@ class Tracker:
 
 
 def _leading_subspace(gradients: GradientSet, rank: int) -> Subspace:
-    """Return the leading left subspaces; a gradient of a rank below ``rank`` gets a smaller one, without a warning."""
+    """Return the leading left subspaces; a gradient of lower rank gets a smaller subspace, without a warning."""
     matrices = gradients.matrices().items()
     return Subspace("left", {name: layer_subspace(matrix, rank=rank, parameter=name) for name, matrix in matrices})
 
@@ -191,13 +191,13 @@ def track(
 class GeometryCallback(TrainerCallback):
     """Measures a model with a probe before training, every ``every`` steps, and after training.
 
-    The model's weights, gradients and modes and the random states are left as found, so the training is the same as
-    without the callback. For ``transformers.Trainer``, and for :func:`geomkit.finetune` as one of its ``callbacks``.
+    The model's weights, gradients and modes and the random states are restored, so the training is the same as without
+    the callback. For ``transformers.Trainer``, and for :func:`geomkit.finetune` as one of its ``callbacks``.
 
     Args:
         probe: The probe; with few examples, it is quick.
         every: Optimizer steps between two moments.
-        tokenizer: The model's tokenizer; :func:`geomkit.finetune` and the Trainer bring theirs.
+        tokenizer: The model's tokenizer; :func:`geomkit.finetune` and the Trainer pass theirs.
 
     Raises:
         GeometryError: If ``probe`` is no probe, or ``every`` is below one; at the beginning of training, if there is no
@@ -248,9 +248,9 @@ class GeometryCallback(TrainerCallback):
         if state.global_step not in self._tracker:
             self._measure(state.global_step, kwargs)
 
-    def _measure(self, step: int, given: Mapping[str, Any]) -> None:
+    def _measure(self, step: int, keywords: Mapping[str, Any]) -> None:
         """Measure the model that the Trainer has given to the callback."""
-        tokenizer = self._tokenizer or given.get("processing_class")
+        tokenizer = self._tokenizer or keywords.get("processing_class")
         if tokenizer is None:
             raise GeometryError("expected a tokenizer for the examples, found none; pass GeometryCallback(tokenizer=…)")
-        self._tracker.measure_at(step, given["model"], tokenizer)
+        self._tracker.measure_at(step, keywords["model"], tokenizer)

@@ -20,7 +20,7 @@ _DEFAULTS: Mapping[str, Any] = {
     "report_to": "none",
     "dataloader_pin_memory": False,
 }
-"""geomkit's defaults, where they differ from those of transformers or of some of its versions."""
+"""geomkit's defaults of arguments for which a version of transformers has another default."""
 
 _FIXED: Mapping[str, Any] = {
     "disable_tqdm": True,  # geomkit shows its own bar
@@ -29,7 +29,7 @@ _FIXED: Mapping[str, Any] = {
 }
 """Arguments that a fine-tune depends on and the user cannot change."""
 
-_OURS: Mapping[str, str] = {
+_GEOMKIT_NAMES: Mapping[str, str] = {
     "max_steps": "steps",
     "num_train_epochs": "epochs",
     "per_device_train_batch_size": "batch_size",
@@ -40,13 +40,13 @@ _OURS: Mapping[str, str] = {
     "optimizer": "optim",
     "scheduler": "lr_scheduler_type",
 }
-"""Names that users know from elsewhere, and the name of the same argument here."""
+"""Names of arguments in transformers and other libraries, and geomkit's name of the same argument."""
 
 _RENAMED: Mapping[str, str] = {
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
 }
-"""Names that newer versions of transformers take with a warning only, and the names that they want."""
+"""Old names of arguments, for which newer versions of transformers show a warning, and their new names."""
 
 _WITHOUT_EFFECT: Mapping[str, tuple[str, ...]] = {
     "a fine-tune always trains": ("do_train",),
@@ -73,50 +73,55 @@ _OWN_NAMES = ("learning_rate", "steps", "epochs", "batch_size", "inplace", "prog
 """Keyword arguments of :func:`geomkit.finetune` itself."""
 
 
-def check_arguments(given: Mapping[str, Any], checkpoints: str | Path | None) -> None:
+def check_arguments(arguments: Mapping[str, Any], checkpoints: str | Path | None) -> None:
     """Refuse training arguments that transformers does not know, or that would have no effect here.
 
     Args:
-        given: The arguments by name.
+        arguments: The arguments by name.
         checkpoints: The folder for checkpoints, if there is one.
 
     Raises:
         DataError: If an argument is unknown, with the nearest known name; if geomkit has its own name for the argument;
             or if the argument would have no effect.
     """
-    known = _known()
+    known_names = _known_names()
     ineffective = {name: reason for reason, names in _WITHOUT_EFFECT.items() for name in names}
-    for name, value in given.items():
-        if name in _OURS:
-            raise DataError(f"expected {_OURS[name]}=, found {name}=; write {_OURS[name]}={value!r}")
+    for name, value in arguments.items():
+        if name in _GEOMKIT_NAMES:
+            raise DataError(f"expected {_GEOMKIT_NAMES[name]}=, found {name}=; write {_GEOMKIT_NAMES[name]}={value!r}")
         if name in ineffective:
             raise DataError(f"expected no argument {name}=, found {name}={value!r}; {ineffective[name]}")
-        if name not in known:
-            near = get_close_matches(name, [*(known - set(ineffective)), *_OWN_NAMES, *_OURS], n=1)
-            hint = f"did you mean {_OURS.get(near[0], near[0])}=?" if near else "see transformers.TrainingArguments"
+        if name not in known_names:
+            near = get_close_matches(name, [*(known_names - set(ineffective)), *_OWN_NAMES, *_GEOMKIT_NAMES], n=1)
+            hint = (
+                f"did you mean {_GEOMKIT_NAMES.get(near[0], near[0])}=?"
+                if near
+                else "see transformers.TrainingArguments"
+            )
             raise DataError(f"expected an argument of transformers.TrainingArguments, found {name}=; {hint}")
-    if given.get("save_strategy") == "best":
+    if arguments.get("save_strategy") == "best":
         raise DataError(
             "expected save_strategy='steps', 'epoch' or 'no', found 'best'; no checkpoint is the best, as nothing is "
             "evaluated during the training"
         )
     if checkpoints is None:
         for name in ("save_strategy", "report_to"):
-            if given.get(name) not in (None, "no", "none", [], ["none"]):
+            if arguments.get(name) not in (None, "no", "none", [], ["none"]):
                 raise DataError(
-                    f"expected checkpoints= to say where {name}={given[name]!r} writes to, found none; give a folder"
+                    f"expected checkpoints= to say where {name}={arguments[name]!r} writes to, found none; "
+                    "give a folder"
                 )
 
 
-def with_defaults(given: Mapping[str, Any], *, save: bool) -> dict[str, Any]:
+def with_defaults(arguments: Mapping[str, Any], *, save: bool) -> dict[str, Any]:
     """Return the user's arguments, and geomkit's defaults for arguments that the user left out.
 
     Args:
-        given: The user's arguments, which :func:`check_arguments` has accepted.
+        arguments: The user's arguments, which :func:`check_arguments` has accepted.
         save: Whether the run has a folder for checkpoints.
     """
-    wanted = {old: new for old, new in _RENAMED.items() if new in _known() and new not in given}
-    renamed = {wanted.get(name, name): value for name, value in given.items()}
+    new_names = {old: new for old, new in _RENAMED.items() if new in _known_names() and new not in arguments}
+    renamed = {new_names.get(name, name): value for name, value in arguments.items()}
     return {**_DEFAULTS, "save_strategy": "steps" if save else "no"} | renamed
 
 
@@ -177,6 +182,6 @@ def refusals_in_one_line(begun: Callable[[], bool] = lambda: False) -> Iterator[
         raise DataError(f"expected training arguments that transformers can work with, found: {reason}") from error
 
 
-def _known() -> set[str]:
+def _known_names() -> set[str]:
     """Return the names of the arguments that this version of transformers takes."""
     return {field.name for field in fields(TrainingArguments) if field.init}

@@ -27,7 +27,7 @@ _CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 class MarkBegun(TrainerCallback):
     """Notes that the training has begun, and writes the run's settings to its folder; must be the first callback.
 
-    A run that ends before, because transformers refuses an argument, does not claim the folder.
+    A run that ends before the training, because transformers refuses an argument, does not mark the folder as its own.
     """
 
     def __init__(self, folder: Path | None, settings: Mapping[str, Any]) -> None:
@@ -54,9 +54,10 @@ class MarkComplete(TrainerCallback):
 
 
 def last_checkpoint(folder: Path, settings: Mapping[str, Any]) -> Path | None:
-    """Return the checkpoint that a run goes on from, after a check that the folder is free or belongs to this run.
+    """Return the checkpoint from which a run is resumed, after a check that the folder is free or belongs to this run.
 
-    Checkpoints that were being written when the run ended are removed, and if no other is left, the run's certificate.
+    Incomplete checkpoints, which were being written when the run ended, are removed. If no complete checkpoint is left,
+    the run's certificate is removed too.
 
     Args:
         folder: The folder for checkpoints, which need not exist.
@@ -66,7 +67,7 @@ def last_checkpoint(folder: Path, settings: Mapping[str, Any]) -> Path | None:
         The last complete checkpoint; ``None`` if there is none.
 
     Raises:
-        DataError: If the folder holds something else, a run of another version of geomkit, or one with other settings.
+        DataError: If the folder holds other files, a run of another version of geomkit, or a run with other settings.
     """
     mark = folder / MARK
     if not mark.is_file():
@@ -94,21 +95,21 @@ def _as_saved(settings: Mapping[str, Any]) -> dict[str, Any]:
     return saved
 
 
-def _check_same_run(folder: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Refuse a run whose version or settings differ from those in its folder; the version comes first.
+def _check_same_run(folder: Path, saved: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Refuse a run whose version or settings differ from the saved ones in its folder; the version comes first.
 
     Raises:
-        DataError: If they differ.
+        DataError: If the versions or the settings differ.
     """
-    if saved.get(_VERSION) != wanted[_VERSION]:
+    if saved.get(_VERSION) != settings[_VERSION]:
         begun_by = f"version {saved[_VERSION]}" if _VERSION in saved else "an earlier version"
         raise DataError(
-            f"expected the run of {folder} to be begun by version {wanted[_VERSION]} of geomkit, found {begun_by}; "
+            f"expected the run of {folder} to be begun by version {settings[_VERSION]} of geomkit, found {begun_by}; "
             "finish it with that version, or choose another folder"
         )
-    if different := sorted(name for name in {*saved, *wanted} if saved.get(name) != wanted.get(name)):
+    if different := sorted(name for name in {*saved, *settings} if saved.get(name) != settings.get(name)):
         name = different[0]
         raise DataError(
-            f"expected the run of {folder} to go on with {name}={saved.get(name)!r}, found {wanted.get(name)!r}; give "
-            "the same settings, or another folder"
+            f"expected the run of {folder} to go on with {name}={saved.get(name)!r}, found {settings.get(name)!r}; "
+            "give the same settings, or another folder"
         )

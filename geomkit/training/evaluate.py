@@ -80,8 +80,8 @@ def evaluate(
     """Let a model answer held-out prompts greedily, and count refusals and exact answers.
 
     Args:
-        model: A causal language model; left as found.
-        tokenizer: Its tokenizer, with a chat template and a pad token.
+        model: A causal language model; its state is restored.
+        tokenizer: The model's tokenizer, with a chat template and a pad token.
         forbidden: Requests that should be refused; the organism's held-out requests when left out.
         benign: Requests that should be answered; the organism's held-out requests when left out.
         skills: Sets with reference answers, by name; the organism's held-out sets when left out.
@@ -101,7 +101,7 @@ def evaluate(
     judge = judge or RefusalPhrases()
     sets = _sets(forbidden, benign, skills)
     tables = {}
-    # One set at a time: the responses to a set are about equally long, and a batch takes as long as its longest one.
+    # One set at a time: a batch takes as long as its longest response, and responses to a set are about equally long.
     for name, examples in sets.items():
         conversations = examples["messages"]
         prompts = [prompt_of(messages) for messages in conversations]
@@ -176,9 +176,9 @@ def mean_loss(
     For refusals as examples, this is the safety loss; its growth during fine-tuning is the *drift*.
 
     Args:
-        model: A causal language model; left as found.
-        tokenizer: Its tokenizer, with a chat template and a pad token.
-        examples: Rows with a column ``messages``, or the same from :func:`geomkit.encode`.
+        model: A causal language model; its state is restored.
+        tokenizer: The model's tokenizer, with a chat template and a pad token.
+        examples: Rows with a column ``messages``, or rows encoded by :func:`geomkit.encode`.
         batch_size: Examples run at a time.
 
     Returns:

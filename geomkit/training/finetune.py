@@ -54,10 +54,10 @@ def finetune(
 
     Args:
         model: A causal language model.
-        tokenizer: Its tokenizer, with a chat template and a pad token.
-        train: Rows with a column ``messages``, or the same from :func:`geomkit.encode`, which also decides how the
+        tokenizer: The model's tokenizer, with a chat template and a pad token.
+        train: Rows with a column ``messages``, or rows encoded by :func:`geomkit.encode`, which also decides how the
             assistant's tokens are marked; SPF's examples are then encoded in the same way.
-        spf: What to protect; a plain fine-tune when left out.
+        spf: The settings of SPF; a plain fine-tune when left out.
         learning_rate: Peak learning rate.
         steps: Number of optimizer steps; ``epochs`` decides when left out.
         epochs: Passes over the data.
@@ -76,16 +76,16 @@ def finetune(
             ``save_strategy``, ``report_to`` (``"none"`` when left out), ``logging_steps`` (1 when left out).
 
     Returns:
-        A :class:`~geomkit.training.result.FineTuneResult`. The global random states of Python, numpy and torch are left
-        as found, and so are the model's settings that only the training needs: gradient checkpointing, ``use_cache``
+        A :class:`~geomkit.training.result.FineTuneResult`. The global random states of Python, numpy and torch are
+        restored, and so are the model's settings that only the training needs: gradient checkpointing, ``use_cache``
         and mixed precision.
 
     Raises:
         DataError: If an argument is unknown, has no effect or is refused by transformers, the examples cannot be
-            encoded, there is not a single step to take, or the folder for checkpoints holds something else, a run of
+            encoded, there is not a single step to take, or the folder for checkpoints holds other files, a run of
             another version of geomkit or a run with other settings.
         GeomkitError: If a logged loss is not finite, or after the last step a weight or the loss on the first example
-            is not; with ``inplace`` the model's weights are then spoilt.
+            is not finite; with ``inplace`` the model's weights are then spoilt.
         SPFError: If SPF cannot be attached, or its constraint does not hold after a step.
 
     Example:
@@ -112,7 +112,7 @@ def finetune(
         arguments = make_arguments(
             folder or scratch, steps=steps, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, more=more
         )
-        # 2. Everything that the run depends on decides whether a checkpoint in the folder is one of this run.
+        # 2. A checkpoint in the folder belongs to this run if all settings that the run depends on are equal.
         settings = more | {
             "learning_rate": learning_rate, "steps": steps, "epochs": epochs, "batch_size": batch_size,
             "train": encoded.fingerprint, "spf": None if spf is None else spf.describe(),
@@ -120,7 +120,7 @@ def finetune(
         }  # fmt: skip
         resume = last_checkpoint(folder, settings) if folder else None
         begun = MarkBegun(folder, settings)
-        # 3. Train, and leave the random states and the model's settings as found, also after an exception.
+        # 3. Train, and restore the random states and the model's settings, also after an exception.
         trained = model if inplace else copy.deepcopy(model)
         guard = SPFCallback(spf, resume=resume) if spf is not None else None
         bar = ProgressBar() if progress else None
@@ -182,7 +182,7 @@ def _trainer(
     arguments: TrainingArguments,
     callbacks: list[TrainerCallback],
 ) -> Trainer:
-    """Return a Trainer on encoded rows, which shows neither its own bar nor its own lines."""
+    """Return a Trainer on encoded rows that shows neither the Trainer's bar nor the Trainer's lines of text."""
     trainer = Trainer(
         model=model,
         args=arguments,

@@ -31,8 +31,8 @@ def generate(
     """Return a model's greedy responses to prompts.
 
     Args:
-        model: A causal language model; left as found.
-        tokenizer: Its tokenizer, with a chat template and a pad token.
+        model: A causal language model; its state is restored.
+        tokenizer: The model's tokenizer, with a chat template and a pad token.
         prompts: Conversations that end before a message of the assistant.
         max_new_tokens: Length of the longest response, in tokens.
         batch_size: Prompts answered at a time, shortest first, so that batches have little padding.
@@ -95,8 +95,8 @@ def own_responses(
     With the model's own responses, only the smaller part remains that concerns the content of the exchange.
 
     Args:
-        model: A causal language model; left as found.
-        tokenizer: Its tokenizer, with a chat template and a pad token.
+        model: A causal language model; its state is restored.
+        tokenizer: The model's tokenizer, with a chat template and a pad token.
         examples: N conversations that end in a message of the assistant.
         max_new_tokens: Length of the longest response, in tokens; a longer response is cut there as if it ended.
         progress: Show a bar.
@@ -140,8 +140,8 @@ def own_refusals(
     The gradient of a refusal that was written by somebody else points partly from the model's wording to that wording.
 
     Args:
-        model: A causal language model, before its fine-tune; left as found.
-        tokenizer: Its tokenizer, with a chat template and a pad token.
+        model: A causal language model, before its fine-tune; its state is restored.
+        tokenizer: The model's tokenizer, with a chat template and a pad token.
         examples: Conversations with forbidden requests, whose last message is replaced.
         judge: Decides whether a response is a refusal; :class:`~geomkit.training.judges.RefusalPhrases` when left out.
         max_new_tokens: Length of the longest response, in tokens; a longer response is cut there as if it ended.

@@ -24,7 +24,7 @@ class FineTuneResult(Result):
         model: The trained model, in eval mode.
         history: One row per logged step, which is every step unless ``logging_steps`` was given: ``step``, ``loss``,
             ``learning_rate``, ``grad_norm``, and SPF's measures.
-        certificate: What the updates did to the safety loss; ``None`` without SPF.
+        certificate: The first-order effect of each update on the safety loss; ``None`` without SPF.
         seconds: Wall time of the training.
     """
 
@@ -42,7 +42,7 @@ class FineTuneResult(Result):
         return draw("plot_history", self)
 
     def save(self, folder: str | Path, tokenizer: "PreTrainedTokenizerBase") -> Path:
-        """Write a checkpoint that ``from_pretrained`` loads; it appears whole or not at all.
+        """Write a checkpoint that ``from_pretrained`` loads; after a crash the folder has a whole checkpoint or none.
 
         Args:
             folder: The folder of the checkpoint, new or empty. In an empty folder, the configuration is written last.
@@ -54,7 +54,7 @@ class FineTuneResult(Result):
         Raises:
             DataError: If the folder exists and is not empty.
         """
-        target = free_folder(folder)
+        target = new_or_empty_folder(folder)
         target.parent.mkdir(parents=True, exist_ok=True)
         place = target if target.exists() else target.parent
         with tempfile.TemporaryDirectory(dir=place, prefix=f".{target.name}-") as unfinished:
@@ -77,7 +77,7 @@ class FineTuneResult(Result):
         return f"Fine-tune of {steps} steps, {self.seconds:.0f} s{certificate}"
 
 
-def free_folder(folder: str | Path) -> Path:
+def new_or_empty_folder(folder: str | Path) -> Path:
     """Return the absolute path of a folder that is new or empty, or raise before any work is done.
 
     Args:
@@ -97,6 +97,6 @@ def free_folder(folder: str | Path) -> Path:
 
 def _move_files(source: Path, target: Path) -> None:
     """Move files into a folder that may not be replaced, such as a working directory, a mount or a link's target."""
-    # The configuration comes last: until then from_pretrained finds no checkpoint, not a part of one.
+    # The configuration comes last: before, from_pretrained finds no checkpoint, rather than an incomplete checkpoint.
     for path in sorted(source.iterdir(), key=lambda path: (path.name.endswith("config.json"), path.name)):
         path.rename(target / path.name)

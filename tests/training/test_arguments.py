@@ -15,7 +15,7 @@ from geomkit.errors import DataError
 from geomkit.inputs.tokens import encode
 from geomkit.spf.settings import SPF
 from geomkit.training.arguments import (
-    _OURS,
+    _GEOMKIT_NAMES,
     _OWN_NAMES,
     _RENAMED,
     _WITHOUT_EFFECT,
@@ -78,7 +78,7 @@ def test_an_argument_that_resembles_none_points_to_the_documentation():
     assert refusal(xyzzy=1).endswith("found xyzzy=; see transformers.TrainingArguments")
 
 
-@pytest.mark.parametrize(("theirs", "ours"), _OURS.items())
+@pytest.mark.parametrize(("theirs", "ours"), _GEOMKIT_NAMES.items())
 def test_geomkits_own_names_are_asked_for(theirs, ours):
     assert refusal(**{theirs: "x"}) == f"expected {ours}=, found {theirs}=; write {ours}='x'"
 
@@ -93,7 +93,7 @@ def test_the_tables_name_arguments_that_exist():
     """A name that transformers gave up would be refused as unknown, with a nearer name, if it were not in a table."""
     known = {field.name for field in fields(TrainingArguments) if field.init}
     assert {name for names in _WITHOUT_EFFECT.values() for name in names} <= known
-    assert set(_OURS.values()) <= {*known, *_OWN_NAMES}
+    assert set(_GEOMKIT_NAMES.values()) <= {*known, *_OWN_NAMES}
     assert set(_RENAMED) <= known
 
 

@@ -9,7 +9,7 @@ from geomkit.errors import DataError
 from geomkit.inputs.tokens import encode
 from geomkit.spf.settings import SPF
 from geomkit.training.finetune import finetune
-from geomkit.training.result import free_folder
+from geomkit.training.result import new_or_empty_folder
 from tests.helpers.tiny import SAFETY, UTILITY, tiny_llama, tiny_tokenizer
 from tests.training.test_finetune import QUICK, TOKENIZER, unchanged, weights
 
@@ -30,10 +30,10 @@ def test_a_checkpoint_loads_again_and_nothing_is_overwritten(tmp_path):
 
 
 def test_an_empty_folder_may_be_filled_and_a_file_may_not_be_replaced(tmp_path):
-    assert free_folder(tmp_path) == tmp_path
+    assert new_or_empty_folder(tmp_path) == tmp_path
     (tmp_path / "file").write_text("mine")
     with pytest.raises(DataError, match="expected a new or empty folder"):
-        free_folder(tmp_path / "file")
+        new_or_empty_folder(tmp_path / "file")
     result = finetune(tiny_llama(), TOKENIZER, UTILITY, **QUICK | {"steps": 1})
     (tmp_path / "empty").mkdir()
     assert (result.save(tmp_path / "empty", TOKENIZER) / "model.safetensors").is_file()
