@@ -49,8 +49,8 @@ def collect_gradients(
     ``requires_grad`` and random state. Memory does not grow with the number of examples, unless ``per_sample`` is set.
 
     Args:
-        model: A causal language model. DDP and ``torch.compile`` are unwrapped: in a distributed run, the gradient is
-            that of the examples of this process.
+        model: A causal language model. DDP and ``torch.compile`` are unwrapped: in a distributed run, every
+            process gets the gradient of its own examples.
         tokenizer: Tokenizer of the model, with a chat template and a pad token.
         examples: N rows with a column ``messages``; :func:`geomkit.load_examples` makes them.
         per_sample: Also store the gradient of each example's loss, in ``samples``. :func:`geomkit.measure_samples`
@@ -137,7 +137,7 @@ def collect_from_tokens(
         products=products,
         token_loss=token_loss,
     )
-    # The gradient of the mean Σ_i w_i loss_i / Σ_i w_i is that of the sum, divided by the total weight.
+    # The gradient of the mean Σ_i w_i loss_i / Σ_i w_i is the gradient of the sum, divided by the total weight.
     weights = result.loss_tokens if reduction == "token" else [1] * len(rows)
     parameters = result.target.parameters
     means = {name: sums.pop(name).total(1 / sum(weights)) for name in parameters if name in sums}

@@ -100,7 +100,7 @@ class Call:
 
     @property
     def tensor_input(self) -> Tensor:
-        """The input of a module with a closed form, which has only one."""
+        """The input of a module with a closed form, which has a single input."""
         value: Tensor = self.inputs[0] if self.inputs else next(iter(self.keywords.values()))
         return value
 

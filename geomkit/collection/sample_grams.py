@@ -207,9 +207,9 @@ def _grams_within(passes: _Passes, rows: Sequence[Tokens], blocks: Sequence[Sequ
     """Return the inner products within one set: of each block with itself and with all later blocks, by symmetry."""
     tables = _Tables(len(rows), len(rows))
 
-    def put_symmetric(name: str, rows: Sequence[int], columns: Sequence[int], products: Tensor) -> None:
-        tables.put(name, rows, columns, products)
-        tables.put(name, columns, rows, products.T)
+    def put_symmetric(name: str, block: Sequence[int], batch: Sequence[int], products: Tensor) -> None:
+        tables.put(name, block, batch, products)
+        tables.put(name, batch, block, products.T)
 
     for nth, block in enumerate(blocks):
         in_memory, tables.names = _block_gradients(passes, rows, block)

@@ -1,4 +1,4 @@
-"""The parameters of a model that are collected, and what the passes over its batches learn about them."""
+"""The parameters of a model whose gradients are collected, and findings about them from passes over batches."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -151,5 +151,5 @@ def _leaks(
 
 
 def _ratio(left: Iterable[float], was: Iterable[float]) -> float:
-    whole = sum(norm**2 for norm in was)
-    return float((sum(norm**2 for norm in left) / whole) ** 0.5) if whole else 0.0
+    squared = sum(norm**2 for norm in was)
+    return float((sum(norm**2 for norm in left) / squared) ** 0.5) if squared else 0.0

@@ -165,19 +165,19 @@ def _divergences(reference_model: ReferenceModel, indices: Sequence[int], model:
 
 def _mean_products(parts: Mapping[str, Sequence[Tensor | None]], examples: int) -> dict[str, Tensor]:
     """Return (1,) the mean ⟨W, g⟩ over the examples, for each parameter with a product in every part of the pass."""
-    known = {name: [part for part in products if part is not None] for name, products in parts.items()}
+    computed = {name: [part for part in products if part is not None] for name, products in parts.items()}
     return {
         name: torch.stack(products).sum(0, keepdim=True) / examples
-        for name, products in known.items()
+        for name, products in computed.items()
         if len(products) == len(parts[name])
     }
 
 
 def _of_block(constraints: Sequence[GradientSet], name: str) -> tuple[LayerGradient, ...]:
-    """Return a block's gradient of each constraint; an empty tuple if all of them are zero."""
+    """Return a block's gradient of each constraint; an empty tuple if all gradients are zero."""
     gradients = [constraint.layers.get(name) for constraint in constraints]
-    known = [gradient for gradient in gradients if gradient is not None]
-    if not any(gradient.norm > 0 for gradient in known):
+    present = [gradient for gradient in gradients if gradient is not None]
+    if not any(gradient.norm > 0 for gradient in present):
         return ()
-    shape, device = known[0].shape, known[0].device
+    shape, device = present[0].shape, present[0].device
     return tuple(zero_gradient(shape, device) if gradient is None else gradient for gradient in gradients)

@@ -181,8 +181,8 @@ class Guard:
             self._records[-1] = replace(self._records[-1], loss_after=measured.loss)
         # 3. The reading of θ; ⟨W, g⟩ is taken from the pass over the anchors where that pass used these weights.
         self._guarded.pull_updates_into_masters()
-        known = self._guarded.as_used(measured.products) if fresh else {}
-        before = self._protected.read(self._protected.protections, known=known)
+        known_dots = self._guarded.as_used(measured.products) if fresh else {}
+        before = self._protected.read(self._protected.protections, known_dots=known_dots)
         self._refuse_other_changes(before)
         if self.rule.closed_subspace:
             origin = {name: reading.left for name, reading in before.items() if reading.left is not None}

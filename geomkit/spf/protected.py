@@ -93,7 +93,7 @@ class ProtectedBlocks:
         *,
         blocks: Mapping[str, Block] | None = None,
         moves: Mapping[str, Sequence[Move]] | None = None,
-        known: Mapping[str, Tensor] | None = None,
+        known_dots: Mapping[str, Tensor] | None = None,
     ) -> dict[str, Reading]:
         """Return the readings of blocks by name, see :func:`~geomkit.spf.projection.reading.read_all`.
 
@@ -101,12 +101,12 @@ class ProtectedBlocks:
             names: Names of the blocks.
             blocks: Blocks to read in place of the weights, such as gradients.
             moves: Gradients to add to blocks before these are read.
-            known: For some of the blocks (m,) ⟨W, g_i⟩, which is then not read.
+            known_dots: For some of the blocks (m,) ⟨W, g_i⟩, which is then not read.
         """
         protections = {name: self.protections[name] for name in names}
         group = self._guarded.processes.group
         return read_all(
-            self._guarded.blocks if blocks is None else blocks, protections, group, moves=moves, known=known
+            self._guarded.blocks if blocks is None else blocks, protections, group, moves=moves, known_dots=known_dots
         )
 
     def discard(self) -> None:

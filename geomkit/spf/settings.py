@@ -106,7 +106,7 @@ class SPF:
         Args:
             model: The model that is trained.
             optimizer: Its optimizer, plain or wrapped by accelerate.
-            tokenizer: The model's tokenizer; the one in the settings if left out.
+            tokenizer: The model's tokenizer; the tokenizer in the settings if left out.
             resume: The checkpoint from which training is resumed, into which :meth:`Guard.save` has written.
 
         Returns:

@@ -64,7 +64,7 @@ def all_skipped_but(name_of_result: str) -> list[Check]:
 
 
 def complete(subject: Subject) -> tuple[Check, Coverage]:
-    """Check that the gradients of a batch equal those of autograd, and return which parameters have a gradient."""
+    """Check that the gradients of a batch equal autograd's, and return which parameters have a gradient."""
     summed, coverage = subject.summed()
     target, comparison = subject.target, subject.comparison()
     for names in _parameter_groups(target):
@@ -81,7 +81,7 @@ def complete(subject: Subject) -> tuple[Check, Coverage]:
 def padding_and_batch(subject: Subject, batched: Sequence[Gradients]) -> list[Check]:
     """Check that an example has the same gradients alone, with padding on either side, and in a batch.
 
-    In memory are the gradients of the batch and those of one example at a time.
+    The gradients of the batch are in memory, and the gradients of one example at a time.
     """
     right, left, batch = (subject.comparison() for _ in range(3))
     left_check: Check | None = None

@@ -87,7 +87,7 @@ class Subject:
 
     @cached_property
     def length(self) -> int:
-        """Padded length of all examples, larger than the length of each of them."""
+        """Padded length of all examples, larger than the length of the longest example."""
         return padded_length([max(map(len, self.rows)) + _PADDING] * len(self.rows))
 
     @cached_property

@@ -143,14 +143,14 @@ class _Programme:
     def solve(self, bounds: np.ndarray) -> np.ndarray | None:
         """Return the multipliers for these bounds on the sums, (n,); ``None`` if no step satisfies them."""
         dots = self._constraints.dots
-        single = [dots[name][0] for name in self._blocks] if self._single else []
-        excess = np.array([*single, *(_total(dots, self._constraints.demands) - bounds)[self._bounded]])
-        used = np.isfinite(excess)
-        solution = multipliers(self.gram[np.ix_(used, used)], excess[used])
+        block_dots = [dots[name][0] for name in self._blocks] if self._single else []
+        excess = np.array([*block_dots, *(_total(dots, self._constraints.demands) - bounds)[self._bounded]])
+        is_bounded = np.isfinite(excess)
+        solution = multipliers(self.gram[np.ix_(is_bounded, is_bounded)], excess[is_bounded])
         if solution is None:
             return None
         lambdas = np.zeros(self.size)
-        lambdas[used] = solution
+        lambdas[is_bounded] = solution
         return lambdas
 
     def totals(self, lambdas: np.ndarray) -> np.ndarray:
@@ -181,8 +181,8 @@ def multipliers(gram: np.ndarray, excess: np.ndarray) -> np.ndarray | None:
     Of all steps d with ⟨d, g_i⟩ ≤ b_i the nearest to Δ is Δ − Σ λ_i g_i with λ ≥ 0. With K_ij = ⟨g_i, g_j⟩ and
     r_i = ⟨Δ, g_i⟩ − b_i this is least distance programming (Lawson and Hanson 1974, chapter 23): for FᵀF = K and u the
     non-negative least squares solution of [−F; rᵀ] u = [0; 1], λ = u / (1 − rᵀu). K is not inverted, so gradients may
-    depend on one another linearly, as the gradient of a whole model depends on those of its blocks. The constraint of a
-    zero gradient is ignored.
+    depend on one another linearly, as the gradient of a whole model depends on the blocks' gradients. The constraint of
+    a zero gradient is ignored.
 
     Args:
         gram: K, (n, n), positive semi-definite.
@@ -197,22 +197,22 @@ def multipliers(gram: np.ndarray, excess: np.ndarray) -> np.ndarray | None:
     """
     # 1. Scale each gradient to norm one, g_i / ‖g_i‖, or small gradients would pass for rounding.
     norms = np.sqrt(np.clip(np.diag(gram), 0, None))
-    used = norms > 0
+    nonzero = norms > 0
     lambdas = np.zeros(len(excess))
-    if not (used & (excess > 0)).any():
+    if not (nonzero & (excess > 0)).any():
         return lambdas
-    scaled = excess[used] / norms[used]
+    scaled = excess[nonzero] / norms[nonzero]
     # 2. Scale r by its largest entry s, which keeps the last row of [−F; rᵀ] comparable with F.
     scale = np.abs(scaled).max()
     # 3. F with FᵀF = K, and u = argmin over u ≥ 0 of ‖[−F; rᵀ/s] u − [0; 1]‖.
-    root = _root(gram[np.ix_(used, used)] / np.outer(norms[used], norms[used]))
+    root = _root(gram[np.ix_(nonzero, nonzero)] / np.outer(norms[nonzero], norms[nonzero]))
     solution, _ = nnls(np.vstack([-root, scaled / scale]), np.append(np.zeros(len(root)), 1.0))
     # 4. 1 − rᵀu is the squared residual: zero if and only if the constraints contradict one another.
     slack = 1 - float(scaled @ solution) / scale
     if slack < _INFEASIBLE:
         return None
     # 5. λ = s u / (1 − rᵀu), scaled back to the gradients' norms.
-    lambdas[used] = solution * scale / slack / norms[used]
+    lambdas[nonzero] = solution * scale / slack / norms[nonzero]
     return lambdas
 
 

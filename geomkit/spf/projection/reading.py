@@ -86,7 +86,7 @@ def read_all(
     group: dist.ProcessGroup | None = None,
     *,
     moves: Mapping[str, Sequence[Move]] | None = None,
-    known: Mapping[str, Tensor] | None = None,
+    known_dots: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Reading]:
     """Return the reading of every protected block; for sharded blocks, the reading of the whole block.
 
@@ -96,14 +96,14 @@ def read_all(
         group: The processes that hold the shards, if the blocks are sharded.
         moves: Gradients to add to some of the blocks before these are read. Blocks are moved and read one by one, while
             a block is still in the processor's cache.
-        known: For some of the blocks (m,) ⟨W, g_i⟩, see :func:`read`.
+        known_dots: For some of the blocks (m,) ⟨W, g_i⟩, see :func:`read`.
     """
-    moves, known = moves or {}, known or {}
+    moves, known_dots = moves or {}, known_dots or {}
     readings = {}
     for name, protection in protections.items():
         if name in moves:
             blocks[name].apply(moves[name])
-        readings[name] = read(blocks[name], protection, known.get(name))
+        readings[name] = read(blocks[name], protection, known_dots.get(name))
     return readings if group is None else _summed(readings, blocks, protections, group)
 
 

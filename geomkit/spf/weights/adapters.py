@@ -36,11 +36,11 @@ def adapters(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> Iterator[
         model: A model with or without adapters.
         trained: The trained parameters, by name.
     """
-    known = {id(parameter) for parameter in trained.values()}
+    trained_ids = {id(parameter) for parameter in trained.values()}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for module in model.modules():
         adapter = _adapter(module)
-        if adapter is not None and id(adapter.second) in known:
+        if adapter is not None and id(adapter.second) in trained_ids:
             yield names[id(adapter.base)], adapter
 
 

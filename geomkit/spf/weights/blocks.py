@@ -124,7 +124,7 @@ class TensorBlock(Block):
 
     @property
     def eps(self) -> float:
-        """Relative rounding of the numbers in which W is stored; at least that of fp32, as for bases and factors."""
+        """Relative rounding of the numbers in which W is stored; not below fp32's, since bases and factors are fp32."""
         return max(torch.finfo(self._weight.dtype).eps, torch.finfo(torch.float32).eps)
 
     # The optimizer moves the rounded weights w, SPF corrects the fp32 master m, of which w is the rounded value:
@@ -194,7 +194,7 @@ class ProductBlock(Block):
 
     @property
     def eps(self) -> float:
-        """Relative rounding of the product: twice that of its factors."""
+        """Relative rounding of the product: twice the rounding of its factors."""
         types = (self._first.dtype, self._second.dtype, torch.float32)
         return 2 * max(torch.finfo(dtype).eps for dtype in types)
 

@@ -52,7 +52,7 @@ class Processes:
         tensors = [tensor for block in gradients.values() for gradient in block for tensor in gradient.tensors]
         device = tensors[0].device if tensors else torch.device("cpu")
         _refuse_difference(sum(tensor.numel() for tensor in tensors), device)
-        # 2. Overwrite the gradients with those of the first process.
+        # 2. Overwrite the gradients with the gradients of the first process.
         for tensor in tensors:
             _broadcast_from_first(tensor)
         # 3. Likewise the loss and the bounds, in one message.
