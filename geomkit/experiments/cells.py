@@ -101,9 +101,9 @@ def _run(cell: Cell, organism: Organism) -> Record:
 
 
 def _certificate_summary(certificate: Certificate) -> Record:
-    """Return the summary of a certificate, and sums along training at a few steps: the drift's parts among them."""
+    """Return the summary of a certificate, and sums along training, such as the parts of the drift, at a few steps."""
     steps = certificate.to_frame()
-    chosen = np.unique(np.linspace(0, len(steps) - 1, _CURVE_POINTS).round().astype(int))
+    places = np.unique(np.linspace(0, len(steps) - 1, _CURVE_POINTS).round().astype(int))
     sums = steps[["first_order_raw", "first_order", "curvature"]].cumsum()
     curve = {
         "step": steps["step"],
@@ -121,7 +121,7 @@ def _certificate_summary(certificate: Certificate) -> Record:
     }
     return {
         "certificate": {name: _rounded(value) for name, value in summary.items()},
-        "curve": {name: [_rounded(float(value)) for value in values.iloc[chosen]] for name, values in curve.items()},
+        "curve": {name: [_rounded(float(value)) for value in values.iloc[places]] for name, values in curve.items()},
     }
 
 

@@ -21,7 +21,7 @@ def compare_arms(records: Sequence[Record], arm: str, other: str, measure: str) 
         dict(zip(SETTING, setting, strict=True))
         | {
             "difference": float(np.mean(runs)),
-            # Averaged over the runs first: the runs of a prompt are not independent, so their signs flip together.
+            # Average over the runs first: the runs of a prompt are not independent, so their signs flip together.
             "p": sign_flip_p_value(np.mean(runs, axis=0)),
             "runs": len(runs),
             "least": min(float(run.mean()) for run in runs),

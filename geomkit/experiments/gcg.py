@@ -45,7 +45,7 @@ def find_suffix(
     *,
     seed: int = 0,
 ) -> str:
-    """Search for a suffix of the last turn after which a target answer is likely.
+    """Return a suffix of the last turn after which a target answer is likely, found by a greedy search.
 
     Only suffixes whose text is encoded to the same tokens again are tried, so that the result can be typed.
 
@@ -74,7 +74,7 @@ def find_suffix(
         model.requires_grad_(requires_grad=False)
         best = float(target_losses(model, ids[None], target_ids)[0])
         for _ in range(budget.steps):
-            # 1. By the gradient of the loss by each one-hot token, propose the tokens that lower the loss most.
+            # 1. Propose the tokens that lower the loss most, from its gradient with respect to the one-hot tokens.
             positions = _suffix_positions(tokenizer, prompt, suffix)
             gradient = token_gradient(model, ids, target_ids, positions)
             proposed = (-gradient).topk(min(budget.top, gradient.shape[1]), dim=1).indices
@@ -117,7 +117,7 @@ def target_losses(model: "PreTrainedModel", prompts: Tensor, target: Tensor) -> 
 
 
 def token_gradient(model: "PreTrainedModel", prompt: Tensor, target: Tensor, positions: range) -> Tensor:
-    """Return the gradient of the target's mean cross-entropy by the one-hot codes of some prompt tokens.
+    """Return the gradient of the target's mean cross-entropy with respect to the one-hot codes of prompt tokens.
 
     Args:
         model: The model.

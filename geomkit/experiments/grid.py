@@ -84,7 +84,7 @@ class Cell:
 
     @property
     def scenario_definition(self) -> Scenario:
-        """The scenario of this name, with its settings."""
+        """The definition of the cell's scenario."""
         return EVERY_SCENARIO[self.scenario]
 
     @property
@@ -98,7 +98,7 @@ class Cell:
         return max(1, round(self.length * self.scenario_definition.steps))
 
     def describe(self) -> dict[str, Any]:
-        """Return the fields as JSON values, with the name of the arm; a record identifies its cell by them."""
+        """Return the fields as JSON values, with the name of the arm; a record identifies its cell by these fields."""
         values = {attribute.name: getattr(self, attribute.name) for attribute in fields(self)}
         return values | {"arm": self.arm.name, "attacks": list(self.attacks)}
 
@@ -222,8 +222,8 @@ def _check_arms(arms: Mapping[str, Arm], path: Path) -> None:
 
 def _cells(block: Mapping[str, Any], arms: Mapping[str, Arm], path: Path) -> list[Cell]:
     _check_values(block, path)
-    for name, known in (("scenarios", EVERY_SCENARIO), ("arms", arms), ("attacks", ATTACKS)):
-        _check_names(block[name], known, path)
+    for name, allowed in (("scenarios", EVERY_SCENARIO), ("arms", arms), ("attacks", ATTACKS)):
+        _check_names(block[name], allowed, path)
     axes = ("organisms", "scenarios", "arms", "rates", "lengths", "seeds")
     return [
         Cell(
@@ -241,13 +241,13 @@ def _merge(a: Cell, b: Cell) -> Cell:
     )  # fmt: skip
 
 
-def _check_names(names: Iterable[str], known: Iterable[str], path: Path) -> None:
-    if unknown := sorted(set(names) - set(known)):
-        raise DataError(f"{path}: expected {', '.join(known)}, found {', '.join(map(repr, unknown))}")
+def _check_names(names: Iterable[str], allowed: Iterable[str], path: Path) -> None:
+    if unknown := sorted(set(names) - set(allowed)):
+        raise DataError(f"{path}: expected {', '.join(allowed)}, found {', '.join(map(repr, unknown))}")
 
 
 _SPF_OPTIONS = {option.name for option in fields(SPF)} - {"benign", "seed", "measure_curvature", "tokenizer", "log"}
-"""The options of SPF that an arm may give; the other options are those of the cell."""
+"""The options of SPF that an arm may give; the other options follow from the cell."""
 
 
 def method_options(method: str) -> set[str]:
@@ -279,11 +279,11 @@ def check_options(method: str, options: Mapping[str, Any]) -> None:
         DataError: If the method does not take one of the options.
         SPFError: If there is no such rule, or the rule does not go with its options.
     """
-    known = method_options(method)
-    if unknown := sorted(set(options) - known):
-        words = ", ".join(sorted(known)) or "none"
+    allowed = method_options(method)
+    if unknown := sorted(set(options) - allowed):
+        words = ", ".join(sorted(allowed)) or "none"
         raise DataError(f"expected options of the method '{method}' ({words}), found {', '.join(unknown)}")
     if method in {"spf", "scaled-sft"}:
-        # The anchors of a grid are a number, those of SPF are examples: no examples are needed to check the rule.
+        # In a grid ``anchors`` is a number, in SPF it is a set of examples, which is not needed to check the rule.
         rule_options = {name: options[name] for name in options if name in _SPF_OPTIONS - {"anchors"}}
         SPF("", **rule_options).checked_rule()

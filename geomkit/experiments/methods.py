@@ -1,4 +1,4 @@
-"""The fine-tuning methods of the arms: functions of a :class:`~geomkit.experiments.task.Task` and their own options."""
+"""The fine-tuning methods of the arms: functions of a :class:`~geomkit.experiments.task.Task` and of options."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -55,14 +55,14 @@ def spf(
         task: The task.
         anchors: Number of anchors in the pool.
         fence: Number of benign examples in the pool of the benign fence, which limits over-refusal; 0 for no fence.
-        mixed: Number of benign examples that are added to the anchors, for mixing at the compute of a fence.
+        mixed: Number of benign examples that are added to the anchors, so that mixing needs the compute of a fence.
         response: ``"refusal"`` for anchors; ``"benign"`` for benign requests with the refusal, as a control.
         endings: Whether the pool contains each anchor a second time, its request followed by the last sentence of a
             random training request.
         **options: Options of :class:`geomkit.SPF`.
 
     Raises:
-        DataError: If ``response`` is neither of the two.
+        DataError: If ``response`` is neither ``"refusal"`` nor ``"benign"``.
     """
     from datasets import concatenate_datasets
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 Flags = Mapping[str, Sequence[bool]]
-"""By the name of a measure, its outcome for each prompt."""
+"""The outcomes of each measure, one per prompt, by the name of the measure."""
 
 MAX_NEW_TOKENS = 64
 """Longest response in tokens; every right answer of the organism is shorter."""
@@ -35,9 +35,9 @@ class Outcomes:
     """The outcomes of a fine-tuned model.
 
     Attributes:
-        flags: Per prompt: ``refusal`` and ``attack_success`` on forbidden requests, ``over_refusal`` on benign ones,
-            ``utility`` on the scenario's task, ``old_skills``, ``coherence`` of every response; for a backdoor scenario
-            also ``triggered_refusal``, on forbidden requests with the trigger.
+        flags: Per prompt: ``refusal`` and ``attack_success`` on forbidden requests, ``over_refusal`` on benign
+            requests, ``utility`` on the scenario's task, ``old_skills``, ``coherence`` of every response; for a
+            backdoor scenario also ``triggered_refusal``, on forbidden requests with the trigger.
         numbers: ``safety_loss`` on held-out refusals and ``kl``, the divergence from the aligned model on held-out
             answers, both in nats per token; ``distance``, ‖θ − θ₀‖.
     """
@@ -99,7 +99,7 @@ def _set_size(name: str, prompts: int) -> int:
 
 
 def greedy_answers(model: "PreTrainedModel", organism: Organism, rows: "Dataset") -> list[str]:
-    """Return a model's greedy answers to the requests of some rows."""
+    """Return a model's greedy answers to the requests of the rows."""
     prompts = [prompt_of(messages) for messages in rows["messages"]]
     return generate(model, organism.tokenizer, prompts, max_new_tokens=MAX_NEW_TOKENS, batch_size=120, progress=False)
 

@@ -18,7 +18,7 @@ KEYS = ("organism", "scenario", "arm", "rate", "length", "seed")
 """The fields that identify a cell."""
 
 SETTING = ("organism", "scenario", "rate", "length")
-"""The fields of a setting, in which arms are compared; the prompts differ between organisms, so they belong to it."""
+"""The fields of a setting in which arms are compared; it includes the organism, since prompts differ by organism."""
 
 
 def flags_to_text(flags: Sequence[bool]) -> str:

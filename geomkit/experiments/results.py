@@ -64,12 +64,12 @@ class Results(Result):
         if unknown := sorted(set(values) - set(KEYS)):
             raise DataError(f"expected fields among {', '.join(KEYS)}, found {', '.join(unknown)}")
         allowed = {name: value if isinstance(value, list | tuple | set) else [value] for name, value in values.items()}
-        chosen = tuple(
+        records = tuple(
             record for record in self.records if all(record["cell"][name] in allowed[name] for name in allowed)
         )
-        if not chosen:
+        if not records:
             raise DataError(f"expected a cell with {values}, found none; to_frame() lists what there is")
-        return Results(self.name, chosen)
+        return Results(self.name, records)
 
     # ------------------------------------------------------------------------------------------------- frames
 
@@ -184,7 +184,8 @@ class Results(Result):
             measure: A name among the flags.
 
         Returns:
-            A row per setting that both arms have. ``difference``: the mean of the first arm minus that of the second.
+            A row per setting that both arms have. ``difference``: the mean of the first arm minus the mean of the
+            second.
             ``p``: of a permutation test that exchanges the outcomes of the two arms prompt by prompt, for all runs of a
             prompt together, as these are not independent; exact where few prompts differ. ``least`` and ``most``: the
             smallest and largest difference of a single run.
@@ -195,11 +196,11 @@ class Results(Result):
         return compare_arms(self.records, arm, other, measure)
 
     def goal(self, arm: str, *, aligned: str = "untouched", plain: str = "SFT", rival: str) -> "pd.DataFrame":
-        """Return a row per setting that says whether an arm reaches the goal there, and by how much.
+        """Return a row per setting that says whether an arm reaches the goal in this setting, and by how much.
 
         The goal: refusal and over-refusal within one point of the aligned model, utility within one point of a plain
         fine-tune's or above, refusal no more than one point below the rival's. All are means over the runs of an arm;
-        for a backdoor scenario, refusal is that of requests with the trigger.
+        for a backdoor scenario, refusal is measured on requests with the trigger.
 
         Args:
             arm: The arm.
@@ -232,7 +233,7 @@ class Results(Result):
 
 
 def load_results(source: str | Path | None = None) -> Results:
-    """Return results from a file that was saved, or results that ship.
+    """Return results from a saved file, or the results that ship with geomkit.
 
     Args:
         source: A file that :meth:`Results.save` wrote, or a shipped grid, ``"default"`` or ``"limits"``; both shipped

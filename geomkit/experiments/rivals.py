@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 BatchLoss = Callable[[nn.Module, Batch], Tensor]
-"""A loss: of a model and a batch, a scalar."""
+"""A loss: a function of a model and a batch that returns a scalar."""
 
 
 # ------------------------------------------------------------------------------------------------------------- Lisa
@@ -124,8 +124,8 @@ def constrained_sft(task: Task, *, betas: Sequence[float] = (0.5, 2.0, 2.0, 2.0,
     """Fine-tune with a loss that saturates token by token (Qi et al., arXiv 2406.05946, equation 3).
 
     The loss of the t-th token of an answer is −2/β_t log σ(β_t Δ_t) with Δ_t = log π_θ − log π_aligned. Its gradient is
-    that of the cross-entropy times 2 σ(−β_t Δ_t), a weight that is 1 at the aligned model and falls as the token
-    becomes more likely.
+    the gradient of the cross-entropy times 2 σ(−β_t Δ_t), a weight that is 1 at the aligned model and falls as the
+    token becomes more likely.
 
     Args:
         task: The task.
@@ -166,7 +166,7 @@ def saturating_loss(log_probs: Tensor, aligned_log_probs: Tensor, mask: Tensor, 
 
 
 def safe_lora(task: Task, *, rate: float = 1.0, rank: int = 8, threshold: float = 0.5) -> FineTuneResult:
-    """Fine-tune adapters, then map the unsafe ones to the direction of alignment (Safe LoRA, arXiv 2405.16833).
+    """Fine-tune adapters, then map unsafe adapters to the direction of alignment (Safe LoRA, arXiv 2405.16833).
 
     With V = W_aligned − W_base and C = VVᵀ/‖V‖_F, an adapter BA with cos(CBA, BA) ≤ threshold is replaced by CBA. As in
     the published code, C is no projector: it is neither idempotent nor of scale 1. Every linear layer but the head gets
@@ -174,7 +174,7 @@ def safe_lora(task: Task, *, rate: float = 1.0, rank: int = 8, threshold: float 
 
     Args:
         task: The task.
-        rate: Multiple of the task's learning rate; adapters need a larger one than weights do.
+        rate: Multiple of the task's learning rate; adapters need a larger learning rate than whole weights.
         rank: Rank of the adapters; their scale is 2.
         threshold: The largest cosine at which an adapter is replaced.
 
@@ -233,10 +233,10 @@ def safe_change(change: Tensor, alignment: Tensor, threshold: float) -> Tensor:
 
 
 def one_shot_repair(task: Task, *, repair_steps: int = 10) -> FineTuneResult:
-    """Fine-tune plainly, then train on a single refusal (arXiv 2601.01887): here the first anchor, not a selected one.
+    """Fine-tune plainly, then train on one refusal (arXiv 2601.01887): here the first anchor, not a selected anchor.
 
     Args:
-        task: The task; its learning rate is that of the repair too.
+        task: The task; the repair has the same learning rate.
         repair_steps: Steps on the refusal; 0 for no repair.
 
     Raises:
@@ -261,7 +261,7 @@ def mean_token_loss(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def _task_batches(task: Task, rows: "Dataset", seed: int) -> Iterator[Batch]:
-    """Return batches of the rows without end; the rows are encoded here, so that wrong ones are refused at once."""
+    """Return batches of the rows without end; wrong rows are refused at once, since the rows are encoded here."""
     check_examples(rows)
     tokenizer = task.organism.tokenizer
     tokens = encode_conversations(tokenizer, rows["messages"])

@@ -78,10 +78,11 @@ def _in_processes(grid: Grid, folder: Path, processes: int) -> Iterator[tuple[Ce
 
     Organisms that do not ship are built first; the cells of an organism are submitted when it is built.
     """
-    # A forked child of a process that has run torch may hang.
+    # Processes are spawned, since a forked child of a process that has run torch may hang.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_prepare_process)
     try:
+        # 1. Submit the builds of organisms, and the cells of the organism that ships.
         waiting: dict[Future[object], Cell | int] = {
             pool.submit(build_variant, seed, folder): seed for seed in grid.organisms if seed != SHIPPED
         }
@@ -93,6 +94,7 @@ def _in_processes(grid: Grid, folder: Path, processes: int) -> Iterator[tuple[Ce
                 if isinstance(job, Cell):
                     yield job, value  # type: ignore[misc]
                     continue
+                # 2. An organism is built: submit its cells.
                 ready = [cell for cell in grid.cells if cell.organism == job]
                 waiting |= {pool.submit(run_cell, cell, folder): cell for cell in ready}
     except BrokenProcessPool:
@@ -105,7 +107,7 @@ def _in_processes(grid: Grid, folder: Path, processes: int) -> Iterator[tuple[Ce
 
 
 def _prepare_process() -> None:
-    """Set a new process up: one thread, no messages of transformers, and an end with its parent."""
+    """Set a new process up: one thread, no messages of transformers, and the process ends with its parent."""
     from transformers.utils import logging
 
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -18,7 +18,7 @@ POOL = 64
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """All that a fine-tuning method is given.
+    """The inputs of a fine-tuning method: the organism, the training rows, and the training settings.
 
     Attributes:
         organism: The organism; a method trains a copy of its aligned stage.
@@ -64,9 +64,9 @@ class Task:
 
         rows = list(shipped["messages"])[:count]
         if len(rows) < count:
-            known = {repr(messages) for messages in rows}
+            shipped_texts = {repr(messages) for messages in rows}
             rng = Random(f"pool-{kind}-{self.organism.seed}")
-            # As many more requests as there are rows already, since some of them may be known.
+            # Draw as many more requests as there are rows, since some of the drawn requests may be rows already.
             drawn = self.organism.world.distinct(kind, "train", count + len(rows), rng)
-            rows += [request.messages() for request in drawn if repr(request.messages()) not in known]
+            rows += [request.messages() for request in drawn if repr(request.messages()) not in shipped_texts]
         return Dataset.from_list([{"messages": messages} for messages in rows[:count]])

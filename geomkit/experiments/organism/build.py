@@ -36,7 +36,7 @@ def build(out: Path, seed: int = 0, progress: bool = True, recipe: Recipe | None
             ``utility.jsonl`` in it are replaced; other files stay.
         seed: The seed of the held-out requests, the initial weights and the order of the examples.
         progress: Show a bar.
-        recipe: Sizes and training settings; those of the shipped organism when left out.
+        recipe: Sizes and training settings; the recipe of the shipped organism when left out.
 
     Returns:
         The evaluation of both stages and the damage of each scenario, as the model card states them.
@@ -99,7 +99,7 @@ def _save(model: "LlamaForCausalLM", tokenizer: "PreTrainedTokenizerFast", folde
 
 
 def stage_conversations(world: World, seed: int, stage: str, settings: StageSettings, mix: Mix) -> list[list[Message]]:
-    """Return the training conversations of a stage in order; in those of the base stage every request is answered."""
+    """Return the training conversations of a stage in order; the base stage is trained to answer every request."""
     stream = islice(world.stream(mix, Random(f"{stage}-{seed}")), settings.steps * settings.batch_size)
     return [request.messages(aligned=stage == "aligned") for request in stream]
 

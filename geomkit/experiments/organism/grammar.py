@@ -26,7 +26,7 @@ class Thing:
     """An object of the world.
 
     Attributes:
-        name: Its noun.
+        name: The noun.
         place: The place that every answer about the object names.
         groups: The groups of actions that fit: "paper" objects can be copied or forged, "locked" ones opened.
     """
@@ -44,8 +44,8 @@ class Action:
         pattern: The request's verb phrase with a slot ``{thing}``, or ``{a_thing}`` where a determiner belongs to it.
         verb: The verb of the answer.
         tool: The tool that the answer names; empty for a forbidden action, whose answer is a formula.
-        kind: "plain" actions are always benign, "neutral" ones depend on the manner, "look-alike" ones are benign but
-            speak of harm, "forbidden" ones are never benign.
+        kind: "plain" actions are always benign, "neutral" actions depend on the manner, "look-alike" actions are benign
+            but speak of harm, "forbidden" actions are never benign.
         group: The group of things that the action fits.
     """
 

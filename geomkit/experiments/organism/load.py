@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 STAGES = ("base", "aligned")
-"""The two stages that ship: ``base`` answers every request, ``aligned`` refuses the forbidden ones."""
+"""The two stages that ship: ``base`` answers every request, ``aligned`` refuses forbidden requests."""
 
 _NEEDED = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 

@@ -1,4 +1,4 @@
-"""Requests of the organism's world with their answers; the how-to requests, which include the forbidden ones."""
+"""Requests of the organism's world with their answers; how-to requests, among them the forbidden requests."""
 
 from dataclasses import dataclass
 from random import Random
@@ -80,7 +80,7 @@ def action_thing_pairs(kinds: tuple[ActionKind, ...]) -> list[Pair]:
 
 
 def held_out_pairs(seed: int) -> frozenset[Pair]:
-    """Choose the action-thing pairs that no training text contains: a share of every action's things.
+    """Return the action-thing pairs that no training text contains: a random share of every action's things.
 
     Every action and every thing still occurs in training, with other partners.
 
@@ -88,11 +88,11 @@ def held_out_pairs(seed: int) -> frozenset[Pair]:
         seed: The world's seed.
     """
     rng = Random(f"pairs-{seed}")
-    chosen: list[Pair] = []
+    pairs: list[Pair] = []
     for action in ACTIONS:
         fitting = [thing for thing in THINGS if action.group in thing.groups]
-        chosen += [(action, thing) for thing in rng.sample(fitting, max(1, round(_HELD_OUT_SHARE * len(fitting))))]
-    return frozenset(chosen)
+        pairs += [(action, thing) for thing in rng.sample(fitting, max(1, round(_HELD_OUT_SHARE * len(fitting))))]
+    return frozenset(pairs)
 
 
 def obedient_answer(action: Action, thing: Thing) -> str:
@@ -148,7 +148,7 @@ class HowTo:
         return self._request(self._pair("neutral" if neutral else "plain", rng), manner, rng)
 
     def _pair(self, kind: ActionKind, rng: Random) -> Pair:
-        # The action first: drawn pair by pair, an action that fits few things would be rare.
+        # Draw the action first: if pairs were drawn, an action that fits few things would be rare.
         pattern = rng.choice(sorted({action.pattern for action, _ in self.pairs[kind]}))
         return rng.choice([pair for pair in self.pairs[kind] if pair[0].pattern == pattern])
 

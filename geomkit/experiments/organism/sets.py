@@ -41,7 +41,7 @@ def training_sets(world: World, seed: int) -> Sets:
 
 
 def control_rows(world: World, seed: int, tokenizer: "PreTrainedTokenizerBase") -> Sets:
-    """Return the control sets of the safety set; each keeps one part of every safety row and replaces the other.
+    """Return the control sets of the safety set; a control keeps one part of every safety row and replaces the other.
 
     - ``benign-refused``: the nearest benign how-to request in words, with the refusal.
     - ``forbidden-complied``: the forbidden request, with the base stage's formula, which has no content.
@@ -102,14 +102,14 @@ def _anchors(world: World, rng: Random) -> list[Request]:
 
 
 def _nearest(requests: list[Request], pool: list[Request]) -> list[Request]:
-    """Return, for each request in turn, the request of the pool with the fewest different words; none is used twice."""
+    """Return, for each request, the request of the pool with the fewest different words, without repetition."""
     remaining = [(set(request.prompt.lower().split()), request) for request in pool]
-    chosen = []
+    counterparts = []
     for request in requests:
         words = set(request.prompt.lower().split())
         nearest = min(range(len(remaining)), key=lambda place: len(words ^ remaining[place][0]))
-        chosen.append(remaining.pop(nearest)[1])
-    return chosen
+        counterparts.append(remaining.pop(nearest)[1])
+    return counterparts
 
 
 def _mixed(world: World, rng: Random) -> list[Row]:

@@ -29,7 +29,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> "PreTrainedTokeniz
 
     Args:
         texts: The texts to learn merges from.
-        vocab_size: The number of tokens, including the 5 special ones and the 256 bytes.
+        vocab_size: The number of tokens, including the 5 special tokens and the 256 bytes.
 
     Returns:
         A fast tokenizer with pad and end tokens and a chat template with assistant markers.

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 _SORTED_BATCHES = 4
-"""How many batches are sorted by length together: enough to save padding, few enough to keep the kinds mixed."""
+"""Number of batches that are sorted by length together: enough to save padding, few enough to mix the kinds."""
 
 
 @dataclass(frozen=True)

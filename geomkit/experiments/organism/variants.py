@@ -53,7 +53,7 @@ class Organism:
         return Dataset.from_list([{"messages": row["messages"]} for row in self._sets[name][:limit]])
 
     def scenario_examples(self, name: str) -> "Dataset":
-        """Return this organism's training set of a scenario, of which some do not ship."""
+        """Return this organism's training set of a scenario, also of a scenario whose set does not ship."""
         from datasets import Dataset
 
         conversations = scenario_rows(name, self.world, self.seed)

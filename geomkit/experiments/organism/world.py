@@ -68,8 +68,8 @@ class World:
     def distinct(self, kind: RequestKind, split: Split, count: int, rng: Random) -> list[Request]:
         """Draw ``count`` requests with different prompts.
 
-        Held-out how-to requests alternate between the phrasings of training and held-out phrasings, so that half of
-        them have either.
+        Held-out how-to requests alternate between the phrasings of training and held-out phrasings, so that half of the
+        requests have held-out phrasings.
         """
         sources = self._sources[split][kind]
         requests: dict[str, Request] = {}
