@@ -318,7 +318,11 @@ def _load(
 def _layers(text: str) -> "Layers":
     """Return numbers of decoder layers if the text has nothing else between its commas, else glob patterns."""
     parts = [part.strip() for part in text.split(",")]
-    return [int(part) for part in parts] if all(part.isdecimal() for part in parts) else parts
+    if all(part.isdecimal() for part in parts):
+        return [int(part) for part in parts]
+    if any(part.isdecimal() for part in parts) or not all(parts):
+        raise DataError(f"expected --layers as numbers like 10,20 or as patterns like '*.mlp.*', found '{text}'")
+    return parts
 
 
 def _check_writable(*folders: Path | None) -> None:

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from geomkit import cli
+from geomkit.errors import DataError
 from geomkit.experiments.results import load_results
 from geomkit.inputs.tokens import encode
 from geomkit.version import __version__
@@ -100,13 +101,17 @@ def test_check_says_what_it_needs_and_whether_it_can_be_trusted(files, monkeypat
         ("0", [0]),
         (" 4, 5 ", [4, 5]),
         ("*.mlp.*, lm_head*", ["*.mlp.*", "lm_head*"]),
-        ("1,x", ["1", "x"]),
         ("-1", ["-1"]),
-        ("", [""]),
     ],
 )
 def test_layers_are_numbers_or_patterns(text, layers):
     assert cli._layers(text) == layers
+
+
+@pytest.mark.parametrize("text", ["1,x", "", "*.mlp.*,", "1,,2"])
+def test_layers_that_are_both_or_neither_are_refused(text):
+    with pytest.raises(DataError, match=r"expected --layers as numbers like 10,20 or as patterns"):
+        cli._layers(text)
 
 
 def test_layers_of_a_number_are_measured(files, monkeypatch, capfd):

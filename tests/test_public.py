@@ -1,7 +1,10 @@
 """What is promised to importers: every public name resolves, and costs nothing until it is used."""
 
+import ast
+import pkgutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -52,3 +55,21 @@ def test_every_error_is_caught_by_one_name():
     kinds = [value for value in vars(errors).values() if isinstance(value, type)]
     assert len(kinds) == 5
     assert all(issubclass(kind, geomkit.GeomkitError) for kind in kinds)
+
+
+def test_no_module_imports_the_root_of_the_package_behind_which_an_import_upwards_could_hide():
+    package = Path(geomkit.__file__).parent
+    for path in package.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            modules = [node.module] if isinstance(node, ast.ImportFrom) else names
+            assert "geomkit" not in modules, path
+
+
+@pytest.mark.parametrize("name", geomkit._FORMER_NAMES)
+def test_a_name_that_left_the_root_says_where_it_is(name):
+    with pytest.raises(AttributeError, match=f"geomkit.{name} is .* since version 0.2.0"):
+        getattr(geomkit, name)
+    place = geomkit._FORMER_NAMES[name]
+    if place.startswith("geomkit."):
+        assert pkgutil.resolve_name(place)

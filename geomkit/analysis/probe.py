@@ -13,7 +13,7 @@ from geomkit.errors import GeometryError
 from geomkit.gradients.gradient_set import GradientSet
 from geomkit.inputs.control_sets import with_responses
 from geomkit.inputs.examples import check_examples
-from geomkit.inputs.parameters import Layers
+from geomkit.inputs.parameters import Layers, as_selection
 from geomkit.inputs.tokens import EncodedExamples, conversations_of
 from geomkit.utils.arguments import check_draws, check_rank
 
@@ -55,6 +55,7 @@ class Probe:
 
     Raises:
         DataError: If a set is no set of conversations.
+        CollectionError: If ``layers`` is no choice of parameters.
         GeometryError: If a set has fewer than three examples, or the utility set fewer than six without ``control``.
 
     Example:
@@ -83,6 +84,7 @@ class Probe:
             sets["control"] = self.control
         check_rank(self.rank)
         check_draws(self.null_draws, 0, "null_draws")
+        as_selection(self.layers)
         for name, rows in sets.items():
             check_examples(conversations_of(rows))
             if min(len(rows), len(rows) if self.examples is None else self.examples) < _FEWEST:
@@ -197,4 +199,9 @@ def analyze(
         CollectionError: If a loss or gradient is not finite, or no parameter matches.
         GeometryError: If a set has fewer than three examples, or the utility set fewer than six without ``control``.
     """
+    if unknown := sorted(set(settings) - set(ProbeSettings.__annotations__)):
+        raise TypeError(
+            f"analyze() expects {', '.join(ProbeSettings.__annotations__)}, found {unknown[0]}=; geomkit.encode has "
+            "the settings of the examples"
+        )
     return Probe(safety, utility, control, **settings).analyze(model, tokenizer, progress=progress)

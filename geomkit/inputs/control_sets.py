@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from geomkit.errors import DataError
 from geomkit.inputs.examples import check_examples, prompt_of, response_of
-from geomkit.inputs.tokens import EncodedExamples, as_encoded
+from geomkit.inputs.tokens import EncodedExamples, as_encoded, conversations_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -26,7 +26,7 @@ _ATTEMPTS = 50
 """Largest number of draws of random words for one example."""
 
 
-def with_responses(prompts: "Dataset", responses: "Dataset") -> "Dataset":
+def with_responses(prompts: "Dataset | EncodedExamples", responses: "Dataset | EncodedExamples") -> "Dataset":
     """Return the prompts of one set with the responses of another.
 
     Benign prompts with the refusals of a safety set have the wording and the loss tokens of the safety set, but no
@@ -49,12 +49,13 @@ def with_responses(prompts: "Dataset", responses: "Dataset") -> "Dataset":
         >>> [message["content"] for message in control[0]["messages"]]
         ['Could you explain how to cover this mirror?', "I'm sorry, but I can't help with that."]
     """
-    check_examples(prompts)
-    check_examples(responses)
-    return replace_answers(prompts, [response_of(messages) for messages in responses["messages"]])
+    asked, answered = conversations_of(prompts), conversations_of(responses)
+    check_examples(asked)
+    check_examples(answered)
+    return replace_answers(asked, [response_of(messages) for messages in answered["messages"]])
 
 
-def shuffled_pairs(examples: "Dataset", seed: int = 0) -> "Dataset":
+def shuffled_pairs(examples: "Dataset | EncodedExamples", seed: int = 0) -> "Dataset":
     """Return the conversations with their responses permuted, so that no prompt keeps its response text.
 
     Prompts and responses stay the same texts; only their belonging together is lost.
@@ -78,9 +79,10 @@ def shuffled_pairs(examples: "Dataset", seed: int = 0) -> "Dataset":
         >>> [messages[-1]["content"][:6] for messages in shuffled_pairs(rows)["messages"]]
         ['Sure! ', '19+51:', 'SELECT']
     """
-    check_examples(examples)
-    responses = [response_of(messages) for messages in examples["messages"]]
-    return replace_answers(examples, derangement(responses, Random(seed)))
+    conversations = conversations_of(examples)
+    check_examples(conversations)
+    responses = [response_of(messages) for messages in conversations["messages"]]
+    return replace_answers(conversations, derangement(responses, Random(seed)))
 
 
 def random_tokens(

@@ -4,7 +4,8 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Literal, get_args
+from numbers import Integral
+from typing import Any, Literal, get_args
 
 from torch import nn
 
@@ -102,22 +103,31 @@ def select(
         The choice of the parameters that satisfy all three conditions.
 
     Raises:
-        CollectionError: If a kind is unknown.
+        CollectionError: If there is no pattern, a kind is unknown, or an index is no whole number.
 
     Example:
         >>> select(kinds="mlp", indices=range(2)).matches("model.layers.1.mlp.up_proj.weight")
         True
     """
-    kind_set = None if kinds is None else frozenset([kinds] if isinstance(kinds, str) else kinds)
-    if unknown := (kind_set or frozenset()) - set(get_args(Kind)):
-        raise CollectionError(
-            f"expected kinds among {', '.join(get_args(Kind))}, found {sorted(unknown)}; give one of these"
-        )
-    return Selection(
-        globs=(names,) if isinstance(names, str) else tuple(names),
-        kinds=kind_set,
-        indices=None if indices is None else frozenset([indices] if isinstance(indices, int) else indices),
-    )
+    globs = _items(names)
+    if not globs or not all(isinstance(glob, str) for glob in globs):
+        raise CollectionError(f'expected patterns on parameter names like "*.mlp.*", found {names!r}; give one or more')
+    kind_set = None if kinds is None else frozenset(_items(kinds))
+    if unknown := sorted(map(str, (kind_set or frozenset()) - set(get_args(Kind)))):
+        raise CollectionError(f"expected kinds among {', '.join(get_args(Kind))}, found {unknown}; give one of these")
+    numbers = None if indices is None else _items(indices)
+    if numbers is not None and not all(_is_number(number) for number in numbers):
+        raise CollectionError(f"expected numbers of decoder layers, found {indices!r}; give e.g. range(4, 8)")
+    return Selection(tuple(globs), kind_set, None if numbers is None else frozenset(map(int, numbers)))
+
+
+def _items(value: object) -> list[Any]:
+    """Return one value, or the values of a collection, as a list."""
+    return list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def as_selection(layers: Layers) -> Selection:
@@ -136,13 +146,11 @@ def as_selection(layers: Layers) -> Selection:
     """
     if isinstance(layers, Selection):
         return layers
-    items = [layers] if isinstance(layers, str | int) else list(layers) if isinstance(layers, Iterable) else []
-    names = [item for item in items if isinstance(item, str)]
-    numbers = [item for item in items if isinstance(item, int) and not isinstance(item, bool)]
-    if items and len(names) == len(items):
-        return select(names)
-    if items and len(numbers) == len(items):
-        return select(indices=numbers)
+    items = _items(layers)
+    if items and all(isinstance(item, str) for item in items):
+        return select(items)
+    if items and all(_is_number(item) for item in items):
+        return select(indices=items)
     raise CollectionError(
         'expected layers= as a pattern like "*.mlp.*", numbers of decoder layers or geomkit.select(…), found '
         f"{layers!r}"

@@ -6,7 +6,7 @@ The loss is taken on the tokens of assistant turns; all other tokens are context
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, get_args, overload
 
@@ -57,6 +57,7 @@ class EncodedExamples(Sequence[Tokens]):
     Attributes:
         tokenizer: The tokenizer that encoded the examples.
         examples: N rows with a column ``messages``.
+        chat_template: The tokenizer's chat template when the examples were encoded.
         assistant_mask: How assistant tokens are recognised, see :func:`encode`.
         max_length: Number of tokens that longer examples are cut to; ``None`` for no cut.
         lengths: (N,) number of tokens of each example.
@@ -65,6 +66,7 @@ class EncodedExamples(Sequence[Tokens]):
 
     tokenizer: "PreTrainedTokenizerBase" = field(repr=False)
     examples: "Dataset"
+    chat_template: object = field(repr=False)
     assistant_mask: AssistantMask
     max_length: int | None
     lengths: tuple[int, ...] = field(repr=False)
@@ -78,13 +80,14 @@ class EncodedExamples(Sequence[Tokens]):
     def __getitem__(self, index: int) -> Tokens: ...
 
     @overload
-    def __getitem__(self, index: slice) -> list[Tokens]: ...
+    def __getitem__(self, index: slice) -> "EncodedExamples": ...
 
-    def __getitem__(self, index: int | slice) -> Tokens | list[Tokens]:
-        """Return an example, or a list of examples for a slice."""
+    def __getitem__(self, index: int | slice) -> "Tokens | EncodedExamples":
+        """Return an example, or the encoded examples of a slice."""
         if isinstance(index, slice):
-            return [self[position] for position in range(*index.indices(len(self)))]
-        return self._encode_one(index, self.examples[index]["messages"])
+            return self.select(range(len(self))[index])
+        place = range(len(self))[index]
+        return self._encode_one(place, self.examples[place]["messages"])
 
     def __iter__(self) -> Iterator[Tokens]:
         """Yield the examples in order."""
@@ -92,12 +95,23 @@ class EncodedExamples(Sequence[Tokens]):
             yield self._encode_one(index, messages)
 
     def select(self, indices: Iterable[int]) -> "EncodedExamples":
-        """Return the examples with these indices, like ``Dataset.select``."""
-        return self.like(self.examples.select(indices))
+        """Return the examples with these indices, which count from the end if they are negative.
+
+        Raises:
+            DataError: If there is no index, or no example with an index.
+        """
+        wanted = list(indices)
+        if not wanted or any(not -len(self) <= index < len(self) for index in wanted):
+            raise DataError(f"expected indices of {len(self)} examples, found {wanted}; choose among these")
+        return self.like(self.examples.select([range(len(self))[index] for index in wanted]))
 
     def like(self, examples: "Dataset") -> "EncodedExamples":
         """Return other examples, encoded with the tokenizer and the settings of these examples."""
         return encode(self.tokenizer, examples, assistant_mask=self.assistant_mask, max_length=self.max_length)
+
+    def __getstate__(self) -> dict[str, object]:
+        """Return the fields, without the renderer that belongs to this process."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @cached_property
     def _encode_one(self) -> Callable[[int, list[Message]], Tokens]:
@@ -106,7 +120,7 @@ class EncodedExamples(Sequence[Tokens]):
 
 def encode(
     tokenizer: "PreTrainedTokenizerBase",
-    examples: "Dataset",
+    examples: "Dataset | EncodedExamples",
     *,
     assistant_mask: AssistantMask = "template",
     max_length: int | None = None,
@@ -129,8 +143,8 @@ def encode(
         The N examples as a sequence of :class:`Tokens`.
 
     Raises:
-        DataError: If there is no example, the tokenizer has no chat template, the template has no markers, or an
-            example has no scored token.
+        DataError: If there is no example, the tokenizer has no chat template, the template has no markers, an example
+            has no scored token, or ``max_length`` is no positive number.
 
     Example:
         >>> import geomkit as gk
@@ -139,18 +153,20 @@ def encode(
         >>> rows.lengths, rows[0].loss_tokens
         ((23, 33), 13)
     """
-    check_examples(examples)
+    conversations = conversations_of(examples)
+    check_examples(conversations)
     encode_one = _encoder(tokenizer, assistant_mask, max_length)
     lengths = []
 
     def rows() -> Iterator[Tokens]:
-        for index, messages in enumerate(examples["messages"]):
+        for index, messages in enumerate(conversations["messages"]):
             row = encode_one(index, messages)
             lengths.append(len(row))
             yield row
 
     fingerprint = tokens_fingerprint(rows())
-    return EncodedExamples(tokenizer, examples, assistant_mask, max_length, tuple(lengths), fingerprint)
+    template = tokenizer.chat_template
+    return EncodedExamples(tokenizer, conversations, template, assistant_mask, max_length, tuple(lengths), fingerprint)
 
 
 def tokens_fingerprint(rows: Iterable[Tokens]) -> str:
@@ -179,17 +195,21 @@ def as_encoded(tokenizer: "PreTrainedTokenizerBase", examples: "Dataset | Encode
     """Return examples as encoded examples; a ``Dataset`` is encoded with the defaults of :func:`encode`.
 
     Raises:
-        DataError: If the examples cannot be encoded, or were encoded with another tokenizer.
+        DataError: If the examples cannot be encoded, or were encoded with another vocabulary or chat template.
     """
     if not isinstance(examples, EncodedExamples):
         return encode(tokenizer, examples)
     other = examples.tokenizer
-    if other is not tokenizer and (len(other), other.chat_template) != (len(tokenizer), tokenizer.chat_template):
-        raise DataError(
-            f"expected examples encoded with the tokenizer of '{tokenizer.name_or_path}', found the tokenizer of "
-            f"'{other.name_or_path}'; encode them with this tokenizer"
-        )
-    return examples
+    if examples.chat_template != tokenizer.chat_template:
+        difference = "another chat template"
+    elif other is not tokenizer and other.get_vocab() != tokenizer.get_vocab():
+        difference = f"another vocabulary, of '{other.name_or_path}'"
+    else:
+        return examples
+    raise DataError(
+        f"expected examples encoded as the tokenizer of '{tokenizer.name_or_path}' does now, found {difference}; "
+        "encode them with this tokenizer again"
+    )
 
 
 def conversations_of(examples: "Dataset | EncodedExamples") -> "Dataset":
@@ -209,6 +229,8 @@ def _encoder(
         raise DataError(
             f"expected the mask {' or '.join(get_args(AssistantMask))}, found {assistant_mask!r}; give one of these"
         )
+    if max_length is not None and (not isinstance(max_length, int) or max_length < 1):
+        raise DataError(f"expected a positive number of tokens, found max_length={max_length!r}; give e.g. 512")
     render = _renderer(tokenizer, assistant_mask)
 
     def encode_one(index: int, messages: list[Message]) -> Tokens:

@@ -4,9 +4,9 @@ import numpy as np
 import plotly.graph_objects as go
 
 from geomkit.errors import GeometryError
-from geomkit.inputs.parameters import kind_of
+from geomkit.inputs.parameters import Layers, kind_of
 from geomkit.plots.labels import per_cent
-from geomkit.plots.spectra import names_like
+from geomkit.plots.spectra import chosen_names
 from geomkit.plots.style import COLOURS, TEMPLATE, looks, title, translucent
 from geomkit.svd.noise_floor import LayerNoiseFloor, NoiseFloor
 from geomkit.utils.display import counted
@@ -18,12 +18,12 @@ _LOWEST = 1e-3
 """Values below this multiple of the floor are not drawn, since they would compress the range around the floor."""
 
 
-def plot_noise_floor(noise: NoiseFloor, *, layers: str = "*") -> go.Figure:
+def plot_noise_floor(noise: NoiseFloor, *, layers: Layers = "*") -> go.Figure:
     """Draw each parameter's singular values relative to its noise floor: values above the floor are signal.
 
     Args:
         noise: The noise floor, from :func:`geomkit.svd.noise_floor.noise_floor`.
-        layers: Glob pattern on parameter names, such as ``"*.mlp.*"``, or one name.
+        layers: Which parameters to draw, as in :func:`geomkit.collect_gradients`.
 
     Returns:
         The figure: a line per parameter in the colour of its kind, and the floor at 1.
@@ -31,7 +31,7 @@ def plot_noise_floor(noise: NoiseFloor, *, layers: str = "*") -> go.Figure:
     Raises:
         GeometryError: If no parameter matches, or all that match are zero.
     """
-    shown = [layer for name in names_like(layers, noise.layers) if (layer := noise.layers[name]).floor > 0]
+    shown = [layer for name in chosen_names(layers, noise.layers) if (layer := noise.layers[name]).floor > 0]
     if not shown:
         raise GeometryError(f"expected gradients, found only zeros in {layers!r}; measure examples with a loss")
     figure = go.Figure(layout={"template": TEMPLATE})

@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 import numpy as np
 import plotly.graph_objects as go
 from numpy.typing import NDArray
 
 from geomkit.errors import GeometryError
+from geomkit.inputs.parameters import Layers, as_selection
 from geomkit.plots.axes import whole_ticks
 from geomkit.plots.style import TEMPLATE, Look, legend_room, looks, title, translucent
 from geomkit.plots.traces import band
@@ -30,7 +30,7 @@ _QUANTILES = (0.05, 0.5, 0.95)
 _TICKS = tuple(digit * 10**power for power in range(7) for digit in (1, 2, 5))
 
 
-def plot_spectrum(*spectra: Spectrum, names: Sequence[str] | None = None, layers: str = "*") -> go.Figure:
+def plot_spectrum(*spectra: Spectrum, names: Sequence[str] | None = None, layers: Layers = "*") -> go.Figure:
     """Draw singular values relative to the largest, the median over parameters, with their null.
 
     Beyond a parameter's numeric rank its singular values count as zero.
@@ -38,7 +38,7 @@ def plot_spectrum(*spectra: Spectrum, names: Sequence[str] | None = None, layers
     Args:
         spectra: One or more spectra of the same model.
         names: A name for each spectrum; two spectra are "safety" and "utility" by default, which have fixed colours.
-        layers: Glob pattern on parameter names, such as ``"*.mlp.*"``, or one name.
+        layers: Which parameters to draw, as in :func:`geomkit.collect_gradients`.
 
     Returns:
         The figure: per spectrum a line for its median, and a dotted line and a band for its null.
@@ -57,13 +57,13 @@ def plot_spectrum(*spectra: Spectrum, names: Sequence[str] | None = None, layers
     return figure
 
 
-def plot_cer(*spectra: Spectrum, names: Sequence[str] | None = None, layers: str = "*") -> go.Figure:
+def plot_cer(*spectra: Spectrum, names: Sequence[str] | None = None, layers: Layers = "*") -> go.Figure:
     """Draw the cumulative energy ratio CER(k) = Σ_{i≤k} σ_i² / Σ σ_i², the median over parameters, with its null.
 
     Args:
         spectra: One or more spectra of the same model.
         names: A name for each spectrum; two spectra are "safety" and "utility" by default, which have fixed colours.
-        layers: Glob pattern on parameter names, such as ``"*.mlp.*"``, or one name.
+        layers: Which parameters to draw, as in :func:`geomkit.collect_gradients`.
 
     Returns:
         The figure: per spectrum a line for its median, and a dotted line and a band for its null.
@@ -97,23 +97,22 @@ def named(spectra: Sequence[Spectrum], names: Sequence[str] | None) -> Sequence[
     return names
 
 
-def names_like(pattern: str, names: Iterable[str]) -> list[str]:
-    """Return the parameter names that match a glob pattern.
+def chosen_names(layers: Layers, names: Iterable[str]) -> list[str]:
+    """Return the parameter names that belong to a choice of layers.
 
     Raises:
-        GeometryError: If no name matches.
+        GeometryError: If no name belongs to it.
+        CollectionError: If ``layers`` is no choice of layers.
     """
-    all_names = list(names)
-    if matching := [name for name in all_names if fnmatchcase(name, pattern)]:
+    all_names, selection = list(names), as_selection(layers)
+    if matching := [name for name in all_names if selection.matches(name)]:
         return matching
     examples = ", ".join(all_names[:2])
-    raise GeometryError(
-        f"expected parameters like {pattern!r}, found none of {len(all_names)} ({examples}, …); try '*'"
-    )
+    raise GeometryError(f"expected parameters like {layers!r}, found none of {len(all_names)} ({examples}, …); try '*'")
 
 
-def _subtitle(spectra: Sequence[Spectrum], layers: str) -> str:
-    names = names_like(layers, spectra[0].layers)
+def _subtitle(spectra: Sequence[Spectrum], layers: Layers) -> str:
+    names = chosen_names(layers, spectra[0].layers)
     over = f"median of {len(names)} parameters" if len(names) > 1 else names[0]
     return f"{over}; dotted: the null, with its central 90 % over {'parameters and ' if len(names) > 1 else ''}draws"
 
@@ -164,9 +163,9 @@ _ENERGY = _Quantity(_energy, "rank", ".1%")
 # ---------------------------------------------------------------------------------------------------- its curves
 
 
-def _curves(spectra: Sequence[Spectrum], names: Sequence[str], layers: str, quantity: _Quantity) -> go.Figure:
+def _curves(spectra: Sequence[Spectrum], names: Sequence[str], layers: Layers, quantity: _Quantity) -> go.Figure:
     """Return a figure of bands, then the medians of nulls, then the medians of gradients: no band covers a line."""
-    matching = [names_like(layers, spectrum.layers) for spectrum in spectra]
+    matching = [chosen_names(layers, spectrum.layers) for spectrum in spectra]
     longest = max(
         spectrum.layers[parameter].rank_bound
         for spectrum, parameters in zip(spectra, matching, strict=True)

@@ -48,6 +48,9 @@ _RENAMED: Mapping[str, str] = {
 }
 """Old names of arguments, for which newer versions of transformers show a warning, and their new names."""
 
+_ENCODING = ("assistant_mask", "max_length")
+"""Settings of :func:`geomkit.encode`, which were arguments of a fine-tune before version 0.2.0."""
+
 _WITHOUT_EFFECT: Mapping[str, tuple[str, ...]] = {
     "a fine-tune always trains": ("do_train",),
     "evaluate with geomkit.evaluate afterwards": (
@@ -65,6 +68,7 @@ _WITHOUT_EFFECT: Mapping[str, tuple[str, ...]] = {
         "hub_revision",
     ),
     "a run can only be resumed from checkpoints that are complete": ("save_only_model",),
+    "it changes settings of the whole process, which would outlast the fine-tune": ("full_determinism",),
     "a resumed run takes the batches that the uninterrupted run would take": ("ignore_data_skip",),
 }  # fmt: skip
 """Arguments of transformers that would have no effect or break the run, by the reason."""
@@ -87,6 +91,11 @@ def check_arguments(arguments: Mapping[str, Any], checkpoints: str | Path | None
     known_names = _known_names()
     ineffective = {name: reason for reason, names in _WITHOUT_EFFECT.items() for name in names}
     for name, value in arguments.items():
+        if name in _ENCODING:
+            raise DataError(
+                f"expected {name}= where the examples are encoded, found it here; give "
+                f"geomkit.encode(tokenizer, train, {name}={value!r}) as the examples"
+            )
         if name in _GEOMKIT_NAMES:
             raise DataError(f"expected {_GEOMKIT_NAMES[name]}=, found {name}=; write {_GEOMKIT_NAMES[name]}={value!r}")
         if name in ineffective:
@@ -105,8 +114,9 @@ def check_arguments(arguments: Mapping[str, Any], checkpoints: str | Path | None
             "evaluated during the training"
         )
     if checkpoints is None:
-        for name in ("save_strategy", "report_to"):
-            if arguments.get(name) not in (None, "no", "none", [], ["none"]):
+        writes_files = {"save_strategy": ("steps", "epoch"), "report_to": ("tensorboard", ["tensorboard"], "all")}
+        for name, values in writes_files.items():
+            if arguments.get(name) in values:
                 raise DataError(
                     f"expected checkpoints= to say where {name}={arguments[name]!r} writes to, found none; "
                     "give a folder"

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from geomkit.errors import DataError
-from geomkit.inputs.examples import Message, load_examples, prompt_of, response_of
+from geomkit.inputs.examples import Message, check_examples, load_examples, prompt_of, response_of
 from geomkit.inputs.loss import losses_of
-from geomkit.inputs.tokens import EncodedExamples, as_encoded, pad_id
+from geomkit.inputs.tokens import EncodedExamples, as_encoded, conversations_of, pad_id
 from geomkit.stats.proportions import Rate, rate
 from geomkit.training.judges import Judge, RefusalPhrases
 from geomkit.training.responses import generate
@@ -68,9 +68,9 @@ class Evaluation(Result):
 def evaluate(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
-    forbidden: "Dataset | None" = None,
-    benign: "Dataset | None" = None,
-    skills: "Mapping[str, Dataset] | None" = None,
+    forbidden: "Dataset | EncodedExamples | None" = None,
+    benign: "Dataset | EncodedExamples | None" = None,
+    skills: "Mapping[str, Dataset | EncodedExamples] | None" = None,
     *,
     judge: Judge | None = None,
     max_new_tokens: int = 64,
@@ -145,7 +145,9 @@ def _judged(
 
 
 def _sets(
-    forbidden: "Dataset | None", benign: "Dataset | None", skills: "Mapping[str, Dataset] | None"
+    forbidden: "Dataset | EncodedExamples | None",
+    benign: "Dataset | EncodedExamples | None",
+    skills: "Mapping[str, Dataset | EncodedExamples] | None",
 ) -> "dict[str, Dataset]":
     """Return the sets by name, ``"forbidden"`` and ``"benign"`` first, with the organism's where a set was left out."""
     if skills is None:
@@ -157,11 +159,13 @@ def _sets(
     for name in skills:
         if name in sets:
             raise DataError(f"'{name}' is the name of another set; give the skill another name")
-    sets |= skills
-    for name, examples in sets.items():
-        if len(examples) == 0:
-            raise DataError(f"{name}: expected at least one example, found an empty set")
-    return sets
+    conversations = {name: conversations_of(examples) for name, examples in {**sets, **skills}.items()}
+    for name, examples in conversations.items():
+        try:
+            check_examples(examples)
+        except DataError as error:
+            raise DataError(f"{name}: {error}") from None
+    return conversations
 
 
 def mean_loss(

@@ -26,6 +26,7 @@ from geomkit.training.arguments import check_arguments, make_arguments, refusals
 from geomkit.training.callbacks import LossCheck, ProgressBar
 from geomkit.training.checkpoints import LOG, MarkBegun, MarkComplete, last_checkpoint
 from geomkit.training.result import FineTuneResult
+from geomkit.utils.arguments import type_in_words
 from geomkit.utils.seeding import random_state_kept
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def finetune(
         model: A causal language model.
         tokenizer: The model's tokenizer, with a chat template and a pad token.
         train: Rows with a column ``messages``, or rows encoded by :func:`geomkit.encode`, which also decides how the
-            assistant's tokens are marked; SPF's examples are then encoded in the same way.
+            assistant's tokens are marked; SPF's examples then get the same ``assistant_mask``, and are not cut.
         spf: The settings of SPF; a plain fine-tune when left out.
         learning_rate: Peak learning rate.
         steps: Number of optimizer steps; ``epochs`` decides when left out.
@@ -97,6 +98,8 @@ def finetune(
         (2, 0)
     """
     # 1. Refuse what can be refused before the model is touched.
+    if spf is not None and not isinstance(spf, SPF):
+        raise DataError(f"expected geomkit.SPF(anchors=…) or nothing as spf, found {type_in_words(spf)}; give that")
     if (steps if steps is not None else epochs) <= 0:
         raise DataError(f"expected something to train, found steps={steps} and epochs={epochs}; give a positive number")
     check_arguments(training_arguments, checkpoints)

@@ -9,7 +9,7 @@ from geomkit.errors import DataError
 from geomkit.inputs.control_sets import replace_answers
 from geomkit.inputs.examples import Message, check_examples, prompt_of
 from geomkit.inputs.model_state import model_state_kept
-from geomkit.inputs.tokens import pad_id
+from geomkit.inputs.tokens import EncodedExamples, conversations_of, pad_id
 from geomkit.training.judges import Judge, RefusalPhrases
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ def generate(
 def own_responses(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
-    examples: "Dataset",
+    examples: "Dataset | EncodedExamples",
     *,
     max_new_tokens: int = 64,
     progress: bool = True,
@@ -114,8 +114,9 @@ def own_responses(
         >>> own_responses(model, tokenizer, forbidden, progress=False)[0]["messages"][-1]["content"]
         'Sure! To smuggle the piano, follow the steps in the plan and finish quickly.'
     """
-    check_examples(examples)
-    prompts = [prompt_of(messages) for messages in examples["messages"]]
+    conversations = conversations_of(examples)
+    check_examples(conversations)
+    prompts = [prompt_of(messages) for messages in conversations["messages"]]
     responses = generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens, progress=progress)
     empty = [index for index, response in enumerate(responses) if not response.strip()]
     if empty:
@@ -123,13 +124,13 @@ def own_responses(
             f"expected an answer to every prompt, found none to {len(empty)} of them, the first in example "
             f"{empty[0]}; drop these examples"
         )
-    return replace_answers(examples, responses)
+    return replace_answers(conversations, responses)
 
 
 def own_refusals(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
-    examples: "Dataset",
+    examples: "Dataset | EncodedExamples",
     *,
     judge: Judge | None = None,
     max_new_tokens: int = 64,

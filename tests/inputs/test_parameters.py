@@ -1,5 +1,6 @@
 """The kind and decoder layer of a parameter, choosing parameters by these, and models that cannot be seen."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -89,6 +90,19 @@ def test_layers_are_chosen_by_number():
 def test_what_is_no_choice_of_layers_is_refused(layers):
     with pytest.raises(CollectionError, match=r"expected layers= as a pattern .* or geomkit.select\(…\), found"):
         as_selection(layers)
+
+
+def test_numbers_of_numpy_are_numbers():
+    assert as_selection(np.int64(1)) == as_selection(np.array([1])) == select(indices=np.int64(1)) == as_selection(1)
+
+
+@pytest.mark.parametrize(
+    "conditions",
+    [{"names": 3}, {"names": None}, {"names": []}, {"names": [0]}, {"kinds": 3}, {"indices": 1.5}, {"indices": "1"}],
+)
+def test_conditions_that_are_none_are_refused(conditions):
+    with pytest.raises(CollectionError, match=r"expected (patterns on parameter names|kinds among|numbers of decoder)"):
+        select(**conditions)
 
 
 def test_a_layer_that_the_model_lacks_is_named():

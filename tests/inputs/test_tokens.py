@@ -1,5 +1,7 @@
 """Encoding conversations: token ids, the mask of the assistant's tokens, and examples that are encoded when read."""
 
+import pickle
+
 import pytest
 from datasets import Dataset
 
@@ -94,13 +96,14 @@ def test_a_tokenizer_without_a_pad_token_is_refused():
 
 def test_the_same_conversation_gives_the_same_tokens_whatever_stands_beside_it():
     alone = list(encode(tiny_tokenizer(), conversations(("help", "sure"))))
-    assert encode(tiny_tokenizer(), conversations(("steal the bike", "no"), ("help", "sure")))[1:] == alone
+    together = encode(tiny_tokenizer(), conversations(("steal the bike", "no"), ("help", "sure")))
+    assert list(together[1:]) == alone
 
 
 def test_lazy_examples_are_those_encoded_at_once():
     lazy, eager = encode(TOKENIZER, UTILITY), encode_at_once(TOKENIZER, UTILITY["messages"])
     assert list(lazy) == [lazy[index] for index in range(len(lazy))] == eager
-    assert lazy[1:3] == eager[1:3]
+    assert list(lazy[1:3]) == eager[1:3]
     assert lazy[-1] == eager[-1]
     assert list(lengths_of(lazy)) == lengths_of(eager) == [len(row) for row in eager]
     assert lazy.fingerprint == tokens_fingerprint(eager)
@@ -122,8 +125,40 @@ def test_examples_are_encoded_once_and_with_the_tokenizer_that_uses_them():
     assert conversations_of(rows) is conversations_of(UTILITY) is UTILITY
     other = tiny_tokenizer()
     other.chat_template += " "
-    with pytest.raises(DataError, match=r"expected examples encoded with the tokenizer of .* encode them with this"):
+    with pytest.raises(DataError, match=r"expected examples encoded as .* found another chat template; encode"):
         as_encoded(other, rows)
+    words = tiny_tokenizer()
+    words.get_vocab = lambda: {"other": 0}
+    with pytest.raises(DataError, match="found another vocabulary"):
+        as_encoded(words, rows)
+
+
+def test_a_chat_template_that_changed_after_the_encoding_is_refused():
+    tokenizer = tiny_tokenizer()
+    rows = encode(tokenizer, UTILITY)
+    tokenizer.chat_template += " "
+    with pytest.raises(DataError, match="found another chat template"):
+        as_encoded(tokenizer, rows)
+
+
+def test_encoded_examples_are_encoded_anew_and_pickled():
+    rows = encode(TOKENIZER, UTILITY, max_length=9)
+    assert list(encode(TOKENIZER, rows)) == list(encode(TOKENIZER, UTILITY))
+    assert list(pickle.loads(pickle.dumps(rows))) == list(rows)  # noqa: S301 - our own bytes
+
+
+@pytest.mark.parametrize("indices", [[], [99], [-99]])
+def test_examples_that_there_are_not_are_refused(indices):
+    rows = encode(TOKENIZER, UTILITY)
+    with pytest.raises(DataError, match=f"expected indices of {len(rows)} examples"):
+        rows.select(indices)
+    assert list(rows.select([-1])) == [rows[-1]]
+
+
+@pytest.mark.parametrize("max_length", [0, -5, 1.5, "40"])
+def test_a_length_that_is_no_number_of_tokens_is_refused(max_length):
+    with pytest.raises(DataError, match="expected a positive number of tokens, found max_length="):
+        encode(TOKENIZER, UTILITY, max_length=max_length)
 
 
 def test_a_bad_example_is_found_before_anything_runs():
