@@ -44,7 +44,7 @@ Mask = Annotated[
     str,
     typer.Option(
         "--assistant-mask",
-        help="template (by its markers) or prefix (without markers).",
+        help="auto, template (by its markers) or prefix (without markers).",
     ),
 ]
 MaxLength = Annotated[int | None, typer.Option(help="Cut longer examples to this many tokens.", min=2)]
@@ -127,7 +127,7 @@ def check(
     layers: LayersOption = "*",
     tokens_per_batch: TokensPerBatch = 4096,
     max_length: MaxLength = None,
-    assistant_mask: Mask = "template",
+    assistant_mask: Mask = "auto",
     pad_token: PadToken = None,
     dtype: Dtype = "auto",
     threads: Threads = 1,
@@ -161,7 +161,7 @@ def analyze(
     layers: LayersOption = "*",
     tokens_per_batch: TokensPerBatch = 4096,
     max_length: MaxLength = None,
-    assistant_mask: Mask = "template",
+    assistant_mask: Mask = "auto",
     pad_token: PadToken = None,
     dtype: Dtype = "auto",
     threads: Threads = 1,
@@ -215,7 +215,7 @@ def finetune(
     steps: Annotated[int | None, typer.Option(help="Optimizer steps, instead of epochs.", min=1)] = None,
     batch_size: Annotated[int, typer.Option(help="Examples per step.", min=1)] = 16,
     max_length: MaxLength = None,
-    assistant_mask: Mask = "template",
+    assistant_mask: Mask = "auto",
     pad_token: PadToken = None,
     dtype: TrainingDtype = "float32",
     threads: Threads = 1,
@@ -305,9 +305,9 @@ def _load(
     from geomkit.inputs.models import load_model
     from geomkit.inputs.tokens import encode
 
-    masks: dict[str, AssistantMask] = {"template": "template", "prefix": "prefix"}
+    masks: dict[str, AssistantMask] = {"auto": "auto", "template": "template", "prefix": "prefix"}
     if assistant_mask not in masks:
-        raise DataError(f"expected --assistant-mask template or prefix, found '{assistant_mask}'")
+        raise DataError(f"expected --assistant-mask auto, template or prefix, found '{assistant_mask}'")
     mask = masks[assistant_mask]
     conversations = [load_examples(name) for name in sets]
     loaded, tokenizer = load_model(model, dtype=dtype, pad_token=pad_token)

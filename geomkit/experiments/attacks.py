@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from geomkit.experiments.gcg import Budget, find_suffix
 from geomkit.experiments.organism.variants import Organism
 from geomkit.experiments.outcomes import MAX_NEW_TOKENS, greedy_answers
-from geomkit.inputs.examples import Message, prompt_of
+from geomkit.inputs.examples import prompt_of
+from geomkit.inputs.messages import Message
 from geomkit.training.judges import RefusalPhrases
 from geomkit.training.responses import generate
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from geomkit.errors import DataError
-from geomkit.inputs.examples import Message
+from geomkit.inputs.messages import Message
 from geomkit.inputs.model_state import model_state_kept
 
 if TYPE_CHECKING:

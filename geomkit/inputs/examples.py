@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from geomkit.errors import DataError
+from geomkit.inputs.messages import Message
 from geomkit.utils.files import data_dir
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-Message = dict[str, str]
-"""A message of a conversation, with a ``role`` (such as ``"user"``) and a ``content``."""
 
 
 def load_examples(source: "str | Path | Dataset", split: str = "train") -> "Dataset":
@@ -185,4 +183,4 @@ def response_of(messages: Sequence[Message]) -> str:
         >>> response_of([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}])
         'Hello'
     """
-    return next(message["content"] for message in reversed(messages) if message["role"] == "assistant")
+    return str(next(message["content"] for message in reversed(messages) if message["role"] == "assistant"))

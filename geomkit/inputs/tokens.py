@@ -4,25 +4,25 @@ The loss is taken on the tokens of assistant turns; all other tokens are context
 """
 
 import hashlib
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal, get_args, overload
+from typing import TYPE_CHECKING, Literal, get_args, overload
 
 import numpy as np
 
 from geomkit.errors import DataError
-from geomkit.inputs.examples import Message, check_examples
+from geomkit.inputs.answer_spans import TurnMarks, answer_spans, turn_marks
+from geomkit.inputs.examples import check_examples
+from geomkit.inputs.messages import Conversation, Message, conversation, conversations
+from geomkit.inputs.templates import ChatTemplate
+from geomkit.inputs.token_spans import check_spans, mask_of_spans
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
-AssistantMask = Literal["template", "prefix"]
-"""How the assistant's tokens are recognised, see :func:`encode`."""
-
-_GENERATION_MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+AssistantMask = Literal["auto", "template", "prefix"]
 
 
 @dataclass(frozen=True)
@@ -85,14 +85,14 @@ class EncodedExamples(Sequence[Tokens]):
     def __getitem__(self, index: int | slice) -> "Tokens | EncodedExamples":
         """Return an example, or the encoded examples of a slice."""
         if isinstance(index, slice):
-            return self.select(range(len(self))[index])
-        place = range(len(self))[index]
-        return self._encode_one(place, self.examples[place]["messages"])
+            return [self[position] for position in range(*index.indices(len(self)))]
+        row = self.examples[index]
+        return self._encode_one(index, conversation(row["messages"], row.get("tools")))
 
     def __iter__(self) -> Iterator[Tokens]:
         """Yield the examples in order."""
-        for index, messages in enumerate(self.examples["messages"]):
-            yield self._encode_one(index, messages)
+        for index, row in enumerate(conversations(self.examples)):
+            yield self._encode_one(index, row)
 
     def select(self, indices: Iterable[int]) -> "EncodedExamples":
         """Return the examples with these indices, which count from the end if they are negative.
@@ -114,15 +114,15 @@ class EncodedExamples(Sequence[Tokens]):
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @cached_property
-    def _encode_one(self) -> Callable[[int, list[Message]], Tokens]:
-        return _encoder(self.tokenizer, self.assistant_mask, self.max_length)
+    def _encode_one(self) -> "_Encoder":
+        return _Encoder(self.tokenizer, self.assistant_mask, self.max_length)
 
 
 def encode(
     tokenizer: "PreTrainedTokenizerBase",
     examples: "Dataset | EncodedExamples",
     *,
-    assistant_mask: AssistantMask = "template",
+    assistant_mask: AssistantMask = "auto",
     max_length: int | None = None,
 ) -> EncodedExamples:
     """Return conversations as tokens: rendered with the chat template, with a mask of the assistant's tokens.
@@ -132,19 +132,26 @@ def encode(
 
     Args:
         tokenizer: Tokenizer with a chat template.
-        examples: N rows with a column ``messages``; :func:`geomkit.load_examples` makes them.
+        examples: N rows with a column ``messages`` and, if the assistant calls tools, ``tools``;
+            :func:`geomkit.load_examples` makes them.
         assistant_mask: ``"template"`` reads the ``{% generation %}`` markers of the chat template. ``"prefix"`` is for
-            templates without these markers: the tokens of a turn are the tokens by which the rendering with the turn
-            is longer than the rendering before the turn. This needs a template whose rendering of a conversation starts
-            with the rendering of its first turns, which is checked.
+            templates without these markers: an answer begins where the rendering of its prompt ends, and ends with
+            the template's end-of-turn token. Each row is checked: the tokens of the prompt are the first tokens of the
+            conversation, and the scored tokens spell the answer and the end of the turn. ``"auto"`` takes the markers
+            where the template has them, else prefixes, and the log says so once.
         max_length: Number of tokens that longer examples are cut to, at their end; ``None`` for no cut.
 
     Returns:
         The N examples as a sequence of :class:`Tokens`.
 
     Raises:
-        DataError: If there is no example, the tokenizer has no chat template, the template has no markers, an example
-            has no scored token, or ``max_length`` is no positive number.
+        DataError: If there is no example, the tokenizer has no chat template, the template has no markers, or an
+            example has no scored token. Also if the template refuses an example, or does not write one of its
+            messages, tools, tool calls or thoughts.
+
+    Note:
+        A message of the assistant with ``"weight": 0`` or ``"train": false`` is context. A template that writes
+        today's date is given a fixed date in its place, so that a run can be resumed on another day.
 
     Example:
         >>> import geomkit as gk
@@ -153,20 +160,18 @@ def encode(
         >>> rows.lengths, rows[0].loss_tokens
         ((23, 33), 13)
     """
-    conversations = conversations_of(examples)
-    check_examples(conversations)
-    encode_one = _encoder(tokenizer, assistant_mask, max_length)
+    check_examples(examples)
+    encode_one = _Encoder(tokenizer, assistant_mask, max_length)
     lengths = []
 
     def rows() -> Iterator[Tokens]:
-        for index, messages in enumerate(conversations["messages"]):
-            row = encode_one(index, messages)
-            lengths.append(len(row))
-            yield row
+        for index, row in enumerate(conversations(examples)):
+            tokens = encode_one(index, row, check=True)
+            lengths.append(len(tokens))
+            yield tokens
 
     fingerprint = tokens_fingerprint(rows())
-    template = tokenizer.chat_template
-    return EncodedExamples(tokenizer, conversations, template, assistant_mask, max_length, tuple(lengths), fingerprint)
+    return EncodedExamples(tokenizer, examples, encode_one.mask, max_length, tuple(lengths), fingerprint)
 
 
 def tokens_fingerprint(rows: Iterable[Tokens]) -> str:
@@ -185,10 +190,38 @@ def tokens_fingerprint(rows: Iterable[Tokens]) -> str:
     return digest.hexdigest()
 
 
-def encode_at_once(tokenizer: "PreTrainedTokenizerBase", conversations: Sequence[list[Message]]) -> list[Tokens]:
+def encode_at_once(tokenizer: "PreTrainedTokenizerBase", rows: Sequence[list[Message]]) -> list[Tokens]:
     """Return conversations as a list of tokens in memory, encoded with the defaults of :func:`encode`."""
-    encode_one = _encoder(tokenizer, "template", None)
-    return [encode_one(index, messages) for index, messages in enumerate(conversations)]
+    encode_one = _Encoder(tokenizer, "auto", None)
+    return [encode_one(index, conversation(messages), check=True) for index, messages in enumerate(rows)]
+
+
+def encode_prompts(
+    tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[Sequence[Message]], tools: Sequence[object] | None = None
+) -> list[list[int]]:
+    """Return the token ids of prompts, which end where the assistant is to begin, as :func:`encode` renders them.
+
+    Args:
+        tokenizer: Tokenizer with a chat template.
+        prompts: Conversations that end before a message of the assistant.
+        tools: Tools of each conversation, as in the column ``tools``; none when left out.
+
+    Raises:
+        DataError: If a prompt is empty, or the template refuses or does not write a message or a tool.
+    """
+    template = ChatTemplate(tokenizer)
+    encoded = []
+    for index, messages in enumerate(prompts):
+        try:
+            if not messages:
+                raise DataError("expected a message to answer, found none; drop the example")
+            row = conversation(list(messages), tools[index] if tools is not None else None)
+            text = template.render(row, prompt=True)
+            template.check(replace(row, scored=(False,) * len(row.scored)), text, prompt=True)
+        except DataError as error:
+            raise DataError(f"prompt {index}: {error}") from None
+        encoded.append(list(tokenizer(text, add_special_tokens=False)["input_ids"]))
+    return encoded
 
 
 def as_encoded(tokenizer: "PreTrainedTokenizerBase", examples: "Dataset | EncodedExamples") -> EncodedExamples:
@@ -222,101 +255,90 @@ def lengths_of(rows: Sequence[Tokens]) -> Sequence[int]:
     return rows.lengths if isinstance(rows, EncodedExamples) else [len(row) for row in rows]
 
 
-def _encoder(
-    tokenizer: "PreTrainedTokenizerBase", assistant_mask: AssistantMask, max_length: int | None
-) -> Callable[[int, list[Message]], Tokens]:
-    if assistant_mask not in get_args(AssistantMask):
-        raise DataError(
-            f"expected the mask {' or '.join(get_args(AssistantMask))}, found {assistant_mask!r}; give one of these"
-        )
-    if max_length is not None and (not isinstance(max_length, int) or max_length < 1):
-        raise DataError(f"expected a positive number of tokens, found max_length={max_length!r}; give e.g. 512")
-    render = _renderer(tokenizer, assistant_mask)
+class _Encoder:
+    """Encodes conversations with the chat template of a tokenizer."""
 
-    def encode_one(index: int, messages: list[Message]) -> Tokens:
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", mask: AssistantMask, max_length: int | None) -> None:
+        if mask not in get_args(AssistantMask):
+            raise DataError(f"expected the mask {', '.join(get_args(AssistantMask))}, found {mask!r}")
+        if max_length is not None and max_length < 1:
+            raise DataError(f"expected a max_length of at least 1, found {max_length}")
+        self._template = ChatTemplate(tokenizer)
+        self._tokenizer, self._max_length = tokenizer, max_length
+        marked = self._template.has_markers() and tokenizer.is_fast
+        if mask == "template" and not marked:
+            raise DataError(_why_not_marked(tokenizer))
+        self.mask: AssistantMask = mask if mask != "auto" else "template" if marked else "prefix"
+        self._tell = mask == "auto" and self.mask == "prefix"
+
+    @cached_property
+    def _marks(self) -> TurnMarks:
+        """What the template writes around an answer; read when the first conversation needs it."""
+        marks = turn_marks(self._template)
+        if self._tell:
+            end = f"the end of its turn, {marks.end!r}" if marks.end else "no end of its turn: the template writes none"
+            self._template.tell(
+                "the chat template has no {% generation %} markers: the loss is taken on the text behind each prompt, "
+                f"which is the answer and {end}"
+            )
+        return marks
+
+    def __call__(self, index: int, row: Conversation, *, check: bool = False) -> Tokens:
+        """Return the tokens of a conversation; ``check`` also checks that the template left nothing out.
+
+        Raises:
+            DataError: If the conversation cannot be encoded, with its index.
+        """
         try:
-            ids, mask = render(messages)
+            tokens, total = self._encoded(row, check)
         except DataError as error:
             raise DataError(f"example {index}: {error}") from None
-        tokens = Tokens(tuple(ids[:max_length]), tuple(mask[:max_length]))
         if tokens.loss_tokens == 0:
-            cut = f" within the first {max_length} tokens" if max_length else ""
+            cut = f" within the first {self._max_length} tokens" if self._max_length else ""
             raise DataError(
                 f"example {index}: expected assistant tokens to take the loss on, found none{cut} "
-                f"({len(ids)} tokens, all masked); raise max_length or drop the example"
+                f"({total} tokens, all masked); raise max_length or drop the example"
             )
         return tokens
 
-    return encode_one
+    def _encoded(self, row: Conversation, check: bool) -> tuple[Tokens, int]:
+        if not any(row.scored):
+            found = "none" if all(message["role"] != "assistant" for message in row.messages) else "weight 0 on all"
+            raise DataError(f"expected an assistant message to take the loss on, found {found}; give answers")
+        by_markers = self.mask == "template" and self._template.has_markers(row.tools)
+        text, spans = self._marked_spans(row) if by_markers else answer_spans(self._template, self._marks, row)
+        chosen = [span for span in spans if span is not None]
+        ids, mask = mask_of_spans(self._tokenizer, text, chosen)
+        if check:
+            self._template.check(row, text)
+        if not by_markers:
+            check_spans(self._tokenizer, text, chosen, ids, mask)
+        return Tokens(tuple(ids[: self._max_length]), tuple(mask[: self._max_length])), len(ids)
 
-
-def _renderer(tokenizer: "PreTrainedTokenizerBase", assistant_mask: AssistantMask) -> Any:
-    template = getattr(tokenizer, "chat_template", None)
-    if not template:
-        raise DataError(
-            f"expected a tokenizer with a chat template, found none on '{tokenizer.name_or_path}'; "
-            "use an instruction-tuned model or set tokenizer.chat_template"
-        )
-    if assistant_mask == "prefix":
-        return lambda messages: _render_by_prefix(tokenizer, messages)
-    if not _GENERATION_MARK.search(tokenizer.get_chat_template()):
-        raise DataError(
-            "expected a chat template that marks the assistant's tokens with {% generation %}, found no marker; "
-            'add them, or derive the mask from prefixes with assistant_mask="prefix" (--assistant-mask prefix)'
-        )
-    if not tokenizer.is_fast:
-        raise DataError(
-            f"expected a fast tokenizer, which knows where its tokens stand, found {type(tokenizer).__name__}; "
-            'derive the mask from prefixes with assistant_mask="prefix" (--assistant-mask prefix)'
-        )
-    return lambda messages: _render_by_template(tokenizer, messages)
-
-
-def _render_by_template(tokenizer: "PreTrainedTokenizerBase", messages: list[Message]) -> tuple[list[int], list[bool]]:
-    """Return token ids and the mask of the tokens between the markers of the template.
-
-    The mask of ``tokenizer.apply_chat_template`` is wrong if the tokenizer drops the last character between two
-    markers, such as a space: the mask then marks all tokens up to the end of the conversation, also the user's.
-    """
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    texts, spans = render_jinja_template(
-        conversations=[messages],
-        chat_template=tokenizer.get_chat_template(),
-        return_assistant_tokens_mask=True,
-        **tokenizer.special_tokens_map,
-    )
-    rendered = tokenizer(texts[0], add_special_tokens=False, return_offsets_mapping=True)
-    mask = [False] * len(rendered["input_ids"])
-    for first, end in spans[0]:
-        offsets = enumerate(rendered["offset_mapping"])
-        inside = [token for token, (low, high) in offsets if low < end and high > first]
-        if inside:
-            mask[inside[0] : inside[-1] + 1] = [True] * (inside[-1] + 1 - inside[0])
-    return list(rendered["input_ids"]), mask
-
-
-def _render_by_prefix(tokenizer: "PreTrainedTokenizerBase", messages: list[Message]) -> tuple[list[int], list[bool]]:
-    whole: list[int] = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)["input_ids"]
-    mask = [False] * len(whole)
-    for turn, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        if turn == 0:
+    def _marked_spans(self, row: Conversation) -> tuple[str, list[tuple[int, int]]]:
+        """Return the text of a conversation, and the spans between markers without those of weight 0."""
+        text, spans = self._template.render_marked(row)
+        turns = [
+            scored for message, scored in zip(row.messages, row.scored, strict=True) if message["role"] == "assistant"
+        ]
+        if all(turns):
+            return text, spans
+        if len(spans) != len(turns):
             raise DataError(
-                "expected a message before the assistant's first, which prefixes start from, found none; drop the row"
+                f"expected markers around each of {len(turns)} answers, whose weights differ, found {len(spans)} "
+                'markers; use assistant_mask="prefix" (--assistant-mask prefix)'
             )
-        before = tokenizer.apply_chat_template(
-            messages[:turn], tokenize=True, return_dict=True, add_generation_prompt=True
-        )["input_ids"]
-        after = tokenizer.apply_chat_template(messages[: turn + 1], tokenize=True, return_dict=True)["input_ids"]
-        if whole[: len(before)] != before or whole[: len(after)] != after:
-            raise DataError(
-                "the chat template renders the beginning of a conversation differently from the whole, so prefixes "
-                "cannot tell the assistant's tokens; add {% generation %} markers to the template"
-            )
-        mask[len(before) : len(after)] = [True] * (len(after) - len(before))
-    return whole, mask
+        return text, [span for span, scored in zip(spans, turns, strict=True) if scored]
+
+
+def _why_not_marked(tokenizer: "PreTrainedTokenizerBase") -> str:
+    advice = 'derive the mask from prefixes with assistant_mask="prefix" (--assistant-mask prefix)'
+    if tokenizer.is_fast:
+        return (
+            "expected a chat template that marks the assistant's tokens with {% generation %}, found no marker; add "
+            f"them, or {advice}"
+        )
+    return f"expected a fast tokenizer, which knows where its tokens stand, found {type(tokenizer).__name__}; {advice}"
 
 
 def pad_id(tokenizer: "PreTrainedTokenizerBase") -> int:

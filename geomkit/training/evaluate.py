@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from geomkit.errors import DataError
-from geomkit.inputs.examples import Message, check_examples, load_examples, prompt_of, response_of
+from geomkit.inputs.examples import load_examples, prompt_of, response_of
 from geomkit.inputs.loss import losses_of
-from geomkit.inputs.tokens import EncodedExamples, as_encoded, conversations_of, pad_id
+from geomkit.inputs.messages import Message
+from geomkit.inputs.tokens import EncodedExamples, as_encoded, pad_id
 from geomkit.stats.proportions import Rate, rate
 from geomkit.training.judges import Judge, RefusalPhrases
 from geomkit.training.responses import generate

@@ -7,9 +7,10 @@ import torch
 
 from geomkit.errors import DataError
 from geomkit.inputs.control_sets import replace_answers
-from geomkit.inputs.examples import Message, check_examples, prompt_of
+from geomkit.inputs.examples import check_examples, prompt_of
+from geomkit.inputs.messages import Message
 from geomkit.inputs.model_state import model_state_kept
-from geomkit.inputs.tokens import EncodedExamples, conversations_of, pad_id
+from geomkit.inputs.tokens import encode_prompts, pad_id
 from geomkit.training.judges import Judge, RefusalPhrases
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ def generate(
     progress: bool = True,
     title: str = "generate",
     prefill: Sequence[str] | None = None,
+    tools: Sequence[object] | None = None,
 ) -> list[str]:
     """Return a model's greedy responses to prompts.
 
@@ -39,6 +41,7 @@ def generate(
         progress: Show a bar.
         title: Title of the bar.
         prefill: Beginning of the response to each prompt, which the model continues; empty when left out.
+        tools: Tools that the assistant may call in each conversation, as in the column ``tools``; none when left out.
 
     Returns:
         The responses without the prefill and without special tokens, in the order of the prompts.
@@ -51,18 +54,8 @@ def generate(
 
     if not prompts:
         raise DataError("expected at least one prompt, found none")
-    if not getattr(tokenizer, "chat_template", None):
-        raise DataError(f"expected a tokenizer with a chat template, found none on '{tokenizer.name_or_path}'")
-    for index, prompt in enumerate(prompts):
-        if not prompt:
-            raise DataError(f"prompt {index}: expected a message to answer, found none; drop the example")
+    encoded = encode_prompts(tokenizer, prompts, tools)
     pad = pad_id(tokenizer)
-    encoded: list[list[int]] = [
-        tokenizer.apply_chat_template(list(prompt), tokenize=True, add_generation_prompt=True, return_dict=True)[
-            "input_ids"
-        ]
-        for prompt in prompts
-    ]
     if prefill is not None:
         if len(prefill) != len(prompts):
             raise DataError(f"expected one prefill for each of {len(prompts)} prompts, found {len(prefill)}")

@@ -63,7 +63,7 @@ def test_prefixes_need_a_template_that_only_ever_adds():
 )
 def test_a_template_that_does_not_serve_is_refused(template, message):
     with pytest.raises(DataError, match=message):
-        encode(tokenizer_with(template), SAFETY)
+        encode(tokenizer_with(template), SAFETY, assistant_mask="template")
 
 
 def test_max_length_cuts_from_the_right_and_must_leave_something():
@@ -72,6 +72,8 @@ def test_max_length_cuts_from_the_right_and_must_leave_something():
     assert all(short.input_ids == long.input_ids[:9] for short, long in zip(cut, whole, strict=True))
     with pytest.raises(DataError, match=r"example 0: .* found none within the first 4 tokens .* raise max_length"):
         encode(tiny_tokenizer(), UTILITY, max_length=4)
+    with pytest.raises(DataError, match="expected a max_length of at least 1, found -5"):
+        encode(tiny_tokenizer(), UTILITY, max_length=-5)
 
 
 def test_a_set_without_rows_or_without_messages_is_refused():
@@ -164,5 +166,5 @@ def test_a_length_that_is_no_number_of_tokens_is_refused(max_length):
 def test_a_bad_example_is_found_before_anything_runs():
     rows = conversations(("help", "sure"), ("help", "sure"))
     rows = rows.map(lambda row, index: row if index else {"messages": row["messages"][:1]}, with_indices=True)
-    with pytest.raises(DataError, match="example 0: expected assistant tokens"):
+    with pytest.raises(DataError, match="example 0: expected an assistant message to take the loss on, found none"):
         encode(TOKENIZER, rows)
