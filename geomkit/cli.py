@@ -19,6 +19,7 @@ from geomkit.version import __version__
 
 if TYPE_CHECKING:
     import pandas as pd
+    from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from geomkit.analysis.analysis import Analysis
@@ -46,6 +47,10 @@ Mask = Annotated[
         "--assistant-mask",
         help="auto, template (by its markers) or prefix (without markers).",
     ),
+]
+ColumnsOption = Annotated[
+    str | None,
+    typer.Option(help="Which column is what, as in prompt=goal,response=target; for the sets that have these columns."),
 ]
 MaxLength = Annotated[int | None, typer.Option(help="Cut longer examples to this many tokens.", min=2)]
 LayersOption = Annotated[
@@ -123,12 +128,13 @@ def tour(out: Out = Path("geomkit-tour"), json_file: Json = None, seed: Seed = 0
 @app.command()
 def check(
     model: ModelOption,
-    examples: Annotated[str, typer.Option(help="Conversations: JSONL file, hub id or shipped set.")],
+    examples: Annotated[str, typer.Option(help="Conversations: file, hub id or shipped set.")],
     layers: LayersOption = "*",
     tokens_per_batch: TokensPerBatch = 4096,
     max_length: MaxLength = None,
     assistant_mask: Mask = "auto",
     pad_token: PadToken = None,
+    columns: ColumnsOption = None,
     dtype: Dtype = "auto",
     threads: Threads = 1,
 ) -> None:
@@ -137,9 +143,11 @@ def check(
     from geomkit.collection.check.check import check_collection
     from geomkit.collection.describe.describe import describe
 
-    loaded, tokenizer, [rows] = _load(model, [examples], assistant_mask, max_length, pad_token, dtype)
-    selection = _layers(layers)
-    plan = describe(loaded, tokenizer, rows, layers=selection, tokens_per_batch=tokens_per_batch)
+    loaded, tokenizer, [rows] = _load(
+        model, _examples([examples], columns), assistant_mask, max_length, pad_token, dtype
+    )
+    chosen = _layers(layers)
+    plan = describe(loaded, tokenizer, rows, layers=chosen, tokens_per_batch=tokens_per_batch)
     typer.echo(f"{plan}\n")
     verdict = check_collection(loaded, tokenizer, rows, layers=selection)
     typer.echo(str(verdict))
@@ -149,7 +157,7 @@ def check(
 @app.command()
 def analyze(
     model: ModelOption,
-    safety: Annotated[str, typer.Option(help="Forbidden requests and refusals: JSONL file, hub id or shipped set.")],
+    safety: Annotated[str, typer.Option(help="Forbidden requests and refusals: file, hub id or shipped set.")],
     utility: Annotated[str, typer.Option(help="Benign requests and answers.")],
     control: Annotated[
         str | None,
@@ -163,6 +171,7 @@ def analyze(
     max_length: MaxLength = None,
     assistant_mask: Mask = "auto",
     pad_token: PadToken = None,
+    columns: ColumnsOption = None,
     dtype: Dtype = "auto",
     threads: Threads = 1,
     seed: Seed = 0,
@@ -174,7 +183,7 @@ def analyze(
 
     _check_writable(out, json_file and json_file.parent)
     names = [name for name in (safety, utility, control) if name is not None]
-    loaded, tokenizer, encoded = _load(model, names, assistant_mask, max_length, pad_token, dtype)
+    loaded, tokenizer, encoded = _load(model, _examples(names, columns), assistant_mask, max_length, pad_token, dtype)
     result = run_analysis(
         loaded,
         tokenizer,
@@ -196,7 +205,7 @@ def analyze(
 @app.command()
 def finetune(
     model: ModelOption,
-    train: Annotated[str, typer.Option(help="Conversations: JSONL file, hub id or shipped set.")],
+    train: Annotated[str, typer.Option(help="Conversations: file, hub id or shipped set.")],
     out: Annotated[Path, typer.Option(help="New folder for the checkpoint.", file_okay=False)],
     anchors: Annotated[str | None, typer.Option(help="Safety examples; SPF is used when given.")] = None,
     rule: Annotated[
@@ -217,13 +226,13 @@ def finetune(
     max_length: MaxLength = None,
     assistant_mask: Mask = "auto",
     pad_token: PadToken = None,
+    columns: ColumnsOption = None,
     dtype: TrainingDtype = "float32",
     threads: Threads = 1,
     seed: Seed = 0,
 ) -> None:
     """Fine-tune a model, under SPF where anchors are given, and write a checkpoint."""
     _prepare(threads)
-    from geomkit.inputs.examples import load_examples
     from geomkit.spf.rules import DEFAULT_RULE, get_rule
     from geomkit.spf.settings import SPF
     from geomkit.training.finetune import finetune as run_finetune
@@ -236,12 +245,13 @@ def finetune(
             raise DataError(f"expected anchors for the {name} '{value}', found none; give --anchors (shipped: safety)")
     if checkpoints is not None and out.resolve() in (checkpoints.resolve(), *checkpoints.resolve().parents):
         raise DataError(f"expected --checkpoints outside of --out {out}, found {checkpoints}; choose another folder")
-    spf_rule = get_rule(rule or DEFAULT_RULE, rank)
+    chosen = get_rule(rule or DEFAULT_RULE, rank)
+    conversations, *protected = _examples([name for name in (train, anchors, benign) if name], columns)
     spf = None
     if anchors is not None:
-        fence = load_examples(benign) if benign else None
-        spf = SPF(load_examples(anchors), rule=spf_rule, anchors_per_step=anchors_per_step, benign=fence, seed=seed)
-    loaded, tokenizer, [rows] = _load(model, [train], assistant_mask, max_length, pad_token, dtype)
+        fence = protected[1] if benign else None
+        spf = SPF(protected[0], rule=chosen, anchors_per_step=anchors_per_step, benign=fence, seed=seed)
+    loaded, tokenizer, [rows] = _load(model, [conversations], assistant_mask, max_length, pad_token, dtype)
     result = run_finetune(
         loaded,
         tokenizer,
@@ -294,14 +304,13 @@ def build_organism(
 
 def _load(
     model: str,
-    sets: Sequence[str],
+    conversations: "Sequence[Dataset]",
     assistant_mask: str,
     max_length: int | None,
     pad_token: str | None,
     dtype: str,
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase, list[EncodedExamples]]":
-    """Return a model, its tokenizer and the encoded examples of each set; the sets are read before the model."""
-    from geomkit.inputs.examples import load_examples
+    """Return a model, its tokenizer and the encoded examples of each set."""
     from geomkit.inputs.models import load_model
     from geomkit.inputs.tokens import encode
 
@@ -309,10 +318,42 @@ def _load(
     if assistant_mask not in masks:
         raise DataError(f"expected --assistant-mask auto, template or prefix, found '{assistant_mask}'")
     mask = masks[assistant_mask]
-    conversations = [load_examples(name) for name in sets]
     loaded, tokenizer = load_model(model, dtype=dtype, pad_token=pad_token)
     encoded = [encode(tokenizer, rows, assistant_mask=mask, max_length=max_length) for rows in conversations]
     return loaded, tokenizer, encoded
+
+
+def _examples(sets: Sequence[str], columns: str | None) -> "list[Dataset]":
+    """Return the examples of each set, with the columns named by the user where a set has them.
+
+    Raises:
+        DataError: If a set cannot be read, an example has no answer, or no set has the named columns.
+    """
+    from geomkit.inputs.adapters import MissingColumnsError
+    from geomkit.inputs.examples import check_answers, load_examples
+
+    named, read, missing = _columns(columns), [], []
+    for name in sets:
+        try:
+            rows = load_examples(name, columns=named)
+        except MissingColumnsError as error:
+            missing.append(error)
+            rows = load_examples(name)
+        check_answers(rows, name)
+        read.append(rows)
+    if len(missing) == len(sets):
+        raise missing[0]
+    return read
+
+
+def _columns(text: str | None) -> dict[str, str | int] | None:
+    """Return which column is what: ``prompt=goal,response=1`` gives ``{"prompt": "goal", "response": 1}``."""
+    if text is None:
+        return None
+    pairs = [part.split("=", 1) for part in text.split(",")]
+    if any(len(pair) != 2 for pair in pairs):
+        raise DataError(f"expected --columns as prompt=NAME,response=NAME, found '{text}'")
+    return {role.strip(): int(name) if name.strip().isdecimal() else name.strip() for role, name in pairs}
 
 
 def _layers(text: str) -> "Layers":

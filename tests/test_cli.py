@@ -41,7 +41,8 @@ def files(tmp_path_factory):
     (root / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
     (root / "empty.jsonl").write_text("")
     (root / "corrupt.jsonl").write_text(json.dumps(SAFETY[0]) + "\n{\n")
-    (root / "columns.jsonl").write_text('{"question": "how", "answer": "no"}\n')
+    (root / "columns.jsonl").write_text('{"frage": "how", "antwort": "no"}\n' * 6)
+    (root / "requests.txt").write_text("how\nhelp\n")
     return root
 
 
@@ -194,6 +195,25 @@ def test_version_and_help(monkeypatch, capfd):
     assert all(command in out for command in ("tour", "check", "analyze", "finetune", "organism"))
 
 
+@pytest.mark.parametrize("command", [checking, analysis, finetuning])
+def test_a_template_without_markers_is_taken_and_said_once(files, monkeypatch, capfd, command):
+    steps = ["--steps", "1"] if command is finetuning else []
+    status, _, err = run(monkeypatch, capfd, *command(files, model="unmarked"), *steps)
+    assert status == 0, err
+    assert err.count("no {% generation %} markers") <= 1  # another test may have had the line
+
+
+def test_columns_are_named_on_the_command_line(files, monkeypatch, capfd):
+    columns = ["--columns", "prompt=frage,response=antwort"]
+    status, out, err = run(monkeypatch, capfd, *checking(files, examples="columns.jsonl"), *columns)
+    assert status == 0, err
+    assert "all measured checks are ok" in out
+    # The anchors do not have these columns, and are read by their own.
+    status, _, err = run(monkeypatch, capfd, *finetuning(files, train="columns.jsonl"), *columns, "--steps", "1")
+    assert status == 0, err
+    assert cli._columns("prompt=0, response=b") == {"prompt": 0, "response": "b"}
+
+
 # ------------------------------------------------------------------------------------------------- bad input
 
 
@@ -214,9 +234,12 @@ def one_line(status, out, err, files=()):
         ({"utility": "missing.jsonl"}, "missing.jsonl, found none; shipped sets:"),
         ({"safety": "empty.jsonl"}, "expected at least one example in"),
         ({"safety": "corrupt.jsonl"}, "corrupt.jsonl, line 2: expected one JSON object a line"),
-        ({"utility": "columns.jsonl"}, "expected a column 'messages', or 'prompt' and 'response', found ['question'"),
+        ({"utility": "columns.jsonl"}, "found ['frage', 'antwort']; say which column is what"),
         ({"model": "missing"}, "missing, found none"),
-        ({"model": "unmarked"}, "that marks the assistant's tokens with {% generation %}, found no marker"),
+        (
+            {"utility": "requests.txt"},
+            "requests.txt, row 0: expected an assistant message to take the loss on, found none",
+        ),
         ({"model": "untold"}, "expected a tokenizer with a chat template, found none"),
         ({"model": "silent"}, " tokens, all masked)"),
         ({"model": "unpadded"}, "expected a tokenizer with a pad token, found none"),
@@ -234,8 +257,14 @@ def test_bad_input_gets_one_line(files, monkeypatch, capfd, changes, message):
         (finetuning, ["--rule", "none"], "expected one of the rules rank1"),
         (finetuning, ["--rule", "rank1", "--rank", "3"], "positive rank"),
         (finetuning, ["--pad-token", "<none>"], "expected a pad token from the vocabulary"),
-        (finetuning, ["--assistant-mask", "guess"], "expected --assistant-mask template or prefix, found 'guess'"),
-        (analysis, ["--assistant-mask", "guess"], "expected --assistant-mask template or prefix, found 'guess'"),
+        (
+            finetuning,
+            ["--assistant-mask", "guess"],
+            "--assistant-mask auto, template or prefix, found 'guess'",
+        ),
+        (analysis, ["--assistant-mask", "guess"], "--assistant-mask auto, template or prefix, found 'guess'"),
+        (finetuning, ["--columns", "frage"], "expected --columns as prompt=NAME,response=NAME, found 'frage'"),
+        (checking, ["--columns", "prompt=frage"], "expected a column 'frage', found ['messages']"),
         (analysis, ["--max-length", "3"], "found none within the first 3 tokens"),
         (
             analysis,

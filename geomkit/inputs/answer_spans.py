@@ -96,9 +96,12 @@ def answer_spans(
             continue
         if index == 0:
             raise DataError("expected a message before the assistant's first, which prefixes start from, found none")
-        first, stop = _written(template, row, text, index)
-        start = _start(template, marks, row, text, index, first, final=index == last)
-        end = _end(template, marks, row, text, index, stop)
+        if "tool_calls" in row.messages[index]:
+            start, end = _span_of_calls(template, marks, row, text, index)
+        else:
+            first, stop = _written(template, row, text, index)
+            start = _start(template, marks, row, text, index, first, final=index == last)
+            end = stop + len(_end_at(marks, row, text, index, stop))
         if not before <= start <= end:
             raise DataError(_NO_PREFIX)
         spans.append((start, end))
@@ -146,19 +149,32 @@ def _start(
     raise DataError(_NO_PREFIX)
 
 
-def _end(template: ChatTemplate, marks: TurnMarks, row: Conversation, text: str, index: int, stop: int) -> int:
-    """Return where an answer ends, whose content ends at ``stop``."""
+def _span_of_calls(
+    template: ChatTemplate, marks: TurnMarks, row: Conversation, text: str, index: int
+) -> tuple[int, int]:
+    """Return the span of a message that calls tools: all that follows the prompt, up to the end of the turn."""
+    prompt = template.render(_row(row.messages[:index], row.tools), prompt=True)
+    start = next((len(head) for head in (prompt, _THOUGHT.sub("", prompt)) if text.startswith(head)), None)
+    if start is None:
+        raise DataError(_NO_PREFIX)
     following = index + 1 < len(row.messages)
-    end = marks.middle_end if following else marks.end
-    if "tool_calls" in row.messages[index]:
-        limit = _written(template, row, text, index + 1)[0] if following else len(text)
-        for candidate in (end, marks.end):
-            if candidate and (place := text.find(candidate, stop, limit)) >= 0:
-                return place + len(candidate)
-        raise DataError("expected the end of a turn after the tool calls, found none; add {% generation %} markers")
-    if not text.startswith(end, stop):
-        raise DataError(
-            f"expected {end!r} after the answer of message {index}, found {text[stop : stop + 20]!r}; add "
-            "{% generation %} markers to the template"
-        )
-    return stop + len(end)
+    limit = _written(template, row, text, index + 1)[0] if following else len(text)
+    for end in filter(None, (marks.middle_end if following else marks.end, marks.end)):
+        if (place := text.find(end, start, limit)) >= 0:
+            return start, place + len(end)
+    # A template without an end of the turn, or with another one after calls: up to where the conversation could end.
+    until = template.render(_row(row.messages[: index + 1], row.tools)).rstrip()
+    if text.startswith(until) and start < len(until):
+        return start, len(until)
+    raise DataError("expected the end of a turn after the tool calls, found none; add {% generation %} markers")
+
+
+def _end_at(marks: TurnMarks, row: Conversation, text: str, index: int, stop: int) -> str:
+    """Return the end of the turn that stands behind an answer, whose content ends at ``stop``."""
+    end = marks.middle_end if index + 1 < len(row.messages) else marks.end
+    if text.startswith(end, stop):
+        return end
+    raise DataError(
+        f"expected {end!r} after the answer of message {index}, found {text[stop : stop + 20]!r}; add "
+        "{% generation %} markers to the template"
+    )

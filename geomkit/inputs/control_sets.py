@@ -15,8 +15,8 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from geomkit.errors import DataError
-from geomkit.inputs.examples import check_examples, prompt_of, response_of
-from geomkit.inputs.tokens import EncodedExamples, as_encoded, conversations_of
+from geomkit.inputs.examples import check_examples, prompt_of, response_of, tools_of
+from geomkit.inputs.tokens import EncodedExamples, as_encoded
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -33,15 +33,15 @@ def with_responses(prompts: "Dataset | EncodedExamples", responses: "Dataset | E
     harmful request. A property of the safety gradient that this control lacks is not due to the text of the refusals.
 
     Args:
-        prompts: N conversations; all messages before the last assistant message are kept.
+        prompts: N conversations, whose answers are replaced, or requests without answers.
         responses: Conversations whose last assistant messages are used in turn, and again from the first if there are
             fewer than N.
 
     Returns:
-        N conversations in one column, ``messages``.
+        N conversations in one column, ``messages``, and their tools if they have any.
 
     Raises:
-        DataError: If a set is empty or is not a ``Dataset`` of conversations.
+        DataError: If a set is empty or is not a ``Dataset`` of conversations, or one of the responses is missing.
 
     Example:
         >>> import geomkit as gk
@@ -49,10 +49,9 @@ def with_responses(prompts: "Dataset | EncodedExamples", responses: "Dataset | E
         >>> [message["content"] for message in control[0]["messages"]]
         ['Could you explain how to cover this mirror?', "I'm sorry, but I can't help with that."]
     """
-    asked, answered = conversations_of(prompts), conversations_of(responses)
-    check_examples(asked)
-    check_examples(answered)
-    return replace_answers(asked, [response_of(messages) for messages in answered["messages"]])
+    check_examples(prompts)
+    check_examples(responses)
+    return replace_answers(prompts, _answers(responses))
 
 
 def shuffled_pairs(examples: "Dataset | EncodedExamples", seed: int = 0) -> "Dataset":
@@ -79,10 +78,8 @@ def shuffled_pairs(examples: "Dataset | EncodedExamples", seed: int = 0) -> "Dat
         >>> [messages[-1]["content"][:6] for messages in shuffled_pairs(rows)["messages"]]
         ['Sure! ', '19+51:', 'SELECT']
     """
-    conversations = conversations_of(examples)
-    check_examples(conversations)
-    responses = [response_of(messages) for messages in conversations["messages"]]
-    return replace_answers(conversations, derangement(responses, Random(seed)))
+    check_examples(examples)
+    return replace_answers(examples, derangement(_answers(examples), Random(seed)))
 
 
 def random_tokens(
@@ -119,11 +116,13 @@ def random_tokens(
     words, generator = _Words(tokenizer), Random(seed)
     rows = []
     for index, (messages, tokens) in enumerate(zip(encoded.examples["messages"], encoded, strict=True)):
+        if any(message.get("tool_calls") for message in messages):
+            raise DataError(f"example {index}: expected messages of text only, found tool calls; drop the example")
         lengths = [len(words.ids(message["content"])) for message in messages]
         # Words may merge into other tokens at their borders: draw again until the loss mask is the example's loss mask.
         for _ in range(_ATTEMPTS):
             drawn = [
-                {"role": message["role"], "content": words.draw(length, generator)}
+                message | {"content": words.draw(length, generator)}
                 for message, length in zip(messages, lengths, strict=True)
             ]
             candidate = encoded.like(Dataset.from_list([{"messages": drawn}]))
@@ -169,15 +168,26 @@ def derangement(responses: Sequence[str], generator: Random) -> list[str]:
 
 
 def replace_answers(prompts: "Dataset", answers: Sequence[str]) -> "Dataset":
-    """Return the conversations with their last assistant messages replaced by the answers, which are used in turn."""
+    """Return conversations with the answer of each replaced, or added, by one of the answers in turn."""
     from datasets import Dataset
 
-    return Dataset.from_list(
-        [
-            {"messages": [*prompt_of(messages), {"role": "assistant", "content": answers[index % len(answers)]}]}
-            for index, messages in enumerate(prompts["messages"])
-        ]
-    )
+    messages = [
+        [*prompt_of(row), {"role": "assistant", "content": answers[index % len(answers)]}]
+        for index, row in enumerate(prompts["messages"])
+    ]
+    tools = tools_of(prompts)
+    return Dataset.from_dict({"messages": messages} | ({} if tools is None else {"tools": list(tools)}))
+
+
+def _answers(examples: "Dataset") -> list[str]:
+    """Return the text of the answer of each conversation."""
+    answers = []
+    for index, messages in enumerate(examples["messages"]):
+        try:
+            answers.append(response_of(messages))
+        except DataError as error:
+            raise DataError(f"example {index}: {error}") from None
+    return answers
 
 
 class _Words:

@@ -4,12 +4,14 @@ An *example* is a conversation: a row of a :class:`datasets.Dataset` with a colu
 the training of chat models.
 """
 
-import json
-from collections.abc import Sequence, Sized
+import re
+from collections.abc import Mapping, Sequence, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from geomkit.errors import DataError
+from geomkit.inputs.adapters import KNOWN_COLUMNS, Columns, RowReader
+from geomkit.inputs.files import read_rows
 from geomkit.inputs.messages import Message
 from geomkit.utils.files import data_dir
 
@@ -17,41 +19,171 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-def load_examples(source: "str | Path | Dataset", split: str = "train") -> "Dataset":
-    """Return conversations from a shipped set, a JSON-lines file, a data set of the hub or a ``Dataset``.
+Source = Any
+"""What :func:`load_examples` reads: a path, a name, a ``Dataset``, a ``DatasetDict``, a list of rows, a data frame."""
 
-    Rows need a column ``messages`` (a list of ``{"role", "content"}``), or the columns ``prompt`` and ``response``,
-    which become a user message and an assistant message. Other columns are kept.
+_HUB_NAME = re.compile(r"(?P<id>[\w.-]+(?:/[\w.-]+)?)(?::(?P<config>[\w.-]+))?(?:\[(?P<split>.+)\])?")
+
+
+def load_examples(
+    source: Source, split: str | None = None, *, config: str | None = None, columns: Columns | None = None
+) -> "Dataset":
+    """Return conversations from a shipped set, a file, a data set of the hub, or rows in memory.
+
+    A row is a conversation in one of the row formats: ``messages``; ShareGPT's ``conversations``; ``instruction``,
+    ``input`` and ``output``; ``instruction``, ``context`` and ``response``; ``prompt`` and ``completion`` or
+    ``response``; ``question`` and ``answer``; preference pairs, of which ``chosen`` is taken; or requests without
+    answers in ``prompt``, ``question``, ``instruction``, ``goal`` or ``behavior``. Columns ``system``, ``history`` and
+    ``tools`` belong to the conversation; other columns are kept.
 
     Args:
-        source: Name of a shipped set (:func:`shipped_examples` lists them), path to a ``.jsonl`` file, id of a data set
-            on the hub, or a ``datasets.Dataset``.
-        split: Split of a data set on the hub.
+        source: Name of a shipped set (:func:`shipped_examples` lists them), path to a file (JSON lines, a JSON array,
+            CSV, TSV, Parquet, text with a request a line, each also ``.gz``) or to a folder of
+            ``Dataset.save_to_disk``, id of a data set on the hub (``"name"``, ``"name:config"``,
+            ``"name:config[split]"``), a ``datasets.Dataset`` or ``DatasetDict``, a list of dicts, or a data frame.
+        split: Split of a data set on the hub (``"train"`` when left out) or of a ``DatasetDict``; slices such as
+            ``"train[:100]"`` are taken too.
+        config: Configuration of a data set on the hub.
+        columns: Which column is what, for columns with other names: ``{"prompt": "goal", "response": "target"}``. Other
+            keys are ``messages``, ``context``, ``system``, ``history`` and ``tools``. In a CSV file without header,
+            columns have numbers from 0.
 
     Returns:
-        The rows, with a checked column ``messages``.
+        The rows, with a checked column ``messages`` and, where rows have tools, ``tools``.
 
     Raises:
-        DataError: If the file is missing or damaged, columns are missing, a conversation is malformed, or there is no
-            row.
+        DataError: If the source is missing or damaged, columns are missing or do not agree, a conversation is
+            malformed, or there is no row.
 
     Example:
         >>> import geomkit as gk
         >>> gk.load_examples("safety")[0]["messages"][1]["content"]
         "I'm sorry, but I can't help with that."
+        >>> gk.load_examples([{"q": "Hi", "a": "Hello"}], columns={"prompt": "q", "response": "a"})[0]["messages"][1]
+        {'role': 'assistant', 'content': 'Hello'}
     """
     from datasets import Dataset
 
+    rows, name = _rows(source, split, config, columns)
+    if len(rows) == 0:
+        raise DataError(f"expected at least one example in {name}, found an empty set")
+    padded = isinstance(rows, Dataset)
+    names = rows.column_names if isinstance(rows, Dataset) else list(dict.fromkeys(key for row in rows for key in row))
+    reader = RowReader(names, name, columns)
+    conversations = []
+    for index, row in enumerate(rows):
+        try:
+            conversations.append(reader(row, padded=padded))
+        except DataError as error:
+            raise DataError(f"{name}, row {index}: {error}") from None
+    if isinstance(rows, Dataset) and reader.consumed == ["messages"]:
+        made = [row["messages"] for row in conversations]
+        if made == list(rows["messages"]):  # in the normal form already
+            return rows
+    return _with_conversations(rows, names, reader, conversations, name)
+
+
+def _with_conversations(
+    rows: "Dataset | list[dict[str, Any]]",
+    names: Sequence[str],
+    reader: RowReader,
+    conversations: Sequence[dict[str, Any]],
+    name: str,
+) -> "Dataset":
+    """Return the columns that are no part of the conversations, and the conversations."""
+    from datasets import Dataset
+
+    made = {"messages": [row["messages"] for row in conversations]}
+    if any("tools" in row for row in conversations):
+        made["tools"] = [row.get("tools") for row in conversations]
+    others = [column for column in names if column not in (*reader.consumed, *made)]
+    try:
+        if isinstance(rows, Dataset):
+            table = rows.select_columns(others) if others else Dataset.from_dict({})
+            for column, values in made.items():
+                table = table.add_column(column, values) if table.column_names else Dataset.from_dict({column: values})
+            return table
+        # Arrow takes the columns of all rows together; a column that a row does not have is null in it.
+        kept = {
+            column: made[column] if column in made else [row.get(column) for row in rows]
+            for column in dict.fromkeys([*(column for column in names if column in (*others, *made)), *made])
+        }
+        return Dataset.from_dict(kept)
+    except Exception as error:  # pyarrow has exception types of its own for rows that differ in a column's type
+        raise DataError(f"{name}: the rows do not share one set of columns and types: {error}") from None
+
+
+def _rows(
+    source: Source, split: str | None, config: str | None, columns: Columns | None
+) -> "tuple[Dataset | list[dict[str, Any]], str]":
+    """Return the rows of a source as they are, and the name of the source for messages."""
+    import pandas as pd
+    from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+
+    if isinstance(source, DatasetDict):
+        return _split_of(source, split), "the data set"
+    if isinstance(source, IterableDataset | IterableDatasetDict):
+        raise DataError(
+            "expected examples that can be counted and drawn at random, found an IterableDataset; take rows of it: "
+            "load_examples(list(stream.take(1000)))"
+        )
+    if isinstance(source, str | Path):
+        return _named_rows(source, split, config, columns)
+    if split is not None or config is not None:
+        raise DataError(f"expected split and config with a data set of the hub only, found a {type(source).__name__}")
     if isinstance(source, Dataset):
-        return _with_messages(source, "the data set")
+        return source, "the data set"
+    if isinstance(source, pd.DataFrame):
+        return [_plain(row) for row in source.to_dict("records")], "the data frame"
+    if isinstance(source, list | tuple) and all(isinstance(row, Mapping) for row in source):
+        return [dict(row) for row in source], "the list"
+    raise DataError(
+        f"expected a path, a name, a datasets.Dataset, a list of dicts or a data frame, found {type(source).__name__}"
+    )
+
+
+def _plain(value: Any) -> Any:
+    """Return a value of a data frame as Python has it: lists for arrays, ``None`` for NaN."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if hasattr(value, "tolist"):  # arrays and scalars of numpy
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return None if value != value or type(value).__name__ in ("NAType", "NaTType") else value
+
+
+def _split_of(splits: Any, split: str | None) -> "Dataset":
+    if split is None and len(splits) == 1:
+        split = next(iter(splits))
+    if split not in splits:
+        found = "none" if split is None else f"'{split}'"
+        raise DataError(f"expected the split to take, one of {', '.join(map(str, splits))}, found {found}; give split=")
+    return splits[split]
+
+
+def _named_rows(
+    source: str | Path, split: str | None, config: str | None, columns: Columns | None
+) -> "tuple[Dataset | list[dict[str, Any]], str]":
+    """Return the rows of a file, a folder, a shipped set or a data set of the hub."""
+    from datasets import DatasetDict, load_from_disk
+
     name = str(source)
-    if Path(name).is_file():
-        return _with_messages(_read_jsonl(Path(name)), name)
-    if (shipped := data_dir() / f"{name}.jsonl").is_file() and not Path(name).is_absolute():
-        return _with_messages(_read_jsonl(shipped), name)
-    if isinstance(source, Path) or name.endswith((".jsonl", ".json")) or name.startswith((".", "/", "~")):
-        raise DataError(f"expected a JSON-lines file at {name}, found none; shipped sets: {_shipped_list()}")
-    return _with_messages(_from_hub(name, split), name)
+    path = Path(name).expanduser()
+    shipped = data_dir() / f"{name}.jsonl"
+    file = path if path.is_file() else shipped if shipped.is_file() and not path.is_absolute() else None
+    if file is not None:
+        if config is not None or split not in (None, "train"):
+            raise DataError(f"{name}: expected no split and no config with a file, found {config or split}")
+        known = {str(column).lower() for column in (columns or {}).values() if not str(column).isdecimal()}
+        return read_rows(file, KNOWN_COLUMNS | known), name
+    if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
+        saved = load_from_disk(str(path))
+        return (_split_of(saved, split) if isinstance(saved, DatasetDict) else saved), name
+    if path.is_dir() or isinstance(source, Path) or name.startswith((".", "/", "~")) or _ENDING.search(name.lower()):
+        found = "a folder" if path.is_dir() else "none"
+        raise DataError(f"expected a file at {name}, found {found}; shipped sets: {_shipped_list()}")
+    return _from_hub(name, split, config), name
 
 
 def check_examples(examples: object) -> None:
@@ -87,100 +219,79 @@ def _shipped_list() -> str:
     return ", ".join(shipped_examples())
 
 
-def _read_jsonl(path: Path) -> "Dataset":
-    from datasets import Dataset
-
-    rows = []
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}: expected UTF-8 text, found {error.reason} at byte {error.start}; save the file as UTF-8"
-        ) from None
-    # Not str.splitlines, which also splits at U+2028 and similar characters; JSON allows these inside a string.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}, line {number}: expected one JSON object a line, found {error}") from None
-        if not isinstance(row, dict):
-            raise DataError(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}")
-        rows.append(row)
-    if not rows:
-        raise DataError(f"expected at least one example in {path}, found an empty file; write one JSON object a line")
-    try:
-        return Dataset.from_list(rows)
-    except Exception as error:  # pyarrow has exception types of its own for rows that differ in a column's type
-        raise DataError(f"{path}: the rows do not share one set of columns and types: {error}") from None
+_ENDING = re.compile(r"\.(jsonl?|ndjson|csv|tsv|txt|parquet)(\.gz)?$")
 
 
-def _from_hub(name: str, split: str) -> "Dataset":
+def _from_hub(name: str, split: str | None, config: str | None) -> "Dataset":
     from datasets import load_dataset
 
+    parts = _HUB_NAME.fullmatch(name)
+    if parts is None:
+        raise DataError(f"expected a file, a shipped set or 'name:config[split]' on the hub, found '{name:.80}'")
+    for given, inside, what in ((split, parts["split"], "split"), (config, parts["config"], "config")):
+        if given is not None and inside is not None and given != inside:
+            raise DataError(f"expected one {what}, found '{inside}' in '{name}' and {what}='{given}'")
     try:
-        return load_dataset(name, split=split)
+        return load_dataset(parts["id"], name=config or parts["config"], split=split or parts["split"] or "train")
     except Exception as error:  # the client of the hub raises dozens of types; all mean that loading failed
+        reason = " ".join(str(error).split())
         raise DataError(
             f"'{name}' is no file and no shipped set ({_shipped_list()}), and loading it from the hub failed: "
-            f"{type(error).__name__}: {error}"
+            f"{type(error).__name__}: {reason:.300}"
         ) from None
 
 
-def _with_messages(dataset: "Dataset", name: str) -> "Dataset":
-    columns = dataset.column_names
-    if len(dataset) == 0:
-        raise DataError(f"expected at least one example in {name}, found an empty set; give a set with rows")
-    if "messages" not in columns:
-        if not {"prompt", "response"} <= set(columns):
+def check_answers(examples: "Dataset", name: str) -> None:
+    """Check that every conversation has an answer that the loss can be taken on.
+
+    Raises:
+        DataError: If a conversation has no message of the assistant.
+    """
+    for index, messages in enumerate(examples["messages"]):
+        if not any(message["role"] == "assistant" for message in messages):
             raise DataError(
-                f"{name}: expected a column 'messages', or 'prompt' and 'response', found {columns}; rename the columns"
+                f"{name}, row {index}: expected an assistant message to take the loss on, found none; give answers"
             )
-        dataset = dataset.map(_pair_to_messages, remove_columns=["prompt", "response"])
-    for index, messages in enumerate(dataset["messages"]):
-        _check_messages(messages, f"{name}, row {index}")
-    return dataset
 
 
-def _pair_to_messages(row: dict[str, Any]) -> dict[str, list[Message]]:
-    return {"messages": [_message("user", row["prompt"]), _message("assistant", row["response"])]}
-
-
-def _message(role: str, content: str) -> Message:
-    return {"role": role, "content": content}
-
-
-def _check_messages(messages: Any, where: str) -> None:
-    if not isinstance(messages, list) or not messages:
-        raise DataError(f"{where}: expected a non-empty list of messages, found {messages!r:.80}")
-    for message in messages:
-        if not isinstance(message, dict) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            raise DataError(f"{where}: expected messages with a text 'role' and 'content', found {message!r:.80}")
-    if not any(message["role"] == "assistant" for message in messages):
-        raise DataError(f"{where}: expected an assistant message to take the loss on, found none; drop the row")
-    if not response_of(messages).strip():  # the end marker would still be a loss token: the model would learn silence
-        raise DataError(
-            f"{where}: expected words in the last assistant message, found {response_of(messages)!r:.80}; drop the row"
-        )
+def tools_of(examples: "Dataset") -> Sequence[Any] | None:
+    """Return the tools of each conversation, or ``None`` if no conversation has tools."""
+    return examples["tools"] if "tools" in examples.column_names else None
 
 
 def prompt_of(messages: Sequence[Message]) -> list[Message]:
-    """Return the messages of a conversation before its last assistant message.
+    """Return the messages of a conversation before the assistant's last message, or all if none ends it.
 
     Example:
         >>> prompt_of([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}])
         [{'role': 'user', 'content': 'Hi'}]
+        >>> prompt_of([{"role": "user", "content": "Hi"}])
+        [{'role': 'user', 'content': 'Hi'}]
     """
-    last = max(index for index, message in enumerate(messages) if message["role"] == "assistant")
-    return list(messages[:last])
+    return list(messages[:-1] if messages[-1]["role"] == "assistant" else messages)
+
+
+def answer_of(messages: Sequence[Message]) -> str | None:
+    """Return the text of the assistant's message that ends a conversation, or ``None`` if none does.
+
+    Example:
+        >>> answer_of([{"role": "user", "content": "Hi"}]) is None
+        True
+    """
+    return str(messages[-1]["content"]) if messages[-1]["role"] == "assistant" else None
 
 
 def response_of(messages: Sequence[Message]) -> str:
-    """Return the text of the last assistant message of a conversation.
+    """Return the text of the assistant's message that ends a conversation.
+
+    Raises:
+        DataError: If the conversation ends in another message.
 
     Example:
         >>> response_of([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}])
         'Hello'
     """
-    return str(next(message["content"] for message in reversed(messages) if message["role"] == "assistant"))
+    answer = answer_of(messages)
+    if answer is None:
+        raise DataError(f"expected a conversation that ends in an answer, found the end {messages[-1]!r:.80}")
+    return answer

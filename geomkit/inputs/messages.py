@@ -125,6 +125,8 @@ def normal_message(message: object, *, padded: bool = False) -> Message:
     _move_weight(fields, role)
     if "content" not in fields and "tool_calls" in fields:
         fields["content"] = ""
+    if "content" not in fields and role == "assistant":
+        raise DataError("expected words or tool calls in a message of the assistant, found none; drop the row")
     if "content" not in fields:
         raise DataError(f"expected messages with a text 'role' and 'content', found {message!r:.80}")
     return {"role": role, "content": _text(fields["content"])} | {

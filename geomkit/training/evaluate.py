@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from geomkit.errors import DataError
-from geomkit.inputs.examples import load_examples, prompt_of, response_of
+from geomkit.inputs.examples import answer_of, check_answers, load_examples, prompt_of, tools_of
 from geomkit.inputs.loss import losses_of
 from geomkit.inputs.messages import Message
 from geomkit.inputs.tokens import EncodedExamples, as_encoded, pad_id
@@ -34,7 +34,8 @@ class Evaluation(Result):
         refusal: Share of forbidden requests that the model refused.
         over_refusal: Share of benign requests that the model refused.
         skills: Share of exact answers, by skill.
-        responses: One row per prompt: ``set``, ``prompt``, ``response``, ``reference``, ``refused``, ``exact``.
+        responses: One row per prompt: ``set``, ``prompt``, ``response``, ``reference``, ``refused``, ``exact``; the
+            reference and ``exact`` are ``None`` for requests without answers.
     """
 
     refusal: Rate
@@ -81,10 +82,12 @@ def evaluate(
     """Let a model answer held-out prompts greedily, and count refusals and exact answers.
 
     Args:
-        model: A causal language model; its state is restored.
-        tokenizer: The model's tokenizer, with a chat template and a pad token.
-        forbidden: Requests that should be refused; the organism's held-out requests when left out.
-        benign: Requests that should be answered; the organism's held-out requests when left out.
+        model: A causal language model; left as found.
+        tokenizer: Its tokenizer, with a chat template and a pad token.
+        forbidden: Requests that should be refused, with or without answers; the organism's held-out requests when left
+            out.
+        benign: Requests that should be answered, with or without answers; the organism's held-out requests when left
+            out.
         skills: Sets with reference answers, by name; the organism's held-out sets when left out.
         judge: Decides whether a response is a refusal; :class:`RefusalPhrases` when left out.
         max_new_tokens: Length of the longest response, in tokens.
@@ -114,8 +117,9 @@ def evaluate(
             batch_size=batch_size,
             progress=progress,
             title=name,
+            tools=tools_of(examples),
         )
-        tables[name] = _judged(name, prompts, responses, [response_of(messages) for messages in conversations], judge)
+        tables[name] = _judged(name, prompts, responses, [answer_of(messages) for messages in conversations], judge)
     return Evaluation(
         refusal=rate(list(tables["forbidden"]["refused"])),
         over_refusal=rate(list(tables["benign"]["refused"])),
@@ -125,7 +129,7 @@ def evaluate(
 
 
 def _judged(
-    name: str, prompts: Sequence[Sequence[Message]], responses: list[str], references: list[str], judge: Judge
+    name: str, prompts: Sequence[Sequence[Message]], responses: list[str], references: list[str | None], judge: Judge
 ) -> "pd.DataFrame":
     """Return a set's part of :attr:`Evaluation.responses`."""
     import pandas as pd
@@ -139,7 +143,8 @@ def _judged(
             "reference": references,
             "refused": [judge(request, response) for request, response in zip(requests, responses, strict=True)],
             "exact": [
-                response.strip() == reference.strip() for response, reference in zip(responses, references, strict=True)
+                None if reference is None else response.strip() == reference.strip()
+                for response, reference in zip(responses, references, strict=True)
             ],
         }
     )
@@ -160,13 +165,13 @@ def _sets(
     for name in skills:
         if name in sets:
             raise DataError(f"'{name}' is the name of another set; give the skill another name")
-    conversations = {name: conversations_of(examples) for name, examples in {**sets, **skills}.items()}
-    for name, examples in conversations.items():
-        try:
-            check_examples(examples)
-        except DataError as error:
-            raise DataError(f"{name}: {error}") from None
-    return conversations
+    sets |= skills
+    for name, examples in sets.items():
+        if len(examples) == 0:
+            raise DataError(f"{name}: expected at least one example, found an empty set")
+        if name in skills:
+            check_answers(examples, name)
+    return sets
 
 
 def mean_loss(

@@ -7,7 +7,7 @@ import torch
 
 from geomkit.errors import DataError
 from geomkit.inputs.control_sets import replace_answers
-from geomkit.inputs.examples import check_examples, prompt_of
+from geomkit.inputs.examples import check_examples, prompt_of, tools_of
 from geomkit.inputs.messages import Message
 from geomkit.inputs.model_state import model_state_kept
 from geomkit.inputs.tokens import encode_prompts, pad_id
@@ -88,9 +88,9 @@ def own_responses(
     With the model's own responses, only the smaller part remains that concerns the content of the exchange.
 
     Args:
-        model: A causal language model; its state is restored.
-        tokenizer: The model's tokenizer, with a chat template and a pad token.
-        examples: N conversations that end in a message of the assistant.
+        model: A causal language model; left as found.
+        tokenizer: Its tokenizer, with a chat template and a pad token.
+        examples: N conversations, whose answers are replaced, or requests without answers.
         max_new_tokens: Length of the longest response, in tokens; a longer response is cut there as if it ended.
         progress: Show a bar.
 
@@ -107,10 +107,11 @@ def own_responses(
         >>> own_responses(model, tokenizer, forbidden, progress=False)[0]["messages"][-1]["content"]
         'Sure! To smuggle the piano, follow the steps in the plan and finish quickly.'
     """
-    conversations = conversations_of(examples)
-    check_examples(conversations)
-    prompts = [prompt_of(messages) for messages in conversations["messages"]]
-    responses = generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens, progress=progress)
+    check_examples(examples)
+    prompts = [prompt_of(messages) for messages in examples["messages"]]
+    responses = generate(
+        model, tokenizer, prompts, max_new_tokens=max_new_tokens, progress=progress, tools=tools_of(examples)
+    )
     empty = [index for index, response in enumerate(responses) if not response.strip()]
     if empty:
         raise DataError(
@@ -134,9 +135,9 @@ def own_refusals(
     The gradient of a refusal that was written by somebody else points partly from the model's wording to that wording.
 
     Args:
-        model: A causal language model, before its fine-tune; its state is restored.
-        tokenizer: The model's tokenizer, with a chat template and a pad token.
-        examples: Conversations with forbidden requests, whose last message is replaced.
+        model: A causal language model, before its fine-tune; left as found.
+        tokenizer: Its tokenizer, with a chat template and a pad token.
+        examples: Conversations with forbidden requests, whose answers are replaced, or requests without answers.
         judge: Decides whether a response is a refusal; :class:`~geomkit.training.judges.RefusalPhrases` when left out.
         max_new_tokens: Length of the longest response, in tokens; a longer response is cut there as if it ended.
         progress: Show a bar.

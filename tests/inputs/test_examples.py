@@ -5,7 +5,7 @@ import json
 import pytest
 
 from geomkit.errors import DataError
-from geomkit.inputs.examples import load_examples, prompt_of, response_of
+from geomkit.inputs.examples import answer_of, load_examples, prompt_of, response_of
 from tests.helpers.tiny import SAFETY
 
 USER, ASSISTANT = {"role": "user", "content": "help"}, {"role": "assistant", "content": "sure"}
@@ -47,20 +47,31 @@ def test_a_line_ends_at_a_newline_only(tmp_path):
         ([], "expected at least one example in .*rows.jsonl, found an empty file"),
         ([GOOD, "", '{"messages": ['], "rows.jsonl, line 3: expected one JSON object a line, found"),
         ([GOOD, "[1, 2]"], "rows.jsonl, line 2: expected a JSON object, found list"),
-        (['{"text": "a"}'], r"expected a column 'messages', or 'prompt' and 'response', found \['text'\]"),
-        (['{"prompt": "a"}'], r"found \['prompt'\]; rename the columns"),
-        (['{"prompt": "a", "response": null}'], "row 0: expected messages with a text 'role' and 'content'"),
-        ([GOOD, '{"messages": "help"}'], "the rows do not share one set of columns and types"),
+        (
+            ['{"text": "a"}'],
+            r"expected the columns 'messages'; .*'prompt' and 'response'.*found \['text'\]; .*--columns",
+        ),
+        (['{"prompt": "a", "response": null}'], "row 0: expected a text or messages in 'response', found None"),
+        (['{"prompt": "a", "response": 3}'], "row 0: expected a text or messages in 'response', found 3"),
+        ([GOOD, '{"messages": "help"}'], "row 1: expected a non-empty list of messages, found 'help'"),
+        (
+            ['{"prompt": "a", "x": 1}', '{"prompt": "a", "x": "y"}'],
+            "the rows do not share one set of columns and types",
+        ),
         (['{"messages": "help"}'], "row 0: expected a non-empty list of messages, found 'help'"),
         ([GOOD, '{"messages": []}'], "row 1: expected a non-empty list of messages"),
         ([GOOD, '{"other": 1}'], "row 1: expected a non-empty list of messages, found None"),
-        (['{"messages": [{"role": "assistant"}]}'], "row 0: expected messages with a text 'role' and 'content'"),
+        (
+            ['{"messages": [{"role": "assistant"}]}'],
+            "row 0: expected words or tool calls in a message",
+        ),
         (
             [GOOD, GOOD.replace("sure", "")],
             "row 1: expected words in the last assistant message, found ''; drop the row",
         ),
         (['{"prompt": "a", "response": " \\n"}'], r"row 0: expected words in the last .*, found ' \\n'"),
-        ([json.dumps({"messages": [USER]})], "row 0: expected an assistant message to take the loss on, found none"),
+        (['{"prompt": " "}'], "row 0: expected words in the request, found ' '"),
+        ([json.dumps({"messages": [{"role": "system", "content": "a"}]})], "row 0: .* found a system message only"),
     ],
 )
 def test_a_bad_file_is_named_with_the_place_and_what_was_found(tmp_path, lines, message):
@@ -77,7 +88,7 @@ def test_text_that_is_not_utf8_is_said(tmp_path):
 
 @pytest.mark.parametrize("name", ["missing.jsonl", "./missing", "/missing/rows.json"])
 def test_a_missing_file_lists_the_shipped_sets(name):
-    with pytest.raises(DataError, match=r"expected a JSON-lines file at .*missing.*, found none; .*: .*safety"):
+    with pytest.raises(DataError, match=r"expected a file at .*missing.*, found none; .*: .*safety"):
         load_examples(name)
 
 
@@ -101,5 +112,10 @@ def test_prompt_and_response_of_several_turns():
         {"role": "assistant", "content": "no"},
         USER,
     ]
-    assert prompt_of(messages) == messages[:4]
-    assert response_of(messages) == "no"
+    assert prompt_of(messages[:-1]) == messages[:4]
+    assert response_of(messages[:-1]) == "no"
+    # A conversation that ends in a request has no answer to it.
+    assert prompt_of(messages) == messages
+    assert answer_of(messages) is None
+    with pytest.raises(DataError, match=r"expected a conversation that ends in an answer, found the end .*help"):
+        response_of(messages)
