@@ -311,7 +311,7 @@ class _Encoder:
         ids, mask = mask_of_spans(self._tokenizer, text, chosen)
         if check:
             self._template.check(row, text)
-        if not by_markers:
+        if check and not by_markers:
             check_spans(self._tokenizer, text, chosen, ids, mask)
         return Tokens(tuple(ids[: self._max_length]), tuple(mask[: self._max_length])), len(ids)
 
