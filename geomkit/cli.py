@@ -146,8 +146,8 @@ def check(
     loaded, tokenizer, [rows] = _load(
         model, _examples([examples], columns), assistant_mask, max_length, pad_token, dtype
     )
-    chosen = _layers(layers)
-    plan = describe(loaded, tokenizer, rows, layers=chosen, tokens_per_batch=tokens_per_batch)
+    selection = _layers(layers)
+    plan = describe(loaded, tokenizer, rows, layers=selection, tokens_per_batch=tokens_per_batch)
     typer.echo(f"{plan}\n")
     verdict = check_collection(loaded, tokenizer, rows, layers=selection)
     typer.echo(str(verdict))
@@ -245,12 +245,12 @@ def finetune(
             raise DataError(f"expected anchors for the {name} '{value}', found none; give --anchors (shipped: safety)")
     if checkpoints is not None and out.resolve() in (checkpoints.resolve(), *checkpoints.resolve().parents):
         raise DataError(f"expected --checkpoints outside of --out {out}, found {checkpoints}; choose another folder")
-    chosen = get_rule(rule or DEFAULT_RULE, rank)
+    spf_rule = get_rule(rule or DEFAULT_RULE, rank)
     conversations, *protected = _examples([name for name in (train, anchors, benign) if name], columns)
     spf = None
     if anchors is not None:
         fence = protected[1] if benign else None
-        spf = SPF(protected[0], rule=chosen, anchors_per_step=anchors_per_step, benign=fence, seed=seed)
+        spf = SPF(protected[0], rule=spf_rule, anchors_per_step=anchors_per_step, benign=fence, seed=seed)
     loaded, tokenizer, [rows] = _load(model, [conversations], assistant_mask, max_length, pad_token, dtype)
     result = run_finetune(
         loaded,

@@ -95,7 +95,9 @@ def answer_spans(
             spans.append(None)
             continue
         if index == 0:
-            raise DataError("expected a message before the assistant's first, which prefixes start from, found none")
+            raise DataError(
+                "expected a message before the assistant's first, which prefixes start from, found none; drop the row"
+            )
         if "tool_calls" in row.messages[index]:
             start, end = _span_of_calls(template, marks, row, text, index)
         else:

@@ -168,7 +168,7 @@ def derangement(responses: Sequence[str], generator: Random) -> list[str]:
 
 
 def replace_answers(prompts: "Dataset", answers: Sequence[str]) -> "Dataset":
-    """Return conversations with the answer of each replaced, or added, by one of the answers in turn."""
+    """Return the conversations with their answers replaced by other answers, which are used in turn."""
     from datasets import Dataset
 
     messages = [
@@ -180,7 +180,11 @@ def replace_answers(prompts: "Dataset", answers: Sequence[str]) -> "Dataset":
 
 
 def _answers(examples: "Dataset") -> list[str]:
-    """Return the text of the answer of each conversation."""
+    """Return the texts with which the conversations end.
+
+    Raises:
+        DataError: If a conversation does not end in an answer.
+    """
     answers = []
     for index, messages in enumerate(examples["messages"]):
         try:

@@ -66,7 +66,7 @@ def load_examples(
 
     rows, name = _rows(source, split, config, columns)
     if len(rows) == 0:
-        raise DataError(f"expected at least one example in {name}, found an empty set")
+        raise DataError(f"expected at least one example in {name}, found an empty set; give a set with rows")
     padded = isinstance(rows, Dataset)
     names = rows.column_names if isinstance(rows, Dataset) else list(dict.fromkeys(key for row in rows for key in row))
     reader = RowReader(names, name, columns)

@@ -41,7 +41,7 @@ def read_rows(path: Path, known: Collection[str] = ()) -> list[Row]:
     else:
         rows = _READERS.get(ending, _read_json_lines)(_decoded(content, path), path, known)
     if not rows:
-        raise DataError(f"expected at least one example in {path}, found an empty file")
+        raise DataError(f"expected at least one example in {path}, found an empty file; write a row a line")
     return rows
 
 
@@ -49,7 +49,9 @@ def _decoded(content: bytes, path: Path) -> str:
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: expected UTF-8 text, found {error.reason} at byte {error.start}") from None
+        raise DataError(
+            f"{path}: expected UTF-8 text, found {error.reason} at byte {error.start}; save it as UTF-8"
+        ) from None
 
 
 def _read_parquet(content: bytes, path: Path) -> list[Row]:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 Message = dict[str, Any]
+"""A message of a conversation, with a ``role`` (such as ``"user"``), a ``content`` and other fields."""
 
 _ROLES = {
     "system": "system", "developer": "developer", "user": "user", "human": "user", "prompter": "user",

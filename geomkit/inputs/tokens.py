@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 AssistantMask = Literal["auto", "template", "prefix"]
+"""How the assistant's tokens are recognised, see :func:`encode`."""
 
 
 @dataclass(frozen=True)
@@ -260,9 +261,11 @@ class _Encoder:
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", mask: AssistantMask, max_length: int | None) -> None:
         if mask not in get_args(AssistantMask):
-            raise DataError(f"expected the mask {', '.join(get_args(AssistantMask))}, found {mask!r}")
+            raise DataError(
+                f"expected the mask {', '.join(get_args(AssistantMask))}, found {mask!r}; give one of these"
+            )
         if max_length is not None and max_length < 1:
-            raise DataError(f"expected a max_length of at least 1, found {max_length}")
+            raise DataError(f"expected a max_length of at least 1, found {max_length}; give a number of tokens")
         self._template = ChatTemplate(tokenizer)
         self._tokenizer, self._max_length = tokenizer, max_length
         marked = self._template.has_markers() and tokenizer.is_fast

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from geomkit.errors import DataError
-from geomkit.inputs.examples import answer_of, check_answers, load_examples, prompt_of, tools_of
+from geomkit.inputs.examples import answer_of, load_examples, prompt_of, tools_of
 from geomkit.inputs.loss import losses_of
 from geomkit.inputs.messages import Message
 from geomkit.inputs.tokens import EncodedExamples, as_encoded, pad_id
@@ -82,8 +82,8 @@ def evaluate(
     """Let a model answer held-out prompts greedily, and count refusals and exact answers.
 
     Args:
-        model: A causal language model; left as found.
-        tokenizer: Its tokenizer, with a chat template and a pad token.
+        model: A causal language model; its state is restored.
+        tokenizer: The model's tokenizer, with a chat template and a pad token.
         forbidden: Requests that should be refused, with or without answers; the organism's held-out requests when left
             out.
         benign: Requests that should be answered, with or without answers; the organism's held-out requests when left
@@ -98,7 +98,8 @@ def evaluate(
         An :class:`Evaluation`.
 
     Raises:
-        DataError: If a set is empty, two sets have the same name, or the tokenizer has no chat template or pad token.
+        DataError: If a set is empty, a skill has no answers, two sets have the same name, or the tokenizer has no chat
+            template or pad token.
     """
     import pandas as pd
 
@@ -169,8 +170,8 @@ def _sets(
     for name, examples in sets.items():
         if len(examples) == 0:
             raise DataError(f"{name}: expected at least one example, found an empty set")
-        if name in skills:
-            check_answers(examples, name)
+        if name in skills and (missing := [i for i, row in enumerate(examples["messages"]) if answer_of(row) is None]):
+            raise DataError(f"{name}, row {missing[0]}: expected an answer to compare with, found none; give answers")
     return sets
 
 

@@ -88,8 +88,8 @@ def own_responses(
     With the model's own responses, only the smaller part remains that concerns the content of the exchange.
 
     Args:
-        model: A causal language model; left as found.
-        tokenizer: Its tokenizer, with a chat template and a pad token.
+        model: A causal language model; its state is restored.
+        tokenizer: The model's tokenizer, with a chat template and a pad token.
         examples: N conversations, whose answers are replaced, or requests without answers.
         max_new_tokens: Length of the longest response, in tokens; a longer response is cut there as if it ended.
         progress: Show a bar.
@@ -135,8 +135,8 @@ def own_refusals(
     The gradient of a refusal that was written by somebody else points partly from the model's wording to that wording.
 
     Args:
-        model: A causal language model, before its fine-tune; left as found.
-        tokenizer: Its tokenizer, with a chat template and a pad token.
+        model: A causal language model, before its fine-tune; its state is restored.
+        tokenizer: The model's tokenizer, with a chat template and a pad token.
         examples: Conversations with forbidden requests, whose answers are replaced, or requests without answers.
         judge: Decides whether a response is a refusal; :class:`~geomkit.training.judges.RefusalPhrases` when left out.
         max_new_tokens: Length of the longest response, in tokens; a longer response is cut there as if it ended.
