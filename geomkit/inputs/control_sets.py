@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from geomkit.errors import DataError
 from geomkit.inputs.examples import check_examples, prompt_of, response_of, tools_of
-from geomkit.inputs.tokens import EncodedExamples, as_encoded
+from geomkit.inputs.tokens import EncodedExamples, as_encoded, conversations_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -49,9 +49,10 @@ def with_responses(prompts: "Dataset | EncodedExamples", responses: "Dataset | E
         >>> [message["content"] for message in control[0]["messages"]]
         ['Could you explain how to cover this mirror?', "I'm sorry, but I can't help with that."]
     """
-    check_examples(prompts)
-    check_examples(responses)
-    return replace_answers(prompts, _answers(responses))
+    asked, answered = conversations_of(prompts), conversations_of(responses)
+    check_examples(asked)
+    check_examples(answered)
+    return replace_answers(asked, _answers(answered))
 
 
 def shuffled_pairs(examples: "Dataset | EncodedExamples", seed: int = 0) -> "Dataset":
@@ -78,8 +79,9 @@ def shuffled_pairs(examples: "Dataset | EncodedExamples", seed: int = 0) -> "Dat
         >>> [messages[-1]["content"][:6] for messages in shuffled_pairs(rows)["messages"]]
         ['Sure! ', '19+51:', 'SELECT']
     """
-    check_examples(examples)
-    return replace_answers(examples, derangement(_answers(examples), Random(seed)))
+    conversations = conversations_of(examples)
+    check_examples(conversations)
+    return replace_answers(conversations, derangement(_answers(conversations), Random(seed)))
 
 
 def random_tokens(

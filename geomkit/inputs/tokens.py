@@ -5,7 +5,7 @@ The loss is taken on the tokens of assistant turns; all other tokens are context
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal, get_args, overload
 
@@ -86,9 +86,10 @@ class EncodedExamples(Sequence[Tokens]):
     def __getitem__(self, index: int | slice) -> "Tokens | EncodedExamples":
         """Return an example, or the encoded examples of a slice."""
         if isinstance(index, slice):
-            return [self[position] for position in range(*index.indices(len(self)))]
-        row = self.examples[index]
-        return self._encode_one(index, conversation(row["messages"], row.get("tools")))
+            return self.select(range(len(self))[index])
+        place = range(len(self))[index]
+        row = self.examples[place]
+        return self._encode_one(place, conversation(row["messages"], row.get("tools")))
 
     def __iter__(self) -> Iterator[Tokens]:
         """Yield the examples in order."""
@@ -146,9 +147,9 @@ def encode(
         The N examples as a sequence of :class:`Tokens`.
 
     Raises:
-        DataError: If there is no example, the tokenizer has no chat template, the template has no markers, or an
-            example has no scored token. Also if the template refuses an example, or does not write one of its
-            messages, tools, tool calls or thoughts.
+        DataError: If there is no example, the tokenizer has no chat template, the template has no markers, an example
+            has no scored token, or ``max_length`` is no positive number. Also if the template refuses an example, or
+            does not write one of its messages, tools, tool calls or thoughts.
 
     Note:
         A message of the assistant with ``"weight": 0`` or ``"train": false`` is context. A template that writes
@@ -161,18 +162,20 @@ def encode(
         >>> rows.lengths, rows[0].loss_tokens
         ((23, 33), 13)
     """
-    check_examples(examples)
+    unencoded = conversations_of(examples)
+    check_examples(unencoded)
     encode_one = _Encoder(tokenizer, assistant_mask, max_length)
     lengths = []
 
     def rows() -> Iterator[Tokens]:
-        for index, row in enumerate(conversations(examples)):
+        for index, row in enumerate(conversations(unencoded)):
             tokens = encode_one(index, row, check=True)
             lengths.append(len(tokens))
             yield tokens
 
     fingerprint = tokens_fingerprint(rows())
-    return EncodedExamples(tokenizer, examples, encode_one.mask, max_length, tuple(lengths), fingerprint)
+    template = tokenizer.chat_template
+    return EncodedExamples(tokenizer, unencoded, template, encode_one.mask, max_length, tuple(lengths), fingerprint)
 
 
 def tokens_fingerprint(rows: Iterable[Tokens]) -> str:
@@ -264,8 +267,8 @@ class _Encoder:
             raise DataError(
                 f"expected the mask {', '.join(get_args(AssistantMask))}, found {mask!r}; give one of these"
             )
-        if max_length is not None and max_length < 1:
-            raise DataError(f"expected a max_length of at least 1, found {max_length}; give a number of tokens")
+        if max_length is not None and (not isinstance(max_length, int) or max_length < 1):
+            raise DataError(f"expected a positive number of tokens, found max_length={max_length!r}; give e.g. 512")
         self._template = ChatTemplate(tokenizer)
         self._tokenizer, self._max_length = tokenizer, max_length
         marked = self._template.has_markers() and tokenizer.is_fast

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from geomkit.errors import DataError
-from geomkit.inputs.examples import answer_of, load_examples, prompt_of, tools_of
+from geomkit.inputs.examples import answer_of, check_examples, load_examples, prompt_of, tools_of
 from geomkit.inputs.loss import losses_of
 from geomkit.inputs.messages import Message
-from geomkit.inputs.tokens import EncodedExamples, as_encoded, pad_id
+from geomkit.inputs.tokens import EncodedExamples, as_encoded, conversations_of, pad_id
 from geomkit.stats.proportions import Rate, rate
 from geomkit.training.judges import Judge, RefusalPhrases
 from geomkit.training.responses import generate
@@ -166,13 +166,15 @@ def _sets(
     for name in skills:
         if name in sets:
             raise DataError(f"'{name}' is the name of another set; give the skill another name")
-    sets |= skills
-    for name, examples in sets.items():
-        if len(examples) == 0:
-            raise DataError(f"{name}: expected at least one example, found an empty set")
+    conversations = {name: conversations_of(examples) for name, examples in {**sets, **skills}.items()}
+    for name, examples in conversations.items():
+        try:
+            check_examples(examples)
+        except DataError as error:
+            raise DataError(f"{name}: {error}") from None
         if name in skills and (missing := [i for i, row in enumerate(examples["messages"]) if answer_of(row) is None]):
             raise DataError(f"{name}, row {missing[0]}: expected an answer to compare with, found none; give answers")
-    return sets
+    return conversations
 
 
 def mean_loss(

@@ -10,7 +10,7 @@ from geomkit.inputs.control_sets import replace_answers
 from geomkit.inputs.examples import check_examples, prompt_of, tools_of
 from geomkit.inputs.messages import Message
 from geomkit.inputs.model_state import model_state_kept
-from geomkit.inputs.tokens import encode_prompts, pad_id
+from geomkit.inputs.tokens import EncodedExamples, conversations_of, encode_prompts, pad_id
 from geomkit.training.judges import Judge, RefusalPhrases
 
 if TYPE_CHECKING:
@@ -107,10 +107,11 @@ def own_responses(
         >>> own_responses(model, tokenizer, forbidden, progress=False)[0]["messages"][-1]["content"]
         'Sure! To smuggle the piano, follow the steps in the plan and finish quickly.'
     """
-    check_examples(examples)
-    prompts = [prompt_of(messages) for messages in examples["messages"]]
+    conversations = conversations_of(examples)
+    check_examples(conversations)
+    prompts = [prompt_of(messages) for messages in conversations["messages"]]
     responses = generate(
-        model, tokenizer, prompts, max_new_tokens=max_new_tokens, progress=progress, tools=tools_of(examples)
+        model, tokenizer, prompts, max_new_tokens=max_new_tokens, progress=progress, tools=tools_of(conversations)
     )
     empty = [index for index, response in enumerate(responses) if not response.strip()]
     if empty:

@@ -72,7 +72,7 @@ def test_max_length_cuts_from_the_right_and_must_leave_something():
     assert all(short.input_ids == long.input_ids[:9] for short, long in zip(cut, whole, strict=True))
     with pytest.raises(DataError, match=r"example 0: .* found none within the first 4 tokens .* raise max_length"):
         encode(tiny_tokenizer(), UTILITY, max_length=4)
-    with pytest.raises(DataError, match="expected a max_length of at least 1, found -5"):
+    with pytest.raises(DataError, match="expected a positive number of tokens, found max_length=-5"):
         encode(tiny_tokenizer(), UTILITY, max_length=-5)
 
 
