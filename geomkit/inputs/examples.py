@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from geomkit.errors import DataError
+from geomkit.inputs.benchmark_rows import load_benchmark
+from geomkit.inputs.benchmarks import BENCHMARKS
 from geomkit.utils.files import data_dir
 
 if TYPE_CHECKING:
@@ -19,7 +21,9 @@ Message = dict[str, str]
 """A message of a conversation, with a ``role`` (such as ``"user"``) and a ``content``."""
 
 
-def load_examples(source: "str | Path | Dataset", split: str = "train") -> "Dataset":
+def load_examples(
+    source: "str | Path | Dataset", split: str | None = None, *, path: "str | Path | None" = None
+) -> "Dataset":
     """Return conversations from a shipped set, a JSON-lines file, a data set of the hub or a ``Dataset``.
 
     Rows need a column ``messages`` (a list of ``{"role", "content"}``), or the columns ``prompt`` and ``response``,
@@ -27,8 +31,10 @@ def load_examples(source: "str | Path | Dataset", split: str = "train") -> "Data
 
     Args:
         source: Name of a shipped set (:func:`shipped_examples` lists them), path to a ``.jsonl`` file, id of a data set
-            on the hub, or a ``datasets.Dataset``.
-        split: Split of a data set on the hub.
+            on the hub, a benchmark (:func:`geomkit.inputs.benchmarks.benchmarks` lists them), or a
+            ``datasets.Dataset``.
+        split: Split of a benchmark, or of a data set on the hub; ``"train"`` of the latter when left out.
+        path: Local copy of a benchmark that ``source`` names.
 
     Returns:
         The rows, with a checked column ``messages``.
@@ -44,6 +50,8 @@ def load_examples(source: "str | Path | Dataset", split: str = "train") -> "Data
     """
     from datasets import Dataset
 
+    if isinstance(source, str) and (source in BENCHMARKS or path is not None):
+        return load_benchmark(source, path, split)
     if isinstance(source, Dataset):
         return _with_messages(source, "the data set")
     name = str(source)
@@ -53,7 +61,7 @@ def load_examples(source: "str | Path | Dataset", split: str = "train") -> "Data
         return _with_messages(_read_jsonl(shipped), name)
     if isinstance(source, Path) or name.endswith((".jsonl", ".json")) or name.startswith((".", "/", "~")):
         raise DataError(f"expected a JSON-lines file at {name}, found none; shipped sets: {_shipped_list()}")
-    return _with_messages(_from_hub(name, split), name)
+    return _with_messages(_from_hub(name, split or "train"), name)
 
 
 def check_examples(examples: object) -> None:
