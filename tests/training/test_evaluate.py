@@ -8,6 +8,7 @@ from datasets import Dataset
 
 from geomkit.errors import DataError
 from geomkit.inputs.examples import prompt_of
+from geomkit.inputs.tokens import encode
 from geomkit.stats.proportions import Rate
 from geomkit.training import evaluate as module
 from geomkit.training.compare import compare_evaluations
@@ -204,6 +205,17 @@ def test_every_skill_has_its_metric():
     expected = math.exp((rows["value"] * weights).sum() / sum(weights))
     assert frame.loc["perplexity: text", "value"] == pytest.approx(expected, rel=1e-6)
     assert found.utility == pytest.approx((found.skills["paint"].value + 0 + found.skills["exact"].value) / 3)
+
+
+def test_perplexity_of_encoded_examples_keeps_their_mask_and_length():
+    encoded = encode(TOKENIZER, UTILITY, max_length=10)
+    options = {"metrics": {"text": "perplexity"}, **SHORT}
+    cut, whole = (
+        evaluate(tiny_llama(), TOKENIZER, skills={"text": examples}, **options).responses["value"].mean()
+        for examples in (encoded, UTILITY)
+    )
+    assert cut == pytest.approx(mean_loss(tiny_llama(), TOKENIZER, encoded), rel=1e-6)
+    assert cut != pytest.approx(whole, rel=1e-3)
 
 
 @pytest.mark.parametrize(
