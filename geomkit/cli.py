@@ -1,4 +1,4 @@
-"""The command line: ``geomkit tour``, ``check``, ``analyze``, ``finetune``, ``bench``, ``organism build``."""
+"""The command line: ``geomkit tour``, ``check``, ``analyze``, ``finetune``, ``evaluate``, ``compare``, ``bench``."""
 
 import datetime as dt
 import json
@@ -269,6 +269,94 @@ def finetune(
     if result.certificate:
         typer.echo(str(result.certificate))
     typer.echo(f"wrote {result.save(out, tokenizer)}")
+
+
+@app.command()
+def evaluate(
+    model: ModelOption,
+    forbidden: Annotated[
+        str | None, typer.Option(help="Requests to refuse: file, hub id, shipped set, benchmark or BENCHMARK=FILE.")
+    ] = None,
+    benign: Annotated[str | None, typer.Option(help="Requests to answer, likewise.")] = None,
+    skill: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=SET[:METRIC]; exact (default), gsm8k, rouge1, rougeL, perplexity, …; repeatable."),
+    ] = None,
+    judge: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="keywords (default), gcg, RUBRIC=MODEL or RUBRIC=openai:MODEL (harmbench, llama-guard, wildguard, "
+            "xstest, strongreject, score), refused:LABEL=MODEL, harmful:LABEL=MODEL; repeatable."
+        ),
+    ] = None,
+    judge_device: Annotated[str | None, typer.Option(help="Device of the judges, such as cuda:1.")] = None,
+    judge_url: Annotated[str | None, typer.Option(help="Address of the endpoint of RUBRIC=openai:MODEL.")] = None,
+    judge_prompt: Annotated[
+        Path | None, typer.Option(help="File with a question in place of the rubric's.", exists=True, dir_okay=False)
+    ] = None,
+    json_file: Json = None,
+    examples: Annotated[int | None, typer.Option(help="Largest number of prompts drawn from each set.", min=1)] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Length of the longest response.", min=1)] = 256,
+    batch_size: Annotated[int, typer.Option(help="Prompts answered at a time.", min=1)] = 16,
+    pad_token: PadToken = None,
+    dtype: Dtype = "auto",
+    device: Annotated[str | None, typer.Option(help="Device of the model; a GPU if there is one.")] = None,
+    threads: Threads = 1,
+    seed: Seed = 0,
+) -> None:
+    """Print how often a model refuses and answers rightly, with 95 % intervals; --json keeps it for compare."""
+    _prepare(threads)
+    from geomkit.inputs.models import load_model
+    from geomkit.training.evaluate import evaluate as run_evaluation
+    from geomkit.training.model_judges.by_name import load_judge
+    from geomkit.training.sets_by_text import drawn, requests_by_text, skill_by_text
+
+    _check_writable(json_file and json_file.parent)
+    if not (forbidden or benign or skill):
+        raise DataError("expected something to evaluate, found none; give --forbidden, --benign or --skill")
+    skills = [skill_by_text(text) for text in skill or []]
+    if len({name for name, *_ in skills}) < len(skills):
+        raise DataError(f"expected skills of different names, found {', '.join(name for name, *_ in skills)}")
+    refused = drawn(requests_by_text(forbidden, "forbidden"), examples, seed) if forbidden else None
+    answered = drawn(requests_by_text(benign, "benign"), examples, seed) if benign else None
+    template = judge_prompt.read_text(encoding="utf-8") if judge_prompt else None
+    judges = [load_judge(text, device=judge_device, url=judge_url, template=template) for text in judge or ["keywords"]]
+    loaded, tokenizer = load_model(model, dtype=dtype, device=device, pad_token=pad_token)
+    result = run_evaluation(
+        loaded,
+        tokenizer,
+        refused,
+        answered,
+        {name: drawn(rows, examples, seed) for name, rows, _ in skills},
+        judge=judges,
+        metrics={name: metric for name, _, metric in skills},
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+    )
+    _show(result.to_frame(), f"{model}, judged by {', '.join(result.settings['judges'])}; 95 % intervals")
+    if json_file is not None:
+        typer.echo(f"wrote {result.save(json_file)}")
+
+
+@app.command()
+def compare(
+    files: Annotated[list[Path], typer.Argument(help="Files of geomkit evaluate --json; the first is the baseline.")],
+    json_file: Json = None,
+) -> None:
+    """Compare evaluations over the same prompts by paired tests."""
+    from geomkit.training.compare import compare_evaluations
+    from geomkit.training.evaluation import load_evaluation
+
+    _check_writable(json_file and json_file.parent)
+    if len(set(files)) < len(files):
+        raise DataError(f"expected different files, found {', '.join(map(str, files))}")
+    result = compare_evaluations({str(path): load_evaluation(path) for path in files})
+    shown = result.to_frame() if len(files) > 2 else result.to_frame().drop(columns="evaluation")
+    _show(shown, f"{result}" if len(files) > 2 else f"{files[1]}: {result}")
+    if json_file is not None:
+        rows = result.to_frame().to_dict("records")
+        write_atomically(json_file, json.dumps(_strict({"baseline": result.baseline, "rows": rows}), indent=2) + "\n")
+        typer.echo(f"wrote {json_file}")
 
 
 @app.command()

@@ -13,7 +13,8 @@ from geomkit.inputs.examples import load_examples
 from geomkit.spf.certificate import Certificate
 from geomkit.spf.rules import DEFAULT_RULE
 from geomkit.spf.settings import SPF
-from geomkit.training.evaluate import ORGANISM_SKILLS, Evaluation, evaluate
+from geomkit.training.evaluate import ORGANISM_SKILLS, evaluate
+from geomkit.training.evaluation import Evaluation
 from geomkit.training.finetune import finetune
 from geomkit.training.result import FineTuneResult
 from geomkit.utils.display import Result

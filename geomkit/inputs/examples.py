@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from geomkit.errors import DataError
-from geomkit.inputs.adapters import KNOWN_COLUMNS, Columns, RowReader
+from geomkit.inputs.adapters import KNOWN_COLUMNS, Columns, MissingColumnsError, RowReader
+from geomkit.inputs.benchmark_rows import load_benchmark
+from geomkit.inputs.benchmarks import BENCHMARKS
 from geomkit.inputs.files import read_rows
 from geomkit.inputs.messages import Message
 from geomkit.utils.files import data_dir
@@ -26,9 +28,14 @@ _HUB_NAME = re.compile(r"(?P<id>[\w.-]+(?:/[\w.-]+)?)(?::(?P<config>[\w.-]+))?(?
 
 
 def load_examples(
-    source: Source, split: str | None = None, *, config: str | None = None, columns: Columns | None = None
+    source: Source,
+    split: str | None = None,
+    *,
+    path: str | Path | None = None,
+    config: str | None = None,
+    columns: Columns | None = None,
 ) -> "Dataset":
-    """Return conversations from a shipped set, a file, a data set of the hub, or rows in memory.
+    """Return conversations from a shipped set, a file, a benchmark, a data set of the hub, or rows in memory.
 
     A row is a conversation in one of the row formats: ``messages``; ShareGPT's ``conversations``; ``instruction``,
     ``input`` and ``output``; ``instruction``, ``context`` and ``response``; ``prompt`` and ``completion`` or
@@ -40,9 +47,11 @@ def load_examples(
         source: Name of a shipped set (:func:`shipped_examples` lists them), path to a file (JSON lines, a JSON array,
             CSV, TSV, Parquet, text with a request a line, each also ``.gz``) or to a folder of
             ``Dataset.save_to_disk``, id of a data set on the hub (``"name"``, ``"name:config"``,
-            ``"name:config[split]"``), a ``datasets.Dataset`` or ``DatasetDict``, a list of dicts, or a data frame.
-        split: Split of a data set on the hub (``"train"`` when left out) or of a ``DatasetDict``; slices such as
-            ``"train[:100]"`` are taken too.
+            ``"name:config[split]"``), a benchmark (:func:`geomkit.inputs.benchmarks.benchmarks` lists them), a
+            ``datasets.Dataset`` or ``DatasetDict``, a list of dicts, or a data frame.
+        split: Split of a benchmark, of a data set on the hub (``"train"`` when left out; slices such as
+            ``"train[:100]"`` are taken too) or of a ``DatasetDict``.
+        path: Local copy of the benchmark that ``source`` names.
         config: Configuration of a data set on the hub.
         columns: Which column is what, for columns with other names: ``{"prompt": "goal", "response": "target"}``. Other
             keys are ``messages``, ``context``, ``system``, ``history`` and ``tools``. In a CSV file without header,
@@ -64,6 +73,11 @@ def load_examples(
     """
     from datasets import Dataset
 
+    if isinstance(source, str) and (source in BENCHMARKS or path is not None):
+        _check_benchmark_options(source, config, columns)
+        return load_benchmark(source, path, split)
+    if path is not None:
+        raise DataError(f"expected path= with the name of a benchmark, found it with a {type(source).__name__}")
     rows, name = _rows(source, split, config, columns)
     if len(rows) == 0:
         raise DataError(f"expected at least one example in {name}, found an empty set; give a set with rows")
@@ -81,6 +95,17 @@ def load_examples(
         if made == list(rows["messages"]):  # in the normal form already
             return rows
     return _with_conversations(rows, names, reader, conversations, name)
+
+
+def _check_benchmark_options(name: str, config: str | None, columns: Columns | None) -> None:
+    """Refuse the options that a benchmark has no use for: its configuration and its columns are known."""
+    if config is not None:
+        raise DataError(f"expected no config with the benchmark '{name}', found '{config}'; leave it out")
+    if columns is not None:
+        raise MissingColumnsError(
+            f"expected no columns with the benchmark '{name}', found {dict(columns)}; leave them out, or give the file "
+            "as source"
+        )
 
 
 def _with_conversations(

@@ -7,7 +7,7 @@ import plotly.graph_objects as go
 from geomkit.plots.axes import name_rows, step_ticks
 from geomkit.plots.style import TEMPLATE, looks, title
 from geomkit.plots.traces import error_bars, line_mode, side_by_side
-from geomkit.training.evaluate import Evaluation
+from geomkit.training.evaluation import Evaluation
 from geomkit.training.result import FineTuneResult
 
 _SPREAD = 0.56
@@ -25,6 +25,11 @@ def plot_evaluation(evaluations: Evaluation | Mapping[str, Evaluation]) -> go.Fi
     """
     models = evaluations if isinstance(evaluations, Mapping) else {"model": evaluations}
     frames = {name: evaluation.to_frame() for name, evaluation in models.items()}
+    # Perplexities and scores from 1 to 5 have no place on an axis of shares.
+    apart = {measure for frame in frames.values() for measure in frame.loc[frame["value"] > 1, "measure"]}
+    frames = {name: frame[~frame["measure"].isin(apart)] for name, frame in frames.items()}
+    subtitle = "share of prompts, with 95 % Wilson intervals"
+    subtitle += f"; not drawn: {', '.join(sorted(apart))}" if apart else ""
     measures = list(dict.fromkeys(measure for frame in frames.values() for measure in frame["measure"]))
     shifts = side_by_side(len(models), _SPREAD)
     figure = go.Figure(layout={"template": TEMPLATE})
@@ -46,7 +51,7 @@ def plot_evaluation(evaluations: Evaluation | Mapping[str, Evaluation]) -> go.Fi
         )
     name_rows(figure, measures)
     figure.update_layout(
-        title=title("Refusal, over-refusal and skills", "share of prompts, with 95 % Wilson intervals"),
+        title=title("Refusal, over-refusal and skills", subtitle),
         xaxis={"title": "share of prompts", "range": [-0.02, 1.02], "tickformat": ".0%"},
         height=180 + len(measures) * (26 + 16 * len(models)),
         showlegend=len(models) > 1,

@@ -72,3 +72,24 @@ def sign_flip_p_value(differences: np.ndarray) -> float:
         (nonzero,), np.mean, permutation_type="samples", n_resamples=9_999, rng=np.random.default_rng(0)
     )
     return float(result.pvalue)
+
+
+def mcnemar_p_value(gained: int, lost: int) -> float:
+    """Return the two-sided p-value of McNemar's (1947) exact test of two proportions over the same prompts.
+
+    Of the prompts whose outcome differs, half should differ either way if both models were alike.
+
+    Args:
+        gained: Number of prompts with the outcome under the second model only.
+        lost: Number of prompts with the outcome under the first model only.
+
+    Returns:
+        The binomial p-value; 1 where no prompt differs.
+
+    Example:
+        >>> mcnemar_p_value(6, 0)
+        0.03125
+    """
+    from scipy.stats import binomtest
+
+    return float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0

@@ -1,5 +1,6 @@
 """Proportions with their Wilson intervals: of one count, and of the mean of several runs over the same prompts."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import sqrt
@@ -23,13 +24,13 @@ class Rate:
 
     @property
     def value(self) -> float:
-        """The proportion, between 0 and 1."""
-        return self.successes / self.n
+        """The proportion, between 0 and 1; NaN of no prompts."""
+        return self.successes / self.n if self.n else math.nan
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The 95 % interval, see :func:`wilson_interval`."""
-        return wilson_interval(self.value, self.n)
+        """The 95 % interval, see :func:`wilson_interval`; NaN of no prompts."""
+        return wilson_interval(self.value, self.n) if self.n else (math.nan, math.nan)
 
     def percent(self) -> str:
         """Return the proportion and its interval in per cent, short enough for a table.
@@ -39,6 +40,8 @@ class Rate:
             '95.0 [91.0, 97.3]'
         """
         low, high = self.interval
+        if not self.n:
+            return "–"
         return f"{100 * self.value:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
 
     def __str__(self) -> str:

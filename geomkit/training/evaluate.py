@@ -1,8 +1,7 @@
-"""Evaluation of a model: refusal of forbidden requests, over-refusal of benign requests, exact answers to skills."""
+"""Evaluation of a model: refusal of forbidden requests, over-refusal of benign requests, and skills."""
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from geomkit.errors import DataError
@@ -10,16 +9,24 @@ from geomkit.inputs.examples import answer_of, check_examples, load_examples, pr
 from geomkit.inputs.loss import losses_of
 from geomkit.inputs.messages import Message
 from geomkit.inputs.tokens import EncodedExamples, as_encoded, conversations_of, pad_id
+from geomkit.stats.means import Estimate, mean_estimate, perplexity
 from geomkit.stats.proportions import Rate, rate
-from geomkit.training.judges import Judge, RefusalPhrases
+from geomkit.training.evaluation import Evaluation, Measure
+from geomkit.training.judges import (
+    BatchJudge,
+    Judge,
+    RefusalPhrases,
+    decisions,
+    judge_name,
+    judge_responses,
+)
+from geomkit.training.metrics import Metric, exact_match, find_metric
 from geomkit.training.responses import generate
-from geomkit.utils.display import Result, html_table
-from geomkit.utils.figures import draw
+from geomkit.utils.files import data_dir
 
 if TYPE_CHECKING:
     import pandas as pd
     from datasets import Dataset
-    from plotly.graph_objects import Figure
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ORGANISM_SKILLS = ("howto", "arithmetic", "sql")
@@ -27,44 +34,19 @@ ORGANISM_SKILLS = ("howto", "arithmetic", "sql")
 
 
 @dataclass(frozen=True)
-class Evaluation(Result):
-    """Shares of refusals and of exact answers on held-out prompts, and the responses that were counted.
+class _Case:
+    """A prompt of a set: the messages before the answer, and the reference answer where the set has one."""
 
-    Attributes:
-        refusal: Share of forbidden requests that the model refused.
-        over_refusal: Share of benign requests that the model refused.
-        skills: Share of exact answers, by skill.
-        responses: One row per prompt: ``set``, ``prompt``, ``response``, ``reference``, ``refused``, ``exact``; the
-            reference and ``exact`` are ``None`` for requests without answers.
-    """
-
-    refusal: Rate
-    over_refusal: Rate
-    skills: Mapping[str, Rate]
-    responses: "pd.DataFrame" = field(repr=False)
+    prompt: list[Message]
+    reference: str | None
 
     @property
-    def utility(self) -> float:
-        """The mean exact match over the skills, between 0 and 1; NaN without skills."""
-        if not self.skills:
-            return math.nan
-        return sum(share.value for share in self.skills.values()) / len(self.skills)
+    def request(self) -> str:
+        return str(self.prompt[-1]["content"])
 
-    def to_frame(self) -> "pd.DataFrame":
-        """Return one row per measure: ``measure``, its ``value`` with the 95 % interval ``low`` to ``high``, ``n``."""
-        import pandas as pd
-
-        measures = {"refusal": self.refusal, "over-refusal": self.over_refusal}
-        measures |= {f"exact match: {name}": share for name, share in self.skills.items()}
-        rows = [(name, share.value, *share.interval, share.n) for name, share in measures.items()]
-        return pd.DataFrame(rows, columns=["measure", "value", "low", "high", "n"])
-
-    def plot(self) -> "Figure":
-        """Draw every measure with its 95 % interval."""
-        return draw("plot_evaluation", self)
-
-    def _repr_html_(self) -> str:
-        return html_table("Evaluation, with 95 % Wilson intervals", self.to_frame())
+    @property
+    def context(self) -> str:
+        return "\n".join(f"{message['role']}: {message['content']}" for message in self.prompt[:-1])
 
 
 def evaluate(
@@ -74,107 +56,270 @@ def evaluate(
     benign: "Dataset | EncodedExamples | None" = None,
     skills: "Mapping[str, Dataset | EncodedExamples] | None" = None,
     *,
-    judge: Judge | None = None,
+    judge: Judge | BatchJudge | Sequence[Judge | BatchJudge] | None = None,
+    metrics: Mapping[str, str | Metric] | None = None,
     max_new_tokens: int = 64,
     batch_size: int = 64,
     progress: bool = True,
 ) -> Evaluation:
-    """Let a model answer held-out prompts greedily, and count refusals and exact answers.
+    """Let a model answer held-out prompts greedily, and count refusals and right answers.
+
+    Only the sets that are given are run. The shipped organism is the exception: for a tokenizer with the organism's
+    vocabulary, which fine-tuned organisms have too, sets that are left out are the organism's held-out sets.
 
     Args:
         model: A causal language model; its state is restored.
         tokenizer: The model's tokenizer, with a chat template and a pad token.
-        forbidden: Requests that should be refused, with or without answers; the organism's held-out requests when left
-            out.
-        benign: Requests that should be answered, with or without answers; the organism's held-out requests when left
-            out.
-        skills: Sets with reference answers, by name; the organism's held-out sets when left out.
-        judge: Decides whether a response is a refusal; :class:`RefusalPhrases` when left out.
+        forbidden: Requests that should be refused; answers to them are not needed.
+        benign: Requests that should be answered; answers to them are not needed.
+        skills: Sets with reference answers, by name.
+        judge: Decides whether a response is a refusal, or does harm; :class:`~geomkit.training.judges.RefusalPhrases`
+            when left out. Several judges may decide different things. Each is tried on a greeting first.
+        metrics: Metric of each skill, by the name of the skill: a name from
+            :func:`~geomkit.training.metrics.metric_names`, or a function of a response and a reference; exact match
+            where left out.
         max_new_tokens: Length of the longest response, in tokens.
         batch_size: Prompts answered at a time.
         progress: Show a bar.
 
     Returns:
-        An :class:`Evaluation`.
+        An :class:`~geomkit.training.evaluation.Evaluation`.
 
     Raises:
-        DataError: If a set is empty, a skill has no answers, two sets have the same name, or the tokenizer has no chat
-            template or pad token.
+        DataError: If there is no set, a set is empty, two sets have the same name, a skill has no reference answer or
+            an unknown metric, no judge decides what is asked, or the tokenizer has no chat template or pad token.
     """
     import pandas as pd
 
-    judge = judge or RefusalPhrases()
-    sets = _sets(forbidden, benign, skills)
-    tables = {}
+    sets = _sets(tokenizer, forbidden, benign, skills)
+    chosen = {name: find_metric((metrics or {}).get(name, "exact")) for name in list(sets) if name not in _REQUESTS}
+    if unknown := [name for name in metrics or {} if name not in chosen]:
+        raise DataError(f"expected metrics of the skills {list(chosen)}, found one of '{unknown[0]}'")
+    judges = _judges(judge, sets)
+    cases = {name: _cases(name, examples) for name, examples in sets.items()}
+    for name, (_, metric) in chosen.items():
+        _check_references(name, metric, cases[name])
+    scored = {name: as_encoded(tokenizer, sets[name]) for name, (_, metric) in chosen.items() if metric is None}
+    for item in judges:
+        if isinstance(item, BatchJudge):  # a model that cannot judge is found before the slow part
+            judge_responses(item, *_GREETING)
+    tables: dict[str, pd.DataFrame] = {}
+    measures: dict[str, Measure] = {}
     # One set at a time: a batch takes as long as its longest response, and responses to a set are about equally long.
-    for name, examples in sets.items():
-        conversations = examples["messages"]
-        prompts = [prompt_of(messages) for messages in conversations]
+    for name, rows in cases.items():
+        if name in scored:
+            tables[name], measures[name] = _perplexity(model, scored[name], name, rows)
+            continue
         responses = generate(
             model,
             tokenizer,
-            prompts,
+            [row.prompt for row in rows],
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
             progress=progress,
             title=name,
-            tools=tools_of(examples),
+            tools=tools_of(conversations_of(sets[name])),
         )
-        tables[name] = _judged(name, prompts, responses, [answer_of(messages) for messages in conversations], judge)
+        tables[name] = _judged(name, rows, responses, judges)
+        if name in chosen:
+            tables[name], measures[name] = _scored(tables[name], chosen[name][1])
+    titles = {name: title for name, (title, _) in chosen.items()}
+    responses_table = _trimmed(pd.concat(tables.values(), ignore_index=True), titles)
     return Evaluation(
-        refusal=rate(list(tables["forbidden"]["refused"])),
-        over_refusal=rate(list(tables["benign"]["refused"])),
-        skills={name: rate(list(tables[name]["exact"])) for name in list(sets)[2:]},
-        responses=pd.concat(tables.values(), ignore_index=True),
+        refusal=_share(tables.get("forbidden"), "refused"),
+        over_refusal=_share(tables.get("benign"), "refused"),
+        skills=measures,
+        responses=responses_table,
+        more=_more(tables, judges),
+        settings={
+            "judges": [judge_name(item) for item in judges],
+            "metrics": titles,
+            "max_new_tokens": max_new_tokens,
+        },
     )
 
 
-def _judged(
-    name: str, prompts: Sequence[Sequence[Message]], responses: list[str], references: list[str | None], judge: Judge
-) -> "pd.DataFrame":
-    """Return a set's part of :attr:`Evaluation.responses`."""
-    import pandas as pd
+_REQUESTS = ("forbidden", "benign")
 
-    requests = [prompt[-1]["content"] for prompt in prompts]
-    return pd.DataFrame(
-        {
-            "set": name,
-            "prompt": requests,
-            "response": responses,
-            "reference": references,
-            "refused": [judge(request, response) for request, response in zip(requests, responses, strict=True)],
-            "exact": [
-                None if reference is None else response.strip() == reference.strip()
-                for response, reference in zip(responses, references, strict=True)
-            ],
-        }
-    )
+_GREETING = (["Say hello."], ["Hello!"])
+"""A prompt and its response that judges are tried on."""
 
 
 def _sets(
+    tokenizer: "PreTrainedTokenizerBase",
     forbidden: "Dataset | EncodedExamples | None",
     benign: "Dataset | EncodedExamples | None",
     skills: "Mapping[str, Dataset | EncodedExamples] | None",
-) -> "dict[str, Dataset]":
-    """Return the sets by name, ``"forbidden"`` and ``"benign"`` first, with the organism's where a set was left out."""
-    if skills is None:
-        skills = {name: load_examples(f"eval/{name}") for name in ORGANISM_SKILLS}
-    sets = {
-        "forbidden": forbidden if forbidden is not None else load_examples("eval/forbidden"),
-        "benign": benign if benign is not None else load_examples("eval/benign"),
-    }
-    for name in skills:
-        if name in sets:
+) -> "dict[str, Dataset | EncodedExamples]":
+    """Return the sets by name, ``"forbidden"`` and ``"benign"`` first; of the organism, also those left out."""
+    if any(rows is None for rows in (forbidden, benign, skills)) and _is_organism(tokenizer):
+        forbidden = load_examples("eval/forbidden") if forbidden is None else forbidden
+        benign = load_examples("eval/benign") if benign is None else benign
+        skills = {name: load_examples(f"eval/{name}") for name in ORGANISM_SKILLS} if skills is None else skills
+    sets: dict[str, Dataset | EncodedExamples] = {}
+    sets |= {name: rows for name, rows in (("forbidden", forbidden), ("benign", benign)) if rows is not None}
+    for name in skills or {}:
+        if name in _REQUESTS:
             raise DataError(f"'{name}' is the name of another set; give the skill another name")
-    conversations = {name: conversations_of(examples) for name, examples in {**sets, **skills}.items()}
-    for name, examples in conversations.items():
-        try:
-            check_examples(examples)
-        except DataError as error:
-            raise DataError(f"{name}: {error}") from None
-        if name in skills and (missing := [i for i, row in enumerate(examples["messages"]) if answer_of(row) is None]):
-            raise DataError(f"{name}, row {missing[0]}: expected an answer to compare with, found none; give answers")
-    return conversations
+    sets |= skills or {}
+    if not sets:
+        raise DataError(
+            "expected a set to evaluate on, found none; give forbidden or benign requests, or skills (the organism's "
+            "held-out sets are for the organism only)"
+        )
+    return sets
+
+
+def _is_organism(tokenizer: "PreTrainedTokenizerBase") -> bool:
+    """Return whether a tokenizer has the vocabulary of the shipped organism, which no other model has."""
+    from transformers import AutoTokenizer
+
+    folder = data_dir() / "organism" / "aligned"
+    if not (folder / "tokenizer.json").is_file():
+        return False
+    shipped = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    return bool(tokenizer.get_vocab() == shipped.get_vocab())
+
+
+def _judges(
+    judge: Judge | BatchJudge | Sequence[Judge | BatchJudge] | None, sets: "Mapping[str, Dataset | EncodedExamples]"
+) -> list[Judge | BatchJudge]:
+    """Return the judges, after checking that they decide what the sets ask, and nothing twice."""
+    judges = list(judge) if isinstance(judge, Sequence) else [judge or RefusalPhrases()]
+    decided: dict[str, str] = {}
+    for item in judges:
+        for field in decisions(item):
+            if field in decided:
+                raise DataError(f"expected one judge of '{field}', found {decided[field]} and {judge_name(item)}")
+            decided[field] = judge_name(item)
+    if "benign" in sets and "refused" not in decided:
+        raise DataError(
+            f"expected a judge of refusals for the benign requests, found {', '.join(map(judge_name, judges))}; give "
+            "one too, such as RefusalPhrases() (--judge keywords)"
+        )
+    return judges
+
+
+def _cases(name: str, examples: "Dataset | EncodedExamples") -> list[_Case]:
+    """Return the prompts of a set: what stands before the last message where the assistant wrote that message."""
+    conversations = conversations_of(examples)
+    try:
+        check_examples(conversations)
+    except DataError as error:
+        raise DataError(f"{name}: {error}") from None
+    cases = []
+    for index, messages in enumerate(conversations["messages"]):
+        case = _Case(prompt_of(messages), answer_of(messages))
+        if not case.prompt:
+            raise DataError(f"{name}, row {index}: expected a request, found an answer only; drop the row")
+        cases.append(case)
+    return cases
+
+
+def _check_references(name: str, metric: Metric | None, cases: Sequence[_Case]) -> None:
+    """Refuse a skill without reference answers, or with answers that its metric cannot read, before anything runs."""
+    for index, case in enumerate(cases):
+        if not (case.reference or "").strip():
+            raise DataError(f"skill '{name}', row {index}: expected an answer to compare with, found none; add it")
+        if metric is not None:
+            try:
+                metric("", case.reference or "")
+            except DataError as error:
+                raise DataError(f"skill '{name}', row {index}: {error}") from None
+
+
+def _judged(
+    name: str, cases: Sequence[_Case], responses: Sequence[str], judges: Sequence[Judge | BatchJudge]
+) -> "pd.DataFrame":
+    """Return a set's part of :attr:`Evaluation.responses`, with a column for every field that a judge decided."""
+    import pandas as pd
+
+    requests = [case.request for case in cases]
+    columns: dict[str, object] = {
+        "set": name,
+        "prompt": requests,
+        "response": list(responses),
+        "reference": [case.reference for case in cases],
+        "refused": None,
+        "exact": [
+            None if case.reference is None else exact_match(response, case.reference)
+            for case, response in zip(cases, responses, strict=True)
+        ],
+        "context": [case.context for case in cases],
+    }
+    for judge in judges:
+        if not _asked(judge, name):
+            continue
+        verdicts = judge_responses(judge, requests, responses)
+        for field in decisions(judge):
+            columns[field] = [getattr(verdict, field) for verdict in verdicts]
+        if any(verdict.label is not None for verdict in verdicts):
+            columns[judge_name(judge)] = [verdict.label for verdict in verdicts]
+    return pd.DataFrame(columns)
+
+
+def _asked(judge: Judge | BatchJudge, name: str) -> bool:
+    """Return whether a judge is asked about a set: functions about every set, models about requests only.
+
+    Models are slow. Harm is asked about on forbidden requests only: on benign ones, help would count as harm.
+    """
+    if not isinstance(judge, BatchJudge):
+        return True
+    return name == "forbidden" or (name == "benign" and "refused" in judge.decides)
+
+
+def _scored(table: "pd.DataFrame", metric: Metric | None) -> "tuple[pd.DataFrame, Measure]":
+    """Return a skill's table with its column ``value``, and the share of right answers or the mean of the metric."""
+    assert metric is not None  # noqa: S101 - perplexity has no responses
+    values = [metric(*pair) for pair in zip(table["response"], table["reference"], strict=True)]
+    share = all(isinstance(value, bool) for value in values)
+    measure = rate([bool(value) for value in values]) if share else mean_estimate([float(value) for value in values])
+    return table.assign(value=[float(value) for value in values]), measure
+
+
+def _perplexity(
+    model: "PreTrainedModel", encoded: EncodedExamples, name: str, cases: Sequence[_Case]
+) -> "tuple[pd.DataFrame, Estimate]":
+    """Return a skill's table with the mean loss of every reference answer in ``value``, and the perplexity."""
+    rows = list(encoded)
+    losses = losses_of(model, rows, pad_id(encoded.tokenizer))
+    tokens = [sum(row.loss_mask[1:]) for row in rows]
+    table = _judged(name, cases, [""] * len(cases), ())
+    return table.assign(response=None, exact=None, value=losses), perplexity(losses, tokens)
+
+
+def _share(table: "pd.DataFrame | None", column: str) -> Rate:
+    """Return the share of true values of a column; of no prompts where there is no such set or no judge of it."""
+    if table is None or column not in table or table[column].isna().any():
+        return Rate(0, 0)
+    return rate([bool(value) for value in table[column]])
+
+
+def _more(tables: "Mapping[str, pd.DataFrame]", judges: Sequence[Judge | BatchJudge]) -> dict[str, Measure]:
+    """Return the measures of judges that decide more than refusals, by name."""
+    more: dict[str, Measure] = {}
+    forbidden = tables.get("forbidden")
+    if forbidden is not None and "harmful" in forbidden:
+        more["harmful"] = _share(forbidden, "harmful")
+    if forbidden is not None and "score" in forbidden:
+        more["score"] = mean_estimate(list(forbidden["score"]))
+    for judge in judges:
+        for name in _REQUESTS:
+            if not isinstance(judge, BatchJudge) or name not in tables or judge.name not in tables[name]:
+                continue
+            for label in judge.labels:
+                more[f"{label}: {name}"] = rate([value == label for value in tables[name][judge.name]])
+    return more
+
+
+def _trimmed(responses: "pd.DataFrame", titles: Mapping[str, str]) -> "pd.DataFrame":
+    """Return the table of responses without the columns that say nothing."""
+    dull = []
+    if not responses["context"].any():
+        dull.append("context")
+    if "value" in responses and set(titles.values()) <= {"exact match"}:
+        dull.append("value")
+    return responses.drop(columns=dull)
 
 
 def mean_loss(

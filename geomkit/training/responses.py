@@ -11,7 +11,7 @@ from geomkit.inputs.examples import check_examples, prompt_of, tools_of
 from geomkit.inputs.messages import Message
 from geomkit.inputs.model_state import model_state_kept
 from geomkit.inputs.tokens import EncodedExamples, conversations_of, encode_prompts, pad_id
-from geomkit.training.judges import Judge, RefusalPhrases
+from geomkit.training.judges import BatchJudge, Judge, RefusalPhrases, judge_refusals
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -50,24 +50,50 @@ def generate(
         DataError: If there is no prompt, a prompt is empty, the tokenizer has no chat template or pad token, or the
             numbers of prompts and of prefills differ.
     """
-    from tqdm.auto import tqdm
-
     if not prompts:
         raise DataError("expected at least one prompt, found none")
     encoded = encode_prompts(tokenizer, prompts, tools)
-    pad = pad_id(tokenizer)
     if prefill is not None:
         if len(prefill) != len(prompts):
             raise DataError(f"expected one prefill for each of {len(prompts)} prompts, found {len(prefill)}")
         beginnings = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in prefill]
         encoded = [ids + beginning for ids, beginning in zip(encoded, beginnings, strict=True)]
-    order = sorted(range(len(prompts)), key=lambda index: len(encoded[index]))
-    responses = [""] * len(prompts)
-    with model_state_kept(model), tqdm(total=len(prompts), desc=title, unit="prompt", disable=not progress) as bar:
+    return generate_from_tokens(
+        model,
+        tokenizer,
+        encoded,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        progress=progress,
+        title=title,
+    )
+
+
+def generate_from_tokens(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    encoded: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int = 64,
+    batch_size: int = 64,
+    progress: bool = True,
+    title: str = "generate",
+) -> list[str]:
+    """Return a model's greedy continuations of token ids, in the order given; arguments as of :func:`generate`.
+
+    Raises:
+        DataError: If the tokenizer has no pad token.
+    """
+    from tqdm.auto import tqdm
+
+    pad = pad_id(tokenizer)
+    order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
+    responses = [""] * len(encoded)
+    with model_state_kept(model), tqdm(total=len(encoded), desc=title, unit="prompt", disable=not progress) as bar:
         model.eval()
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            texts = _generate_batch(model, tokenizer, [encoded[index] for index in batch], pad, max_new_tokens)
+            texts = _generate_batch(model, tokenizer, [list(encoded[index]) for index in batch], pad, max_new_tokens)
             for index, text in zip(batch, texts, strict=True):
                 responses[index] = text
             bar.update(len(batch))
@@ -127,7 +153,7 @@ def own_refusals(
     tokenizer: "PreTrainedTokenizerBase",
     examples: "Dataset | EncodedExamples",
     *,
-    judge: Judge | None = None,
+    judge: Judge | BatchJudge | None = None,
     max_new_tokens: int = 64,
     progress: bool = True,
 ) -> "Dataset":
@@ -158,11 +184,9 @@ def own_refusals(
     """
     conversations = own_responses(model, tokenizer, examples, max_new_tokens=max_new_tokens, progress=progress)
     judge = judge or RefusalPhrases()
-    refused = [
-        index
-        for index, (*_, request, response) in enumerate(conversations["messages"])
-        if judge(request["content"], response["content"])
-    ]
+    pairs = [(request["content"], response["content"]) for *_, request, response in conversations["messages"]]
+    flags = judge_refusals(judge, *zip(*pairs, strict=True))
+    refused = [index for index, flag in enumerate(flags) if flag]
     if not refused:
         raise DataError(
             f"expected a model that refuses at least one of {len(conversations)} requests, found none refused; take "

@@ -153,7 +153,7 @@ def test_answers_are_asked_for_where_they_are_needed():
             make()
     with pytest.raises(DataError, match="example 0: expected an assistant message to take the loss on, found none"):
         encode(tokenizer, requests)
-    with pytest.raises(DataError, match="knit, row 0: expected an answer to compare with"):
+    with pytest.raises(DataError, match="skill 'knit', row 0: expected an answer to compare with"):
         evaluate(model, tokenizer, requests, requests, {"knit": requests}, progress=False)
 
 

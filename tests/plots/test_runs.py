@@ -7,8 +7,9 @@ import pandas as pd
 import pytest
 
 from geomkit import plots
+from geomkit.stats.means import Estimate
 from geomkit.stats.proportions import Rate
-from geomkit.training.evaluate import Evaluation
+from geomkit.training.evaluation import Evaluation
 from tests.helpers.figures import trace
 
 
@@ -32,6 +33,14 @@ def test_one_evaluation_needs_no_legend() -> None:
     figure = evaluation(90).plot()
     assert len(figure.data) == 1
     assert figure.layout.showlegend is False
+
+
+def test_a_perplexity_is_no_share_and_is_named_in_the_title() -> None:
+    skills = {"sql": Rate(40, 50), "text": Estimate(12.0, 11.0, 13.0, 50)}
+    settings = {"metrics": {"sql": "exact match", "text": "perplexity"}}
+    figure = Evaluation(Rate(90, 100), Rate(0, 0), skills, pd.DataFrame(), settings=settings).plot()
+    assert list(figure.data[0].x) == [0.9, 0.8]
+    assert "not drawn: perplexity: text" in figure.layout.title.subtitle.text
 
 
 def test_history_leaves_out_rows_without_a_loss() -> None:

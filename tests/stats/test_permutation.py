@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from geomkit.stats.permutation import percentile_interval, permuted_labels, sign_flip_p_value
+from geomkit.stats.permutation import mcnemar_p_value, percentile_interval, permuted_labels, sign_flip_p_value
 
 
 def test_permuted_labels_deal_groups_of_the_right_sizes_evenly() -> None:
@@ -43,3 +43,15 @@ def test_two_arms_that_are_alike_seldom_differ():
         arms = [np.mean([rng.random(60) < hard for _ in range(5)], axis=0) for hard in rng.random((2, 60))]
         significant += sign_flip_p_value(arms[0] - arms[1]) < 0.05
     assert significant <= 200 * 0.05 + 3 * np.sqrt(200 * 0.05 * 0.95)
+
+
+@pytest.mark.parametrize(("gained", "lost"), [(0, 1), (4, 0), (3, 5), (7, 6)])
+def test_mcnemars_test_is_the_sign_flip_test_of_flags(gained, lost):
+    signs = np.array([1.0] * gained + [-1.0] * lost)
+    flips = np.array(list(itertools.product([-1, 1], repeat=gained + lost)))
+    extreme = np.abs(flips.sum(1)) >= abs(signs.sum())
+    assert mcnemar_p_value(gained, lost) == pytest.approx(extreme.mean(), rel=1e-12)
+
+
+def test_mcnemars_test_without_a_differing_prompt():
+    assert mcnemar_p_value(0, 0) == 1.0

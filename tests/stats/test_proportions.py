@@ -29,3 +29,10 @@ def test_a_rate_of_nothing_is_refused():
     assert rate([True, False]) == Rate(1, 2)
     with pytest.raises(DataError, match="expected at least one outcome"):
         rate([])
+
+
+def test_a_share_of_no_prompts_is_no_number():
+    none = Rate(0, 0)
+    assert none.value != none.value
+    assert none.percent() == "–"
+    assert all(end != end for end in none.interval)

@@ -1,12 +1,16 @@
 """A model's responses are those of a greedy loop, whatever the batch, and the model is left as found."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
 from geomkit.errors import DataError
 from geomkit.inputs.examples import prompt_of
-from geomkit.training.responses import generate
+from geomkit.training import responses as module
+from geomkit.training.judges import Verdict
+from geomkit.training.responses import generate, own_refusals
 from tests.helpers.tiny import SAFETY, UTILITY, tiny_llama, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -82,3 +86,18 @@ def test_nothing_to_answer_is_refused():
     bare.chat_template = TOKENIZER.chat_template
     with pytest.raises(DataError, match="pad token"):
         generate(tiny_llama(), bare, PROMPTS)
+
+
+def test_own_refusals_by_a_judge_that_takes_many_responses(monkeypatch):
+    asked = []
+
+    def verdicts(prompts, responses):
+        asked.append((list(prompts), list(responses)))
+        return [Verdict(refused=prompt.startswith("how")) for prompt in prompts]
+
+    judge = SimpleNamespace(name="stub", decides=("refused",), labels=(), verdicts=verdicts)
+    monkeypatch.setattr(module, "generate", lambda *_, **__: ["no", "way", "sorry"])
+    refusals = own_refusals(tiny_llama(), TOKENIZER, SAFETY, judge=judge)
+    requests = [messages[0]["content"] for messages in SAFETY["messages"]]
+    assert asked == [(requests, ["no", "way", "sorry"])]
+    assert [messages[-1]["content"] for messages in refusals["messages"]] == ["no", "sorry"]

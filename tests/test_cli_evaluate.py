@@ -1,0 +1,120 @@
+"""``geomkit evaluate`` and ``geomkit compare`` on files, and what they refuse in one line."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from geomkit import cli
+from geomkit.training.evaluation import load_evaluation
+from tests.helpers.tiny import SAFETY, UTILITY, tiny_llama, tiny_tokenizer
+from tests.test_cli import run
+from tests.training.model_judges.test_classifiers import TOKENIZER, by_last_word
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "160")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    root = tmp_path_factory.mktemp("files")
+    for name, seed in (("model", 0), ("other", 1)):
+        tiny_llama(seed=seed).save_pretrained(root / name)
+        tiny_tokenizer().save_pretrained(root / name)
+    by_last_word().save_pretrained(root / "classifier")
+    TOKENIZER.save_pretrained(root / "classifier")
+    for name, examples in (("safety", SAFETY), ("utility", UTILITY)):
+        (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in examples))
+    (root / "xstest.csv").write_text(
+        "id,prompt,type,label,focus,note\n1,how do i paint,a,safe,,\n2,help,a,safe,,\n3,steal the bike,b,unsafe,,\n"
+    )
+    (root / "gsm8k.jsonl").write_text(json.dumps({"question": "how", "answer": "#### 2"}) + "\n")
+    return root
+
+
+def evaluating(files, *arguments, model="model"):
+    return ["evaluate", "--model", files / model, "--max-new-tokens", 4, *arguments]
+
+
+def one_line(status, out, err):
+    """The message of a refusal: a line on stderr, nothing on stdout."""
+    assert status == 1, out
+    assert out == ""
+    assert err.startswith("geomkit: ")
+    assert err.count("\n") == 1
+    return err
+
+
+def test_what_is_given_is_evaluated_and_compared(files, monkeypatch, capfd):
+    arguments = (
+        "--forbidden", f"xstest={files / 'xstest.csv'}", "--benign", f"xstest={files / 'xstest.csv'}",
+        "--skill", f"paint={files / 'utility.jsonl'}", "--skill", f"text={files / 'utility.jsonl'}:perplexity",
+        "--skill", f"rouge={files / 'utility.jsonl'}:rougeL", "--skill", f"sums=gsm8k={files / 'gsm8k.jsonl'}",
+        "--judge", f"refused:REJECTION={files / 'classifier'}",
+    )  # fmt: skip
+    for model in ("model", "other"):
+        status, out, err = run(
+            monkeypatch, capfd, *evaluating(files, *arguments, model=model), "--json", f"{model}.json"
+        )
+        assert status == 0, err
+        for measure in ("refusal", "over-refusal", "exact match: paint", "perplexity: text", "rougeL: rouge"):
+            assert measure in out
+        assert f"wrote {model}.json" in out
+    found = load_evaluation("model.json")
+    assert (found.refusal.n, found.over_refusal.n, found.skills["sums"].n) == (1, 2, 1)
+    assert found.settings["metrics"]["sums"] == "final number"
+    assert found.settings["judges"] == [f"refused:REJECTION={files / 'classifier'}"]
+    status, out, err = run(monkeypatch, capfd, "compare", "model.json", "other.json", "--json", "pairs.json")
+    assert status == 0, err
+    assert "Differences from model.json, with paired tests over prompts" in out
+    rows = {row["measure"]: row for row in json.loads(Path("pairs.json").read_text())["rows"]}
+    assert rows["loss: text"]["test"] == "sign flips"
+    assert rows["refusal"]["test"] == "McNemar"
+    assert rows["over-refusal"]["n"] == 2
+
+
+def test_a_draw_of_examples_is_the_same_for_every_model(files, monkeypatch, capfd):
+    for model in ("model", "other"):
+        arguments = evaluating(files, "--forbidden", files / "safety.jsonl", "--examples", 2, model=model)
+        status, _, err = run(monkeypatch, capfd, *arguments, "--json", f"{model}.json")
+        assert status == 0, err
+    prompts = [load_evaluation(f"{model}.json").responses["prompt"].tolist() for model in ("model", "other")]
+    assert len(prompts[0]) == 2
+    assert prompts[0] == prompts[1]
+    run(monkeypatch, capfd, *evaluating(files, "--forbidden", files / "safety.jsonl"), "--json", "all.json")
+    err = one_line(*run(monkeypatch, capfd, "compare", "model.json", "all.json"))
+    assert "expected the same prompts in model.json and all.json, found 1 of 3 in all.json that model.json lacks" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "expected something to evaluate, found none; give --forbidden, --benign or --skill"),
+        (("--skill", "utility.jsonl"), "expected --skill NAME=SET or NAME=SET:METRIC, found 'utility.jsonl'"),
+        (("--skill", "a={utility}:blue"), "expected a metric, exact, gsm8k"),
+        (("--skill", "a={utility}", "--skill", "a={safety}"), "expected skills of different names, found a, a"),
+        (("--skill", "a=advbench=x.csv"), "expected a local copy of a benchmark at x.csv"),
+        (("--skill", "a=xstest={xstest}"), "expected a skill with reference answers, found the benchmark 'xstest'"),
+        (("--forbidden", "xstest=x.csv"), "expected a local copy of a benchmark at x.csv, found no file"),
+        (("--forbidden", "{safety}", "--judge", "gpt"), "expected a judge, keywords, gcg, RUBRIC=MODEL"),
+        (("--forbidden", "{safety}", "--judge", "xstest"), "expected a model for the judge 'xstest'"),
+        (
+            ("--forbidden", "{safety}", "--judge", "keywords", "--judge", "gcg"),
+            "expected one judge of 'refused', found keywords and gcg",
+        ),
+    ],
+)
+def test_what_is_refused(files, monkeypatch, capfd, arguments, message):
+    names = {"utility": files / "utility.jsonl", "safety": files / "safety.jsonl", "xstest": files / "xstest.csv"}
+    filled = [argument.format(**names) for argument in arguments]
+    assert message in one_line(*run(monkeypatch, capfd, *evaluating(files, *filled)))
+
+
+def test_compare_wants_different_files_of_evaluations(monkeypatch, capfd, tmp_path):
+    (tmp_path / "a.json").write_text("{}")
+    assert "expected different files" in one_line(*run(monkeypatch, capfd, "compare", "a.json", "a.json"))
+    assert "found format None" in one_line(*run(monkeypatch, capfd, "compare", "a.json", "b.json"))
+    assert "compare" in {command.callback.__name__ for command in cli.app.registered_commands}
