@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 from geomkit.errors import DataError
 from geomkit.inputs.examples import Message, check_examples, load_examples, prompt_of, response_of
+from geomkit.inputs.fits import encoded_for
 from geomkit.inputs.loss import losses_of
-from geomkit.inputs.tokens import EncodedExamples, as_encoded, conversations_of, pad_id
+from geomkit.inputs.tokens import EncodedExamples, conversations_of
 from geomkit.stats.proportions import Rate, rate
 from geomkit.training.judges import Judge, RefusalPhrases
 from geomkit.training.responses import generate
@@ -191,5 +192,6 @@ def mean_loss(
     Raises:
         DataError: If the examples cannot be encoded.
     """
-    losses = losses_of(model, as_encoded(tokenizer, examples), pad_id(tokenizer), batch_size=batch_size)
+    rows, pad = encoded_for(model, tokenizer, examples)
+    losses = losses_of(model, rows, pad, batch_size=batch_size)
     return sum(losses) / len(losses)
