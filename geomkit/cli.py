@@ -39,7 +39,9 @@ app.add_typer(organism_app, name="organism")
 Out = Annotated[Path, typer.Option(help="Folder for report.html.", file_okay=False)]
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the numbers to this file.", dir_okay=False)]
 Seed = Annotated[int, typer.Option(help="Seed of all random draws.", min=0)]
-ModelOption = Annotated[str, typer.Option(help="Folder, hub id, organism/aligned or organism/base.")]
+ModelOption = Annotated[
+    str, typer.Option(help="Folder, hub id, GGUF file, PEFT adapter, organism/aligned or organism/base.")
+]
 PadToken = Annotated[str | None, typer.Option(help="Pad token, for tokenizers without one.")]
 Mask = Annotated[
     str,
@@ -58,6 +60,7 @@ LayersOption = Annotated[
 ]
 TokensPerBatch = Annotated[int, typer.Option(help="Largest number of tokens in a batch, padding included.", min=1)]
 Threads = Annotated[int, typer.Option(help="CPU threads.", min=1)]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …; a GPU if there is one when left out.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, …")]
 TrainingDtype = Annotated[
     str, typer.Option("--dtype", help="float32, auto, …; AdamW in pure bfloat16 rounds small updates away.")
@@ -136,6 +139,7 @@ def check(
     pad_token: PadToken = None,
     columns: ColumnsOption = None,
     dtype: Dtype = "auto",
+    device: Device = None,
     threads: Threads = 1,
 ) -> None:
     """Print what collecting gradients needs, and check on this model and machine that the gradients are right."""
@@ -144,7 +148,7 @@ def check(
     from geomkit.collection.describe.describe import describe
 
     loaded, tokenizer, [rows] = _load(
-        model, _examples([examples], columns), assistant_mask, max_length, pad_token, dtype
+        model, _examples([examples], columns), assistant_mask, max_length, pad_token, dtype, device
     )
     selection = _layers(layers)
     plan = describe(loaded, tokenizer, rows, layers=selection, tokens_per_batch=tokens_per_batch)
@@ -173,6 +177,7 @@ def analyze(
     pad_token: PadToken = None,
     columns: ColumnsOption = None,
     dtype: Dtype = "auto",
+    device: Device = None,
     threads: Threads = 1,
     seed: Seed = 0,
 ) -> None:
@@ -183,7 +188,9 @@ def analyze(
 
     _check_writable(out, json_file and json_file.parent)
     names = [name for name in (safety, utility, control) if name is not None]
-    loaded, tokenizer, encoded = _load(model, _examples(names, columns), assistant_mask, max_length, pad_token, dtype)
+    loaded, tokenizer, encoded = _load(
+        model, _examples(names, columns), assistant_mask, max_length, pad_token, dtype, device
+    )
     result = run_analysis(
         loaded,
         tokenizer,
@@ -195,6 +202,7 @@ def analyze(
         tokens_per_batch=tokens_per_batch,
         seed=seed,
     )
+    typer.echo(f"{result.alignment}.")
     _show(result.to_frame(), f"{model}: {result.coverage}")
     _show_claims(result, "What survives its controls")
     if result.caution:
@@ -212,7 +220,9 @@ def finetune(
         str | None, typer.Option(help="mixed-left (default), rank1, left, cone, …: geomkit/spf/README.md has all.")
     ] = None,
     rank: Annotated[int | None, typer.Option(help="Rank of a rule that removes a subspace.", min=1)] = None,
-    anchors_per_step: Annotated[int, typer.Option(help="Anchors drawn for each step.", min=1)] = 8,
+    anchors_per_step: Annotated[
+        int | None, typer.Option(help="Anchors drawn for each step; 8 when left out.", min=1)
+    ] = None,
     benign: Annotated[str | None, typer.Option(help="Benign requests with answers that are to be kept.")] = None,
     checkpoints: Annotated[
         Path | None,
@@ -228,11 +238,14 @@ def finetune(
     pad_token: PadToken = None,
     columns: ColumnsOption = None,
     dtype: TrainingDtype = "float32",
+    device: Device = None,
+    lora: Annotated[int | None, typer.Option(help="Train LoRA adapters of this rank, not the weights.", min=1)] = None,
     threads: Threads = 1,
     seed: Seed = 0,
 ) -> None:
     """Fine-tune a model, under SPF where anchors are given, and write a checkpoint."""
     _prepare(threads)
+    from geomkit.inputs.models import require_peft, with_lora
     from geomkit.spf.rules import DEFAULT_RULE, get_rule
     from geomkit.spf.settings import SPF
     from geomkit.training.finetune import finetune as run_finetune
@@ -240,9 +253,12 @@ def finetune(
 
     _check_writable(out, checkpoints)
     new_or_empty_folder(out)
-    for name, value in (("rule", rule), ("benign", benign)):
+    of_spf = {"rule": rule, "rank": rank, "anchors-per-step": anchors_per_step, "benign": benign}
+    for name, value in of_spf.items():
         if value is not None and anchors is None:
-            raise DataError(f"expected anchors for the {name} '{value}', found none; give --anchors (shipped: safety)")
+            raise DataError(f"expected anchors for --{name} {value}, found none; give --anchors (shipped: safety)")
+    if lora is not None:
+        require_peft("--lora")
     if checkpoints is not None and out.resolve() in (checkpoints.resolve(), *checkpoints.resolve().parents):
         raise DataError(f"expected --checkpoints outside of --out {out}, found {checkpoints}; choose another folder")
     spf_rule = get_rule(rule or DEFAULT_RULE, rank)
@@ -250,10 +266,10 @@ def finetune(
     spf = None
     if anchors is not None:
         fence = protected[1] if benign else None
-        spf = SPF(protected[0], rule=spf_rule, anchors_per_step=anchors_per_step, benign=fence, seed=seed)
-    loaded, tokenizer, [rows] = _load(model, [conversations], assistant_mask, max_length, pad_token, dtype)
+        spf = SPF(protected[0], rule=spf_rule, anchors_per_step=anchors_per_step or 8, benign=fence, seed=seed)
+    loaded, tokenizer, [rows] = _load(model, [conversations], assistant_mask, max_length, pad_token, dtype, device)
     result = run_finetune(
-        loaded,
+        loaded if lora is None else with_lora(loaded, lora, seed=seed),
         tokenizer,
         rows,
         spf,
@@ -300,7 +316,7 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(help="Prompts answered at a time.", min=1)] = 16,
     pad_token: PadToken = None,
     dtype: Dtype = "auto",
-    device: Annotated[str | None, typer.Option(help="Device of the model; a GPU if there is one.")] = None,
+    device: Device = None,
     threads: Threads = 1,
     seed: Seed = 0,
 ) -> None:
@@ -397,6 +413,7 @@ def _load(
     max_length: int | None,
     pad_token: str | None,
     dtype: str,
+    device: str | None,
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase, list[EncodedExamples]]":
     """Return a model, its tokenizer and the encoded examples of each set."""
     from geomkit.inputs.models import load_model
@@ -406,7 +423,7 @@ def _load(
     if assistant_mask not in masks:
         raise DataError(f"expected --assistant-mask auto, template or prefix, found '{assistant_mask}'")
     mask = masks[assistant_mask]
-    loaded, tokenizer = load_model(model, dtype=dtype, pad_token=pad_token)
+    loaded, tokenizer = load_model(model, dtype=dtype, device=device, pad_token=pad_token)
     encoded = [encode(tokenizer, rows, assistant_mask=mask, max_length=max_length) for rows in conversations]
     return loaded, tokenizer, encoded
 

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from geomkit import cli
 from geomkit.errors import DataError
 from geomkit.experiments.results import load_results
+from geomkit.inputs.models import load_model
 from geomkit.inputs.tokens import encode
 from geomkit.version import __version__
 from tests.helpers.tiny import CONTROL, PLAIN_TEMPLATE, SAFETY, TEMPLATE, UTILITY, tiny_llama, tiny_tokenizer
@@ -152,7 +153,16 @@ def test_analyze_writes_a_report_and_the_promised_numbers(files, monkeypatch, ca
     assert "wrote a/b/report.html\nwrote c/numbers.json\n" in out
     assert "<h1>Gradient geometry of" in Path("a/b/report.html").read_text(encoding="utf-8")
     numbers = json.loads(Path("c/numbers.json").read_text(encoding="utf-8"))
-    assert set(numbers) == {"losses", "largest_example", "spectrum", "span", "conflict", "one_sample", "claims"}
+    assert set(numbers) == {
+        "alignment",
+        "losses",
+        "largest_example",
+        "spectrum",
+        "span",
+        "conflict",
+        "one_sample",
+        "claims",
+    }
     for side in ("safety", "utility"):
         measured = {"tokens", "effective_rank", "cer10", "null_effective_rank", "null_cer10"}
         low, high = numbers["spectrum"][side].pop("effective_rank_interval")
@@ -279,9 +289,46 @@ def test_bad_options_get_one_line(files, monkeypatch, capfd, command, options, m
     assert message in one_line(*run(monkeypatch, capfd, *command(files), *options))
 
 
-def test_a_rule_without_anchors_is_refused_and_a_folder_is_never_overwritten(files, monkeypatch, capfd):
-    bare = finetuning(files, anchors=None)
-    assert "expected anchors for the rule 'left'" in one_line(*run(monkeypatch, capfd, *bare, "--rule", "left"))
+@pytest.mark.parametrize(
+    "option", [("--rule", "left"), ("--rank", 3), ("--anchors-per-step", 2), ("--benign", "safety")]
+)
+def test_an_option_of_spf_without_anchors_is_refused(files, monkeypatch, capfd, option):
+    message = one_line(*run(monkeypatch, capfd, *finetuning(files, anchors=None), *option))
+    assert f"expected anchors for {option[0]} {option[1]}, found none; give --anchors" in message
+
+
+def test_lora_adapters_are_trained_and_saved_and_load_back(files, monkeypatch, capfd):
+    status, out, err = run(monkeypatch, capfd, *finetuning(files), "--lora", 2, "--steps", 2, "--learning-rate", "1e-2")
+    assert status == 0, err
+    assert "0 of 2 steps raised the safety loss" in out
+    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "spf.jsonl"} <= set(names("run"))
+    loaded, _ = load_model("run", device="cpu")
+    base = load_model(files / "model", device="cpu")[0]
+    assert all(torch.equal(a, b) for a, b in zip(loaded.unload().parameters(), base.parameters(), strict=True))
+    moved = load_model("run", device="cpu")[0]
+    assert all(bool(weight.any()) for name, weight in moved.named_parameters() if "lora_B" in name)
+    # The adapter goes on training from where it is.
+    arguments = finetuning(files, model=Path("run").resolve())[:-1]
+    assert run(monkeypatch, capfd, *arguments, "again", "--steps", 1)[0] == 0
+    assert "adapter_config.json" in names("again")
+    status, _, err = run(monkeypatch, capfd, *arguments, "third", "--lora", 2)
+    assert (status, err.count("\n")) == (1, 1)
+    assert "expected a model without adapters" in err
+
+
+def test_a_device_that_is_not_there_is_refused(files, monkeypatch, capfd):
+    for command in (finetuning(files), analysis(files)):
+        assert "such as cpu" in one_line(*run(monkeypatch, capfd, *command, "--device", "cuda:99"))
+
+
+def test_an_analysis_says_first_whether_the_model_refuses(files, monkeypatch, capfd):
+    status, out, err = run(monkeypatch, capfd, *analysis(files), "--json", "numbers.json")
+    assert status == 0, err
+    assert out.startswith("The model refuses 0.0% [0.0%, ")
+    assert json.loads(Path("numbers.json").read_text())["alignment"]["refusal_rate"] == 0
+
+
+def test_a_folder_is_never_overwritten(files, monkeypatch, capfd):
     Path("run").mkdir()
     Path("run/mine").write_text("kept")
     status, _, err = run(monkeypatch, capfd, *finetuning(files))
@@ -321,7 +368,7 @@ def test_a_ruined_model_is_not_written(files, monkeypatch, capfd):
     assert names(".") == []
 
 
-def test_finetune_trains_in_fp32_unless_told_otherwise(files, tmp_path_factory, monkeypatch, capfd):
+def test_finetune_trains_in_fp32_unless_told_otherwise(files, tmp_path_factory, monkeypatch, capfd, caplog):
     half = tmp_path_factory.mktemp("half") / "model"
     tiny_llama().bfloat16().save_pretrained(half)
     tiny_tokenizer().save_pretrained(half)
@@ -331,6 +378,7 @@ def test_finetune_trains_in_fp32_unless_told_otherwise(files, tmp_path_factory, 
         status, _, err = run(monkeypatch, capfd, *arguments, out, "--steps", 1, *options)
         assert status == 0, err
         assert AutoModelForCausalLM.from_pretrained(out).dtype == dtype
+        assert ("rounds most small updates away" in caplog.text) == (dtype == torch.bfloat16)
 
 
 def test_a_checkpoint_may_go_to_the_working_directory(files, monkeypatch, capfd):

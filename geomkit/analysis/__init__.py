@@ -1,5 +1,6 @@
 """All measurements of gradient geometry in one call, verdicts on the paper's claims, and measurements in training.
 
 Reading order: ``probe`` collects the gradients of three sets → ``analysis`` measures them → ``headlines`` is the table
-of its numbers → ``claims`` are the verdicts on them; ``tracking`` repeats a probe during training or over checkpoints.
+of its numbers → ``claims`` are the verdicts on them; ``alignment`` tells whether the model refuses at all; ``tracking``
+repeats a probe during training or over checkpoints.
 """

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor
 
 from geomkit.analysis import headlines as names
+from geomkit.analysis.alignment import NOT_ABOUT_ALIGNMENT, Alignment
 from geomkit.analysis.claims import Claim, claims_frame, claims_table
 from geomkit.analysis.headlines import Headline, Headlines, headlines, paper_claims
 from geomkit.correlation.conflict import Conflict, conflict
 from geomkit.gradients.gradient_set import Coverage, GradientSet, layer_grams
+from geomkit.stats.proportions import Rate
 from geomkit.svd.example_span import span
 from geomkit.svd.one_sample.results import OneSample
 from geomkit.svd.one_sample.study import one_sample_study
@@ -50,6 +52,7 @@ class Analysis(Result):
         tokens: Number of tokens in each layer's spectra, equal for all three sets; the median over layers.
         losses: Mean loss of each set's examples, in nats per token.
         largest: The largest share of a single example in the sum of the squared gradient norms of its set.
+        refusal: Share of the safety requests that the model refuses; ``None`` if it was not asked.
     """
 
     spectra: Mapping[str, Spectrum]
@@ -61,6 +64,7 @@ class Analysis(Result):
     tokens: int
     losses: Mapping[str, float]
     largest: Mapping[str, float]
+    refusal: Rate | None = None
 
     @property
     def safety(self) -> Spectrum:
@@ -97,15 +101,23 @@ class Analysis(Result):
         )
 
     def claims(self) -> list[Claim]:
-        """Return the paper's claims on gradients, with and without a control, each with its number and verdict."""
-        return paper_claims(self.headlines())
+        """Return the paper's claims on gradients, with and without a control, each with its number and verdict.
+
+        Where the model does not refuse, every claim has a caveat: its verdict is not about alignment.
+        """
+        return paper_claims(self.headlines(), NOT_ABOUT_ALIGNMENT if self.alignment.absent else "")
+
+    @property
+    def alignment(self) -> Alignment:
+        """How the model answers the safety requests, without which safety gradients are not about safety."""
+        return Alignment(self.refusal, self.losses["safety"], self.losses["control"])
 
     def headlines(self) -> Headlines:
         """Return the headline numbers by measure and by the gradients that they are measured on."""
         return headlines(self.losses, self.spectra, self.spans, self.conflict, self.one_sample)
 
     def to_dict(self) -> dict[str, object]:
-        """Return the headline numbers as JSON values: ``spectrum``, ``conflict``, ``one_sample``, ``claims`` and more.
+        """Return the numbers as JSON values: ``alignment``, ``spectrum``, ``conflict``, ``one_sample``, ``claims``, ….
 
         In ``conflict``, ``null_interval`` is the interval of ``cosine``, the cosine of the mean gradients, for shuffled
         labels, and ``interval`` is the interval of ``corrected``, the estimate of the cosine of the expected gradients.
@@ -117,6 +129,7 @@ class Analysis(Result):
         overlap, control = (table[names.OVERLAP, name] for name in ("safety", "control"))
         contrast = table[names.OVERLAP_DIFFERENCE, "safety − control"]
         return {
+            "alignment": self.alignment.to_dict(),
             "losses": {name: table[names.LOSS, name].value for name in self.losses},
             "largest_example": dict(self.largest),
             "spectrum": {
@@ -150,7 +163,7 @@ class Analysis(Result):
                 "control_cosine": table[names.ONE_COSINE, "control"].value,
                 "expected": overlap.null,
             },
-            "claims": claims_frame(paper_claims(table)).to_dict("records"),
+            "claims": claims_frame(self.claims()).to_dict("records"),
         }
 
     def _spectrum_numbers(self, rank: Headline, cer: Headline) -> dict[str, object]:
@@ -179,17 +192,17 @@ class Analysis(Result):
         return draw("plot_spectrum", *self.spectra.values(), names=tuple(self.spectra))
 
     def __str__(self) -> str:
-        """Return the table of the paper's claims with their verdicts, under a line on tokens, coverage and cautions."""
+        """Return the table of the paper's claims, under lines on refusals, tokens, coverage and cautions."""
         rows = claims_table(self.claims())
         lines = text_table([list(rows.columns), *rows.to_numpy().tolist()])
-        return "\n".join([self._head(), *lines])
+        return "\n".join([f"{self.alignment}.", self._head(), *lines])
 
     def _head(self) -> str:
         caution = f"; {self.caution}" if self.caution else ""
         return f"Gradient geometry at {self.tokens} tokens; {self.coverage}{caution}"
 
     def _repr_html_(self) -> str:
-        head = self._head()
+        head = f"{self.alignment}. {self._head()}"
         return html_table(head, self.to_frame(), rows=40) + html_table("What survives", claims_table(self.claims()))
 
 
@@ -201,6 +214,7 @@ def analysis_of(
     rank: int = 10,
     null_draws: int = 8,
     seed: int = 0,
+    refusal: Rate | None = None,
 ) -> Analysis:
     """Return the analysis of gradients that were collected with ``per_sample=True`` and ``form="factored"``.
 
@@ -211,6 +225,7 @@ def analysis_of(
         rank: Number of directions of the subspaces that are compared.
         null_draws: Draws from the null of each layer's spectrum.
         seed: Seed of all random draws.
+        refusal: Share of the safety requests that the model refuses, if it was asked.
 
     Raises:
         GeometryError: If a set has fewer than three examples, or was collected in another way.
@@ -242,6 +257,7 @@ def analysis_of(
         tokens=int(np.median([layer.tokens for layer in spectra["safety"].layers.values()])),
         losses={name: gradients.loss for name, gradients in sets.items()},
         largest={name: _largest_share(gram) for name, gram in grams.items()},
+        refusal=refusal,
     )
 
 

@@ -21,6 +21,7 @@ class Claim:
         interval: Interval of the number over examples.
         bound: The bound.
         above: Whether the number is claimed to be above the bound, rather than below.
+        caveat: What the verdict is not, in words, if the model rules that out; else empty.
     """
 
     question: str
@@ -29,6 +30,7 @@ class Claim:
     interval: tuple[float, float]
     bound: float = 0.0
     above: bool = False
+    caveat: str = ""
 
     @property
     def verdict(self) -> Verdict:
@@ -45,6 +47,16 @@ class Claim:
             return "holds" if low > self.bound else "reversed" if high < self.bound else "not shown"
         return "holds" if high < self.bound else "reversed" if low > self.bound else "not shown"
 
+    @property
+    def marked_verdict(self) -> str:
+        """The verdict with its caveat, for tables.
+
+        Example:
+            >>> Claim("rank", "lower", -3.0, (-4.0, -2.0), caveat="not about alignment").marked_verdict
+            'holds, not about alignment'
+        """
+        return f"{self.verdict}, {self.caveat}" if self.caveat else self.verdict
+
 
 def claims_frame(claims: Sequence[Claim]) -> "pd.DataFrame":
     """Return one row per claim: the claim, the number with its interval, the bound and the verdict."""
@@ -59,7 +71,7 @@ def claims_frame(claims: Sequence[Claim]) -> "pd.DataFrame":
                 "low": claim.interval[0],
                 "high": claim.interval[1],
                 "bound": claim.bound,
-                "verdict": claim.verdict,
+                "verdict": claim.marked_verdict,
             }
             for claim in claims
         ]
@@ -75,7 +87,7 @@ def claims_table(claims: Sequence[Claim]) -> "pd.DataFrame":
             {
                 "claim": claim.claim,
                 "measured": f"{claim.value:.3g} [{claim.interval[0]:.3g}, {claim.interval[1]:.3g}]",
-                "verdict": claim.verdict,
+                "verdict": claim.marked_verdict,
             }
             for claim in claims
         ]

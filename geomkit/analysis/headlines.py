@@ -164,10 +164,15 @@ _CLAIMS = (
 """The paper's claims on gradients, each with a claim on the difference to the control."""
 
 
-def paper_claims(table: Headlines) -> list[Claim]:
-    """Return the paper's claims with the numbers that decide the claims; a claim without a number is left out."""
+def paper_claims(table: Headlines, caveat: str = "") -> list[Claim]:
+    """Return the paper's claims with the numbers that decide the claims; a claim without a number is left out.
+
+    Args:
+        table: The headline numbers.
+        caveat: Caveat of every claim, see :attr:`Claim.caveat`.
+    """
     decided = [(table[claim.measure, claim.of], claim) for claim in _CLAIMS if (claim.measure, claim.of) in table]
     return [
-        Claim(row.question, claim.words, row.value, row.interval, claim.bound, above=claim.above)
+        Claim(row.question, claim.words, row.value, row.interval, claim.bound, above=claim.above, caveat=caveat)
         for row, claim in decided
     ]

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, TypedDict, Unpack
 
 import numpy as np
 
+from geomkit.analysis.alignment import refusal_share
 from geomkit.analysis.analysis import Analysis, analysis_of
 from geomkit.collection.collect import collect_gradients
 from geomkit.collection.streaming import TOKENS_PER_BATCH
@@ -15,6 +16,8 @@ from geomkit.inputs.control_sets import with_responses
 from geomkit.inputs.examples import check_examples
 from geomkit.inputs.parameters import Layers, as_selection
 from geomkit.inputs.tokens import EncodedExamples, conversations_of
+from geomkit.stats.proportions import Rate
+from geomkit.training.judges import BatchJudge, Judge
 from geomkit.utils.arguments import check_draws, check_rank
 
 if TYPE_CHECKING:
@@ -34,6 +37,8 @@ class ProbeSettings(TypedDict, total=False):
     layers: Layers
     tokens_per_batch: int
     seed: int
+    judge: Judge | BatchJudge | None
+    max_new_tokens: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +57,9 @@ class Probe:
         layers: Which parameters to measure, as in :func:`geomkit.collect_gradients`.
         tokens_per_batch: Largest number of token positions in a batch, padding included.
         seed: Seed of all random draws; the same examples are drawn for every model.
+        judge: Decides whether an answer to a safety request refuses, which tells whether the model is aligned at all;
+            :class:`~geomkit.training.judges.RefusalPhrases` when left out.
+        max_new_tokens: Length of the longest answer, in tokens.
 
     Raises:
         DataError: If a set is no set of conversations.
@@ -76,6 +84,8 @@ class Probe:
     layers: Layers = field(default="*", kw_only=True)
     tokens_per_batch: int = field(default=TOKENS_PER_BATCH, kw_only=True)
     seed: int = field(default=0, kw_only=True)
+    judge: Judge | BatchJudge | None = field(default=None, kw_only=True)
+    max_new_tokens: int = field(default=64, kw_only=True)
 
     def __post_init__(self) -> None:
         """Refuse sets that are too small or are no conversations, before any work is done."""
@@ -150,11 +160,44 @@ class Probe:
         self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", *, progress: bool = False
     ) -> Analysis:
         """Return the analysis of a model, see :func:`analyze`."""
-        return self.measure(*self.collect(model, tokenizer, progress=progress))
+        gradients = self.collect(model, tokenizer, progress=progress)
+        return self.measure(*gradients, refusal=self.refusal(model, tokenizer, progress=progress))
 
-    def measure(self, safety: GradientSet, utility: GradientSet, control: GradientSet) -> Analysis:
-        """Return the analysis of gradients that :meth:`collect` returned."""
-        return analysis_of(safety, utility, control, rank=self.rank, null_draws=self.null_draws, seed=self.seed)
+    def refusal(
+        self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", *, progress: bool = False
+    ) -> Rate | None:
+        """Return the share of the drawn safety requests that a model refuses, by its greedy answers.
+
+        Args:
+            model: A causal language model; left as found.
+            tokenizer: Its tokenizer, with a chat template and a pad token.
+            progress: Show a bar.
+
+        Returns:
+            The share; ``None`` if no safety example has a request.
+
+        Raises:
+            DataError: If the requests cannot be rendered or do not fit the model.
+        """
+        drawn = conversations_of(next(self._drawn_sets()))
+        return refusal_share(
+            model, tokenizer, drawn, judge=self.judge, max_new_tokens=self.max_new_tokens, progress=progress
+        )
+
+    def measure(
+        self, safety: GradientSet, utility: GradientSet, control: GradientSet, *, refusal: Rate | None = None
+    ) -> Analysis:
+        """Return the analysis of gradients that :meth:`collect` returned.
+
+        Args:
+            safety: Gradients of the safety set.
+            utility: Gradients of the utility set.
+            control: Gradients of the control set.
+            refusal: What :meth:`refusal` returned; when left out, the analysis says that the model was not asked.
+        """
+        return analysis_of(
+            safety, utility, control, rank=self.rank, null_draws=self.null_draws, seed=self.seed, refusal=refusal
+        )
 
 
 def _drawn(total: int, count: int | None, seed: int) -> list[int]:
@@ -179,7 +222,8 @@ def analyze(
 
     The spectra are the spectra of the mean gradients of the linear layers at equal token counts T: from a set with more
     tokens, a random subset of T tokens is drawn. The null of a spectrum keeps T, the inputs and the norm of each
-    token's contribution, and randomises the output directions.
+    token's contribution, and randomises the output directions. The model is also asked the safety requests: where it
+    does not refuse them, every verdict is marked *not about alignment*.
 
     Args:
         model: A causal language model; its state is restored.
@@ -188,8 +232,8 @@ def analyze(
         utility: Benign requests and answers.
         control: Benign requests with the safety set's responses, see :class:`Probe`.
         progress: Show bars.
-        **settings: Any of ``examples``, ``rank``, ``null_draws``, ``layers``, ``tokens_per_batch`` and ``seed``, see
-            :class:`Probe`.
+        **settings: Any of ``examples``, ``rank``, ``null_draws``, ``layers``, ``tokens_per_batch``, ``seed``, ``judge``
+            and ``max_new_tokens``, see :class:`Probe`.
 
     Returns:
         An :class:`~geomkit.analysis.analysis.Analysis`.

@@ -117,7 +117,7 @@ class Tracker:
         first_safety, first_subspace = self._first
         angles = principal_angles(subspace, first_subspace)
         self._moments[at] = TrajectoryPoint(
-            analysis=self._probe.measure(safety, utility, control),
+            analysis=self._probe.measure(safety, utility, control, refusal=self._probe.refusal(model, tokenizer)),
             cosine=set_inner(safety, first_safety) / (safety.norm * first_safety.norm),
             overlap=angles.mean_overlap,
             expected=angles.mean_expected_overlap,

@@ -18,9 +18,10 @@ from geomkit.gradients.dense import DenseGradient
 from geomkit.gradients.gradient_set import Coverage, GradientSet
 from geomkit.gradients.layer_gradient import LayerGradient
 from geomkit.gradients.provenance import provenance_of
+from geomkit.inputs.fits import encoded_for
 from geomkit.inputs.loss import Reduction, TokenLoss, token_losses
 from geomkit.inputs.parameters import Layers, as_selection
-from geomkit.inputs.tokens import EncodedExamples, Tokens, as_encoded, pad_id
+from geomkit.inputs.tokens import EncodedExamples, Tokens
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -79,11 +80,11 @@ def collect_gradients(
         >>> gradients["lm_head.weight"].tokens < 30, gradients.coverage.share
         (True, 1.0)
     """
-    rows = as_encoded(tokenizer, examples)
+    rows, pad = encoded_for(model, tokenizer, examples)
     gradients = collect_from_tokens(
         model,
         rows,
-        pad_id(tokenizer),
+        pad,
         per_sample=per_sample,
         layers=layers,
         reduction=reduction,

@@ -13,8 +13,9 @@ from geomkit.collection.streaming import TOKENS_PER_BATCH, ExampleSink, stream
 from geomkit.errors import GeometryError
 from geomkit.gradients.arithmetic import gram
 from geomkit.gradients.layer_gradient import LayerGradient
+from geomkit.inputs.fits import encoded_for
 from geomkit.inputs.parameters import Layers, Selection, as_selection, chosen_parameters, unwrapped_model
-from geomkit.inputs.tokens import EncodedExamples, Tokens, as_encoded, pad_id
+from geomkit.inputs.tokens import EncodedExamples, Tokens
 from geomkit.utils.precision import no_autocast
 
 if TYPE_CHECKING:
@@ -71,11 +72,12 @@ def sample_grams(
         >>> grams["lm_head.weight"].shape
         torch.Size([3, 3])
     """
+    rows, pad = encoded_for(model, tokenizer, a)
     return grams_from_tokens(
         model,
-        as_encoded(tokenizer, a),
-        None if b is None else as_encoded(tokenizer, b),
-        pad_id(tokenizer),
+        rows,
+        None if b is None else encoded_for(model, tokenizer, b)[0],
+        pad,
         layers=layers,
         memory=memory,
         tokens_per_batch=tokens_per_batch,

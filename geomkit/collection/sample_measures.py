@@ -17,8 +17,9 @@ from geomkit.gradients.arithmetic import zero_gradient
 from geomkit.gradients.gradient_set import Coverage
 from geomkit.gradients.layer_gradient import LayerGradient
 from geomkit.gradients.provenance import Provenance, provenance_of
+from geomkit.inputs.fits import encoded_for
 from geomkit.inputs.parameters import Layers, as_selection, kind_of, layer_index
-from geomkit.inputs.tokens import EncodedExamples, Tokens, as_encoded, pad_id
+from geomkit.inputs.tokens import EncodedExamples, Tokens
 from geomkit.utils.display import Result, html_table
 from geomkit.utils.precision import no_autocast
 
@@ -170,11 +171,11 @@ def measure_samples(
         {'norm': (3,), 'spectrum': (3, 4), 'sketch': (3, 8, 8)}
     """
     _refuse_bad(measures)
-    rows = as_encoded(tokenizer, examples)
+    rows, pad = encoded_for(model, tokenizer, examples)
     values = measures_from_tokens(
         model,
         rows,
-        pad_id(tokenizer),
+        pad,
         measures,
         layers=layers,
         tokens_per_batch=tokens_per_batch,

@@ -17,7 +17,8 @@ from geomkit.correlation.token_derivatives import token_derivatives
 from geomkit.errors import GeometryError
 from geomkit.gradients.checks import check_gradients
 from geomkit.gradients.layer_gradient import LayerGradient
-from geomkit.inputs.tokens import EncodedExamples, as_encoded, pad_id
+from geomkit.inputs.fits import encoded_for
+from geomkit.inputs.tokens import EncodedExamples
 from geomkit.stats.jackknife import jackknife_interval, leave_one_out_means
 from geomkit.utils.arguments import check_confidence
 from geomkit.utils.display import Result
@@ -206,14 +207,14 @@ def token_conflict(
     """
     check_gradients("safety", safety_gradients)
     check_confidence(confidence)
-    rows = as_encoded(tokenizer, utility)
+    rows, pad = encoded_for(model, tokenizer, utility)
     if len(rows) < _MIN_EXAMPLES:
         raise GeometryError(
             f"expected at least {_MIN_EXAMPLES} utility examples to tell their spread, found {len(rows)}; give more"
         )
     # 1. Loss ℓ_t of every token and its derivative ⟨∇ℓ_t, ḡ_s⟩ / ‖ḡ_s‖.
     values, norm = token_derivatives(
-        model, rows, pad_id(tokenizer), safety_gradients, tokens_per_batch=tokens_per_batch, progress=progress
+        model, rows, pad, safety_gradients, tokens_per_batch=tokens_per_batch, progress=progress
     )
     texts = {token: _text(tokenizer, token) for row in rows for token in row.input_ids}
     # 2. Contributions: the derivatives divided by the number of scored tokens, over which the example's loss averages.

@@ -1,5 +1,6 @@
 """Kind and decoder layer of a parameter, read from its name, and the choice of parameters by these."""
 
+import logging
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from fnmatch import fnmatchcase
 from numbers import Integral
 from typing import Any, Literal, get_args
 
+import torch
 from torch import nn
 
 from geomkit.errors import CollectionError, GeomkitError
@@ -16,6 +18,8 @@ Kind = Literal["attention", "mlp", "embedding", "head", "norm", "other"]
 
 ALL_PARAMETERS = "all parameters"
 """Name in results of all parameters together, in place of the name of a parameter."""
+
+_LOGGER = logging.getLogger(__name__)
 
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block|layer)\.(\d+)(?=\.|$)")
 _KINDS: tuple[tuple[Kind, re.Pattern[str]], ...] = (
@@ -209,6 +213,28 @@ def refuse_unseen_values(parameters: Mapping[str, nn.Parameter], error: type[Geo
             raise error(f"expected weights that can be trained, found '{name}' made in inference mode; load it outside")
         if parameter.is_meta:
             raise error(f"expected weights with values, found '{name}' on the meta device; load the model first")
+
+
+def warn_of_lost_updates(parameters: Mapping[str, nn.Parameter]) -> None:
+    """Log a warning if weights that are trained have so few bits that most updates are rounded away.
+
+    A bfloat16 number has 8 bits: an update below 1/512 of a weight leaves it as it was, and AdamW at the usual learning
+    rates moves weights by less.
+
+    Args:
+        parameters: Parameters by name; those that are not trainable do not count.
+    """
+    trained = [parameter for parameter in parameters.values() if parameter.requires_grad]
+    few = [parameter for parameter in trained if parameter.dtype in {torch.bfloat16, torch.float16}]
+    if few:
+        numbers = [sum(parameter.numel() for parameter in group) for group in (few, trained)]
+        names = ", ".join(sorted({str(parameter.dtype).removeprefix("torch.") for parameter in few}))
+        _LOGGER.warning(
+            "%.0f%% of the trained weights are %s: the optimizer rounds most small updates away, so they hardly move; "
+            'load the model with dtype="float32" (--dtype float32) and compute in bfloat16 with bf16=True, or train '
+            "LoRA adapters, which peft keeps in float32",
+            100 * numbers[0] / numbers[1], names,
+        )  # fmt: skip
 
 
 def unwrapped_model(model: nn.Module) -> nn.Module:

@@ -20,8 +20,22 @@ if TYPE_CHECKING:
 
 
 def analysis_sections(analysis: Analysis) -> list[Section]:
-    """Return the sections of an analysis: the claims, then one section for each of the three questions."""
-    return [_claims(analysis), _spectra(analysis), _conflict(analysis), _one_sample(analysis)]
+    """Return the sections of an analysis: the refusals, the claims, and a section for each of the three questions."""
+    return [_alignment(analysis), _claims(analysis), _spectra(analysis), _conflict(analysis), _one_sample(analysis)]
+
+
+def _alignment(analysis: Analysis) -> Section:
+    alignment = analysis.alignment
+    text = f"{alignment}."
+    if alignment.absent:
+        text += (
+            " A gradient on forbidden requests and refusals is a safety gradient only in a model that refuses: the "
+            "numbers below are about these texts and this architecture, and each verdict is marked so. Align the model "
+            "first, or take another one."
+        )
+    elif alignment.refusal is None:
+        text += " Without the model's own answers it cannot be told whether the numbers below are about alignment."
+    return Section("Is the model aligned at all?", text)
 
 
 def _claims(analysis: Analysis) -> Section:

@@ -87,23 +87,31 @@ class SPFCallback(TrainerCallback):
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Add the last step's measurements to the logs, and to the history, which is a copy of the logs."""
-        logs, certificate = kwargs.get("logs"), self.certificate
-        if certificate and certificate.steps and logs is not None and "loss" in logs:
-            last = certificate.records[-1]
-            measures = {f"spf/{name}": float(getattr(last, name)) for name in LOGGED}
+        logs, records = kwargs.get("logs"), self._guard.records if self._guard else ()
+        if records and logs is not None and "loss" in logs:
+            measures = {f"spf/{name}": float(getattr(records[-1], name)) for name in LOGGED}
             logs.update(measures)
             state.log_history[-1].update(measures)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Detach SPF."""
-        self.detach()
+        """Detach SPF.
+
+        Raises:
+            SPFError: If weights were moved while no guarded step was seen; the best checkpoint, which the Trainer loads
+                before this call where it is asked to, was reached by guarded steps.
+        """
+        if self._guard is None:
+            return
+        if args.load_best_model_at_end and state.best_model_checkpoint:
+            self._guard.accept_weights()
+        self._guard.detach()
 
     def detach(self) -> None:
         """End the projection, also after an error in training; the certificate stays available."""
         if self._guard:
-            self._guard.detach()
+            self._guard.release()
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:

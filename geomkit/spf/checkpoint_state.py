@@ -45,7 +45,8 @@ def load_state(folder: Path, description: Mapping[str, object]) -> dict[str, Ten
     if not path.is_file():
         raise SPFError(
             f"expected the state of SPF at {path}, found none: the safety loss before training is not known any more; "
-            "resume from a checkpoint that was saved completely and under SPF"
+            "resume from a checkpoint that was saved completely and under SPF; for one that was moved, say where it is "
+            "now with SPFCallback(spf, resume=folder)"
         )
     try:
         with safe_open(path, "pt") as file:

@@ -63,6 +63,9 @@ _GUARDED: WeakSet[torch.optim.Optimizer] = WeakSet()
 """The optimizers with a guard: two guards of one optimizer would change the updates that the other has certified."""
 
 
+_UNSEEN = 1e-6
+"""Largest difference of two readings of weights that nobody moved, relative to their norm: a swap and its undoing."""
+
 _READING = 1e-5
 """Largest relative difference of two readings of the same weights: fp32 rounding depends on the product's shape."""
 
@@ -104,6 +107,9 @@ class Guard:
         self._origin: dict[str, Tensor] = {}  # UᵀW₀ of each block under a rule with a closed subspace
         self._pending: _Pending | None = None
         self._probes_after: dict[str, Tensor] = {}  # WΩ of each block after the last step
+        self._seen = guarded.reading()  # of the weights that the last guarded step left
+        self._has_stepped = False  # since it was attached
+        self._moved: str | None = None  # after detaching, the weight that was moved while no guarded step was seen
         if self._optimizer in _GUARDED:
             raise SPFError("expected an optimizer without a guard, found a guarded one; detach() its guard first")
         self._log = self._begin_log() if state is None else self._resume(state)
@@ -115,8 +121,18 @@ class Guard:
 
     @property
     def certificate(self) -> Certificate:
-        """The certificate of the steps so far."""
-        return Certificate(self.rule.name, self.rule.promise, tuple(self._records))
+        """The certificate of the steps so far.
+
+        Raises:
+            SPFError: If weights were moved while no guarded step was seen.
+        """
+        self._refuse_unseen_moves()
+        return Certificate(self.rule.name, self.rule.promise, self.records)
+
+    @property
+    def records(self) -> tuple[StepRecord, ...]:
+        """The records of the steps so far, without the check of :attr:`certificate`."""
+        return tuple(self._records)
 
     @property
     def steps(self) -> int:
@@ -124,12 +140,54 @@ class Guard:
         return self._earlier_steps + len(self._records)
 
     def detach(self) -> None:
-        """End the projection; the certificate stays available."""
+        """End the projection; the certificate stays available, and weights may be moved from then on.
+
+        Raises:
+            SPFError: If weights were moved while no guarded step was seen, such as by another optimizer, by hand, or by
+                an optimizer that does not step in ``step()``.
+        """
+        self.release()
+        self._refuse_unseen_moves()
+
+    def release(self) -> None:
+        """End the projection as :meth:`detach` does, but raise nothing: for the clearing up after another error."""
+        if not self._handles:
+            return
+        self._moved = self._unseen_move()
         for handle in self._handles:
             handle.remove()
-        if self._handles:
-            _GUARDED.discard(self._optimizer)
+        _GUARDED.discard(self._optimizer)
         self._handles = []
+
+    def accept_weights(self) -> None:
+        """Take the present weights for those that the last guarded step left, such as those of a loaded checkpoint."""
+        self._seen = self._guarded.reading()
+
+    @torch.no_grad()
+    def _unseen_move(self) -> str | None:
+        """Return the name of a guarded weight that is not where the last guarded step left it; ``None`` if all are."""
+        for name, now in self._guarded.reading().items():
+            before = self._seen.get(name)
+            if before is None or before.shape != now.shape or before.device != now.device:
+                continue  # another weight is trained since
+            norm, distance = float(torch.linalg.vector_norm(before)), float(torch.linalg.vector_norm(now - before))
+            if math.isfinite(norm) and not distance <= _UNSEEN * norm:
+                return name
+        return None
+
+    def _refuse_unseen_moves(self) -> None:
+        """Check that no guarded weight was moved while no guarded step was seen.
+
+        Raises:
+            SPFError: If one was: the certificate would be silent about that move.
+        """
+        name = self._unseen_move() if self._handles else self._moved
+        if name is not None:
+            raise SPFError(
+                f"expected '{name}' where {f'step {self.steps}' if self.steps else 'attaching SPF'} left it, found it "
+                f"moved while no guarded step was seen ({self.steps} were seen): the certificate knows nothing of that "
+                "move; call step() of the optimizer that SPF is attached to (SAM: with a closure), or detach first"
+            )
 
     @torch.no_grad()
     def mix(self) -> None:
@@ -151,8 +209,15 @@ class Guard:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """End the projection."""
-        self.detach()
+        """End the projection.
+
+        Raises:
+            SPFError: If weights were moved while no guarded step was seen, unless another error ends the block.
+        """
+        if kind is None:
+            self.detach()
+        else:
+            self.release()
 
     def _measure(self) -> Measured:
         return self._protected.measure(self.steps, is_mixed=self._is_mixed)
@@ -175,6 +240,8 @@ class Guard:
         if self._guarded.refresh():
             self._protected.discard()
         refuse_broken_gradients(self._guarded.parameters)
+        if not self._has_stepped or not self.rule.guarantees:  # step 3 checks all others, with the readings it has
+            self._refuse_unseen_moves()
         # 2. The constraints at θ. With fixed anchors their loss at θ is the loss after the last step.
         measured, fresh = self._measure(), self._protected.measured_at == self.steps
         if self._records and fresh and self._constraint_meter.fixed:
@@ -216,10 +283,18 @@ class Guard:
     # -------------------------------------------------------------------------------------------- after the step
 
     def _after_step(self) -> None:
-        """Read the update, correct it, read it again, and record and check it."""
+        """Correct, record and check a step that the hook before it has prepared, and note where it left the weights."""
         pending, self._pending = self._pending, None
         if pending is None:
             return
+        try:
+            self._correct_and_record(pending)
+        finally:  # a step that fails was seen as well
+            self.accept_weights()
+            self._has_stepped = True
+
+    def _correct_and_record(self, pending: _Pending) -> None:
+        """Read the update, correct it, read it again, and record and check it."""
         # Where this step fails, its measurement and its readings must not serve the next step.
         measured, self._protected.measured, self._probes_after = self._protected.measured, None, {}
         # 1. The optimizer's update Δ: the difference of two readings.

@@ -9,7 +9,9 @@ import torch
 
 from geomkit.errors import SPFError
 from geomkit.inputs.examples import load_examples
-from geomkit.inputs.tokens import EncodedExamples, as_encoded, encode, pad_id
+from geomkit.inputs.fits import encoded_for
+from geomkit.inputs.parameters import warn_of_lost_updates
+from geomkit.inputs.tokens import EncodedExamples, encode
 from geomkit.spf.anchors import AnchorPool
 from geomkit.spf.checkpoint_state import load_state
 from geomkit.spf.constraints import BenignFence, ConstraintMeter
@@ -115,22 +117,21 @@ class SPF:
         Raises:
             SPFError: If there is no tokenizer, the rule is unknown, the optimizer holds parameters that are not the
                 model's or is DeepSpeed's, weights are sharded in an unsupported way, or there is nothing to resume.
-            DataError: If the anchors cannot be encoded.
+            DataError: If the anchors cannot be encoded, or do not fit the model's embedding or positions.
         """
         tokenizer = tokenizer or self.tokenizer
         if tokenizer is None:
             raise SPFError("expected a tokenizer for the anchors, found none; pass SPF(anchors, tokenizer=…)")
         rule = self.checked_rule()
-        pool = self._pool(self.anchors, self.anchors_per_step, tokenizer)
+        pool, pad = self._pool(model, self.anchors, self.anchors_per_step, tokenizer)
         fence = None
         if self.benign is not None:
-            fence = BenignFence(self._pool(self.benign, self.benign_per_step, tokenizer), self.benign_margin)
+            fence = BenignFence(self._pool(model, self.benign, self.benign_per_step, tokenizer)[0], self.benign_margin)
         guarded = Guarded(model, optimizer, rule.level, master=self.master_weights)
+        warn_of_lost_updates(guarded.parameters)
         warn_of_rounding(guarded.without_masters())
         with guarded.collecting():
-            constraint_meter = ConstraintMeter(
-                guarded.model, rule, pool, pad_id(tokenizer), fence, self.correction_limit
-            )
+            constraint_meter = ConstraintMeter(guarded.model, rule, pool, pad, fence, self.correction_limit)
         options = Options(
             refresh_every=self.refresh_every,
             refresh_energy=self.refresh_energy,
@@ -189,10 +190,16 @@ class SPF:
         )
 
     def _pool(
-        self, examples: "Dataset | EncodedExamples | str | Path", per_step: int, tokenizer: "PreTrainedTokenizerBase"
-    ) -> AnchorPool:
-        rows = examples if isinstance(examples, EncodedExamples) else load_examples(examples)
-        return AnchorPool(tuple(as_encoded(tokenizer, rows)), per_step, self.seed)
+        self,
+        model: "PreTrainedModel",
+        examples: "Dataset | EncodedExamples | str | Path",
+        per_step: int,
+        tokenizer: "PreTrainedTokenizerBase",
+    ) -> tuple[AnchorPool, int]:
+        """Return a pool of examples that the model can run, and the id of the token that fills short rows."""
+        examples = examples if isinstance(examples, EncodedExamples) else load_examples(examples)
+        rows, pad = encoded_for(model, tokenizer, examples)
+        return AnchorPool(tuple(rows), per_step, self.seed), pad
 
 
 def _content_hash(examples: "Dataset | EncodedExamples | str | Path") -> str:

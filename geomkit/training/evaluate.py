@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 
 from geomkit.errors import DataError
 from geomkit.inputs.examples import answer_of, check_examples, load_examples, prompt_of, tools_of
+from geomkit.inputs.fits import encoded_for
 from geomkit.inputs.loss import losses_of
 from geomkit.inputs.messages import Message
-from geomkit.inputs.tokens import EncodedExamples, as_encoded, conversations_of, pad_id
+from geomkit.inputs.tokens import EncodedExamples, conversations_of
 from geomkit.stats.means import Estimate, mean_estimate, perplexity
 from geomkit.stats.proportions import Rate, rate
 from geomkit.training.evaluation import Evaluation, Measure
@@ -99,7 +100,7 @@ def evaluate(
     cases = {name: _cases(name, examples) for name, examples in sets.items()}
     for name, (_, metric) in chosen.items():
         _check_references(name, metric, cases[name])
-    scored = {name: as_encoded(tokenizer, sets[name]) for name, (_, metric) in chosen.items() if metric is None}
+    scored = {name: encoded_for(model, tokenizer, sets[name]) for name, (_, metric) in chosen.items() if metric is None}
     for item in judges:
         if isinstance(item, BatchJudge):  # a model that cannot judge is found before the slow part
             judge_responses(item, *_GREETING)
@@ -108,7 +109,7 @@ def evaluate(
     # One set at a time: a batch takes as long as its longest response, and responses to a set are about equally long.
     for name, rows in cases.items():
         if name in scored:
-            tables[name], measures[name] = _perplexity(model, scored[name], name, rows)
+            tables[name], measures[name] = _perplexity(model, *scored[name], name, rows)
             continue
         responses = generate(
             model,
@@ -278,11 +279,11 @@ def _scored(table: "pd.DataFrame", metric: Metric | None) -> "tuple[pd.DataFrame
 
 
 def _perplexity(
-    model: "PreTrainedModel", encoded: EncodedExamples, name: str, cases: Sequence[_Case]
+    model: "PreTrainedModel", encoded: EncodedExamples, pad: int, name: str, cases: Sequence[_Case]
 ) -> "tuple[pd.DataFrame, Estimate]":
     """Return a skill's table with the mean loss of every reference answer in ``value``, and the perplexity."""
     rows = list(encoded)
-    losses = losses_of(model, rows, pad_id(encoded.tokenizer))
+    losses = losses_of(model, rows, pad)
     tokens = [sum(row.loss_mask[1:]) for row in rows]
     table = _judged(name, cases, [""] * len(cases), ())
     return table.assign(response=None, exact=None, value=losses), perplexity(losses, tokens)
@@ -345,5 +346,6 @@ def mean_loss(
     Raises:
         DataError: If the examples cannot be encoded.
     """
-    losses = losses_of(model, as_encoded(tokenizer, examples), pad_id(tokenizer), batch_size=batch_size)
+    rows, pad = encoded_for(model, tokenizer, examples)
+    losses = losses_of(model, rows, pad, batch_size=batch_size)
     return sum(losses) / len(losses)

@@ -17,9 +17,11 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from geomkit.errors import DataError, GeomkitError
 from geomkit.gradients.provenance import weights_fingerprint
 from geomkit.inputs.batches import collate
+from geomkit.inputs.fits import encoded_for, refuse_unfit
 from geomkit.inputs.loss import losses_of
 from geomkit.inputs.model_state import model_state_kept
-from geomkit.inputs.tokens import EncodedExamples, Tokens, as_encoded, pad_id
+from geomkit.inputs.parameters import warn_of_lost_updates
+from geomkit.inputs.tokens import EncodedExamples, Tokens
 from geomkit.spf.callback import SPFCallback
 from geomkit.spf.settings import SPF
 from geomkit.training.arguments import check_arguments, make_arguments, refusals_in_one_line, with_defaults
@@ -83,8 +85,8 @@ def finetune(
 
     Raises:
         DataError: If an argument is unknown, has no effect or is refused by transformers, the examples cannot be
-            encoded, there is not a single step to take, or the folder for checkpoints holds other files, a run of
-            another version of geomkit or a run with other settings.
+            encoded or do not fit the model's embedding or positions, there is not a single step to take, or the folder
+            for checkpoints holds other files, a run of another version of geomkit or a run with other settings.
         GeomkitError: If a logged loss is not finite, or after the last step a weight or the loss on the first example
             is not finite; with ``inplace`` the model's weights are then spoilt.
         SPFError: If SPF cannot be attached, or its constraint does not hold after a step.
@@ -105,10 +107,15 @@ def finetune(
     check_arguments(training_arguments, checkpoints)
     folder = Path(checkpoints) if checkpoints else None
     more = with_defaults(training_arguments, save=folder is not None)
-    encoded = as_encoded(tokenizer, train)
-    rows, pad = list(encoded), pad_id(tokenizer)
-    if spf is not None:
+    encoded, pad = encoded_for(model, tokenizer, train)
+    rows = list(encoded)
+    if spf is None:  # else SPF says so when it is attached
+        warn_of_lost_updates(dict(model.named_parameters()))
+    else:
         spf = spf.encoded_like(encoded)
+        for name, examples in (("anchor", spf.anchors), ("benign example", spf.benign)):
+            if isinstance(examples, EncodedExamples):
+                refuse_unfit(model, examples, what=name)
         if folder and spf.log is None:
             spf = replace(spf, log=folder / LOG)
     with tempfile.TemporaryDirectory() as scratch, random_state_kept():

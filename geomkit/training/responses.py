@@ -1,5 +1,6 @@
 """A model's responses: greedy generation, and example sets that end in the model's own responses or refusals."""
 
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -8,14 +9,17 @@ import torch
 from geomkit.errors import DataError
 from geomkit.inputs.control_sets import replace_answers
 from geomkit.inputs.examples import check_examples, prompt_of, tools_of
+from geomkit.inputs.fits import position_limit, refuse_unfit
 from geomkit.inputs.messages import Message
 from geomkit.inputs.model_state import model_state_kept
-from geomkit.inputs.tokens import EncodedExamples, conversations_of, encode_prompts, pad_id
+from geomkit.inputs.tokens import EncodedExamples, Tokens, conversations_of, encode_prompts, pad_id
 from geomkit.training.judges import BatchJudge, Judge, RefusalPhrases, judge_refusals
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_LOGGER = logging.getLogger(__name__)
 
 
 def generate(
@@ -30,7 +34,10 @@ def generate(
     prefill: Sequence[str] | None = None,
     tools: Sequence[object] | None = None,
 ) -> list[str]:
-    """Return a model's greedy responses to prompts.
+    """Return a model's greedy responses to prompts, each up to the end of the turn.
+
+    A response ends at the end-of-sequence token of the model's generation config (of the tokenizer, without one), or
+    where the chat template ends a turn, or at the last position that the model has.
 
     Args:
         model: A causal language model; its state is restored.
@@ -48,7 +55,7 @@ def generate(
 
     Raises:
         DataError: If there is no prompt, a prompt is empty, the tokenizer has no chat template or pad token, or the
-            numbers of prompts and of prefills differ.
+            numbers of prompts and of prefills differ, or a prompt does not fit the model's embedding or positions.
     """
     if not prompts:
         raise DataError("expected at least one prompt, found none")
@@ -66,6 +73,7 @@ def generate(
         batch_size=batch_size,
         progress=progress,
         title=title,
+        ends=response_ends(model, tokenizer),
     )
 
 
@@ -78,26 +86,100 @@ def generate_from_tokens(
     batch_size: int = 64,
     progress: bool = True,
     title: str = "generate",
+    ends: Sequence[int] | None = None,
 ) -> list[str]:
-    """Return a model's greedy continuations of token ids, in the order given; arguments as of :func:`generate`.
+    """Return a model's greedy continuations of token ids, in the order given; other arguments as of :func:`generate`.
+
+    Args:
+        model: A causal language model; its state is restored.
+        tokenizer: The model's tokenizer, with a pad token.
+        encoded: N prompts as token ids.
+        max_new_tokens: Length of the longest continuation, in tokens.
+        batch_size: Prompts continued at a time.
+        progress: Show a bar.
+        title: Title of the bar.
+        ends: Tokens after which a continuation ends; the end-of-sequence tokens when left out, which is right for raw
+            text: a chat template's end of turn is an ordinary token there.
 
     Raises:
-        DataError: If the tokenizer has no pad token.
+        DataError: If the tokenizer has no pad token, or a prompt does not fit the model's embedding or positions.
     """
     from tqdm.auto import tqdm
 
-    pad = pad_id(tokenizer)
+    pad, ends = pad_id(tokenizer), list(_ends_of_sequence(model, tokenizer) if ends is None else ends)
+    refuse_unfit(model, [Tokens(tuple(ids), (False,) * len(ids)) for ids in encoded], pad, what="prompt")
     order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
     responses = [""] * len(encoded)
     with model_state_kept(model), tqdm(total=len(encoded), desc=title, unit="prompt", disable=not progress) as bar:
         model.eval()
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            texts = _generate_batch(model, tokenizer, [list(encoded[index]) for index in batch], pad, max_new_tokens)
+            rows = [list(encoded[index]) for index in batch]
+            texts = _generate_batch(model, tokenizer, rows, pad, ends, _room(model, rows, max_new_tokens))
             for index, text in zip(batch, texts, strict=True):
                 responses[index] = text
             bar.update(len(batch))
     return responses
+
+
+def _room(model: "PreTrainedModel", rows: Sequence[Sequence[int]], wanted: int) -> int:
+    """Return the number of tokens to generate: fewer than wanted if the model has not as many positions.
+
+    Raises:
+        DataError: If there is room for none.
+    """
+    longest, limit = max(map(len, rows)), position_limit(model)
+    if limit is None or longest + wanted <= limit:
+        return wanted
+    if longest >= limit:
+        raise DataError(f"expected prompts below the model's {limit} tokens, found {longest}; shorten or drop them")
+    _LOGGER.warning("responses to prompts of %d tokens end where the model's %d positions do", longest, limit)
+    return limit - longest
+
+
+_TURN = "geomkit"
+"""Text of the turns from which the end of a turn is read."""
+
+
+def end_of_turn(tokenizer: "PreTrainedTokenizerBase") -> int | None:
+    """Return the special token with which the chat template ends a turn of the assistant; ``None`` if it has none.
+
+    It is read from a rendering, as the end-of-sequence token of tokenizer or generation config is often another one.
+
+    Args:
+        tokenizer: A tokenizer with a chat template.
+
+    Example:
+        >>> import geomkit as gk
+        >>> tokenizer = gk.load_organism()[1]
+        >>> tokenizer.decode([end_of_turn(tokenizer)])
+        '<|end|>'
+    """
+    turns = [{"role": "user", "content": _TURN}, {"role": "assistant", "content": _TURN}]
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+    except Exception:  # templates raise what they like; a conversation that they refuse is named elsewhere
+        return None
+    before, found, after = text.rpartition(_TURN)
+    if not found or _TURN not in before:  # the answer is not in the text
+        return None
+    ids: list[int] = tokenizer(after.lstrip(), add_special_tokens=False)["input_ids"]
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    return ids[0] if ids and ids[0] in special else None
+
+
+def response_ends(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """Return the tokens after which a response in a chat ends: the ends of a sequence, and the end of a turn."""
+    ends = _ends_of_sequence(model, tokenizer)
+    turn = end_of_turn(tokenizer)
+    return ends if turn is None or turn in ends else [*ends, turn]
+
+
+def _ends_of_sequence(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """Return the end-of-sequence tokens of the model's generation config, or of the tokenizer without one."""
+    own = getattr(model.generation_config, "eos_token_id", None)
+    own = tokenizer.eos_token_id if own is None else own
+    return [end for end in (own if isinstance(own, list) else [own]) if end is not None]
 
 
 def own_responses(
@@ -209,7 +291,12 @@ _GREEDY = {
 
 
 def _generate_batch(
-    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", rows: list[list[int]], pad: int, max_new_tokens: int
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    rows: list[list[int]],
+    pad: int,
+    ends: list[int],
+    max_new_tokens: int,
 ) -> list[str]:
     """Return the responses to encoded prompts, padded on the left to the longest prompt."""
     from transformers import GenerationConfig
@@ -217,14 +304,15 @@ def _generate_batch(
     length = max(len(row) for row in rows)
     ids = torch.tensor([[pad] * (length - len(row)) + row for row in rows], device=model.device)
     mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=model.device)
-    end = getattr(model.generation_config, "eos_token_id", None)
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        pad_token_id=pad,
-        eos_token_id=tokenizer.eos_token_id if end is None else end,
-        **_GREEDY,
-    )
+    config = GenerationConfig(max_new_tokens=max_new_tokens, pad_token_id=pad, eos_token_id=ends or None, **_GREEDY)
     with torch.no_grad():
         sequences = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
-    responses: list[str] = tokenizer.batch_decode(sequences[:, length:], skip_special_tokens=True)
+    # The end of a turn and the padding behind it need not be special tokens, which decoding would skip.
+    answers = [_until(row, ends) for row in sequences[:, length:].tolist()]
+    responses: list[str] = tokenizer.batch_decode(answers, skip_special_tokens=True)
     return responses
+
+
+def _until(ids: list[int], ends: Sequence[int]) -> list[int]:
+    """Return the tokens before the first of the ends."""
+    return ids[: next((place for place, token in enumerate(ids) if token in ends), len(ids))]

@@ -1,6 +1,7 @@
 """The result of a fine-tune: the trained model with its history, saved as a checkpoint in one piece."""
 
 import tempfile
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -58,7 +59,9 @@ class FineTuneResult(Result):
         target.parent.mkdir(parents=True, exist_ok=True)
         place = target if target.exists() else target.parent
         with tempfile.TemporaryDirectory(dir=place, prefix=f".{target.name}-") as unfinished:
-            self.model.save_pretrained(unfinished)
+            with warnings.catch_warnings():  # of peft, for adapters on a GGUF file
+                warnings.filterwarnings("ignore", "Could not find a config file")
+                self.model.save_pretrained(unfinished)
             tokenizer.save_pretrained(unfinished)
             if self.certificate is not None:
                 self.certificate.to_frame().to_json(Path(unfinished) / "spf.jsonl", orient="records", lines=True)

@@ -27,7 +27,16 @@ def test_both_sides_have_the_same_tokens_and_parameters(found):
 
 def test_headline_numbers(found):
     numbers = json.loads(json.dumps(found.to_dict()))
-    assert set(numbers) == {"losses", "largest_example", "spectrum", "span", "conflict", "one_sample", "claims"}
+    assert set(numbers) == {
+        "alignment",
+        "losses",
+        "largest_example",
+        "spectrum",
+        "span",
+        "conflict",
+        "one_sample",
+        "claims",
+    }
     for side in ("safety", "control", "utility"):
         assert {"tokens", "effective_rank", "cer10", "null_effective_rank", "null_cer10"} <= set(
             numbers["spectrum"][side]
@@ -52,7 +61,7 @@ def test_seeds_decide_and_nothing_else_does(found):
 
 def test_it_shows_itself(found):
     sections = analysis_sections(found)
-    assert [len(section.figures) for section in sections] == [0, 2, 3, 1]
+    assert [len(section.figures) for section in sections] == [0, 0, 2, 3, 1]
     assert "What survives" in found._repr_html_()
     assert "100.0% of the chosen parameters" in found._repr_html_()
     frame = found.to_frame()
@@ -67,7 +76,7 @@ def test_an_example_that_holds_most_of_the_norm_is_told_of(found):
     assert found.largest["safety"] == pytest.approx(max(squared) / sum(squared))
     uneven = replace(found, largest={"safety": 0.4, "control": 0.05, "utility": 0.05})
     assert "(safety 40%)" in str(uneven)
-    assert "safety 40%" in analysis_sections(uneven)[0].text
+    assert "safety 40%" in analysis_sections(uneven)[1].text
     assert "squared norm" not in str(replace(found, largest=dict.fromkeys(found.largest, 0.1)))
     assert "verdict" in str(found)
 

@@ -301,12 +301,14 @@ def test_a_later_hook_that_undoes_the_projection_is_caught_at_the_next_step():
         for name, parameter in model.named_parameters():
             safety[name].add_to(parameter.detach(), 0.5)
 
-    with SPF(SAFETY, tokenizer=TOKENIZER).attach(model, optimizer):
-        optimizer.register_step_post_hook(undo)
-        utility_loss(model).backward()
+    guard = SPF(SAFETY, tokenizer=TOKENIZER).attach(model, optimizer)
+    optimizer.register_step_post_hook(undo)
+    utility_loss(model).backward()
+    optimizer.step()
+    with pytest.raises(SPFError, match=r"where step 1 left it, .* attach SPF last"):
         optimizer.step()
-        with pytest.raises(SPFError, match=r"where step 1 left it, .* attach SPF last"):
-            optimizer.step()
+    with pytest.raises(SPFError, match=r"where step 1 left it, .* no guarded step was seen"):
+        guard.detach()
 
 
 def test_a_correction_that_does_not_arrive_is_caught(monkeypatch):

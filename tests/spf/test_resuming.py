@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -213,3 +214,16 @@ def _renamed(description):
     """The settings as another version would name them."""
     rule = {"always" if name == "rank" else name: value for name, value in description["rule"].items()}
     return description | {"rule": rule}
+
+
+def test_a_checkpoint_that_was_moved_is_found_where_the_callback_is_told(tmp_path):
+    whole = trainer(tmp_path / "whole", SPFCallback(protection()), 4)
+    whole.train()
+    (tmp_path / "moved").mkdir()
+    shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "moved" / "checkpoint-2")
+    moved = str(tmp_path / "moved" / "checkpoint-2")
+    with pytest.raises(SPFError, match=r"found none: .*that was moved, .* SPFCallback\(spf, resume=folder\)"):
+        trainer(tmp_path / "other", SPFCallback(protection()), 4).train(resume_from_checkpoint=moved)
+    resumed = trainer(tmp_path / "other", SPFCallback(protection(), resume=moved), 4)
+    resumed.train(resume_from_checkpoint=moved)
+    assert same(whole.model, resumed.model)

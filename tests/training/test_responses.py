@@ -4,14 +4,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast
+from transformers import AddedToken, PreTrainedTokenizerFast
 
 from geomkit.errors import DataError
 from geomkit.inputs.examples import prompt_of
 from geomkit.training import responses as module
 from geomkit.training.judges import Verdict
-from geomkit.training.responses import generate, own_refusals
-from tests.helpers.tiny import SAFETY, UTILITY, tiny_llama, tiny_tokenizer
+from geomkit.training.model_judges.language_models import ModelAnswers
+from geomkit.training.responses import end_of_turn, generate, own_refusals
+from tests.helpers.tiny import PLAIN_TEMPLATE, SAFETY, TEMPLATE, UTILITY, tiny_llama, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 PROMPTS = [prompt_of(messages) for messages in (*UTILITY["messages"], *SAFETY["messages"])]
@@ -101,3 +102,78 @@ def test_own_refusals_by_a_judge_that_takes_many_responses(monkeypatch):
     requests = [messages[0]["content"] for messages in SAFETY["messages"]]
     assert asked == [(requests, ["no", "way", "sorry"])]
     assert [messages[-1]["content"] for messages in refusals["messages"]] == ["no", "sorry"]
+
+
+CHATML = (
+    "{% for m in messages %}<|im_start|> {{ m['role'] }} {{ m['content'] }} <|im_end|> {% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|> assistant {% endif %}"
+)
+
+
+def chatml(*, special):
+    """A tokenizer whose template ends a turn with another token than its end of sequence."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(
+        [AddedToken(token, special=special, normalized=False) for token in ("<|im_start|>", "<|im_end|>")],
+        special_tokens=special,
+    )
+    tokenizer.chat_template = CHATML
+    return tokenizer
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_a_response_ends_where_the_template_ends_a_turn(special):
+    tokenizer = chatml(special=special)
+    assert end_of_turn(tokenizer) == tokenizer.convert_tokens_to_ids("<|im_end|>") != tokenizer.eos_token_id
+    assert generate(saying_sure(tokenizer), tokenizer, PROMPTS[:1], max_new_tokens=8, progress=False) == ["sure"]
+
+
+def test_a_continuation_of_raw_text_ends_at_the_end_of_sequence_only():
+    """The end of a turn is a word like any other in raw text, as judges with their own markers are asked in."""
+    tokenizer = chatml(special=False)
+    questions = ["help", [{"role": "user", "content": "help"}]]
+    text, chat = (
+        ModelAnswers(saying_sure(tokenizer), tokenizer, progress=False)([question], 6) for question in questions
+    )
+    assert text == ["sure <|im_end|> sure"]
+    assert chat == ["sure"]
+
+
+def saying_sure(tokenizer):
+    """A model that says "sure", the end of the turn, "sure" and the end of the sequence, whatever it is asked."""
+    model = tiny_llama(vocab_size=len(tokenizer)).eval()
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    said = iter(tokenizer.convert_tokens_to_ids(["sure", "<|im_end|>", "sure", tokenizer.eos_token, "sure", "sure"]))
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    model.lm_head.register_forward_hook(lambda *_: one_hot(next(said), len(tokenizer)))
+    return model
+
+
+def one_hot(token, size):
+    return torch.nn.functional.one_hot(torch.tensor([[token]]), size).float()
+
+
+@pytest.mark.parametrize(
+    ("template", "end"),
+    [
+        (TEMPLATE, "[end]"),
+        (PLAIN_TEMPLATE, "[end]"),
+        ("{% for m in messages %}{{ m['content'] }} {% endfor %}", None),  # a turn that nothing ends
+        ("{% for m in messages %}{{ m['content'] }} paint {% endfor %}", None),  # a word is no end
+        ("{{ raise_exception('no') }}", None),
+        ("{{ messages[0]['content'] }} [end]", None),  # the answer is not in the text
+    ],
+)
+def test_the_end_of_a_turn_is_read_from_the_template(template, end):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    assert end_of_turn(tokenizer) == (None if end is None else tokenizer.convert_tokens_to_ids(end))
+
+
+def test_padding_behind_the_end_is_no_part_of_a_response():
+    """Any token of the vocabulary can pad; the end token of one row comes earlier than that of the other."""
+    tokenizer = tiny_tokenizer()
+    expected = answers(tiny_llama().eval())
+    tokenizer.pad_token = "brush"  # noqa: S105
+    assert generate(tiny_llama(), tokenizer, PROMPTS, max_new_tokens=LONGEST, progress=False) == expected

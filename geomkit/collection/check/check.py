@@ -15,8 +15,9 @@ from geomkit.collection.check.verdicts import Check, CollectionCheck
 from geomkit.collection.streaming import prepared
 from geomkit.errors import DataError
 from geomkit.gradients.gradient_set import Coverage
+from geomkit.inputs.fits import encoded_for
 from geomkit.inputs.parameters import Layers, as_selection
-from geomkit.inputs.tokens import EncodedExamples, as_encoded, pad_id
+from geomkit.inputs.tokens import EncodedExamples
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -77,10 +78,10 @@ def check_collection(
             f"expected at least 2 examples, to compare an example alone and in a batch, found {number}; "
             "give more examples, or a larger count"
         )
-    rows = as_encoded(tokenizer, examples.select(range(number)))
+    rows, pad = encoded_for(model, tokenizer, examples.select(range(number)))
     selection = as_selection(layers)
     with prepared(model, selection) as target, tqdm(desc="checks", unit="pass", disable=not progress) as bar:
-        subject = Subject(target, selection, rows, pad_id(tokenizer), bar.update)
+        subject = Subject(target, selection, rows, pad, bar.update)
         checks, coverage = _all_checks(subject)
         return CollectionCheck({check.name: check for check in checks}, coverage, str(subject))
 

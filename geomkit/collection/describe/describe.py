@@ -20,6 +20,7 @@ from geomkit.collection.describe.memory import (
 from geomkit.collection.streaming import TOKENS_PER_BATCH, padded_length
 from geomkit.errors import DataError
 from geomkit.inputs.batches import plan_batches
+from geomkit.inputs.fits import refuse_unfit
 from geomkit.inputs.parameters import Layers, as_selection, chosen_parameters, kind_of, layer_index, unwrapped_model
 from geomkit.inputs.tokens import EncodedExamples, as_encoded
 
@@ -77,7 +78,9 @@ def describe(
     counts = None
     if tokenizer is not None and examples is not None:
         counts = Counts()
-        for row in as_encoded(tokenizer, examples):
+        rows = as_encoded(tokenizer, examples)
+        refuse_unfit(inner, rows)
+        for row in rows:
             counts.add(row)
     workload = _workload(counts, tokens_per_batch) if counts else None
     chosen_names = set(chosen_parameters(inner, selection).values())

@@ -15,6 +15,7 @@ from geomkit.spf.weights.adapters import Adapter, adapters
 from geomkit.spf.weights.blocks import Block, Move, ProductBlock, TensorBlock
 from geomkit.spf.weights.processes import Processes
 from geomkit.spf.weights.sharding import gathered, is_sharded, local_rows, process_group, reshard
+from geomkit.utils.precision import at_least_fp32, full_precision, no_autocast
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -220,6 +221,19 @@ class Guarded:
         """Set the model's weights to their rounded fp32 master weights."""
         for block in self._tensors().values():
             block.round_master_into_weight()
+
+    def reading(self) -> dict[str, Tensor]:
+        """Return W r of every guarded parameter W, with a fixed random r: (rows on this process,), to tell a change."""
+        products = {}
+        for name, parameter in self.parameters.items():
+            values = parameter.detach()
+            local = cast("DTensor", values).to_local() if is_sharded(parameter) else values
+            matrix = at_least_fp32(local.reshape(-1, local.shape[-1] if local.ndim > 1 else 1))
+            generator = torch.Generator().manual_seed(matrix.shape[1])
+            direction = torch.randn(matrix.shape[1], generator=generator, dtype=matrix.dtype)
+            with full_precision(), no_autocast(matrix.device):
+                products[name] = matrix @ direction.to(matrix.device)
+        return products
 
     def _tensors(self) -> dict[str, TensorBlock]:
         return {name: block for name, block in self.blocks.items() if isinstance(block, TensorBlock)}

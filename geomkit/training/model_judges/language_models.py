@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from geomkit.errors import DataError
 from geomkit.inputs.messages import Message
 from geomkit.training.model_judges.rubrics import Question
-from geomkit.training.responses import generate_from_tokens
+from geomkit.training.responses import generate_from_tokens, response_ends
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -36,6 +36,8 @@ class ModelAnswers:
             DataError: If a question is a conversation and the tokenizer has no chat template, or the template leaves
                 out the response that is judged.
         """
+        # An end of turn is a word like any other in raw text.
+        raw = any(isinstance(question, str) for question in questions)
         return generate_from_tokens(
             self.model,
             self.tokenizer,
@@ -44,6 +46,7 @@ class ModelAnswers:
             batch_size=self.batch_size,
             progress=self.progress,
             title="judge",
+            ends=None if raw else response_ends(self.model, self.tokenizer),
         )
 
     def _encode(self, question: Question) -> list[int]:

@@ -25,7 +25,7 @@ GUARD_OF_PARTS = (
 
 def forced(answer):
     """A model whose greedy answer is the word of a function of the question's ids; the batches that it saw."""
-    model, batches = tiny_llama(), []
+    model, batches = tiny_llama(vocab_size=len(TOKENIZER)), []
 
     def generate(input_ids, attention_mask, generation_config):
         questions = [ids[mask.bool()].tolist() for ids, mask in zip(input_ids, attention_mask, strict=True)]
