@@ -7,9 +7,10 @@ import math
 import os
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from geomkit.inputs.parameters import Layers
     from geomkit.inputs.tokens import AssistantMask, EncodedExamples
     from geomkit.plots.report import Section
+
+Read = TypeVar("Read")
 
 app = typer.Typer(
     help="Gradient geometry of safety-aligned LLMs, and SPF.",
@@ -315,6 +318,7 @@ def evaluate(
     max_new_tokens: Annotated[int, typer.Option(help="Length of the longest response.", min=1)] = 256,
     batch_size: Annotated[int, typer.Option(help="Prompts answered at a time.", min=1)] = 16,
     pad_token: PadToken = None,
+    columns: ColumnsOption = None,
     dtype: Dtype = "auto",
     device: Device = None,
     threads: Threads = 1,
@@ -325,24 +329,28 @@ def evaluate(
     from geomkit.inputs.models import load_model
     from geomkit.training.evaluate import evaluate as run_evaluation
     from geomkit.training.model_judges.by_name import load_judge
-    from geomkit.training.sets_by_text import drawn, requests_by_text, skill_by_text
+    from geomkit.training.sets_by_text import Role, drawn, requests_by_text, skill_by_text
 
     _check_writable(json_file and json_file.parent)
     if not (forbidden or benign or skill):
         raise DataError("expected something to evaluate, found none; give --forbidden, --benign or --skill")
-    skills = [skill_by_text(text) for text in skill or []]
+    reader = _ColumnReader(columns)
+    skills = [reader(partial(skill_by_text, text)) for text in skill or []]
     if len({name for name, *_ in skills}) < len(skills):
         raise DataError(f"expected skills of different names, found {', '.join(name for name, *_ in skills)}")
-    refused = drawn(requests_by_text(forbidden, "forbidden"), examples, seed) if forbidden else None
-    answered = drawn(requests_by_text(benign, "benign"), examples, seed) if benign else None
+    asked: list[tuple[Role, str | None]] = [("forbidden", forbidden), ("benign", benign)]
+    requests = {
+        role: drawn(reader(partial(requests_by_text, text, role)), examples, seed) for role, text in asked if text
+    }
+    reader.check()
     template = judge_prompt.read_text(encoding="utf-8") if judge_prompt else None
     judges = [load_judge(text, device=judge_device, url=judge_url, template=template) for text in judge or ["keywords"]]
     loaded, tokenizer = load_model(model, dtype=dtype, device=device, pad_token=pad_token)
     result = run_evaluation(
         loaded,
         tokenizer,
-        refused,
-        answered,
+        requests.get("forbidden"),
+        requests.get("benign"),
         {name: drawn(rows, examples, seed) for name, rows, _ in skills},
         judge=judges,
         metrics={name: metric for name, _, metric in skills},
@@ -434,21 +442,44 @@ def _examples(sets: Sequence[str], columns: str | None) -> "list[Dataset]":
     Raises:
         DataError: If a set cannot be read, an example has no answer, or no set has the named columns.
     """
-    from geomkit.inputs.adapters import MissingColumnsError
     from geomkit.inputs.examples import check_answers, load_examples
 
-    named, read, missing = _columns(columns), [], []
-    for name in sets:
-        try:
-            rows = load_examples(name, columns=named)
-        except MissingColumnsError as error:
-            missing.append(error)
-            rows = load_examples(name)
+    reader = _ColumnReader(columns)
+    read = [reader(partial(load_examples, name)) for name in sets]
+    reader.check()
+    for rows, name in zip(read, sets, strict=True):
         check_answers(rows, name)
-        read.append(rows)
-    if len(missing) == len(sets):
-        raise missing[0]
     return read
+
+
+class _ColumnReader:
+    """Reads sets with the columns named by the user where a set has them, and with its own columns elsewhere."""
+
+    def __init__(self, columns: str | None) -> None:
+        self._named = _columns(columns)
+        self._used = False
+        self._missing: DataError | None = None
+
+    def __call__(self, load: "Callable[..., Read]") -> "Read":
+        """Return what ``load(columns=…)`` reads."""
+        from geomkit.inputs.adapters import MissingColumnsError
+
+        try:
+            read = load(columns=self._named)
+        except MissingColumnsError as error:
+            self._missing = self._missing or error
+            return load(columns=None)
+        self._used = True
+        return read
+
+    def check(self) -> None:
+        """Refuse named columns that no set has.
+
+        Raises:
+            DataError: If there are such columns.
+        """
+        if self._missing is not None and not self._used:
+            raise self._missing
 
 
 def _columns(text: str | None) -> dict[str, str | int] | None:

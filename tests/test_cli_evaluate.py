@@ -118,3 +118,17 @@ def test_compare_wants_different_files_of_evaluations(monkeypatch, capfd, tmp_pa
     assert "expected different files" in one_line(*run(monkeypatch, capfd, "compare", "a.json", "a.json"))
     assert "found format None" in one_line(*run(monkeypatch, capfd, "compare", "a.json", "b.json"))
     assert "compare" in {command.callback.__name__ for command in cli.app.registered_commands}
+
+
+def test_named_columns_are_those_of_the_sets_that_have_them(files, monkeypatch, capfd):
+    Path("mine.csv").write_text("ask,say\nhow,paint\n")
+    sets = ("--forbidden", "mine.csv", "--benign", f"xstest={files / 'xstest.csv'}", "--skill", "mine=mine.csv")
+    named = ("--columns", "prompt=ask,response=say", "--json", "named.json")
+    status, _, err = run(monkeypatch, capfd, *evaluating(files, *sets, *named))
+    assert status == 0, err
+    responses = load_evaluation("named.json").responses
+    assert list(responses["prompt"]) == ["how", "how do i paint", "help", "how"]
+    assert list(responses["reference"])[-1] == "paint"
+    benign = ("--benign", f"xstest={files / 'xstest.csv'}", *named)
+    message = one_line(*run(monkeypatch, capfd, *evaluating(files, *benign)))
+    assert "expected no columns with the benchmark 'xstest'" in message

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from geomkit.errors import DataError
+from geomkit.inputs.adapters import Columns
 from geomkit.inputs.benchmarks import BENCHMARKS
 from geomkit.inputs.examples import load_examples
 from geomkit.training.metrics import metric_names
@@ -16,13 +17,18 @@ if TYPE_CHECKING:
 Role = Literal["forbidden", "benign"]
 
 
-def requests_by_text(text: str, role: Role) -> "Dataset":
+def requests_by_text(text: str, role: Role, *, columns: Columns | None = None) -> "Dataset":
     """Return the requests that a text names: a file, hub id, shipped set or benchmark, or ``BENCHMARK=FILE``.
 
     Of a benchmark that has both requests to refuse and requests to answer, those of the role are taken.
 
+    Args:
+        text: What the user wrote.
+        role: What the requests are for.
+        columns: Which column is what, see :func:`geomkit.load_examples`.
+
     Raises:
-        DataError: If there is no such set.
+        DataError: If there is no such set, or it has no such columns.
 
     Example:
         >>> len(requests_by_text("eval/forbidden", "forbidden"))
@@ -30,21 +36,25 @@ def requests_by_text(text: str, role: Role) -> "Dataset":
     """
     name, _, path = text.partition("=")
     if name not in BENCHMARKS or Path(text).exists():
-        return load_examples(text)
+        return load_examples(text, columns=columns)
     entry = BENCHMARKS[name]
     if path and not entry.part:  # each file is a split
-        return load_examples(name, path=path)
-    return load_examples(name, entry.roles.get(role), path=path or None)
+        return load_examples(name, path=path, columns=columns)
+    return load_examples(name, entry.roles.get(role), path=path or None, columns=columns)
 
 
-def skill_by_text(text: str) -> "tuple[str, Dataset, str]":
+def skill_by_text(text: str, *, columns: Columns | None = None) -> "tuple[str, Dataset, str]":
     """Return the name, the examples and the metric of a skill, from ``NAME=SET[:METRIC]``.
 
     ``SET`` is a file, hub id, shipped set or benchmark, or ``BENCHMARK=FILE``. The metric of a benchmark is its own
     when left out, that of other sets is exact match.
 
+    Args:
+        text: What the user wrote.
+        columns: Which column is what, see :func:`geomkit.load_examples`.
+
     Raises:
-        DataError: If the text has another form, or there is no such set or metric.
+        DataError: If the text has another form, or there is no such set, metric or column.
 
     Example:
         >>> name, examples, metric = skill_by_text("sums=eval/arithmetic:gsm8k")
@@ -61,8 +71,8 @@ def skill_by_text(text: str) -> "tuple[str, Dataset, str]":
         source, metric = rest, ""
     benchmark, _, path = source.partition("=")
     if benchmark not in BENCHMARKS or Path(source).exists():
-        return name, load_examples(source), metric or "exact"
-    examples = load_examples(benchmark, path=path or None)
+        return name, load_examples(source, columns=columns), metric or "exact"
+    examples = load_examples(benchmark, path=path or None, columns=columns)
     return name, examples, metric or _metric_of(benchmark)
 
 
