@@ -184,7 +184,7 @@ def test_anchors_come_from_a_file_or_a_shipped_set(tmp_path):
     of_file = run(tiny_llama(), SPF(path, tokenizer=TOKENIZER), sgd(), steps=2)
     given = run(tiny_llama(), spf(), sgd(), steps=2)
     assert [one.first_order for one in of_file.records] == [one.first_order for one in given.records]
-    with pytest.raises(DataError, match=r"expected a JSON-lines file at none\.jsonl"):
+    with pytest.raises(DataError, match=r"expected a file at none\.jsonl"):
         run(tiny_llama(), SPF("none.jsonl", tokenizer=TOKENIZER), sgd())
     assert len(load_examples("safety")) == 64
 
