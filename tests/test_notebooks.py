@@ -27,6 +27,8 @@ def conclusions_of(notebook):
 def test_notebook_runs_and_its_conclusions_follow_from_the_numbers(path):
     notebook = nbformat.read(path, as_version=4)
     stored = conclusions_of(notebook)
+    # nbclient answers the messages of output widgets itself, and now and then waits for ever: these wait for a reader.
+    notebook.cells = [cell for cell in notebook.cells if "interactive" not in cell.metadata.get("tags", [])]
     NotebookClient(notebook, timeout=600, kernel_name="python3").execute()
     lines = conclusions_of(notebook)
     assert len(lines) > 4
