@@ -8,13 +8,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from geomkit.gradients.accumulator import add
-from geomkit.gradients.dense import DenseGradient
 from geomkit.gradients.factored import FactoredGradient
-from geomkit.gradients.layer_gradient import LayerGradient, as_matrix
+from geomkit.gradients.layer_gradient import LayerGradient
 from geomkit.gradients.summed import SumGradient
+from geomkit.spf.projection.outside import outside
 from geomkit.spf.rule import Rule
-from geomkit.svd.subspaces import layer_subspace
+from geomkit.svd.subspace_iteration import leading_vectors
 from geomkit.utils.seeding import parameter_generator
 
 _PROBES = 4
@@ -40,6 +39,8 @@ class Protection:
         probe: Ω, (columns, q): standard normal numbers over √q, so that E ‖WΩ‖² = ‖W‖², or the identity for a matrix of
             at most q columns, such as a vector.
         energy: Fraction of ‖g_s‖² that the subspaces held when they were computed.
+        shortfall: Estimated share of the energy of the exact singular vectors that U missed when it was computed, see
+            :class:`~geomkit.svd.subspace_iteration.LeadingVectors`; 0 for no or a random subspace.
     """
 
     gradients: tuple[LayerGradient, ...]
@@ -47,6 +48,7 @@ class Protection:
     right: Tensor | None = None
     probe: Tensor | None = None
     energy: float = 0.0
+    shortfall: float = 0.0
 
     @property
     def gradient(self) -> LayerGradient:
@@ -60,7 +62,7 @@ class Protection:
 
     def outside(self, gradient: LayerGradient) -> LayerGradient:
         """Return the part of a gradient outside the subspaces."""
-        return gradient if self.left is None else _outside(gradient, self.left, self.right)
+        return gradient if self.left is None else outside(gradient, self.left, self.right)
 
     @property
     def captured(self) -> float:
@@ -145,16 +147,17 @@ def with_subspaces(protection: Protection, rule: Rule, name: str, seed: int) -> 
         gaussian = torch.randn(rows, k, generator=parameter_generator(seed, name), dtype=torch.float64)
         random = replace(protection, left=torch.linalg.qr(gaussian)[0].float().to(gradient.device))
         return replace(random, energy=random.captured)
-    if rule.removal == "two-sided":
-        subspace = layer_subspace(gradient, rank=rule.rank, side="both", parameter=name)
-        return replace(protection, left=subspace.basis, right=subspace.partner, energy=subspace.energy)
-    subspace = layer_subspace(gradient, rank=rule.rank, parameter=name)
-    return replace(protection, left=subspace.basis, energy=subspace.energy)
+    vectors = leading_vectors(gradient, rule.rank, parameter_generator(seed, name))
+    right = vectors.right if rule.removal == "two-sided" else None
+    subspaces = replace(protection, left=vectors.left, right=right, shortfall=vectors.shortfall)
+    return replace(subspaces, energy=vectors.energy if right is None else subspaces.captured)
 
 
 def with_subspaces_of(protection: Protection, earlier: Protection) -> Protection:
     """Return the protection with the subspaces of an earlier protection."""
-    return replace(protection, left=earlier.left, right=earlier.right, energy=earlier.energy)
+    return replace(
+        protection, left=earlier.left, right=earlier.right, energy=earlier.energy, shortfall=earlier.shortfall
+    )
 
 
 def _probe(gradient: LayerGradient, name: str, seed: int) -> Tensor:
@@ -164,29 +167,3 @@ def _probe(gradient: LayerGradient, name: str, seed: int) -> Tensor:
     generator = parameter_generator(seed + 1, name)
     gaussian: Tensor = torch.randn(columns, _PROBES, generator=generator) / _PROBES**0.5
     return gaussian.to(gradient.device)
-
-
-def _outside(gradient: LayerGradient, left: Tensor, right: Tensor | None) -> LayerGradient:
-    """Return (I − UUᵀ) G (I − VVᵀ) in the form of the gradient G."""
-    # G = LᵀR: (I − UUᵀ)Lᵀ and R(I − VVᵀ), factor by factor.
-    if isinstance(gradient, FactoredGradient):
-        return FactoredGradient(_rows_outside(gradient.left, left), _rows_outside(gradient.right, right))
-    if isinstance(gradient, DenseGradient):
-        matrix = _rows_outside(_rows_outside(as_matrix(gradient).T, left).T, right)
-        return DenseGradient(matrix.reshape(gradient.shape), gradient.tokens)
-    # G is a large table of which few rows were looked up: add −U(UᵀG) and −(GV)Vᵀ as factored parts, twice.
-    rest = gradient
-    for _ in range(2):
-        rest = add([rest, FactoredGradient(-left.T, rest.rmatmul(left.T))], keep_factors=True)
-        if right is not None:
-            rest = add([rest, FactoredGradient(-rest.matmul(right).T, right.T)], keep_factors=True)
-    return rest
-
-
-def _rows_outside(rows: Tensor, basis: Tensor | None) -> Tensor:
-    """Return rows X (I − BBᵀ), applied twice, as the columns of the basis B are orthonormal to fp32 only."""
-    if basis is None:
-        return rows
-    for _ in range(2):
-        rows = rows - (rows @ basis.to(rows.dtype)) @ basis.to(rows.dtype).T
-    return rows

@@ -47,14 +47,18 @@ class Removal:
         total = np.zeros(len(self.gradients))
         for part in self.parts:
             reached = self.block.reachable(part)
-            total -= [inner(reached, gradient) for gradient in self.gradients]
+            total -= [_inner(reached, gradient) for gradient in self.gradients]
         return total
 
     @cached_property
     def gram(self) -> np.ndarray:
         """(n, n) ⟨reachable part of direction i, direction j⟩: the change of ⟨d, j⟩ by a move along i."""
-        if len(self.directions) == 1 and self.block.reachable(self.directions[0]) is self.directions[0]:
-            return np.array([[self.directions[0].norm ** 2]])
+        first, *others = self.directions
+        if self.block.free and not others:
+            return np.array([[first.norm**2]])
+        if self.own_direction == 1:  # g_s and its part outside the subspaces, an orthogonal projection of g_s
+            inside = others[0].norm ** 2
+            return np.array([[first.norm**2, inside], [inside, inside]])
         reached = [self.block.reachable(direction) for direction in self.directions]
         products = gram(self.directions, reached).cpu().numpy()
         return np.asarray((products + products.T) / 2)
@@ -119,6 +123,13 @@ def _inside(protection: Protection, change: Reading) -> list[LayerGradient]:
         rest = change.right - basis @ (basis.T @ change.right)  # (I − UUᵀ)(ΔV)
         parts.append(_factored(protection, rest.T, right.T.to(rest.dtype)))
     return parts
+
+
+def _inner(part: LayerGradient, gradient: LayerGradient) -> float:
+    """Return ⟨LᵀR, G⟩ = ⟨LG, R⟩ of a part of a few rows, without forming the part."""
+    if not isinstance(part, FactoredGradient):
+        return inner(part, gradient)
+    return float((gradient.rmatmul(part.left.double()) * part.right).sum())
 
 
 def _random_direction(gradient: LayerGradient, name: str, seed: int) -> LayerGradient:
