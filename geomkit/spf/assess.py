@@ -101,6 +101,7 @@ def assess(step: Step, rule: Rule, blocks: Mapping[str, Block], protections: Map
         removed=float(sum(norm**2 for norm in removed.values()) ** 0.5),
         corrected=step.corrected,
         leak=_ratio(left.values(), was.values()),
+        shortfall=max((protection.shortfall for protection in protections.values()), default=0.0),
         violated=broken and bool(dots),
         blocks={
             name: np.array(

@@ -56,6 +56,11 @@ class Certificate(Result):
         """The largest first-order change of the safety loss by one applied update, nats per token."""
         return max((record.first_order for record in self.records), default=0.0)
 
+    @property
+    def max_shortfall(self) -> float:
+        """The largest :attr:`~geomkit.spf.step_record.StepRecord.shortfall` of a step: 0 for exact subspaces."""
+        return max((record.shortfall for record in self.records), default=0.0)
+
     def raise_on_violation(self) -> None:
         """Raise an error if a step broke the rule's promise.
 
@@ -126,12 +131,15 @@ class Certificate(Result):
         return draw("plot_certificate", self) if by == "step" else draw("plot_certificate_blocks", self)
 
     def __str__(self) -> str:
-        """Return one sentence: the number of violations, the largest change, and the steps below rounding."""
+        """Return one sentence: violations, the largest change, steps below rounding, the accuracy of subspaces."""
         promise = f"promised of {self.promise}" if self.guaranteed else "not promised by this rule"
         unknown = f"; {self.undecided} steps cannot be told from rounding" if self.undecided else ""
+        held = 1 - self.max_shortfall
+        subspaces = f"; subspaces hold about {held:.2%} of the energy of exact ones" if self.max_shortfall else ""
         return (
             f"rule '{self.rule}': {self.violations} of {self.steps} steps raised the safety loss to first order "
-            f"(⟨Δθ, g_s⟩ ≤ 0 {promise}); largest change {self.max_first_order_change:.2g} nats per token{unknown}"
+            f"(⟨Δθ, g_s⟩ ≤ 0 {promise}); largest change {self.max_first_order_change:.2g} nats per token"
+            f"{unknown}{subspaces}"
         )
 
     def _repr_html_(self) -> str:

@@ -38,6 +38,9 @@ class StepRecord:
         removed: Norm of the part that was removed from the step.
         corrected: Norm of the correction that was added for drift and the benign fence.
         leak: Norm of the conflicting part that remains after the corrections, relative to its norm before.
+        shortfall: Largest share, over the blocks, of the energy of the exact singular vectors that a protected subspace
+            missed when it was computed; estimated, see
+            :class:`~geomkit.svd.subspace_iteration.LeadingVectors`. 0 for a rule without such a subspace.
         violated: Whether the rule's promise is broken beyond rounding; for a rule without a promise, whether the update
             raised the safety loss to first order.
         blocks: For each block, the numbers of :data:`BLOCK_COLUMNS`.
@@ -57,6 +60,7 @@ class StepRecord:
     removed: float
     corrected: float
     leak: float
+    shortfall: float
     violated: bool
     blocks: Mapping[str, np.ndarray] = field(repr=False, compare=False)
 

@@ -66,6 +66,7 @@ def certificate(violated: bool = False, bound: float = 0.0) -> Certificate:
         worst=0.0,
         tolerance=1e-8,
         update_norm=0.3,
+        shortfall=0.0,
         fired=0.5,
         removed=0.02,
         corrected=0.0,

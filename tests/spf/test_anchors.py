@@ -55,10 +55,8 @@ def test_anchors_are_measured_every_so_many_steps(passes):
 def test_a_subspace_is_computed_anew_when_it_holds_less_than_it_did(monkeypatch):
     from geomkit.spf.projection import protection
 
-    made, compute = [], protection.layer_subspace
-    monkeypatch.setattr(
-        protection, "layer_subspace", lambda *a, **k: (made.append(k["parameter"]), compute(*a, **k))[1]
-    )
+    made, compute = [], protection.with_subspaces
+    monkeypatch.setattr(protection, "with_subspaces", lambda *a: (made.append(a[2]), compute(*a))[1])
     counts = {}
     for share in (None, 0.9, 1e-9):
         made.clear()
