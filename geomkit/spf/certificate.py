@@ -27,12 +27,14 @@ class Certificate(Result):
         records: One record per step.
         by_factor: For each adapted layer that is protected factor by factor, the reason. There the promise is about the
             adapter's own parameters, to first order, and leaves out products of their changes, such as ΔB ΔA.
+        share: Share of the model's trainable parameters that was under guard, the smallest of all steps.
     """
 
     rule: str
     promise: Promise
     records: Sequence[StepRecord] = field(repr=False)
     by_factor: Mapping[str, str] = field(default_factory=dict, repr=False)
+    share: float = 1.0
 
     @property
     def guaranteed(self) -> bool:
@@ -58,6 +60,11 @@ class Certificate(Result):
     def max_first_order_change(self) -> float:
         """The largest first-order change of the safety loss by one applied update, nats per token."""
         return max((record.first_order for record in self.records), default=0.0)
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no update was projected or corrected."""
+        return bool(self.records) and not any(record.fired or record.corrected for record in self.records)
 
     @property
     def max_shortfall(self) -> float:
@@ -143,7 +150,13 @@ class Certificate(Result):
         return "; ".join([verdict, *self._limits()])
 
     def _limits(self) -> Iterator[str]:
-        """Yield what limits the certificate."""
+        """Yield what limits the certificate, what counts most first."""
+        if self.share < 1:
+            yield f"only {self.share:.1%} of the trainable parameters are under guard, moves of the others are not seen"
+        if self.is_idle:
+            yield "no step was projected or corrected"
+        if any(not record.fresh for record in self.records):
+            yield "g_s is that of the anchors as last measured, not of every step"
         if self.undecided:
             yield f"{self.undecided} steps cannot be told from rounding"
         if self.by_factor and self.guaranteed:

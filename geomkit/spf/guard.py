@@ -1,12 +1,11 @@
 """The guard: the hooks around ``optimizer.step`` that project an update and check it."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
-from weakref import WeakSet
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -22,10 +21,18 @@ from geomkit.spf.projection.reading import Reading
 from geomkit.spf.protected import ProtectedBlocks
 from geomkit.spf.rule import Rule
 from geomkit.spf.rules import RULES
+from geomkit.spf.step_calls import StepCalls
 from geomkit.spf.step_record import Log, StepRecord
-from geomkit.spf.utility_gradients import add_safety_gradient, project_gradients, refuse_missing_gradients
-from geomkit.spf.weights.guarded import Guarded, refuse_broken_gradients, unwrapped
+from geomkit.spf.utility_gradients import (
+    add_safety_gradient,
+    project_gradients,
+    refuse_closure,
+    refuse_missing_gradients,
+)
+from geomkit.spf.watch import Watch, unseen_move
+from geomkit.spf.weights.guarded import Guarded
 from geomkit.spf.weights.processes import Processes
+from geomkit.spf.weights.trained import refuse_broken_gradients
 from geomkit.utils.precision import full_precision
 
 
@@ -59,19 +66,12 @@ class _Pending:
     plan: Plan | None = None
 
 
-_GUARDED: WeakSet[torch.optim.Optimizer] = WeakSet()
-"""The optimizers with a guard: two guards of one optimizer would change the updates that the other has certified."""
-
-
-_UNSEEN = 1e-6
-"""Largest difference of two readings of weights that nobody moved, relative to their norm: a swap and its undoing."""
-
 _READING = 1e-5
 """Largest relative difference of two readings of the same weights: fp32 rounding depends on the product's shape."""
 
 
 class Guard:
-    """SPF attached to one optimizer: it projects, measures and checks every step.
+    """SPF attached to the optimizers of a model: it projects, measures and checks every step.
 
     Before a step the guard collects the safety gradient of a few anchors at the present weights and reads the protected
     coordinates of the weights. After the step it reads them again, corrects the weights where the update conflicts,
@@ -81,14 +81,13 @@ class Guard:
     def __init__(
         self,
         guarded: Guarded,
-        optimizer: torch.optim.Optimizer,
         rule: Rule,
         constraint_meter: ConstraintMeter,
         options: Options,
         state: Mapping[str, Tensor] | None = None,
         description: Mapping[str, object] | None = None,
     ) -> None:
-        """Attach to an optimizer, from the beginning or in a saved state; see :meth:`SPF.attach`."""
+        """Attach to the optimizers of the weights, from the beginning or in a saved state; see :meth:`SPF.attach`."""
         self.rule = rule
         self._description = description or {}
         self._guarded, self._constraint_meter, self._options = guarded, constraint_meter, options
@@ -100,24 +99,22 @@ class Guard:
             refresh_energy=options.refresh_energy,
             seed=options.seed,
         )
-        self._optimizer = unwrapped(optimizer)
         self._records: list[StepRecord] = []
         self._earlier_steps = 0  # steps without records, of the run that this run resumes
         self._is_mixed = False  # whether the safety gradient has been added for the next step
         self._origin: dict[str, Tensor] = {}  # UᵀW₀ of each block under a rule with a closed subspace
         self._pending: _Pending | None = None
         self._probes_after: dict[str, Tensor] = {}  # WΩ of each block after the last step
-        self._seen = guarded.reading()  # of the weights that the last guarded step left
+        self._watch = Watch(guarded)
+        self._share = guarded.share  # smallest so far
         self._has_stepped = False  # since it was attached
         self._moved: str | None = None  # after detaching, the weight that was moved while no guarded step was seen
-        if self._optimizer in _GUARDED:
-            raise SPFError("expected an optimizer without a guard, found a guarded one; detach() its guard first")
-        self._log = self._begin_log() if state is None else self._resume(state)
-        self._handles = [
-            self._optimizer.register_step_pre_hook(_as_hook(self._before_step)),
-            self._optimizer.register_step_post_hook(_as_hook(self._after_step)),
-        ]
-        _GUARDED.add(self._optimizer)
+        self._calls = StepCalls(guarded.optimizers, self._before_step, self._after_step)
+        try:
+            self._log = self._begin_log() if state is None else self._resume(state)
+        except BaseException:
+            self._calls.release()
+            raise
 
     @property
     def certificate(self) -> Certificate:
@@ -126,8 +123,9 @@ class Guard:
         Raises:
             SPFError: If weights were moved while no guarded step was seen.
         """
+        self._calls.finish()
         self._refuse_unseen_moves()
-        return Certificate(self.rule.name, self.rule.promise, self.records, self._guarded.by_factor)
+        return Certificate(self.rule.name, self.rule.promise, self.records, self._guarded.by_factor, self._share)
 
     @property
     def records(self) -> tuple[StepRecord, ...]:
@@ -146,48 +144,31 @@ class Guard:
             SPFError: If weights were moved while no guarded step was seen, such as by another optimizer, by hand, or by
                 an optimizer that does not step in ``step()``.
         """
-        self.release()
+        try:
+            self._calls.finish()
+        finally:
+            self.release()
         self._refuse_unseen_moves()
 
     def release(self) -> None:
         """End the projection as :meth:`detach` does, but raise nothing: for the clearing up after another error."""
-        if not self._handles:
-            return
-        self._moved = self._unseen_move()
-        for handle in self._handles:
-            handle.remove()
-        _GUARDED.discard(self._optimizer)
-        self._handles = []
+        if self._calls.attached:
+            self._moved = self._watch.moved()
+            self._calls.release()
 
     def accept_weights(self) -> None:
         """Take the present weights for those that the last guarded step left, such as those of a loaded checkpoint."""
-        self._seen = self._guarded.reading()
-
-    @torch.no_grad()
-    def _unseen_move(self) -> str | None:
-        """Return the name of a guarded weight that is not where the last guarded step left it; ``None`` if all are."""
-        for name, now in self._guarded.reading().items():
-            before = self._seen.get(name)
-            if before is None or before.shape != now.shape or before.device != now.device:
-                continue  # another weight is trained since
-            norm, distance = float(torch.linalg.vector_norm(before)), float(torch.linalg.vector_norm(now - before))
-            if math.isfinite(norm) and not distance <= _UNSEEN * norm:
-                return name
-        return None
+        self._watch.accept()
 
     def _refuse_unseen_moves(self) -> None:
-        """Check that no guarded weight was moved while no guarded step was seen.
+        """Check that no weight was moved while no guarded step was seen.
 
         Raises:
             SPFError: If one was: the certificate would be silent about that move.
         """
-        name = self._unseen_move() if self._handles else self._moved
+        name = self._watch.moved() if self._calls.attached else self._moved
         if name is not None:
-            raise SPFError(
-                f"expected '{name}' where {f'step {self.steps}' if self.steps else 'attaching SPF'} left it, found it "
-                f"moved while no guarded step was seen ({self.steps} were seen): the certificate knows nothing of that "
-                "move; call step() of the optimizer that SPF is attached to (SAM: with a closure), or detach first"
-            )
+            raise unseen_move(name, self.steps)
 
     @torch.no_grad()
     def mix(self) -> None:
@@ -197,9 +178,10 @@ class Guard:
         optimizer's step, to a task gradient that is already clipped. Do not call it if a ``GradScaler`` still has to
         divide the gradients.
         """
-        if self.rule.safety_gradient_weight and not self.rule.projects_gradient and self._handles:
+        if self.rule.safety_gradient_weight and not self.rule.projects_gradient and self._calls.attached:
+            self._calls.finish()
             with full_precision():
-                add_safety_gradient(self.rule, self._guarded, self._measure(), self._optimizer)
+                add_safety_gradient(self.rule, self._guarded, self._measure())
             self._is_mixed = True
 
     def __enter__(self) -> Self:
@@ -232,13 +214,14 @@ class Guard:
 
     # ------------------------------------------------------------------------------------------- before the step
 
-    def _before_step(self) -> None:
+    def _before_step(self, closure: bool) -> None:
         """Measure, read and, under a rule on the gradient, project the gradients."""
-        if bool(getattr(self._optimizer, "found_inf", None) or False):  # a fused optimizer skips a step that overflowed
-            return
+        if closure:
+            refuse_closure(self.rule)
         # 1. Divide the weights anew if other weights are trained than at the last step; check their gradients.
         if self._guarded.refresh():
             self._protected.discard()
+            self._share = min(self._share, self._guarded.share)
         refuse_broken_gradients(self._guarded.parameters)
         if not self._has_stepped or not self.rule.guarantees:  # step 3 checks all others, with the readings it has
             self._refuse_unseen_moves()
@@ -260,7 +243,7 @@ class Guard:
             self._pending.plan = project_gradients(self.rule, self._guarded, self._protected, measured, self._seed())
         if self.rule.safety_gradient_weight and not self._is_mixed:
             refuse_missing_gradients(self.rule, self._guarded)
-            add_safety_gradient(self.rule, self._guarded, measured, self._optimizer)
+            add_safety_gradient(self.rule, self._guarded, measured)
         self._is_mixed = False
 
     def _refuse_other_changes(self, before: Mapping[str, Reading]) -> None:
@@ -298,6 +281,8 @@ class Guard:
         # Where this step fails, its measurement and its readings must not serve the next step.
         measured, self._protected.measured, self._probes_after = self._protected.measured, None, {}
         # 1. The optimizer's update Δ: the difference of two readings.
+        self._guarded.follow_storage()
+        self._watch.refuse_moves_of_frozen_weights()
         self._guarded.pull_updates_into_masters()
         raw = self._changes(pending.before, self._protected.read(pending.before))
         _refuse_broken_update(raw)
@@ -355,6 +340,8 @@ class Guard:
         Args:
             folder: The checkpoint, which exists.
         """
+        self._calls.finish()
+        self._refuse_unseen_moves()
         state = {
             "steps": torch.tensor(self.steps),
             **self._constraint_meter.state(),
@@ -395,14 +382,3 @@ def _refuse_broken_update(raw: Mapping[str, Reading]) -> None:
     broken = [name for name, change in raw.items() if not math.isfinite(change.norm)]
     if broken:
         raise SPFError(f"{broken[0]}: expected a finite update, found NaN or inf; lower the learning rate")
-
-
-def _as_hook(action: Callable[[], None]) -> Callable[..., None]:
-    """Return an optimizer hook that runs the action without autograd, in full precision and outside torch.compile."""
-
-    def hook(*_: Any) -> None:
-        with torch.no_grad(), full_precision():
-            action()
-
-    uncompiled: Callable[..., None] = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
-    return uncompiled

@@ -1,5 +1,6 @@
 """The settings of an SPF run: the anchors, the rule, and how the guard works."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from hashlib import sha256
 from pathlib import Path
@@ -18,7 +19,8 @@ from geomkit.spf.constraints import BenignFence, ConstraintMeter
 from geomkit.spf.guard import Guard, Options
 from geomkit.spf.rule import PROSE, Rule
 from geomkit.spf.rules import DEFAULT_RULE, get_rule
-from geomkit.spf.weights.guarded import Guarded, warn_of_rounding
+from geomkit.spf.weights.guarded import Guarded
+from geomkit.spf.weights.trained import warn_of_rounding
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -98,7 +100,7 @@ class SPF:
     def attach(
         self,
         model: "PreTrainedModel",
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
         tokenizer: "PreTrainedTokenizerBase | None" = None,
         *,
         resume: str | Path | None = None,
@@ -107,7 +109,8 @@ class SPF:
 
         Args:
             model: The model that is trained.
-            optimizer: Its optimizer, plain or wrapped by accelerate.
+            optimizer: Its optimizer, plain or wrapped by accelerate; or all its optimizers, such as Muon for matrices
+                and AdamW for the rest. These make a guarded step together, when each of them has stepped once.
             tokenizer: The model's tokenizer; the tokenizer in the settings if left out.
             resume: The checkpoint from which training is resumed, into which :meth:`Guard.save` has written.
 
@@ -129,6 +132,7 @@ class SPF:
         if self.benign is not None:
             fence = BenignFence(self._pool(model, self.benign, self.benign_per_step, tokenizer)[0], self.benign_margin)
         guarded = Guarded(model, optimizer, rule.level, master=self.master_weights)
+        guarded.warn_of_unguarded()
         if rule.closed_subspace and not resume:
             guarded.refuse_open_products(rule.name)
         warn_of_lost_updates(guarded.parameters)
@@ -144,7 +148,7 @@ class SPF:
         )
         description = self.describe()
         state = load_state(Path(resume), description) if resume else None
-        return Guard(guarded, optimizer, rule, constraint_meter, options, state, description)
+        return Guard(guarded, rule, constraint_meter, options, state, description)
 
     def describe(self) -> dict[str, object]:
         """Return the settings that the numbers of a run depend on, with hashes in place of the examples."""

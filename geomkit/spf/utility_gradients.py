@@ -1,7 +1,5 @@
 """Changes of the utility gradients before a step: their projection, and the addition of the safety gradient."""
 
-import torch
-
 from geomkit.errors import SPFError
 from geomkit.spf.demands import Measured
 from geomkit.spf.projection.corrections import Plan, plan
@@ -54,17 +52,36 @@ def refuse_missing_gradients(rule: Rule, guarded: Guarded) -> None:
         raise _no_gradients(rule)
 
 
-def add_safety_gradient(rule: Rule, guarded: Guarded, measured: Measured, optimizer: torch.optim.Optimizer) -> None:
+def refuse_closure(rule: Rule) -> None:
+    """Check that a step without closure suits a rule; with a closure gradients are computed anew within the step.
+
+    Raises:
+        SPFError: If the rule changes the gradients, which the closure would overwrite.
+    """
+    if rule.projects_gradient or rule.safety_gradient_weight:
+        raise SPFError(
+            f"expected optimizer.step() without a closure for the rule '{rule.name}', which changes the gradients "
+            "before the step, found a closure, which computes them anew; call backward() before step(), or take a rule "
+            "that leaves the gradients alone, such as 'rank1'"
+        )
+
+
+def add_safety_gradient(rule: Rule, guarded: Guarded, measured: Measured) -> None:
     """Add the mean safety gradient Σ w_i g_i, times the rule's weight, to the utility gradients.
 
     Args:
         rule: A rule with a ``safety_gradient_weight``.
         guarded: The weights with their gradients.
         measured: The constraints.
-        optimizer: The optimizer; a fused one divides all gradients by its ``grad_scale``.
+
+    Raises:
+        SPFError: If the optimizers scale their gradients differently.
     """
-    weights, scale = measured.demands.safety_weights, getattr(optimizer, "grad_scale", None)
-    factor = rule.safety_gradient_weight * (1.0 if scale is None else float(scale))
+    # A fused optimizer divides all gradients by its ``grad_scale``.
+    scales = {float(scale) for optimizer in guarded.optimizers if (scale := getattr(optimizer, "grad_scale", None))}
+    if len(scales) > 1:
+        raise SPFError(f"expected one grad_scale of all optimizers, found {sorted(scales)}; use one GradScaler")
+    weights, factor = measured.demands.safety_weights, rule.safety_gradient_weight * max(scales, default=1.0)
     for name, gradients in measured.gradients.items():
         pairs = zip(gradients, weights, strict=True)
         guarded.add_to_gradients(name, [(gradient, factor * float(weight)) for gradient, weight in pairs if weight])

@@ -128,7 +128,7 @@ class GuardedStep(Step):
             pool = AnchorPool(tuple(training.setting.anchors(anchors)), anchors)
             constraint_meter = ConstraintMeter(guarded.model, chosen, pool, pad=0)
         options = Options(refresh_energy=refresh_energy)
-        self.guard = Guard(guarded, training.optimizer, chosen, constraint_meter, options)
+        self.guard = Guard(guarded, chosen, constraint_meter, options)
 
     def update(self) -> None:
         self.training.update()

@@ -250,7 +250,7 @@ def test_sparse_gradients_are_refused_where_they_would_be_projected():
 
 
 def test_large_fp16_gradients_are_no_overflow():
-    from geomkit.spf.weights.guarded import refuse_broken_gradients
+    from geomkit.spf.weights.trained import refuse_broken_gradients
 
     weight = nn.Parameter(torch.zeros(300, 300, dtype=torch.float16))
     weight.grad = torch.ones_like(weight)

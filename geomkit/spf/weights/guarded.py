@@ -1,20 +1,21 @@
 """The weights that a guard protects, divided into blocks, and the weights that it refuses."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from geomkit.errors import SPFError
-from geomkit.inputs.parameters import refuse_unseen_values, unwrapped_model
+from geomkit.inputs.parameters import unwrapped_model
 from geomkit.spf.rule import Level
 from geomkit.spf.weights.adapters import Adapter, Adapters, find_adapters, make_gradient, warn_of_factors
 from geomkit.spf.weights.blocks import Block, Move, ProductBlock, TensorBlock
 from geomkit.spf.weights.processes import Processes
 from geomkit.spf.weights.sharding import gathered, is_sharded, local_rows, process_group, reshard
+from geomkit.spf.weights.trained import can_move, held_parameters, trained_parameters, unwrapped
 from geomkit.utils.precision import at_least_fp32, full_precision, no_autocast
 
 if TYPE_CHECKING:
@@ -23,104 +24,30 @@ if TYPE_CHECKING:
 _LOGGER = logging.getLogger(__name__)
 
 
-def unwrapped(optimizer: Any) -> torch.optim.Optimizer:
-    """Return the torch optimizer inside a wrapper, such as accelerate's, whose own hooks do not fire.
-
-    Raises:
-        SPFError: If there is no torch optimizer, or DeepSpeed's is among the wrappers.
-    """
-    while not isinstance(optimizer, torch.optim.Optimizer) or hasattr(optimizer, "optimizer"):
-        _refuse_deepspeed(optimizer)
-        if not hasattr(optimizer, "optimizer"):
-            raise SPFError(f"expected a torch optimizer, or a wrapper of one, found {type(optimizer).__name__}")
-        optimizer = optimizer.optimizer
-    _refuse_deepspeed(optimizer)
-    return optimizer
-
-
-def _refuse_deepspeed(part: Any) -> None:
-    if any(base.__module__.startswith(("deepspeed", "accelerate.utils.deepspeed")) for base in type(part).__mro__):
-        _raise_for_deepspeed(type(part).__name__)
-
-
-def _raise_for_deepspeed(name: str) -> NoReturn:
-    raise SPFError(
-        f"expected an optimizer that steps in optimizer.step(), found DeepSpeed's ({name}), which steps inside "
-        "backward() on flat parts of the weights; train with DDP, FSDP2 or on one device"
-    )
-
-
-def trained_parameters(model: nn.Module, optimizer: Any) -> dict[str, nn.Parameter]:
-    """Return the trainable parameters of an optimizer, by their names in the model.
-
-    Raises:
-        SPFError: If there is no trainable parameter, a parameter is not the model's, or has no values on this process.
-    """
-    _refuse_deepspeed(model)
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    trained = {}
-    for group in unwrapped(optimizer).param_groups:
-        for parameter in group["params"]:
-            if hasattr(parameter, "ds_id"):
-                _raise_for_deepspeed("a parameter in pieces")
-            if not parameter.requires_grad:
-                continue
-            if id(parameter) not in names:
-                raise SPFError(
-                    f"expected the optimizer to hold the model's parameters, found one of shape "
-                    f"{tuple(parameter.shape)} that is not; build the optimizer from this very model"
-                )
-            trained[names[id(parameter)]] = parameter
-    if not trained:
-        raise SPFError(
-            "expected an optimizer with trainable parameters, found none; unfreeze the model, or after changing "
-            "adapters build a new optimizer and attach again"
-        )
-    whole = {name: parameter for name, parameter in trained.items() if not is_sharded(parameter)}
-    refuse_unseen_values(whole, SPFError)
-    _refuse_shared_memory(whole)
-    return trained
-
-
-def _refuse_shared_memory(parameters: Mapping[str, nn.Parameter]) -> None:
-    """Check that no two parameters begin at the same place in memory.
-
-    Raises:
-        SPFError: If two do: the optimizer moves the memory twice, and neither gradient is that of both moves.
-    """
-    owners: dict[tuple[torch.device, int], str] = {}
-    for name, parameter in parameters.items():
-        owner = owners.setdefault((parameter.device, parameter.data_ptr()), name)
-        if owner != name:
-            raise SPFError(
-                f"expected parameters with memory of their own, found '{owner}' and '{name}' that share memory; make "
-                "them one parameter, and adapters of PEFT without ensure_weight_tying=True"
-            )
-
-
 class Guarded:
     """The weights that a guard protects, divided into blocks.
 
     Args:
         model: The model that is trained.
-        optimizer: The model's optimizer.
+        optimizers: The model's optimizer, or several, with or without wrappers.
         level: The rule's level. For ``"update"`` the product of an adapter is one block; for ``"gradient"`` its two
             factors are two blocks, since each factor has a gradient.
         master: Whether to store fp32 master weights for weights of fewer bits.
 
     Attributes:
         model: The model, unwrapped.
+        optimizers: The optimizers, unwrapped.
         parameters: The trained parameters, by name.
         blocks: The blocks, by the name of the parameter whose gradient is collected for the block.
         by_factor: For each adapted layer that is protected factor by factor, not as a product, the reason.
         processes: The processes that train the model.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Any, level: Level, *, master: bool = False) -> None:
-        """Collect the trained weights of the optimizer, and divide them into blocks."""
-        self.model = unwrapped_model(model)
-        self._optimizer, self._level, self._master = optimizer, level, master
-        self._signature: object = None
+    def __init__(self, model: nn.Module, optimizers: Any, level: Level, *, master: bool = False) -> None:
+        """Collect the weights that the optimizers move, and divide them into blocks."""
+        self.model, self.optimizers = unwrapped_model(model), unwrapped(optimizers)
+        self._level, self._master = level, master
+        self._signature: list[tuple[object, ...]] | None = None
         self.parameters: dict[str, nn.Parameter] = {}
         self.blocks: dict[str, Block] = {}
         self._collected: dict[str, nn.Parameter] = {}  # parameter whose gradient is collected, by block
@@ -143,13 +70,11 @@ class Guarded:
     def refresh(self) -> bool:
         """Divide the weights anew if the set of trained weights has changed, and return whether it has changed."""
         reshard(self.model)
-        groups = unwrapped(self._optimizer).param_groups
-        trained = [parameter for group in groups for parameter in group["params"] if parameter.requires_grad]
-        signature = [(id(weight), 0 if is_sharded(weight) else weight.data_ptr()) for weight in trained]
+        signature = _places(filter(can_move, held_parameters(self.optimizers)))
         if signature == self._signature:
             return False
         changed, self._signature = self._signature is not None, signature
-        self.parameters = trained_parameters(self.model, self._optimizer)
+        self.parameters = trained_parameters(self.model, self.optimizers)
         adapters = self._find_adapters() if self._level == "update" else Adapters({}, {})
         self._adapters, self.by_factor = adapters.products, adapters.by_factor
         self.blocks, self._collected = self._divide()
@@ -157,6 +82,47 @@ class Guarded:
             _LOGGER.warning("other weights are trained from this step on: %d blocks", len(self.blocks))
         warn_of_factors(self.by_factor)
         return changed
+
+    def follow_storage(self) -> None:
+        """Divide the weights anew where a step has assigned new tensors to the parameters' ``data``.
+
+        Raises:
+            SPFError: If the new tensors have other shapes, types or devices.
+        """
+        before, now = self._signature, _places(self.parameters.values())
+        if now == before:
+            return
+        if [place[:-1] for place in now] != [place[:-1] for place in before or []]:
+            raise SPFError(
+                "expected optimizer.step() to keep the shape, type and device of every parameter, found another; let "
+                "steps change values only"
+            )
+        masters, self._signature = self.fp32_masters(), now
+        self.blocks, self._collected = self._divide()
+        self.load_fp32_masters(masters)
+
+    @property
+    def share(self) -> float:
+        """Share of the model's trainable parameters, counted as numbers, that is under guard."""
+        trainable = {id(weight): weight for weight in self.model.parameters() if weight.requires_grad}
+        guarded = {id(weight): weight for weight in self.parameters.values()}
+        return sum(map(_numel, guarded.values())) / sum(map(_numel, (trainable | guarded).values()))
+
+    def warn_of_unguarded(self) -> None:
+        """Log a warning if trainable parameters are not under guard."""
+        guarded = set(map(id, self.parameters.values()))
+        outside = [
+            name
+            for name, parameter in self.model.named_parameters()
+            if parameter.requires_grad and id(parameter) not in guarded
+        ]
+        if outside:
+            _LOGGER.warning(
+                "SPF guards %.0f %% of the trainable parameters: its optimizer does not hold '%s' and %d others, whose "
+                "moves are not measured; attach SPF to every optimizer, spf.attach(model, [first, second]), or freeze "
+                "what is not trained",
+                100 * self.share, outside[0], len(outside) - 1,
+            )  # fmt: skip
 
     def _find_adapters(self) -> Adapters:
         """Return the adapted layers.
@@ -251,10 +217,20 @@ class Guarded:
         for block in self._tensors().values():
             block.round_master_into_weight()
 
+    @property
+    def still(self) -> dict[str, nn.Parameter]:
+        """The model's parameters that the optimizers hold, but that no step may move: frozen, and without gradient."""
+        held = {id(parameter) for parameter in held_parameters(self.optimizers) if not can_move(parameter)}
+        return {name: parameter for name, parameter in self.model.named_parameters() if id(parameter) in held}
+
     def reading(self) -> dict[str, Tensor]:
-        """Return W r of every guarded parameter W, with a fixed random r: (rows on this process,), to tell a change."""
+        """Return W r of every parameter W that the optimizers hold, with a fixed random r, to tell a change.
+
+        Returns:
+            (rows on this process,) by name.
+        """
         products = {}
-        for name, parameter in self.parameters.items():
+        for name, parameter in (self.parameters | self.still).items():
             values = parameter.detach()
             local = cast("DTensor", values).to_local() if is_sharded(parameter) else values
             matrix = at_least_fp32(local.reshape(-1, local.shape[-1] if local.ndim > 1 else 1))
@@ -280,6 +256,21 @@ class Guarded:
         """Set the fp32 master weights to saved master weights."""
         for name, master in self.fp32_masters().items():
             master.copy_(saved[name])
+
+
+def _places(parameters: Iterable[nn.Parameter]) -> list[tuple[object, ...]]:
+    """Return for each parameter its identity, shape, type and device, and last its place in memory."""
+    return [
+        (
+            id(parameter), parameter.shape, parameter.dtype, parameter.device,
+            0 if is_sharded(parameter) else parameter.data_ptr(),
+        )
+        for parameter in parameters
+    ]  # fmt: skip
+
+
+def _numel(parameter: nn.Parameter) -> int:
+    return parameter.numel()
 
 
 def tensor_block(tensor: Tensor, parameter: nn.Parameter, *, scale: float = 1.0, master: bool = False) -> TensorBlock:
@@ -313,33 +304,3 @@ def _dense(name: str, gradient: Tensor) -> Tensor:
             "embedding with sparse=False, or take a rule on the update"
         )
     return gradient
-
-
-def refuse_broken_gradients(parameters: Mapping[str, nn.Parameter]) -> None:
-    """Check the gradients before a step, while the weights are unchanged.
-
-    Raises:
-        SPFError: If a gradient is not finite.
-    """
-    for name, parameter in parameters.items():
-        # A finite sum has finite summands, and is cheaper to test than all summands.
-        gradient = parameter.grad
-        if gradient is None or bool(torch.isfinite(gradient.sum(dtype=torch.float32))):
-            continue
-        if not bool(torch.isfinite(gradient).all()):
-            raise SPFError(
-                f"{name}: expected a finite gradient before optimizer.step(), found NaN or inf; the weights are as "
-                "they were: lower the learning rate, or leave the batch out"
-            )
-
-
-def warn_of_rounding(parameters: Mapping[str, nn.Parameter]) -> None:
-    """Log a warning if weights have fewer bits than a projection needs."""
-    types = {parameter.dtype for parameter in parameters.values()} - {torch.float32, torch.float64}
-    if types:
-        names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in types))
-        _LOGGER.warning(
-            "the weights are %s: rounding them can undo part of a projection, and the certificate tolerates that much; "
-            "train in float32, or give SPF(master_weights=True), for a constraint that binds",
-            names,
-        )
