@@ -315,12 +315,12 @@ class Moves(TrainerCallback):
     """Moves weights at one event of the Trainer."""
 
     def __init__(self, event, step=2):
-        setattr(self, event, lambda args, state, control, **kwargs: self._move(state, step, kwargs["model"]))
+        self.step = step
+        setattr(self, event, self._move)
 
-    @staticmethod
-    def _move(state, step, model):
-        if state.global_step == step:
-            noise(model)
+    def _move(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            noise(kwargs["model"])
 
 
 @pytest.mark.parametrize(
