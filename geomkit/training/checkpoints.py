@@ -1,24 +1,30 @@
 """Checkpoints of a fine-tune that may be interrupted: whether they belong to this run, and which are complete."""
 
 import json
+import logging
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from geomkit.errors import DataError
-from geomkit.utils.files import write_atomically
+from geomkit.utils.files import locked, write_atomically
 from geomkit.version import __version__
 
 MARK = "geomkit.json"
-"""In the run's folder, a file with the run's settings; in a checkpoint, a file that is written last of all."""
+"""In the run's folder, a file with the run's settings; in a checkpoint, a list of its files, written last of all."""
 
 LOG = "spf.jsonl"
 """The certificate of the run, in the run's folder."""
+
+_LOGGER = logging.getLogger(__name__)
 
 _VERSION = "geomkit"
 _CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
@@ -45,19 +51,69 @@ class MarkBegun(TrainerCallback):
 
 
 class MarkComplete(TrainerCallback):
-    """Marks every checkpoint after all its files are written; must be the last callback."""
+    """Marks every sound checkpoint after all its files are written; must be the last callback."""
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Write the mark."""
+        """Write the mark, a list of the files with their sizes, unless a weight is not finite.
+
+        A run is never resumed from a checkpoint without mark: from weights that are NaN it could not go on.
+        """
         folder = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        write_atomically(folder / MARK, "{}")
+        if broken := _broken_weight(kwargs["model"]):
+            _LOGGER.warning("%s: '%s' is not finite; this checkpoint is not marked complete", folder, broken)
+            return
+        write_atomically(folder / MARK, json.dumps({"files": _sizes(folder)}))
+
+
+def _broken_weight(model: nn.Module) -> str | None:
+    """Return the name of a weight with a value that is not finite."""
+    broken = (name for name, weight in model.named_parameters() if not bool(torch.isfinite(weight).all()))
+    return next(broken, None)
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Return the size in bytes of every file of a checkpoint but the mark."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MARK)
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+
+
+@contextmanager
+def run_folder(folder: Path) -> Iterator[None]:
+    """Hold the folder of a run inside the block: no other run may write to it. An empty folder is removed at the end.
+
+    Args:
+        folder: The folder for checkpoints, which need not exist.
+
+    Raises:
+        DataError: If another run is writing to the folder, or it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"expected a folder for checkpoints at {folder}, found {error.strerror}; choose another"
+        ) from None
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locked(folder, wait=False))
+        except BlockingIOError:
+            raise DataError(
+                f"expected a folder for checkpoints that no other run is writing to, found {folder} in use; wait for "
+                "that run to end, or choose another folder"
+            ) from None
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # it holds files
+                folder.rmdir()
 
 
 def last_checkpoint(folder: Path, settings: Mapping[str, Any]) -> Path | None:
     """Return the checkpoint from which a run is resumed, after a check that the folder is free or belongs to this run.
 
-    Incomplete checkpoints, which were being written when the run ended, are removed. If no complete checkpoint is left,
-    the run's certificate is removed too.
+    Checkpoints without mark, which were being written when the run ended, are removed. Checkpoints with a mark that lack
+    a file, or have one of another size, are kept as ``damaged-checkpoint-…`` and not resumed. If no complete checkpoint
+    is left, the run's certificate is removed.
 
     Args:
         folder: The folder for checkpoints, which need not exist.
@@ -77,16 +133,51 @@ def last_checkpoint(folder: Path, settings: Mapping[str, Any]) -> Path | None:
                 "there; choose another"
             )
         return None
-    _check_same_run(folder, json.loads(mark.read_text(encoding="utf-8")), _as_saved(settings))
-    numbers = {path: match for path in folder.iterdir() if (match := _CHECKPOINT.fullmatch(path.name))}
-    complete = {int(match[1]): path for path, match in numbers.items() if (path / MARK).is_file()}
-    for path in set(numbers) - set(complete.values()):
+    saved = _read_mark(mark)
+    if not saved:
+        raise DataError(f"expected the settings of a run in {mark}, found a damaged file; choose another folder")
+    _check_same_run(folder, saved, _as_saved(settings))
+    numbers = {path: int(match[1]) for path in folder.iterdir() if (match := _CHECKPOINT.fullmatch(path.name))}
+    marked = {path for path in numbers if (path / MARK).is_file()}
+    for path in set(numbers) - marked:
         shutil.rmtree(path)
-    if complete:
-        return complete[max(complete)]
+    for path in sorted(marked, key=numbers.__getitem__, reverse=True):
+        damage = _damage(path)
+        if damage is None:
+            return path
+        aside = _free_name(path.with_name(f"damaged-{path.name}"))
+        path.rename(aside)
+        _LOGGER.warning("%s: %s; it is kept as %s, and the run goes on from the one before", path, damage, aside.name)
     if log := settings.get("log"):
         Path(log).unlink(missing_ok=True)  # its steps are lost with the checkpoints
     return None
+
+
+def _read_mark(path: Path) -> dict[str, Any]:
+    """Return the content of a mark; an empty dictionary if it is damaged or no object of JSON."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _damage(checkpoint: Path) -> str | None:
+    """Return what is wrong with a marked checkpoint: a file that is missing, or of another size than at its writing."""
+    files = _read_mark(checkpoint / MARK).get("files")
+    if not isinstance(files, dict):
+        return f"expected a list of files in {MARK}, found none"
+    present = _sizes(checkpoint)
+    for name, size in files.items():
+        if present.get(name) != size:
+            return f"expected {name} of {size} bytes, found {present.get(name, 'none')}"
+    return None
+
+
+def _free_name(path: Path) -> Path:
+    """Return the path, or one with a number where something is there already."""
+    numbered = (path.with_name(f"{path.name}-{number}") for number in range(2, 1000))
+    return path if not path.exists() else next(candidate for candidate in numbered if not candidate.exists())
 
 
 def _as_saved(settings: Mapping[str, Any]) -> dict[str, Any]:

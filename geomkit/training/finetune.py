@@ -5,7 +5,7 @@ import math
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +32,7 @@ from geomkit.training.arguments import (
     with_defaults,
 )
 from geomkit.training.callbacks import LossCheck, ProgressBar
-from geomkit.training.checkpoints import LOG, MarkBegun, MarkComplete, last_checkpoint
+from geomkit.training.checkpoints import LOG, MarkBegun, MarkComplete, last_checkpoint, run_folder
 from geomkit.training.result import FineTuneResult
 from geomkit.utils.arguments import type_in_words
 from geomkit.utils.seeding import random_state_kept
@@ -123,10 +123,12 @@ def finetune(
                 refuse_unfit(model, examples, what=name)
         if folder and spf.log is None:
             spf = replace(spf, log=folder / LOG)
-    with tempfile.TemporaryDirectory() as scratch, random_state_kept():
+    with tempfile.TemporaryDirectory() as scratch, random_state_kept(), ExitStack() as held:
         arguments = make_arguments(
             folder or scratch, steps=steps, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, more=more
         )
+        if folder and arguments.process_index == 0:
+            held.enter_context(run_folder(folder))
         # 2. A checkpoint in the folder belongs to this run if all settings that the run depends on are equal.
         settings = more | {
             "learning_rate": learning_rate, "steps": steps, "epochs": epochs, "batch_size": batch_size,

@@ -64,14 +64,25 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, *, wait: bool = True) -> Iterator[None]:
     """Hold an exclusive lock on a folder inside the block, so that one process at a time writes to it.
 
     The lock ends with the process and leaves no file. On a file system without such locks, all processes may enter.
+
+    Args:
+        folder: The folder, which exists.
+        wait: Whether to wait for another process that holds the lock.
+
+    Raises:
+        BlockingIOError: If another process holds the lock, and ``wait`` is false.
     """
     with _opened(folder) as handle:
-        with suppress(OSError):  # some network file systems cannot lock
-            fcntl.flock(handle, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError:  # some network file systems cannot lock
+            pass
         yield
 
 
