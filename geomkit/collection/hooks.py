@@ -35,25 +35,30 @@ _SCALED_LOOKUP = re.compile(r"transformers\.models\..*ScaledWordEmbedding\.forwa
 """Forward functions of embeddings that multiply a row by the module's ``embed_scale``; many models have their own."""
 
 
-def closed_form(module: nn.Module) -> ClosedForm | None:
-    """Return the closed form of a module, or ``None`` if its weight gradient has no known closed form.
+def forward_form(module: nn.Module) -> ClosedForm | None:
+    """Return the closed form of the forward function of a module's class, or ``None`` if none is known.
 
     A module is recognised by its forward function, not by its class, because a subclass may have another forward.
     """
+    if isinstance(module, nn.Embedding) and (module.scale_grad_by_freq or module.max_norm is not None):
+        return None
     forward = type(module).forward
     name = f"{forward.__module__}.{forward.__qualname__}"
-    if functional.linear is not _LINEAR or functional.embedding is not _EMBEDDING:
-        return None
     form = "scaled lookup" if _SCALED_LOOKUP.fullmatch(name) else _CLOSED_FORMS.get(name)
     if form is None or hasattr(forward, "__wrapped__") or not _is_importable_by_its_name(forward):
+        return None
+    return form
+
+
+def closed_form(module: nn.Module) -> ClosedForm | None:
+    """Return the closed form of a module, or ``None`` if its weight gradient has no known closed form."""
+    if functional.linear is not _LINEAR or functional.embedding is not _EMBEDDING:
         return None
     if "forward" in vars(module):  # replaced on the instance
         return None
     if torch.nn.modules.module._global_forward_hooks:  # noqa: SLF001 - these run before ours and may change the output
         return None
-    if isinstance(module, nn.Embedding) and (module.scale_grad_by_freq or module.max_norm is not None):
-        return None
-    return form
+    return forward_form(module)
 
 
 def _is_importable_by_its_name(function: Any) -> bool:

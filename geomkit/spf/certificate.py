@@ -1,6 +1,6 @@
 """The certificate of an SPF run: the first-order effect of each applied update on the safety loss."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -25,11 +25,14 @@ class Certificate(Result):
         rule: Name of the rule.
         promise: The rule's promise, see :attr:`geomkit.spf.rule.Rule.promise`.
         records: One record per step.
+        by_factor: For each adapted layer that is protected factor by factor, the reason. There the promise is about the
+            adapter's own parameters, to first order, and leaves out products of their changes, such as ΔB ΔA.
     """
 
     rule: str
     promise: Promise
     records: Sequence[StepRecord] = field(repr=False)
+    by_factor: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @property
     def guaranteed(self) -> bool:
@@ -131,15 +134,17 @@ class Certificate(Result):
         return draw("plot_certificate", self) if by == "step" else draw("plot_certificate_blocks", self)
 
     def __str__(self) -> str:
-        """Return one sentence: violations, the largest change, steps below rounding, the accuracy of subspaces."""
+        """Return one sentence: violations, largest change, steps below rounding, accuracy of subspaces, exceptions."""
         promise = f"promised of {self.promise}" if self.guaranteed else "not promised by this rule"
         unknown = f"; {self.undecided} steps cannot be told from rounding" if self.undecided else ""
         held = 1 - self.max_shortfall
         subspaces = f"; subspaces hold about {held:.2%} of the energy of exact ones" if self.max_shortfall else ""
+        layers = len(self.by_factor) if self.guaranteed else 0
+        apart = f"; {layers} adapted layers factor by factor, without products of their changes" if layers else ""
         return (
             f"rule '{self.rule}': {self.violations} of {self.steps} steps raised the safety loss to first order "
             f"(⟨Δθ, g_s⟩ ≤ 0 {promise}); largest change {self.max_first_order_change:.2g} nats per token"
-            f"{unknown}{subspaces}"
+            f"{unknown}{subspaces}{apart}"
         )
 
     def _repr_html_(self) -> str:

@@ -127,7 +127,7 @@ class Guard:
             SPFError: If weights were moved while no guarded step was seen.
         """
         self._refuse_unseen_moves()
-        return Certificate(self.rule.name, self.rule.promise, self.records)
+        return Certificate(self.rule.name, self.rule.promise, self.records, self._guarded.by_factor)
 
     @property
     def records(self) -> tuple[StepRecord, ...]:

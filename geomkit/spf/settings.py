@@ -116,7 +116,8 @@ class SPF:
 
         Raises:
             SPFError: If there is no tokenizer, the rule is unknown, the optimizer holds parameters that are not the
-                model's or is DeepSpeed's, weights are sharded in an unsupported way, or there is nothing to resume.
+                model's or is DeepSpeed's, weights are sharded in an unsupported way, parameters share memory, adapters
+                cannot keep the rule, or there is nothing to resume.
             DataError: If the anchors cannot be encoded, or do not fit the model's embedding or positions.
         """
         tokenizer = tokenizer or self.tokenizer
@@ -128,6 +129,8 @@ class SPF:
         if self.benign is not None:
             fence = BenignFence(self._pool(model, self.benign, self.benign_per_step, tokenizer)[0], self.benign_margin)
         guarded = Guarded(model, optimizer, rule.level, master=self.master_weights)
+        if rule.closed_subspace and not resume:
+            guarded.refuse_open_products(rule.name)
         warn_of_lost_updates(guarded.parameters)
         warn_of_rounding(guarded.without_masters())
         with guarded.collecting():

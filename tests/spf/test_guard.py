@@ -248,7 +248,7 @@ def test_what_the_forward_pass_tells_is_not_said_of_weights_that_it_did_not_use(
     assert not TensorBlock(weight.bfloat16(), master=True).is_used
     assert not TensorBlock(weight, rows=slice(0, 2)).is_used
     assert not TensorBlock(weight, scale=-1.0).is_used
-    assert not ProductBlock(first, second, 1.0).is_used
+    assert not ProductBlock([(second, first, 1.0)]).is_used
 
 
 def test_where_the_safety_gradient_is_zero_the_step_passes():

@@ -1,7 +1,7 @@
 """Blocks of weights, in which a step is read and corrected: a tensor, a shard of a tensor, or a product of two."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -143,59 +143,85 @@ class TensorBlock(Block):
 
 
 class ProductBlock(Block):
-    """The product W = s·BA that a low-rank adapter adds to a weight, corrected through B alone, in which W is linear.
+    """The sum W = Σ s·LR of products that adapters add to a weight, corrected through one factor, in which W is linear.
 
-    1. For a fixed A the rows of W lie in the row space of A: of a gradient G only G P can be added, with the projection
-       P = Aᵀ(AAᵀ)⁻¹A = A⁺A onto that space (A⁺ the pseudo-inverse, which A of lower rank has as well).
-    2. B ← B + G A⁺ / s moves W by s·(G A⁺ / s)·A = G P.
-    3. ⟨G P, H⟩ is therefore what a move along G adds to ⟨W, H⟩; it is 0 for gradients H outside the row space.
+    1. The factors of several adapters side by side are the factors of one product: with L = [s₁L₁ s₂L₂ …] and
+       R = [R₁; R₂; …], W = LR.
+    2. For a fixed R the rows of W lie in the row space of R: of a gradient G only G P can be added, with the projection
+       P = R⁺R onto that space (R⁺ = Rᵀ(RRᵀ)⁻¹ the pseudo-inverse, which R of lower rank has as well). For a fixed L
+       it is P G, with P = LL⁺.
+    3. L ← L + G R⁺ moves W by G R⁺R = G P; R ← R + L⁺G moves W by LL⁺G = P G.
+    4. ⟨G P, H⟩ is therefore what a move along G adds to ⟨W, H⟩; it is 0 for gradients H outside that space.
 
     Args:
-        first: A, (r, columns).
-        second: B, (rows, r).
-        scaling: s.
+        products: For each adapter L (rows, r), R (r, columns) and s. Moves are made in place.
+        moves_left: Whether L is moved, rather than R.
     """
 
     free = False
 
-    def __init__(self, first: Tensor, second: Tensor, scaling: float) -> None:
-        """Store the two factors."""
-        self._first, self._second, self._scaling = first, second, scaling
+    def __init__(self, products: Sequence[tuple[Tensor, Tensor, float]], *, moves_left: bool = True) -> None:
+        """Store the factors."""
+        self._products, self._moves_left = products, moves_left
+
+    @property
+    def _left(self) -> Tensor:
+        return torch.cat([scaling * left.double() for left, _, scaling in self._products], 1)
+
+    @property
+    def _right(self) -> Tensor:
+        return torch.cat([right.double() for _, right, _ in self._products])
+
+    @property
+    def can_be_closed(self) -> bool:
+        """Whether moves can keep UᵀW as it is now for any U, whatever the optimizer does: from L = 0, and moving L."""
+        return self._moves_left and not self._left.any()
 
     def times(self, right: Tensor) -> Tensor:
-        """Return s·B(A right), in fp64, which costs little for thin factors."""
-        return self._scaling * (self._second.double() @ (self._first.double() @ right.double()))
+        """Return L(R right), in fp64, which costs little for thin factors."""
+        return self._left @ (self._right @ right.double())
 
     def left_times(self, left: Tensor) -> Tensor:
-        """Return s·(left B)A."""
-        return self._scaling * ((left.double() @ self._second.double()) @ self._first.double())
+        """Return (left L)R."""
+        return (left.double() @ self._left) @ self._right
 
     def dot(self, gradient: LayerGradient) -> float:
-        """Return ⟨s·BA, G⟩ = s·⟨B, GAᵀ⟩."""
-        return self._scaling * float((gradient.matmul(self._first.double().T) * self._second.double()).sum())
+        """Return ⟨LR, G⟩ = ⟨L, GRᵀ⟩."""
+        return float((gradient.matmul(self._right.T) * self._left).sum())
 
     def apply(self, moves: Iterable[Move]) -> None:
         """Add the reachable part of gradients to W."""
         inverse = self._inverse()
-        moved = self._second.double()
-        for gradient, amount in moves:
-            moved = moved + amount / self._scaling * gradient.matmul(inverse)
-        self._second.copy_(moved)
+        steps = [
+            amount * (gradient.matmul(inverse) if self._moves_left else gradient.rmatmul(inverse))
+            for gradient, amount in moves
+        ]
+        if not steps:
+            return
+        ranks = [len(right) for _, right, _ in self._products]
+        parts = torch.split(torch.stack(steps).sum(0), ranks, dim=1 if self._moves_left else 0)
+        for (left, right, scaling), part in zip(self._products, parts, strict=True):
+            if self._moves_left:
+                left.copy_(left.double() + part / scaling)
+            else:
+                right.copy_(right.double() + part)
 
     def reachable(self, gradient: LayerGradient) -> LayerGradient:
-        """Return G P, as the r factors G A⁺ and A."""
-        left = gradient.matmul(self._inverse()).T
-        return FactoredGradient(left.float(), self._first.float())
+        """Return G P, as the r factors G R⁺ and R; or P G, as L and L⁺G."""
+        inverse = self._inverse()
+        if self._moves_left:
+            return FactoredGradient(gradient.matmul(inverse).T.float(), self._right.float())
+        return FactoredGradient(self._left.T.float(), gradient.rmatmul(inverse).float())
 
     def _inverse(self) -> Tensor:
-        """Return the pseudo-inverse A⁺ = Aᵀ(AAᵀ)⁻¹, (columns, r)."""
-        inverse: Tensor = torch.linalg.pinv(self._first.double())
+        """Return the pseudo-inverse of the fixed factor: R⁺, (columns, r), or L⁺, (r, rows)."""
+        inverse: Tensor = torch.linalg.pinv(self._right if self._moves_left else self._left)
         return inverse
 
     @property
     def eps(self) -> float:
         """Relative rounding of the product: twice the rounding of its factors."""
-        types = (self._first.dtype, self._second.dtype, torch.float32)
+        types = {factor.dtype for left, right, _ in self._products for factor in (left, right)} | {torch.float32}
         return 2 * max(torch.finfo(dtype).eps for dtype in types)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from geomkit.errors import SPFError
 from geomkit.inputs.parameters import refuse_unseen_values, unwrapped_model
 from geomkit.spf.rule import Level
-from geomkit.spf.weights.adapters import Adapter, adapters
+from geomkit.spf.weights.adapters import Adapter, Adapters, find_adapters, make_gradient, warn_of_factors
 from geomkit.spf.weights.blocks import Block, Move, ProductBlock, TensorBlock
 from geomkit.spf.weights.processes import Processes
 from geomkit.spf.weights.sharding import gathered, is_sharded, local_rows, process_group, reshard
@@ -76,10 +76,26 @@ def trained_parameters(model: nn.Module, optimizer: Any) -> dict[str, nn.Paramet
             "expected an optimizer with trainable parameters, found none; unfreeze the model, or after changing "
             "adapters build a new optimizer and attach again"
         )
-    refuse_unseen_values(
-        {name: parameter for name, parameter in trained.items() if not is_sharded(parameter)}, SPFError
-    )
+    whole = {name: parameter for name, parameter in trained.items() if not is_sharded(parameter)}
+    refuse_unseen_values(whole, SPFError)
+    _refuse_shared_memory(whole)
     return trained
+
+
+def _refuse_shared_memory(parameters: Mapping[str, nn.Parameter]) -> None:
+    """Check that no two parameters begin at the same place in memory.
+
+    Raises:
+        SPFError: If two do: the optimizer moves the memory twice, and neither gradient is that of both moves.
+    """
+    owners: dict[tuple[torch.device, int], str] = {}
+    for name, parameter in parameters.items():
+        owner = owners.setdefault((parameter.device, parameter.data_ptr()), name)
+        if owner != name:
+            raise SPFError(
+                f"expected parameters with memory of their own, found '{owner}' and '{name}' that share memory; make "
+                "them one parameter, and adapters of PEFT without ensure_weight_tying=True"
+            )
 
 
 class Guarded:
@@ -96,6 +112,7 @@ class Guarded:
         model: The model, unwrapped.
         parameters: The trained parameters, by name.
         blocks: The blocks, by the name of the parameter whose gradient is collected for the block.
+        by_factor: For each adapted layer that is protected factor by factor, not as a product, the reason.
         processes: The processes that train the model.
     """
 
@@ -107,7 +124,8 @@ class Guarded:
         self.parameters: dict[str, nn.Parameter] = {}
         self.blocks: dict[str, Block] = {}
         self._collected: dict[str, nn.Parameter] = {}  # parameter whose gradient is collected, by block
-        self._adapters: dict[str, Adapter] = {}  # adapters of the blocks that are products
+        self._adapters: Mapping[str, Adapter] = {}  # adapters of the blocks that are products
+        self.by_factor: Mapping[str, str] = {}
         self.refresh()
         sharded = [parameter for parameter in self.parameters.values() if is_sharded(parameter)]
         if sharded and master and self.fp32_masters():
@@ -132,29 +150,46 @@ class Guarded:
             return False
         changed, self._signature = self._signature is not None, signature
         self.parameters = trained_parameters(self.model, self._optimizer)
-        self._adapters = self._find_adapters() if self._level == "update" else {}
+        adapters = self._find_adapters() if self._level == "update" else Adapters({}, {})
+        self._adapters, self.by_factor = adapters.products, adapters.by_factor
         self.blocks, self._collected = self._divide()
         if changed:
             _LOGGER.warning("other weights are trained from this step on: %d blocks", len(self.blocks))
+        warn_of_factors(self.by_factor)
         return changed
 
-    def _find_adapters(self) -> dict[str, Adapter]:
-        """Return the adapters whose product is a block, by the name of the weight to which it is added.
+    def _find_adapters(self) -> Adapters:
+        """Return the adapted layers.
 
         Raises:
-            SPFError: If an adapter is sharded.
+            SPFError: If an adapter whose product is a block is sharded.
         """
-        products = {}
-        for name, adapter in adapters(self.model, self.parameters):
-            if name in self.parameters:  # the base is trained as well: the sum moves, not the product alone
-                continue
-            if any(map(is_sharded, (adapter.first, adapter.second, adapter.base))):
+        adapters = find_adapters(self.model, self.parameters)
+        for name, adapter in adapters.products.items():
+            factors = [factor for term in adapter.terms for factor in (term.first, term.second)]
+            if any(map(is_sharded, (*factors, adapter.base))):
                 raise SPFError(
                     f"expected whole adapters, found '{name}' with sharded ones; train adapters with DDP or on one "
                     "device"
                 )
-            products[name] = adapter
-        return products
+        return adapters
+
+    def refuse_open_products(self, rule: str) -> None:
+        """Check that the products of adapters can stay outside a subspace that a rule closes for good.
+
+        Args:
+            rule: Name of the rule.
+
+        Raises:
+            SPFError: If the product of an adapter cannot.
+        """
+        for name, block in self.blocks.items():
+            if isinstance(block, ProductBlock) and not block.can_be_closed:
+                raise SPFError(
+                    f"expected new adapters of linear layers, whose B is zero, under rule '{rule}', found another at "
+                    f"'{name}', whose product leaves the subspace whenever A moves; merge it into the model and "
+                    "train a new one, or take a rule that closes no subspace, such as 'left'"
+                )
 
     def _divide(self) -> tuple[dict[str, Block], dict[str, nn.Parameter]]:
         """Return the blocks, and for each block the parameter whose gradient is collected."""
@@ -162,9 +197,9 @@ class Guarded:
         collected: dict[str, nn.Parameter] = {}
         factors: set[int] = set()
         for name, adapter in self._adapters.items():
-            blocks[name] = ProductBlock(adapter.first.detach(), adapter.second.detach(), adapter.scaling)
+            blocks[name] = adapter.block()
             collected[name] = adapter.base
-            factors |= {id(adapter.first), id(adapter.second)}
+            factors |= {id(factor) for term in adapter.terms for factor in (term.first, term.second)}
         for name, parameter in self.parameters.items():
             if id(parameter) not in factors:
                 blocks[name] = tensor_block(parameter, parameter, master=self._master)
@@ -199,18 +234,12 @@ class Guarded:
         return None if parameter.grad is None else tensor_block(_dense(name, parameter.grad), parameter, scale=-1.0)
 
     def add_to_gradients(self, name: str, moves: Sequence[Move]) -> None:
-        """Add gradients G of a block to ``.grad`` of its parameters: for W = s·BA, s·GAᵀ for B and s·BᵀG for A."""
-        adapter = self._adapters.get(name)
-        if adapter is None:
-            parameter = self.parameters[name]
-            tensor_block(_dense(name, _make_gradient(parameter)), parameter).apply(moves)
+        """Add gradients of a block to ``.grad`` of its parameters."""
+        if name in self._adapters:
+            self._adapters[name].add_to_gradients(moves)
             return
-        first, second, scaling = adapter.first.detach().double(), adapter.second.detach().double(), adapter.scaling
-        for gradient, amount in moves:
-            parts = ((adapter.first, gradient.rmatmul(second.T)), (adapter.second, gradient.matmul(first.T)))
-            for factor, part in parts:
-                if factor.requires_grad:
-                    _make_gradient(factor).add_((amount * scaling * part).to(factor.dtype))
+        parameter = self.parameters[name]
+        tensor_block(_dense(name, make_gradient(parameter)), parameter).apply(moves)
 
     def pull_updates_into_masters(self) -> None:
         """Add the optimizer's change of the rounded weights to their fp32 master weights."""
@@ -284,13 +313,6 @@ def _dense(name: str, gradient: Tensor) -> Tensor:
             "embedding with sparse=False, or take a rule on the update"
         )
     return gradient
-
-
-def _make_gradient(parameter: nn.Parameter) -> Tensor:
-    """Return a parameter's gradient, created as zeros if it has none."""
-    if parameter.grad is None:
-        parameter.grad = torch.zeros_like(parameter)
-    return parameter.grad
 
 
 def refuse_broken_gradients(parameters: Mapping[str, nn.Parameter]) -> None:

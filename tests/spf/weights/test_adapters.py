@@ -149,7 +149,7 @@ def test_a_product_reads_and_moves_as_its_matrix_does(form):
     if form == "dense":
         gradient = DenseGradient(gradient.dense(), 5)
     matrix = lambda: 2.0 * second.double().numpy() @ first.double().numpy()  # noqa: E731
-    block = ProductBlock(first, second, 2.0)
+    block = ProductBlock([(second, first, 2.0)])
     before, dense = matrix(), gradient.dense().double().numpy()
     left, right = torch.randn(2, 6, generator=generator), torch.randn(8, 2, generator=generator)
     np.testing.assert_allclose(block.left_times(left).numpy(), left.double().numpy() @ before, atol=1e-6)
