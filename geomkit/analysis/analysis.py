@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from geomkit.analysis import headlines as names
-from geomkit.analysis.alignment import NOT_ABOUT_ALIGNMENT, Alignment
+from geomkit.analysis.alignment import Alignment
 from geomkit.analysis.claims import Claim, claims_frame, claims_table
 from geomkit.analysis.headlines import Headline, Headlines, headlines, paper_claims
 from geomkit.correlation.conflict import Conflict, conflict
@@ -103,9 +103,10 @@ class Analysis(Result):
     def claims(self) -> list[Claim]:
         """Return the paper's claims on gradients, with and without a control, each with its number and verdict.
 
-        Where the model does not refuse, every claim has a caveat: its verdict is not about alignment.
+        Where the model does not refuse, or its answers leave that open, every claim has a caveat: its verdict is
+        not, or perhaps not, about alignment.
         """
-        return paper_claims(self.headlines(), NOT_ABOUT_ALIGNMENT if self.alignment.absent else "")
+        return paper_claims(self.headlines(), self.alignment.caveat)
 
     @property
     def alignment(self) -> Alignment:

@@ -223,7 +223,8 @@ def analyze(
     The spectra are the spectra of the mean gradients of the linear layers at equal token counts T: from a set with more
     tokens, a random subset of T tokens is drawn. The null of a spectrum keeps T, the inputs and the norm of each
     token's contribution, and randomises the output directions. The model is also asked the safety requests: where it
-    does not refuse them, every verdict is marked *not about alignment*.
+    does not refuse them, every verdict is marked *not about alignment*, and where its answers leave that open, *perhaps
+    not*.
 
     Args:
         model: A causal language model; its state is restored.

@@ -27,12 +27,14 @@ def analysis_sections(analysis: Analysis) -> list[Section]:
 def _alignment(analysis: Analysis) -> Section:
     alignment = analysis.alignment
     text = f"{alignment}."
-    if alignment.absent:
+    if alignment.refuses is False:
         text += (
             " A gradient on forbidden requests and refusals is a safety gradient only in a model that refuses: the "
             "numbers below are about these texts and this architecture, and each verdict is marked so. Align the model "
             "first, or take another one."
         )
+    elif alignment.caveat:
+        text += " More safety requests, or requests that the model surely refuses, would tell; each verdict is marked."
     elif alignment.refusal is None:
         text += " Without the model's own answers it cannot be told whether the numbers below are about alignment."
     return Section("Is the model aligned at all?", text)
