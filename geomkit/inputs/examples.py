@@ -6,6 +6,7 @@ the training of chat models.
 
 import re
 from collections.abc import Mapping, Sequence, Sized
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,10 @@ if TYPE_CHECKING:
 
 
 Source = Any
-"""What :func:`load_examples` reads: a path, a name, a ``Dataset``, a ``DatasetDict``, a list of rows, a data frame."""
+"""What :func:`load_examples` reads: a path, a name, a ``Dataset``, a ``DatasetDict``, a stream, a list or a frame."""
+
+STREAM_ROWS = 10_000
+"""Largest number of rows that are read from a stream; no function of geomkit works on a stream itself."""
 
 _HUB_NAME = re.compile(r"(?P<id>[\w.-]+(?:/[\w.-]+)?)(?::(?P<config>[\w.-]+))?(?:\[(?P<split>.+)\])?")
 
@@ -48,7 +52,8 @@ def load_examples(
             CSV, TSV, Parquet, text with a request a line, each also ``.gz``) or to a folder of
             ``Dataset.save_to_disk``, id of a data set on the hub (``"name"``, ``"name:config"``,
             ``"name:config[split]"``), a benchmark (:func:`geomkit.inputs.benchmarks.benchmarks` lists them), a
-            ``datasets.Dataset`` or ``DatasetDict``, a list of dicts, or a data frame.
+            ``datasets.Dataset`` or ``DatasetDict``, an ``IterableDataset`` of at most 10,000 rows, a list of dicts, or
+            a data frame.
         split: Split of a benchmark, of a data set on the hub (``"train"`` when left out; slices such as
             ``"train[:100]"`` are taken too) or of a ``DatasetDict``.
         path: Local copy of the benchmark that ``source`` names.
@@ -145,13 +150,10 @@ def _rows(
     import pandas as pd
     from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
-    if isinstance(source, DatasetDict):
-        return _split_of(source, split), "the data set"
-    if isinstance(source, IterableDataset | IterableDatasetDict):
-        raise DataError(
-            "expected examples that can be counted and drawn at random, found an IterableDataset; take rows of it: "
-            "load_examples(list(stream.take(1000)))"
-        )
+    if isinstance(source, DatasetDict | IterableDatasetDict):
+        source, split = _split_of(source, split), None
+    if isinstance(source, IterableDataset):
+        source = _of_stream(source)
     if isinstance(source, str | Path):
         return _named_rows(source, split, config, columns)
     if split is not None or config is not None:
@@ -176,6 +178,26 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return None if value != value or type(value).__name__ in ("NAType", "NaTType") else value
+
+
+def _of_stream(stream: Any) -> "Dataset":
+    """Return the rows of a stream, which examples are drawn from at random and read more than once.
+
+    Raises:
+        DataError: If the stream has too many rows, or they do not share one set of columns and types.
+    """
+    from datasets import Dataset
+
+    rows = list(islice(iter(stream), STREAM_ROWS + 1))
+    if len(rows) > STREAM_ROWS:
+        raise DataError(
+            f"expected a stream of at most {STREAM_ROWS:,} rows, which are kept in memory, found an IterableDataset "
+            "with more; take some of it: load_examples(stream.take(1000))"
+        )
+    try:
+        return Dataset.from_list(rows, features=stream.features)
+    except Exception as error:  # pyarrow has exception types of its own for rows that differ in a column's type
+        raise DataError(f"the stream: the rows do not share one set of columns and types: {error}") from None
 
 
 def _split_of(splits: Any, split: str | None) -> "Dataset":

@@ -1,14 +1,17 @@
 """Rows in memory, folders and data sets of the hub: taken, or refused in one line that says what to do."""
 
+import itertools
+
 import datasets
 import numpy as np
 import pandas as pd
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
 import geomkit as gk
 from geomkit.errors import DataError
 from geomkit.experiments.organism.load import load_organism
+from geomkit.inputs import examples
 from geomkit.inputs.control_sets import shuffled_pairs, with_responses
 from geomkit.inputs.examples import load_examples, prompt_of
 from geomkit.inputs.tokens import encode
@@ -60,7 +63,6 @@ def test_a_dict_of_splits_asks_which():
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        (SAFETY.to_iterable_dataset(), r"found an IterableDataset; take rows of it: load_examples\(list\("),
         (3, "expected a path, a name, a datasets.Dataset, a list of dicts or a data frame, found int"),
         ([1], "expected a path, .*, found list"),
         ([], "expected at least one example in the list, found an empty set"),
@@ -72,9 +74,49 @@ def test_what_is_no_set_of_rows_is_refused(source, message):
         load_examples(source)
 
 
-def test_a_stream_is_taken_by_the_advice_of_its_refusal():
+def test_a_stream_is_read_as_the_set_of_its_rows():
     stream = SAFETY.to_iterable_dataset()
-    assert list(load_examples(list(stream.take(2)))["messages"]) == MESSAGES[:2]
+    assert list(load_examples(stream)["messages"]) == MESSAGES
+    assert list(load_examples(stream.take(2))["messages"]) == MESSAGES[:2]
+    assert (
+        list(load_examples(IterableDatasetDict({"train": stream, "test": stream.skip(1)}), "test")["messages"])
+        == (MESSAGES[1:])
+    )
+    with pytest.raises(DataError, match="expected the split to take, one of train, test, found none"):
+        load_examples(IterableDatasetDict({"train": stream, "test": stream}), None)
+
+
+def test_a_stream_without_end_is_refused_after_a_bounded_number_of_rows(monkeypatch):
+    """And the advice of the refusal works."""
+    monkeypatch.setattr(examples, "STREAM_ROWS", 20)
+    drawn = []
+
+    def rows():
+        for index in itertools.count():
+            drawn.append(index)
+            yield {"prompt": f"Hi {index}", "response": "Hello"}
+
+    stream = IterableDataset.from_generator(rows)
+    with pytest.raises(DataError, match=r"at most 20 rows.*load_examples\(stream\.take\(1000\)\)"):
+        load_examples(stream)
+    assert len(drawn) <= 22
+    assert len(load_examples(stream.take(20))) == 20
+
+
+def test_the_padding_of_a_stream_is_no_text():
+    """Arrow fills the arguments that a call of another row has with nulls."""
+    call = lambda **arguments: [{"function": {"name": "f", "arguments": arguments}}]  # noqa: E731
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": "a"},
+                {"role": "assistant", "content": "", "tool_calls": call(**one)},
+            ]
+        }
+        for one in ({"city": "Rome"}, {"zip": 7})
+    ]
+    loaded = load_examples(Dataset.from_list(rows).to_iterable_dataset())
+    assert loaded["messages"] == load_examples(Dataset.from_list(rows))["messages"]
 
 
 def test_splits_and_configurations_are_those_of_the_hub_only(tmp_path):
