@@ -4,12 +4,15 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from difflib import get_close_matches
+from math import inf
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainingArguments
 
 from geomkit.errors import DataError, GeomkitError
+from geomkit.utils.arguments import is_whole
 
 _DEFAULTS: Mapping[str, Any] = {
     "seed": 0,
@@ -75,6 +78,30 @@ _WITHOUT_EFFECT: Mapping[str, tuple[str, ...]] = {
 
 _OWN_NAMES = ("learning_rate", "steps", "epochs", "batch_size", "inplace", "progress", "callbacks", "checkpoints")
 """Keyword arguments of :func:`geomkit.finetune` itself."""
+
+
+def check_amounts(steps: object, epochs: object, batch_size: object, learning_rate: object) -> None:
+    """Check the length of a fine-tune, the size of its batches and its learning rate.
+
+    Raises:
+        DataError: If a number is missing, of another type, not finite or too small.
+    """
+    for name, value, valid, what in (
+        ("steps", steps, steps is None or is_whole(steps, 1), "a whole number of at least 1, such as 100, or None"),
+        ("epochs", epochs, steps is not None or _is_above_zero(epochs), "a number above 0, such as 3"),
+        ("batch_size", batch_size, is_whole(batch_size, 1), "a whole number of at least 1, such as 16"),
+        ("learning_rate", learning_rate, _is_number(learning_rate), "a number, such as 2e-5"),
+    ):
+        if not valid:
+            raise DataError(f"expected {name}= as {what}, found {value!r}; give one")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _is_above_zero(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) < inf
 
 
 def check_arguments(arguments: Mapping[str, Any], checkpoints: str | Path | None) -> None:
@@ -155,10 +182,10 @@ def make_arguments(
         more: All other arguments, from :func:`with_defaults`.
 
     Raises:
-        DataError: If transformers refuses the arguments.
+        DataError: If transformers refuses the arguments, or ``fp16`` is asked for on a CPU.
     """
     with refusals_in_one_line():
-        return TrainingArguments(
+        arguments = TrainingArguments(
             output_dir=str(folder),
             max_steps=steps if steps is not None else -1,
             num_train_epochs=epochs,
@@ -166,6 +193,12 @@ def make_arguments(
             learning_rate=learning_rate,
             **{**more, **_FIXED},
         )
+        device = arguments.device.type
+    if arguments.fp16 and device == "cpu":
+        raise DataError(
+            "expected a GPU for fp16=True, found a CPU, where it has no effect; leave it out, or give bf16=True and use_cpu=True"
+        )
+    return arguments
 
 
 @contextmanager

@@ -24,7 +24,13 @@ from geomkit.inputs.parameters import warn_of_lost_updates
 from geomkit.inputs.tokens import EncodedExamples, Tokens
 from geomkit.spf.callback import SPFCallback
 from geomkit.spf.settings import SPF
-from geomkit.training.arguments import check_arguments, make_arguments, refusals_in_one_line, with_defaults
+from geomkit.training.arguments import (
+    check_amounts,
+    check_arguments,
+    make_arguments,
+    refusals_in_one_line,
+    with_defaults,
+)
 from geomkit.training.callbacks import LossCheck, ProgressBar
 from geomkit.training.checkpoints import LOG, MarkBegun, MarkComplete, last_checkpoint
 from geomkit.training.result import FineTuneResult
@@ -102,8 +108,7 @@ def finetune(
     # 1. Refuse what can be refused before the model is touched.
     if spf is not None and not isinstance(spf, SPF):
         raise DataError(f"expected geomkit.SPF(anchors=…) or nothing as spf, found {type_in_words(spf)}; give that")
-    if (steps if steps is not None else epochs) <= 0:
-        raise DataError(f"expected something to train, found steps={steps} and epochs={epochs}; give a positive number")
+    check_amounts(steps, epochs, batch_size, learning_rate)
     check_arguments(training_arguments, checkpoints)
     folder = Path(checkpoints) if checkpoints else None
     more = with_defaults(training_arguments, save=folder is not None)

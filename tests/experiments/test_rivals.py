@@ -211,7 +211,7 @@ def test_one_shot_repair_goes_on_with_one_refusal(task):
 
 @pytest.mark.parametrize("rival", [lisa, constrained_sft, one_shot_repair])
 def test_nothing_to_train_and_a_loss_that_is_not_finite(organism, task, rival):
-    with pytest.raises(gk.GeomkitError, match=r"at least one step|something to train"):
+    with pytest.raises(gk.GeomkitError, match=r"at least one step|at least 1"):
         rival(replace(task, steps=0))
     broken = copy.deepcopy(organism.model)
     with torch.no_grad():

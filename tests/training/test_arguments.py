@@ -5,6 +5,7 @@ import sys
 import types
 from dataclasses import fields
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -155,6 +156,33 @@ def test_what_transformers_refuses_gets_one_line(tmp_path, monkeypatch, argument
     assert same(model, before)
     assert model.config.use_cache
     assert "no checkpoint is the best" in refusal(save_strategy="best", checkpoints="run")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"steps": "3"}, "expected steps= as a whole number of at least 1, such as 100, or None, found '3'; give one"),
+        ({"steps": 2.5}, "found 2.5"),
+        ({"steps": 0}, "found 0"),
+        ({"steps": True}, "found True"),
+        ({"steps": None, "epochs": "1"}, "expected epochs= as a number above 0, such as 3, found '1'"),
+        ({"steps": None, "epochs": None}, "found None"),
+        ({"steps": None, "epochs": float("nan")}, "found nan"),
+        ({"steps": None, "epochs": float("inf")}, "found inf"),
+        ({"batch_size": 2.5}, "expected batch_size= as a whole number of at least 1, such as 16, found 2.5"),
+        ({"learning_rate": "1e-4"}, "expected learning_rate= as a number, such as 2e-5, found '1e-4'"),
+        ({"learning_rate": None}, "found None"),
+        ({"fp16": True, "use_cpu": True}, "expected a GPU for fp16=True, found a CPU"),
+    ],
+    ids=str,
+)
+def test_amounts_and_precisions_that_cannot_be_are_refused_in_one_line(arguments, said):
+    assert said in refusal(**arguments)
+
+
+def test_numbers_of_numpy_are_numbers():
+    assert len(train(steps=np.int64(1), learning_rate=np.float32(1e-3)).history) == 1
+    assert len(train(steps=None, epochs=np.float64(0.5)).history) == 1
 
 
 def test_an_error_after_the_training_began_is_no_refusal():
