@@ -328,6 +328,7 @@ def evaluate(
     _prepare(threads)
     from geomkit.inputs.models import load_model
     from geomkit.training.evaluate import evaluate as run_evaluation
+    from geomkit.training.judges import JudgeError
     from geomkit.training.model_judges.by_name import load_judge
     from geomkit.training.sets_by_text import Role, drawn, requests_by_text, skill_by_text
 
@@ -346,17 +347,22 @@ def evaluate(
     template = judge_prompt.read_text(encoding="utf-8") if judge_prompt else None
     judges = [load_judge(text, device=judge_device, url=judge_url, template=template) for text in judge or ["keywords"]]
     loaded, tokenizer = load_model(model, dtype=dtype, device=device, pad_token=pad_token)
-    result = run_evaluation(
-        loaded,
-        tokenizer,
-        requests.get("forbidden"),
-        requests.get("benign"),
-        {name: drawn(rows, examples, seed) for name, rows, _ in skills},
-        judge=judges,
-        metrics={name: metric for name, _, metric in skills},
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-    )
+    try:
+        result = run_evaluation(
+            loaded,
+            tokenizer,
+            requests.get("forbidden"),
+            requests.get("benign"),
+            {name: drawn(rows, examples, seed) for name, rows, _ in skills},
+            judge=judges,
+            metrics={name: metric for name, _, metric in skills},
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+        )
+    except JudgeError as error:
+        file = (json_file or Path("evaluation.json")).with_suffix(".responses.jsonl")
+        write_atomically(file, error.responses.to_json(orient="records", lines=True, force_ascii=False))
+        raise DataError(f"{error}; the model's responses are in {file}") from error
     _show(result.to_frame(), f"{model}, judged by {', '.join(result.settings['judges'])}; 95 % intervals")
     if json_file is not None:
         typer.echo(f"wrote {result.save(json_file)}")

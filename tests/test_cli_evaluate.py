@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest
 
 from geomkit import cli
+from geomkit.errors import DataError
 from geomkit.training.evaluation import load_evaluation
+from geomkit.training.judges import Verdict
+from geomkit.training.model_judges.classifiers import ClassifierJudge
 from tests.helpers.tiny import SAFETY, UTILITY, tiny_llama, tiny_tokenizer
 from tests.test_cli import run
 from tests.training.model_judges.test_classifiers import TOKENIZER, by_last_word
@@ -74,6 +77,25 @@ def test_what_is_given_is_evaluated_and_compared(files, monkeypatch, capfd):
     assert rows["loss: text"]["test"] == "sign flips"
     assert rows["refusal"]["test"] == "McNemar"
     assert rows["over-refusal"]["n"] == 2
+
+
+def test_the_responses_are_written_where_a_judge_fails_late(files, monkeypatch, capfd):
+    def fails(self, prompts, responses):
+        if len(responses) > 1:
+            raise DataError("expected an answer, found none")
+        return [Verdict(refused=True)]
+
+    monkeypatch.setattr(ClassifierJudge, "verdicts", fails)
+    arguments = ("--forbidden", files / "safety.jsonl", "--judge", f"refused:REJECTION={files / 'classifier'}")
+    for more, file in (((), "evaluation.responses.jsonl"), (("--json", "a.json"), "a.responses.jsonl")):
+        status, out, err = run(monkeypatch, capfd, *evaluating(files, *arguments), *more)
+        assert (status, out) == (1, "")
+        last = err.splitlines()[-1]
+        assert last == f"geomkit: expected an answer, found none; the model's responses are in {file}"
+        rows = [json.loads(line) for line in Path(file).read_text().splitlines()]
+        assert [row["prompt"] for row in rows] == [messages[0]["content"] for messages in SAFETY["messages"]]
+        assert all(isinstance(row["response"], str) for row in rows)
+    assert not Path("a.json").exists()
 
 
 def test_a_draw_of_examples_is_the_same_for_every_model(files, monkeypatch, capfd):

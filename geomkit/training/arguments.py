@@ -196,7 +196,8 @@ def make_arguments(
         device = arguments.device.type
     if arguments.fp16 and device == "cpu":
         raise DataError(
-            "expected a GPU for fp16=True, found a CPU, where it has no effect; leave it out, or give bf16=True and use_cpu=True"
+            "expected a GPU for fp16=True, found a CPU, where it has no effect; leave it out, or give bf16=True and "
+            "use_cpu=True"
         )
     return arguments
 

@@ -16,7 +16,9 @@ from geomkit.training.evaluation import Evaluation, Measure
 from geomkit.training.judges import (
     BatchJudge,
     Judge,
+    JudgeError,
     RefusalPhrases,
+    ask_judge,
     decisions,
     judge_name,
     judge_responses,
@@ -89,6 +91,7 @@ def evaluate(
     Raises:
         DataError: If there is no set, a set is empty, two sets have the same name, a skill has no reference answer or
             an unknown metric, no judge decides what is asked, or the tokenizer has no chat template or pad token.
+        JudgeError: If a judge fails after the model has answered; its ``responses`` has the answers to all sets.
     """
     import pandas as pd
 
@@ -103,15 +106,11 @@ def evaluate(
     scored = {name: encoded_for(model, tokenizer, sets[name]) for name, (_, metric) in chosen.items() if metric is None}
     for item in judges:
         if isinstance(item, BatchJudge):  # a model that cannot judge is found before the slow part
-            judge_responses(item, *_GREETING)
-    tables: dict[str, pd.DataFrame] = {}
-    measures: dict[str, Measure] = {}
-    # One set at a time: a batch takes as long as its longest response, and responses to a set are about equally long.
-    for name, rows in cases.items():
-        if name in scored:
-            tables[name], measures[name] = _perplexity(model, *scored[name], name, rows)
-            continue
-        responses = generate(
+            ask_judge(item, *_GREETING)
+    # All sets are answered before one is judged. One set at a time: a batch takes as long as its longest response, and
+    # responses to a set are about equally long.
+    responses = {
+        name: generate(
             model,
             tokenizer,
             [row.prompt for row in rows],
@@ -121,7 +120,19 @@ def evaluate(
             title=name,
             tools=tools_of(conversations_of(sets[name])),
         )
-        tables[name] = _judged(name, rows, responses, judges)
+        for name, rows in cases.items()
+        if name not in scored
+    }
+    tables: dict[str, pd.DataFrame] = {}
+    measures: dict[str, Measure] = {}
+    for name, rows in cases.items():
+        if name in scored:
+            tables[name], measures[name] = _perplexity(model, *scored[name], name, rows)
+            continue
+        try:
+            tables[name] = _judged(name, rows, responses[name], judges)
+        except JudgeError as error:
+            raise JudgeError(str(error.__cause__), _unjudged(cases, responses)) from error.__cause__
         if name in chosen:
             tables[name], measures[name] = _scored(tables[name], chosen[name][1])
     titles = {name: title for name, (title, _) in chosen.items()}
@@ -257,6 +268,13 @@ def _judged(
         if any(verdict.label is not None for verdict in verdicts):
             columns[judge_name(judge)] = [verdict.label for verdict in verdicts]
     return pd.DataFrame(columns)
+
+
+def _unjudged(cases: Mapping[str, Sequence[_Case]], responses: Mapping[str, Sequence[str]]) -> "pd.DataFrame":
+    """Return the responses to all sets, as far as they are known without a judge."""
+    import pandas as pd
+
+    return pd.concat((_judged(name, cases[name], texts, ()) for name, texts in responses.items()), ignore_index=True)
 
 
 def _asked(judge: Judge | BatchJudge, name: str) -> bool:

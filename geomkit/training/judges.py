@@ -2,9 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from geomkit.errors import DataError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 class Judge(Protocol):
@@ -30,6 +33,19 @@ class Verdict:
     harmful: bool | None = None
     score: float | None = None
     label: str | None = None
+
+
+class JudgeError(DataError):
+    """Raised when a judge fails after a model has answered, so that the answers are not lost.
+
+    Attributes:
+        responses: One row per response that the model gave: ``prompt``, ``response``, and ``set`` in an evaluation.
+    """
+
+    def __init__(self, message: str, responses: "pd.DataFrame") -> None:
+        """Store the responses."""
+        super().__init__(message)
+        self.responses = responses
 
 
 @runtime_checkable
@@ -77,6 +93,22 @@ def judge_responses(judge: Judge | BatchJudge, prompts: Sequence[str], responses
     """Return a judge's verdict on each response, in one call where the judge takes many.
 
     Raises:
+        JudgeError: If the judge fails, or does not return one verdict per response; the error has the responses.
+    """
+    import pandas as pd
+
+    try:
+        return ask_judge(judge, prompts, responses)
+    except Exception as error:  # a judge is anybody's function
+        table = pd.DataFrame({"prompt": list(prompts), "response": list(responses)})
+        reason = str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}"
+        raise JudgeError(f"{reason} (the {len(table)} responses are in .responses of this error)", table) from error
+
+
+def ask_judge(judge: Judge | BatchJudge, prompts: Sequence[str], responses: Sequence[str]) -> list[Verdict]:
+    """Return a judge's verdict on each response, and let the judge's own errors pass.
+
+    Raises:
         DataError: If the judge does not return one verdict per response.
     """
     if not isinstance(judge, BatchJudge):
@@ -92,6 +124,7 @@ def judge_refusals(judge: Judge | BatchJudge, prompts: Sequence[str], responses:
 
     Raises:
         DataError: If the judge does not decide refusals.
+        JudgeError: If the judge fails; the error has the responses.
 
     Example:
         >>> judge_refusals(RefusalPhrases(), ["help", "help"], ["I can't do that.", "Sure."])

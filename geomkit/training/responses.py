@@ -87,6 +87,7 @@ def generate_from_tokens(
     progress: bool = True,
     title: str = "generate",
     ends: Sequence[int] | None = None,
+    pad: int | None = None,
 ) -> list[str]:
     """Return a model's greedy continuations of token ids, in the order given; other arguments as of :func:`generate`.
 
@@ -100,13 +101,15 @@ def generate_from_tokens(
         title: Title of the bar.
         ends: Tokens after which a continuation ends; the end-of-sequence tokens when left out, which is right for raw
             text: a chat template's end of turn is an ordinary token there.
+        pad: The id that fills short rows, which the model does not attend to; the tokenizer's when left out.
 
     Raises:
         DataError: If the tokenizer has no pad token, or a prompt does not fit the model's embedding or positions.
     """
     from tqdm.auto import tqdm
 
-    pad, ends = pad_id(tokenizer), list(_ends_of_sequence(model, tokenizer) if ends is None else ends)
+    pad = pad_id(tokenizer) if pad is None else pad
+    ends = list(_ends_of_sequence(model, tokenizer) if ends is None else ends)
     refuse_unfit(model, [Tokens(tuple(ids), (False,) * len(ids)) for ids in encoded], pad, what="prompt")
     order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
     responses = [""] * len(encoded)

@@ -14,7 +14,7 @@ from geomkit.training import evaluate as module
 from geomkit.training.compare import compare_evaluations
 from geomkit.training.evaluate import evaluate, mean_loss
 from geomkit.training.evaluation import load_evaluation
-from geomkit.training.judges import RefusalPhrases, Verdict
+from geomkit.training.judges import JudgeError, RefusalPhrases, Verdict, judge_responses
 from geomkit.training.model_judges.presets import RUBRICS
 from geomkit.training.model_judges.rubric_judge import RubricJudge
 from geomkit.training.responses import generate
@@ -176,6 +176,34 @@ def test_judges_must_fit_the_sets_and_each_other():
     few.verdicts = lambda *_: []
     with pytest.raises(DataError, match="expected 1 verdicts of judge 'stub', found 0"):
         evaluate(None, TOKENIZER, SAFETY, judge=few, **SHORT)
+
+
+@pytest.mark.parametrize("fault", ["unreadable", "broken"])
+def test_responses_outlive_a_judge_that_fails_late(fault):
+    """All sets' responses are in the error, as an evaluation without the judge has them."""
+
+    def late(questions, _):
+        if len(questions) > 1 and fault == "broken":
+            raise RuntimeError("the server is gone")
+        return ["yes" if len(questions) == 1 or index else "perhaps" for index in range(len(questions))]
+
+    judge, sets = RubricJudge(RUBRICS["harmbench"], late), (SAFETY, UTILITY, {"paint": UTILITY})
+    with pytest.raises(JudgeError, match=r"found 'perhaps' on response 0|is gone") as caught:
+        evaluate(tiny_llama(), TOKENIZER, *sets, judge=[RefusalPhrases(), judge], **SHORT)
+    kept = caught.value.responses
+    expected = evaluate(tiny_llama(), TOKENIZER, *sets, **SHORT).responses
+    for column in ("set", "prompt", "response", "reference"):
+        assert kept[column].tolist() == expected[column].tolist()
+
+
+def test_responses_outlive_a_function_that_fails_on_one_of_them():
+    def judge(prompt, response):
+        raise KeyError(prompt)
+
+    with pytest.raises(JudgeError, match="KeyError") as caught:
+        judge_responses(judge, ["a", "b"], ["c", "d"])
+    assert caught.value.responses.to_dict("list") == {"prompt": ["a", "b"], "response": ["c", "d"]}
+    assert isinstance(caught.value.__cause__, KeyError)
 
 
 def test_a_judge_that_cannot_be_read_is_found_before_the_model_is_asked():

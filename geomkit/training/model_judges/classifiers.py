@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from geomkit.errors import DataError
 from geomkit.inputs.model_state import model_state_kept
-from geomkit.inputs.tokens import pad_id
 from geomkit.training.judges import Verdict, judge_refusals
 
 if TYPE_CHECKING:
@@ -47,7 +46,12 @@ class ClassifierJudge:
         for label in (*self.refused, *self.harmful):
             if label not in known:
                 raise DataError(f"expected labels of the classifier, {known}, found '{label}'")
-        pad_id(self.tokenizer)
+        if self.tokenizer.pad_token_id is None:
+            raise DataError(
+                "expected a classifier whose tokenizer has a pad token, found none on "
+                f"'{self.tokenizer.name_or_path}'; set "
+                "tokenizer.pad_token of the judge, and save it in the judge's folder"
+            )
 
     @property
     def name(self) -> str:

@@ -19,7 +19,8 @@ class ModelAnswers:
 
     Attributes:
         model: A causal language model; its state is restored.
-        tokenizer: Its tokenizer, with a pad token, and a chat template unless the questions are raw text.
+        tokenizer: Its tokenizer, with a chat template unless the questions are raw text. Without a pad token, the
+            end-of-sequence token fills short rows, to which the model does not attend.
         batch_size: Questions answered at a time.
         progress: Show a bar.
     """
@@ -47,6 +48,16 @@ class ModelAnswers:
             progress=self.progress,
             title="judge",
             ends=None if raw else response_ends(self.model, self.tokenizer),
+            pad=self._pad(),
+        )
+
+    def _pad(self) -> int:
+        for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
+            if token is not None:
+                return int(token)
+        raise DataError(
+            f"expected a judge with a pad or end-of-sequence token, found none on '{self.tokenizer.name_or_path}'; set "
+            "the judge's tokenizer.pad_token"
         )
 
     def _encode(self, question: Question) -> list[int]:

@@ -1,5 +1,7 @@
 """A sequence classifier whose label depends on the last word of what it reads."""
 
+import copy
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForSequenceClassification
@@ -72,3 +74,11 @@ def test_loading(tmp_path):
         load_classifier(tmp_path / "headless")
     with pytest.raises(DataError, match=r"expected a sequence classifier at .*nowhere', found"):
         load_classifier(tmp_path / "nowhere")
+
+
+def test_a_classifier_without_a_pad_token_is_named_as_the_judge():
+    tokenizer = copy.deepcopy(TOKENIZER)
+    tokenizer.pad_token = None
+    with pytest.raises(DataError, match=r"expected a classifier whose tokenizer has a pad token.*of the judge") as told:
+        ClassifierJudge(by_last_word(), tokenizer, refused=("REJECTION",))
+    assert "--pad-token" not in str(told.value)

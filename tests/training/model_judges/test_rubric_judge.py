@@ -1,5 +1,6 @@
 """Judges by language models whose answers are forced, against verdicts read by hand."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -54,6 +55,21 @@ def test_a_classifier_of_raw_text_in_batches():
     assert sorted(ids for batch in batches for ids in batch) == sorted(TOKENIZER(text)["input_ids"] for text in texts)
     assert isinstance(judge, BatchJudge)
     assert (judge.name, judge.decides, judge.labels) == ("harmbench=tiny", ("harmful",), ())
+
+
+def test_a_judge_without_a_pad_token_judges_as_with_one():
+    """The end of a sequence fills short rows, to which nobody attends; without both, it is the judge that is named."""
+    questions = [RUBRICS["harmbench"].question(*pair) for pair in zip(PROMPTS, RESPONSES, strict=True)]
+    tokenizer, model = copy.deepcopy(TOKENIZER), tiny_llama(vocab_size=len(TOKENIZER))
+    with_pad = ModelAnswers(model, tokenizer, progress=False)(questions, 4)
+    tokenizer.pad_token = None
+    assert ModelAnswers(model, tokenizer, progress=False)(questions, 4) == with_pad
+    tokenizer.eos_token = None
+    with pytest.raises(
+        DataError, match=r"expected a judge with a pad or end-of-sequence token.*set the judge's"
+    ) as told:
+        ModelAnswers(model, tokenizer, progress=False)(questions, 4)
+    assert "--pad-token" not in str(told.value)
 
 
 def test_a_rubric_in_a_chat():
