@@ -97,11 +97,11 @@ def check_amounts(steps: object, epochs: object, batch_size: object, learning_ra
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
+    return not isinstance(value, bool) and isinstance(value, Real)
 
 
 def _is_above_zero(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) < inf
+    return not isinstance(value, bool) and isinstance(value, Real) and 0 < float(value) < inf
 
 
 def check_arguments(arguments: Mapping[str, Any], checkpoints: str | Path | None) -> None:

@@ -1,17 +1,19 @@
 """A model's responses: greedy generation, and example sets that end in the model's own responses or refusals."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
 from geomkit.errors import DataError
+from geomkit.inputs.answer_spans import turn_marks
 from geomkit.inputs.control_sets import replace_answers
 from geomkit.inputs.examples import check_examples, prompt_of, tools_of
 from geomkit.inputs.fits import position_limit, refuse_unfit
 from geomkit.inputs.messages import Message
 from geomkit.inputs.model_state import model_state_kept
+from geomkit.inputs.templates import ChatTemplate
 from geomkit.inputs.tokens import EncodedExamples, Tokens, conversations_of, encode_prompts, pad_id
 from geomkit.training.judges import BatchJudge, Judge, RefusalPhrases, judge_refusals
 
@@ -37,7 +39,7 @@ def generate(
     """Return a model's greedy responses to prompts, each up to the end of the turn.
 
     A response ends at the end-of-sequence token of the model's generation config (of the tokenizer, without one), or
-    where the chat template ends a turn, or at the last position that the model has.
+    where the chat template ends a turn (with a special token or in plain text), or at the model's last position.
 
     Args:
         model: A causal language model; its state is restored.
@@ -74,6 +76,7 @@ def generate(
         progress=progress,
         title=title,
         ends=response_ends(model, tokenizer),
+        stop=end_of_turn_text(tokenizer),
     )
 
 
@@ -88,6 +91,7 @@ def generate_from_tokens(
     title: str = "generate",
     ends: Sequence[int] | None = None,
     pad: int | None = None,
+    stop: str = "",
 ) -> list[str]:
     """Return a model's greedy continuations of token ids, in the order given; other arguments as of :func:`generate`.
 
@@ -102,6 +106,7 @@ def generate_from_tokens(
         ends: Tokens after which a continuation ends; the end-of-sequence tokens when left out, which is right for raw
             text: a chat template's end of turn is an ordinary token there.
         pad: The id that fills short rows, which the model does not attend to; the tokenizer's when left out.
+        stop: Text before which a continuation ends; none if empty.
 
     Raises:
         DataError: If the tokenizer has no pad token, or a prompt does not fit the model's embedding or positions.
@@ -118,7 +123,7 @@ def generate_from_tokens(
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
             rows = [list(encoded[index]) for index in batch]
-            texts = _generate_batch(model, tokenizer, rows, pad, ends, _room(model, rows, max_new_tokens))
+            texts = _generate_batch(model, tokenizer, rows, pad, ends, _room(model, rows, max_new_tokens), stop)
             for index, text in zip(batch, texts, strict=True):
                 responses[index] = text
             bar.update(len(batch))
@@ -167,8 +172,35 @@ def end_of_turn(tokenizer: "PreTrainedTokenizerBase") -> int | None:
     if not found or _TURN not in before:  # the answer is not in the text
         return None
     ids: list[int] = tokenizer(after.lstrip(), add_special_tokens=False)["input_ids"]
-    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder} - {tokenizer.unk_token_id}
     return ids[0] if ids and ids[0] in special else None
+
+
+def end_of_turn_text(tokenizer: "PreTrainedTokenizerBase") -> str:
+    """Return the plain text with which the chat template ends a turn; empty if it has none, or a special token.
+
+    A word or a single sign, which an answer may hold, is no end.
+
+    Args:
+        tokenizer: A tokenizer with a chat template.
+
+    Example:
+        >>> import geomkit as gk
+        >>> tokenizer = gk.load_organism()[1]
+        >>> end_of_turn_text(tokenizer)
+        ''
+        >>> tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }} ## {% endfor %}"
+        >>> end_of_turn_text(tokenizer)
+        ' ##'
+    """
+    if end_of_turn(tokenizer) is not None:
+        return ""
+    try:
+        text = turn_marks(ChatTemplate(tokenizer)).end
+    except DataError:  # conversations that a template refuses are named elsewhere
+        return ""
+    mark = text.strip()
+    return "" if len(mark) < 2 or mark.isalnum() else text
 
 
 def response_ends(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> list[int]:
@@ -300,6 +332,7 @@ def _generate_batch(
     pad: int,
     ends: list[int],
     max_new_tokens: int,
+    stop: str = "",
 ) -> list[str]:
     """Return the responses to encoded prompts, padded on the left to the longest prompt."""
     from transformers import GenerationConfig
@@ -308,12 +341,34 @@ def _generate_batch(
     ids = torch.tensor([[pad] * (length - len(row)) + row for row in rows], device=model.device)
     mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=model.device)
     config = GenerationConfig(max_new_tokens=max_new_tokens, pad_token_id=pad, eos_token_id=ends or None, **_GREEDY)
+    # Without blanks: a word's token may have a blank at its beginning, or not.
+    criteria = {"stopping_criteria": [_has_text(tokenizer, length, stop.strip())]} if stop.strip() else {}
     with torch.no_grad():
-        sequences = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+        sequences = model.generate(input_ids=ids, attention_mask=mask, generation_config=config, **criteria)
     # The end of a turn and the padding behind it need not be special tokens, which decoding would skip.
     answers = [_until(row, ends) for row in sequences[:, length:].tolist()]
     responses: list[str] = tokenizer.batch_decode(answers, skip_special_tokens=True)
-    return responses
+    return [_before(response, stop) for response in responses] if criteria else responses
+
+
+def _has_text(tokenizer: "PreTrainedTokenizerBase", start: int, text: str) -> Callable[..., torch.Tensor]:
+    """Return a criterion of transformers that stops each row once its last tokens, behind ``start``, have a text.
+
+    The criterion of transformers itself, ``stop_strings``, fails for tokenizers that do not know every letter.
+    """
+
+    def criterion(ids: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+        tails = tokenizer.batch_decode(ids[:, max(start, ids.shape[1] - 2 * len(text)) :], skip_special_tokens=True)
+        return torch.tensor([text in tail for tail in tails], device=ids.device)
+
+    return criterion
+
+
+def _before(response: str, stop: str) -> str:
+    """Return the text before the first end of a turn, without the blanks that belong to the end."""
+    before, end, _ = response.partition(stop.strip())
+    blanks = stop[: len(stop) - len(stop.lstrip())]
+    return before.removesuffix(blanks) if end else before
 
 
 def _until(ids: list[int], ends: Sequence[int]) -> list[int]:

@@ -11,7 +11,7 @@ from geomkit.inputs.examples import prompt_of
 from geomkit.training import responses as module
 from geomkit.training.judges import Verdict
 from geomkit.training.model_judges.language_models import ModelAnswers
-from geomkit.training.responses import end_of_turn, generate, own_refusals
+from geomkit.training.responses import end_of_turn, end_of_turn_text, generate, own_refusals
 from tests.helpers.tiny import PLAIN_TEMPLATE, SAFETY, TEMPLATE, UTILITY, tiny_llama, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -169,6 +169,40 @@ def test_the_end_of_a_turn_is_read_from_the_template(template, end):
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = template
     assert end_of_turn(tokenizer) == (None if end is None else tokenizer.convert_tokens_to_ids(end))
+
+
+@pytest.mark.parametrize(
+    ("template", "end"),
+    [
+        (TEMPLATE, ""),  # a special token
+        ("{% for m in messages %}{{ m['content'] }} {% endfor %}", ""),
+        ("{% for m in messages %}{{ m['content'] }} paint {% endfor %}", ""),
+        ("{% for m in messages %}{{ m['content'] }}.\n{% endfor %}", ""),
+        ("{% for m in messages %}{{ m['content'] }} ## stop\n{% endfor %}", " ## stop"),
+        ("{% for m in messages %}{{ m['content'] }}</s>\n{% endfor %}", "</s>"),
+        ("{{ raise_exception('no') }}", ""),
+    ],
+)
+def test_the_end_of_a_turn_in_plain_text_is_read_from_the_template(template, end):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    assert end_of_turn_text(tokenizer) == end
+
+
+@pytest.mark.parametrize("pad", ["[pad]", "brush"])
+def test_a_response_ends_before_the_plain_text_that_ends_a_turn(pad):
+    """Each row of a batch at its own place, and no token is generated behind it."""
+    tokenizer, model, passes = tiny_tokenizer(), tiny_llama().eval(), []
+    free = answers(model)
+    longest = max(free, key=len)
+    assert longest == "the paint the bike the the"
+    tokenizer.chat_template, tokenizer.pad_token = TEMPLATE.replace("[end]", "paint the"), pad
+    ended = generate(model, tokenizer, PROMPTS, max_new_tokens=LONGEST, progress=False)
+    assert ended == ["the" if text == longest else text for text in free]
+    model.register_forward_hook(lambda *_: passes.append(1))
+    asked = [PROMPTS[free.index(longest)]]
+    assert generate(model, tokenizer, asked, max_new_tokens=LONGEST, progress=False) == ["the"]
+    assert len(passes) == len("the paint [assistant] the".split())  # special tokens are not part of the text
 
 
 def test_padding_behind_the_end_is_no_part_of_a_response():

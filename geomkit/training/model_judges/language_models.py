@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from geomkit.errors import DataError
 from geomkit.inputs.messages import Message
 from geomkit.training.model_judges.rubrics import Question
-from geomkit.training.responses import generate_from_tokens, response_ends
+from geomkit.training.responses import end_of_turn_text, generate_from_tokens, response_ends
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -49,6 +49,7 @@ class ModelAnswers:
             title="judge",
             ends=None if raw else response_ends(self.model, self.tokenizer),
             pad=self._pad(),
+            stop="" if raw else end_of_turn_text(self.tokenizer),
         )
 
     def _pad(self) -> int:
