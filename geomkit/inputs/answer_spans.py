@@ -101,7 +101,7 @@ def answer_spans(
         if "tool_calls" in row.messages[index]:
             start, end = _span_of_calls(template, marks, row, text, index)
         else:
-            first, stop = _written(template, row, text, index)
+            first, stop = written_span(template, row, text, index)
             start = _start(template, marks, row, text, index, first, final=index == last)
             end = stop + len(_end_at(marks, row, text, index, stop))
         if not before <= start <= end:
@@ -121,7 +121,7 @@ def _shared(one: str, other: str) -> int:
     return next((place for place, (left, right) in pairs if left != right), min(len(one), len(other)))
 
 
-def _written(template: ChatTemplate, row: Conversation, text: str, index: int) -> tuple[int, int]:
+def written_span(template: ChatTemplate, row: Conversation, text: str, index: int) -> tuple[int, int]:
     """Return the span of characters at which a template writes the content of a message."""
     message = row.messages[index] | {"content": PLACEHOLDER}
     other = template.render(replace(row, messages=[*row.messages[:index], message, *row.messages[index + 1 :]]))
@@ -160,7 +160,7 @@ def _span_of_calls(
     if start is None:
         raise DataError(_NO_PREFIX)
     following = index + 1 < len(row.messages)
-    limit = _written(template, row, text, index + 1)[0] if following else len(text)
+    limit = written_span(template, row, text, index + 1)[0] if following else len(text)
     for end in filter(None, (marks.middle_end if following else marks.end, marks.end)):
         if (place := text.find(end, start, limit)) >= 0:
             return start, place + len(end)

@@ -14,6 +14,7 @@ import numpy as np
 from geomkit.errors import DataError
 from geomkit.inputs.answer_spans import TurnMarks, answer_spans, turn_marks
 from geomkit.inputs.examples import check_examples
+from geomkit.inputs.marked_spans import check_marked_spans
 from geomkit.inputs.messages import Conversation, Message, conversation, conversations
 from geomkit.inputs.templates import ChatTemplate
 from geomkit.inputs.token_spans import check_spans, mask_of_spans
@@ -317,7 +318,9 @@ class _Encoder:
         ids, mask = mask_of_spans(self._tokenizer, text, chosen)
         if check:
             self._template.check(row, text)
-        if check and not by_markers:
+        if check and by_markers:
+            check_marked_spans(self._template, row, text, chosen)
+        elif check:
             check_spans(self._tokenizer, text, chosen, ids, mask)
         return Tokens(tuple(ids[: self._max_length]), tuple(mask[: self._max_length])), len(ids)
 
