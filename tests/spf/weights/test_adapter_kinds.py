@@ -4,9 +4,11 @@ by factor, which is said. References: autograd on the merged model for products,
 import copy
 import logging
 import re
+from functools import partial
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
@@ -91,6 +93,14 @@ def embedding_with_a():
     return model
 
 
+def hooked():
+    """As accelerate dispatches a model: with a forward of its own on the instance of each layer, which PEFT wraps."""
+    model = tiny_llama()
+    for layer in model.model.layers:
+        add_hook_to_module(layer.self_attn.q_proj, ModelHook())
+    return adapted(model, lora("q_proj"))
+
+
 PRODUCTS = {
     "Linear": (lambda: adapted(tiny_llama(), lora("q_proj", "down_proj")), 4),
     "Conv1D": (lambda: adapted(gpt2(), lora("c_attn", "mlp.c_proj", fan_in_fan_out=True)), 4),
@@ -98,6 +108,7 @@ PRODUCTS = {
     "Embedding, A zero": (lambda: adapted(tiny_llama(), lora("embed_tokens", "v_proj"), spread=0.0), 3),
     "Embedding": (embedding_with_a, 1),
     "position embedding": (lambda: adapted(gpt2(), lora("wpe")), 1),
+    "with hooks of accelerate": (hooked, 2),
     "head": (lambda: adapted(tiny_llama(), lora("lm_head")), 1),
     "bias": (lambda: adapted(tiny_llama(attention_bias=True), lora("q_proj", lora_bias=True)), 2),
     "rsLoRA": (lambda: adapted(tiny_llama(), lora("q_proj", use_rslora=True)), 2),
@@ -205,7 +216,17 @@ def other(kind, *targets, **settings):
     return adapted(tiny_llama(), getattr(peft, f"{kind}Config")(**CAUSAL, target_modules=list(targets), **settings))
 
 
+def replaced_forward():
+    """As X-LoRA does it: another forward pass on the instance of each layer."""
+    model = adapted(tiny_llama(), lora("q_proj"))
+    for module in model.modules():
+        if hasattr(module, "lora_A"):
+            module.forward = partial(type(module).forward, module)
+    return model
+
+
 FACTORS = {
+    "forward replaced": (replaced_forward, "its forward pass is replaced"),
     "tied head": (lambda: adapted(tiny_llama(tied=True), lora("lm_head")), "tied to another layer"),
     "tied embedding": (lambda: adapted(gpt2(tied=True), lora("wte")), "tied to another layer"),
     "padding token": (padded, "not zero at the padding token"),
