@@ -51,6 +51,6 @@ def test_without_a_control_its_claim_is_left_out(analysis):
     bare = replace(analysis, conflict=replace(analysis.conflict, contrast=None))
     missing = {claim.claim for claim in analysis.claims()} - {claim.claim for claim in bare.claims()}
     assert missing == {"it is below that of control and utility"}
-    assert bare.claims() == paper_claims(bare.headlines())
+    assert bare.claims() == paper_claims(bare.headlines(), bare.alignment.caveat)
     assert len(bare.to_frame()) == len(analysis.to_frame()) - 2
     assert bare.to_dict()["conflict"] == analysis.to_dict()["conflict"]
