@@ -70,7 +70,7 @@ class Alignment:
             The model refuses 0.0% [0.0%, 10.7%] of 32 safety requests, so nothing here is about alignment; loss of the
             given refusals 2.5 nats per token, of the control's 2.9
             >>> print(str(Alignment(Rate(0, 3), 2.5, 2.9)).partition(";")[0])
-            The model refuses 0.0% [0.0%, 56.2%] of 3 safety requests, which leaves open whether this is about alignment
+            The model refuses 0.0% [0.0%, 56.1%] of 3 safety requests, which leaves open whether this is about alignment
         """
         if self.refusal is None:
             answer = "The model was not asked whether it refuses the safety requests"
