@@ -342,11 +342,13 @@ class Guard:
         """
         self._calls.finish()
         self._refuse_unseen_moves()
+        bases = self._protected.bases()
         state = {
             "steps": torch.tensor(self.steps),
             **self._constraint_meter.state(),
             **_with_prefix("origin", self._origin),
-            **_with_prefix("left", self._protected.bases()),
+            **_with_prefix("left", bases["left"]),
+            **_with_prefix("shortfall", bases["shortfall"]),
             **_with_prefix("master", self._guarded.fp32_masters()),
         }
         if Processes.first():
@@ -359,7 +361,7 @@ class Guard:
         """Load a saved state, and return the continued log, if there is one."""
         self._constraint_meter.load(state)
         self._guarded.load_fp32_masters(_without_prefix("master", state))
-        self._protected.load(_without_prefix("left", state))
+        self._protected.load(_without_prefix("left", state), _without_prefix("shortfall", state))
         self._origin = _without_prefix("origin", state)
         self._earlier_steps = int(state["steps"])
         if not (self._options.log and Processes.first()):

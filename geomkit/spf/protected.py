@@ -1,8 +1,8 @@
 """The blocks under guard with their protections, which are renewed whenever the constraints are measured."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from geomkit.spf.constraints import ConstraintMeter
@@ -48,7 +48,7 @@ class ProtectedBlocks:
         self.measured_at = -1
         self.protections: dict[str, Protection] = {}
         self._probes: dict[str, Tensor] = {}  # drawn once for each block
-        self._saved: dict[str, Tensor] = {}  # subspaces of a run that is resumed, until they are used
+        self._saved: dict[str, tuple[Tensor, float]] = {}  # subspaces of a run that is resumed, until they are used
 
     def measure(self, step: int, *, is_mixed: bool = False) -> Measured:
         """Return the constraints of a step, measured at the present weights if a measurement is due.
@@ -74,15 +74,15 @@ class ProtectedBlocks:
         """Return a block's protection for new gradients; former subspaces stay while they hold enough of g_s."""
         gradients, probe, saved = measured.gradients[name], self._probes.get(name), self._saved.pop(name, None)
         former = self.protections.get(name)
-        if former is not None and former.left is None:
-            former = None
+        if former is None or former.left is None:
+            former = None if saved is None else Protection(gradients, left=saved[0], shortfall=saved[1])
         # 1. A block without former subspaces gets new subspaces.
-        if former is None and saved is None:
+        if former is None:
             return protect(self._rule, gradients, name, self._seed, probe)
         # 2. A closed subspace stays for good. Another subspace stays while the fraction of the present ‖g_s‖² inside it
         #    is at least `refresh_energy` times the fraction when it was computed.
         bare = without_subspaces(gradients, name, self._seed, probe)
-        same = replace(bare, left=saved) if former is None else with_subspaces_of(bare, former)
+        same = with_subspaces_of(bare, former)
         if self._rule.closed_subspace or (self._energy is not None and same.captured >= self._energy * same.energy):
             return same
         return protect(self._rule, gradients, name, self._seed, probe)
@@ -120,13 +120,23 @@ class ProtectedBlocks:
         elif not (self._rule.closed_subspace or self._energy):
             self.protections = {}
 
-    def bases(self) -> dict[str, Tensor]:
-        """Return the subspaces for a checkpoint, and discard all measurements, as a resumed run measures anew."""
+    def bases(self) -> dict[str, dict[str, Tensor]]:
+        """Return the subspaces for a checkpoint, and discard all measurements, as a resumed run measures anew.
+
+        Returns:
+            ``left``: U by block; ``shortfall``: a number by block.
+        """
         self.measured = None
         if not self._rule.closed_subspace:
             self.protections = {}
-        return {name: protection.left for name, protection in self.protections.items() if protection.left is not None}
+        closed = {name: protection for name, protection in self.protections.items() if protection.left is not None}
+        return {
+            "left": {name: protection.left for name, protection in closed.items() if protection.left is not None},
+            "shortfall": {
+                name: torch.tensor(protection.shortfall, dtype=torch.float64) for name, protection in closed.items()
+            },
+        }
 
-    def load(self, bases: Mapping[str, Tensor]) -> None:
+    def load(self, left: Mapping[str, Tensor], shortfall: Mapping[str, Tensor]) -> None:
         """Start from the subspaces of the run that is resumed."""
-        self._saved = dict(bases)
+        self._saved = {name: (basis, float(shortfall[name])) for name, basis in left.items()}

@@ -111,9 +111,9 @@ def run_folder(folder: Path) -> Iterator[None]:
 def last_checkpoint(folder: Path, settings: Mapping[str, Any]) -> Path | None:
     """Return the checkpoint from which a run is resumed, after a check that the folder is free or belongs to this run.
 
-    Checkpoints without mark, which were being written when the run ended, are removed. Checkpoints with a mark that lack
-    a file, or have one of another size, are kept as ``damaged-checkpoint-…`` and not resumed. If no complete checkpoint
-    is left, the run's certificate is removed.
+    Checkpoints without mark, which were being written when the run ended, are removed. Marked checkpoints that lack a
+    file, or have a file of another size, are kept as ``damaged-checkpoint-…`` and not resumed. If no complete
+    checkpoint is left, the run's certificate is removed.
 
     Args:
         folder: The folder for checkpoints, which need not exist.

@@ -29,7 +29,7 @@ def test_the_last_complete_checkpoint_is_returned_and_incomplete_ones_are_remove
     for step in (2, 10, 11):
         (tmp_path / f"checkpoint-{step}").mkdir()
     for step in (2, 10):
-        (tmp_path / f"checkpoint-{step}" / MARK).write_text("{}")
+        (tmp_path / f"checkpoint-{step}" / MARK).write_text('{"files": {}}')
     (tmp_path / "runs").mkdir()  # of tensorboard
     assert last_checkpoint(tmp_path, {"steps": 9}) == tmp_path / "checkpoint-10"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-10", "checkpoint-2", MARK, "runs"]

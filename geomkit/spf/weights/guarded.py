@@ -15,7 +15,7 @@ from geomkit.spf.weights.adapters import Adapter, Adapters, find_adapters, make_
 from geomkit.spf.weights.blocks import Block, Move, ProductBlock, TensorBlock
 from geomkit.spf.weights.processes import Processes
 from geomkit.spf.weights.sharding import gathered, is_sharded, local_rows, process_group, reshard
-from geomkit.spf.weights.trained import can_move, held_parameters, trained_parameters, unwrapped
+from geomkit.spf.weights.trained import can_move, held_parameters, refuse_frozen, trained_parameters, unwrapped
 from geomkit.utils.precision import at_least_fp32, full_precision, no_autocast
 
 if TYPE_CHECKING:
@@ -68,9 +68,15 @@ class Guarded:
         self.processes = Processes.of_this_run(next(iter(groups), None))
 
     def refresh(self) -> bool:
-        """Divide the weights anew if the set of trained weights has changed, and return whether it has changed."""
+        """Divide the weights anew if the set of trained weights has changed, and return whether it has changed.
+
+        Raises:
+            SPFError: If no weight is trained, or a weight cannot be guarded.
+        """
         reshard(self.model)
-        signature = _places(filter(can_move, held_parameters(self.optimizers)))
+        held = held_parameters(self.optimizers)
+        refuse_frozen(held)
+        signature = _places(filter(can_move, held))
         if signature == self._signature:
             return False
         changed, self._signature = self._signature is not None, signature

@@ -58,6 +58,19 @@ def held_parameters(optimizers: Sequence[torch.optim.Optimizer]) -> list[nn.Para
     return list({id(parameter): parameter for group in groups for parameter in group["params"]}.values())
 
 
+def refuse_frozen(parameters: Sequence[nn.Parameter]) -> None:
+    """Check that an optimizer holds trainable parameters.
+
+    Raises:
+        SPFError: If all are frozen, as those of an adapter that is not active any more.
+    """
+    if not any(parameter.requires_grad for parameter in parameters):
+        raise SPFError(
+            "expected an optimizer with trainable parameters, found none; unfreeze the model, or after changing "
+            "adapters build a new optimizer and attach again"
+        )
+
+
 def can_move(parameter: nn.Parameter) -> bool:
     """Return whether the next step can move a parameter: optimizers go by the gradient, not by ``requires_grad``."""
     return parameter.requires_grad or parameter.grad is not None
@@ -67,7 +80,7 @@ def trained_parameters(model: nn.Module, optimizers: Sequence[torch.optim.Optimi
     """Return the parameters that the next step of optimizers can move, by their names in the model.
 
     Raises:
-        SPFError: If there is no trainable parameter, a parameter is not the model's, or has no values on this process.
+        SPFError: If a parameter is not the model's, or has no values on this process.
     """
     _refuse_deepspeed(model)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -83,11 +96,6 @@ def trained_parameters(model: nn.Module, optimizers: Sequence[torch.optim.Optimi
                 f"{tuple(parameter.shape)} that is not; build the optimizer from this very model"
             )
         trained[names[id(parameter)]] = parameter
-    if not trained:
-        raise SPFError(
-            "expected an optimizer with trainable parameters, found none; unfreeze the model, or after changing "
-            "adapters build a new optimizer and attach again"
-        )
     whole = {name: parameter for name, parameter in trained.items() if not is_sharded(parameter)}
     refuse_unseen_values(whole, SPFError)
     _refuse_shared_memory(whole)
