@@ -388,16 +388,37 @@ def bench(
     grid: Annotated[str, typer.Option(help="default, limits, smoke, or a TOML file.")] = "default",
     out: Annotated[Path, typer.Option(help="Folder for cells and results.", file_okay=False)] = Path("geomkit-bench"),
     processes: Annotated[int, typer.Option(help="Cells run at a time, each on one thread.", min=1)] = 2,
+    shard: Annotated[
+        str | None, typer.Option(help="Run only part I of N, as 3/8, where jobs share the folder; the last one joins.")
+    ] = None,
 ) -> None:
     """Run a grid of fine-tunes on the organism, or the rest of an interrupted grid, and write results.jsonl.gz."""
     _prepare(threads=1)
-    from geomkit.experiments.running import run_experiments
+    from geomkit.experiments.grid import load_grid
+    from geomkit.experiments.running import run_experiments, stored_results
 
+    whole = load_grid(grid)
+    part = whole if shard is None else whole.shard(*_shard(shard))
     _check_writable(out)
-    results = run_experiments(grid, out, processes=processes)
+    run_experiments(part, out, processes=processes)
+    results = stored_results(whole, out)
+    if missing := len(whole.cells) - len(results):
+        typer.echo(
+            f"ran the {len(part.cells)} cells of shard {shard}; {missing} of {len(whole.cells)} cells are not run yet: "
+            f"the call that runs the last one writes {out / 'results.jsonl.gz'}"
+        )
+        return
     title = f"{len(results)} cells of the grid '{results.name}': 95 % Wilson intervals over prompts in brackets"
     _show(results.table(), title)
     typer.echo(f"wrote {results.save(out / 'results.jsonl.gz')}")
+
+
+def _shard(text: str) -> tuple[int, int]:
+    """Return the number of a part and the number of parts: ``"3/8"`` gives (3, 8)."""
+    number, slash, count = text.partition("/")
+    if not (slash and number.strip().isdecimal() and count.strip().isdecimal()):
+        raise DataError(f"expected --shard as I/N, such as 3/8 for the third of eight parts, found '{text}'")
+    return int(number), int(count)
 
 
 @organism_app.command("build")

@@ -160,7 +160,9 @@ def test_the_work_is_divided(several):
 
 @pytest.mark.parametrize("broken", range(PROCESSES))
 def test_an_error_of_one_process_is_raised_on_all(several, broken):
-    losses, own, other = ([found["errors"][f"{kind} {broken}"] for found in several] for kind in ("loss", "own", "other"))
+    losses, own, other = (
+        [found["errors"][f"{kind} {broken}"] for found in several] for kind in ("loss", "own", "other")
+    )
     assert losses[0] == losses[1]
     assert losses[0][0] == "CollectionError"
     assert "expected a finite loss, found nan" in losses[0][1]

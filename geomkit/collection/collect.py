@@ -123,7 +123,8 @@ def collect_from_tokens(
 
     ``pad`` is the id of the token that fills short rows. ``products`` receives, part by part, the inner products ⟨W, G⟩
     of the weights and the gradient of the summed loss, not of the mean; see :func:`geomkit.collection.passes.run_pass`.
-    With a ``token_loss`` other than the cross-entropy, ``per_sample`` is not available. ``workers`` divide the examples.
+    With a ``token_loss`` other than the cross-entropy, ``per_sample`` is not available. ``workers`` divide the
+    examples, and ``products`` receives the part of this worker only.
     """
     if form not in get_args(Form):
         raise CollectionError(f"expected the form {' or '.join(get_args(Form))}, found {form!r}")

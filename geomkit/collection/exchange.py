@@ -1,7 +1,7 @@
 """Exchange of collected gradients between workers, after which every worker has the gradients of all examples."""
 
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import fields, replace
+from collections.abc import Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -43,14 +43,15 @@ def exchange_sums(
         if not present:
             continue
         own = sums.pop(name).total() if name in sums else None
-        floats = [size for size, _, _ in present]
         joined = Accumulator(keep_factors=keep_factors)
-        if None in floats or (not keep_factors and sum(map(int, floats)) > parameter.numel()):
-            total = torch.zeros(parameter.shape, dtype=present[0][1], device=parameter.device)
+        if any(size.dense for size in present) or (
+            not keep_factors and sum(size.factors for size in present) > parameter.numel()
+        ):
+            total = torch.zeros(parameter.shape, dtype=present[0].dtype, device=parameter.device)
             if own is not None:
                 own.add_to(total, 1.0)
             workers.sum_in_place(total)
-            joined.add(DenseGradient(total, sum(tokens for _, _, tokens in present)))
+            joined.add(DenseGradient(total, sum(size.tokens for size in present)))
         else:
             for part in workers.gather(None if own is None else _moved(own, _CPU, {})):
                 if part is not None:
@@ -58,11 +59,27 @@ def exchange_sums(
         sums[name] = joined
 
 
-def _size(gradient: LayerGradient) -> tuple[int | None, torch.dtype, int]:
-    """Return the size of a gradient's factors (``None`` if a part of it is dense), its dtype and number of tokens."""
+@dataclass(frozen=True)
+class _Size:
+    """What the workers must know of each other's sum to choose one way to add up.
+
+    Attributes:
+        dense: Whether a part of the sum is dense.
+        factors: Number of floating-point numbers in its factors.
+        tokens: Its number of tokens.
+        dtype: Its dtype.
+    """
+
+    dense: bool
+    factors: int
+    tokens: int
+    dtype: torch.dtype
+
+
+def _size(gradient: LayerGradient) -> _Size:
     parts = parts_of(gradient)
     dense = any(isinstance(part, DenseGradient) for part in parts)
-    return None if dense else sum(part.floats for part in factored_of(parts)), gradient.dtype, gradient.tokens
+    return _Size(dense, sum(part.floats for part in factored_of(parts)), gradient.tokens, gradient.dtype)
 
 
 def exchange_samples(
@@ -81,7 +98,7 @@ def exchange_samples(
         return
     own = [index for index, gradients in enumerate(samples) if gradients]
     for nth in range(max(workers.gather(len(own)))):
-        sent = {index: dict(_all_moved(samples[index], dict.fromkeys(samples[index], _CPU))) for index in own[nth : nth + 1]}
+        sent = {index: _all_moved(samples[index], dict.fromkeys(samples[index], _CPU)) for index in own[nth : nth + 1]}
         for rank, received in enumerate(workers.gather(sent)):
             if rank != workers.rank:
                 for index, gradients in received.items():
@@ -89,17 +106,20 @@ def exchange_samples(
                     samples[index].update(_all_moved(gradients, devices))
 
 
-def _all_moved(
-    gradients: Mapping[str, LayerGradient], devices: Mapping[str, torch.device]
-) -> Iterator[tuple[str, LayerGradient]]:
-    """Yield the gradients on other devices. What shares its memory does so afterwards: layers with the same input."""
+def _all_moved(gradients: Mapping[str, LayerGradient], devices: Mapping[str, torch.device]) -> dict[str, LayerGradient]:
+    """Return the gradients on other devices. Layers with the same input share its memory afterwards, as before."""
     copies: dict[Any, Tensor] = {}
-    for name, gradient in gradients.items():
-        yield name, _moved(gradient, devices[name], copies)
+    return {name: _moved(gradient, devices[name], copies) for name, gradient in gradients.items()}
 
 
 def _moved(gradient: LayerGradient, device: torch.device, copies: dict[Any, Tensor]) -> LayerGradient:
-    """Return a gradient on a device, in memory that holds nothing else: the rest of a tensor would be sent with a view."""
+    """Return a gradient on a device, in memory of its own: with a view, the whole tensor behind it would be sent.
+
+    Args:
+        gradient: The gradient.
+        device: The device.
+        copies: The copies so far, which tensors in the same memory share.
+    """
     if isinstance(gradient, SumGradient):
         return SumGradient(tuple(_moved(part, device, copies) for part in gradient.parts))
 

@@ -50,8 +50,8 @@ def sample_grams(
     The examples are divided into blocks whose gradients fit into ``memory``. The gradients of a block stay in memory
     while the other examples run. If all examples are one block, every example is run once; with K blocks of one set, an
     example is run (K + 1)/2 times on average. For estimates in one pass over any number of examples, see
-    :func:`geomkit.collection.measures.sketch`. Processes divide the examples as in :func:`geomkit.collect_gradients`, and
-    each of them holds the gradients of a block.
+    :func:`geomkit.collection.measures.sketch`. Processes divide the examples as in
+    :func:`geomkit.collect_gradients`, and each of them holds the gradients of a block.
 
     Args:
         model: See :func:`geomkit.collect_gradients`, also for ``layers`` and ``tokens_per_batch``.

@@ -14,7 +14,7 @@ from geomkit.collection.target import Target
 from geomkit.errors import CollectionError, DataError
 from geomkit.gradients.layer_gradient import LayerGradient
 from geomkit.gradients.provenance import weights_fingerprint
-from geomkit.inputs.batches import collate, longest_first, plan_batches
+from geomkit.inputs.batches import Batch, collate, longest_first, plan_batches
 from geomkit.inputs.loss import Reduction, TokenLoss, token_losses
 from geomkit.inputs.model_state import (
     compilation_and_parameter_hooks_off,
@@ -99,37 +99,42 @@ def stream(
         if reduction not in get_args(Reduction):
             raise CollectionError(f"expected the reduction {' or '.join(get_args(Reduction))}, found {reduction!r}")
         _refuse_unscored(rows)
-        # Parts of the examples in the order of the batches: side by side, they are the batches of a process alone.
+        # Parts of the examples in the order of the batches: side by side, they are what one process runs.
         lengths = lengths_of(rows)
         order = longest_first(lengths)
         own = [order[place] for place in workers.share([lengths[index] for index in order])]
-        own_lengths = [lengths[index] for index in own]
         losses: dict[int, float] = {}
         loss_tokens: dict[int, int] = {}
-        hidden = not (progress and first_process())
+        total, hidden = sum(lengths[index] for index in own), not (progress and first_process())
         with (
             prepared(model, selection) as target,
-            tqdm(total=sum(own_lengths), desc="gradients", unit="token", unit_scale=True, disable=hidden) as bar,
+            tqdm(total=total, desc="gradients", unit="token", unit_scale=True, disable=hidden) as bar,
         ):
-            device = input_device(target.model)
-            for plan in plan_batches(own_lengths, tokens_per_batch):
-                indices = [own[place] for place in plan]
-                examples = [rows[index] for index in indices]
-                length = padded_length(list(map(len, examples)))
-                batch = collate(examples, pad, examples=indices, min_length=length).to(device)
+            for examples, batch in _batches_of(rows, pad, own, tokens_per_batch):
                 batch_losses = run_pass(
                     target,
-                    batch,
+                    batch.to(input_device(target.model)),
                     reduction=reduction,
                     sums=sums,
-                    samples=_with_indices(samples, indices),
+                    samples=_with_indices(samples, batch.examples),
                     products=products,
                     token_loss=token_loss,
                 )
-                losses |= zip(indices, batch_losses, strict=True)
-                loss_tokens |= {index: row.loss_tokens for index, row in zip(indices, examples, strict=True)}
+                losses |= zip(batch.examples, batch_losses, strict=True)
+                loss_tokens |= zip(batch.examples, (row.loss_tokens for row in examples), strict=True)
                 bar.update(sum(map(len, examples)))
     return _joined(workers, target, losses, loss_tokens)
+
+
+def _batches_of(
+    rows: Sequence[Tokens], pad: int, indices: Sequence[int], tokens_per_batch: int
+) -> Iterator[tuple[list[Tokens], Batch]]:
+    """Yield the examples with some indices in batches, each batch also as its rows."""
+    lengths = lengths_of(rows)
+    for plan in plan_batches([lengths[index] for index in indices], tokens_per_batch):
+        own = [indices[place] for place in plan]
+        examples = [rows[index] for index in own]
+        yield examples, collate(examples, pad, examples=own, min_length=padded_length(list(map(len, examples))))
 
 
 def _joined(
@@ -138,11 +143,11 @@ def _joined(
     """Return the result for the examples of all workers, with the findings of all workers about the parameters."""
     every_loss: dict[int, float] = {}
     every_count: dict[int, int] = {}
-    for called, notes, *values in workers.gather((target.called, target.notes, losses, loss_tokens)):
+    for called, notes, own_losses, own_counts in workers.gather((target.called, target.notes, losses, loss_tokens)):
         target.called |= called
         target.notes = notes | target.notes
-        every_loss |= values[0]
-        every_count |= values[1]
+        every_loss |= own_losses
+        every_count |= own_counts
     examples = range(len(every_loss))
     return StreamResult(target, [every_loss[index] for index in examples], [every_count[index] for index in examples])
 

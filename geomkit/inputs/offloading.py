@@ -6,13 +6,14 @@ place before the forward pass of its module, and removes it afterwards.
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from accelerate.hooks import AlignDevicesHook
+    from transformers import PreTrainedModel
 
 
 def input_device(model: nn.Module) -> torch.device:
@@ -37,7 +38,7 @@ def offloaded_weights_loaded(model: nn.Module) -> Iterator[None]:
         for module, hook in offloading:
             stack.enter_context(_loaded(module, hook))
         if offloading and hasattr(model, "tie_weights"):
-            model.tie_weights()  # the hooks load a tied weight as two parameters
+            cast("PreTrainedModel", model).tie_weights()  # the hooks load a tied weight as two parameters
         yield
 
 

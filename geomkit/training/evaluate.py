@@ -67,9 +67,11 @@ def evaluate(
 ) -> Evaluation:
     """Let a model answer held-out prompts greedily, and count refusals and right answers.
 
-    The processes of a run divide the prompts as in :func:`geomkit.collect_gradients`, and each of them returns the
-    evaluation of all. Only the sets that are given are run. The shipped organism is the exception: for a tokenizer with the organism's
+    Only the sets that are given are run. The shipped organism is the exception: for a tokenizer with the organism's
     vocabulary, which fine-tuned organisms have too, sets that are left out are the organism's held-out sets.
+
+    The processes of a run divide prompts and responses as in :func:`geomkit.collect_gradients`, and each of them
+    returns the evaluation of all.
 
     Args:
         model: A causal language model; its state is restored.
@@ -357,9 +359,7 @@ def mean_loss(
     return sum(losses) / len(losses)
 
 
-def _divided_losses(
-    model: "PreTrainedModel", rows: Sequence[Tokens], pad: int, batch_size: int = 16
-) -> list[float]:
+def _divided_losses(model: "PreTrainedModel", rows: Sequence[Tokens], pad: int, batch_size: int = 16) -> list[float]:
     """Return the loss of each example; the processes of a run divide the examples."""
     workers = workers_of(model)
     workers.refuse_differences(weights=weights_fingerprint(model) if workers.count > 1 else "")

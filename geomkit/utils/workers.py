@@ -1,8 +1,8 @@
 """Workers: the processes of a run that divide the examples of a call, and what they tell each other.
 
-A launcher such as ``accelerate launch`` starts the same script several times, and ``Accelerator()`` or the Trainer joins
-the processes to a group of :mod:`torch.distributed`. From then on, a call that divides its examples is a call of all
-processes together.
+A launcher such as ``accelerate launch`` starts the same script several times, and ``Accelerator()`` or the Trainer
+joins the processes to a group of :mod:`torch.distributed`. From then on, a call that divides its examples is a call of
+all processes together.
 """
 
 from collections.abc import Iterator, Sequence

@@ -1,14 +1,15 @@
 """What each process of ``tests/test_several_processes.py`` runs: ``python -m tests.helpers.division_worker FOLDER``.
 
-It writes what it found to ``FOLDER/RANK.pt``; nothing is judged here. The tests call :func:`results` themselves, too, as
-the one process whose numbers are to be found by all.
+It writes what it found to ``FOLDER/RANK.pt``; nothing is judged here. The tests call :func:`results` themselves, too,
+as the one process whose numbers are to be found by all.
 """
 
 import io
 import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr
+from collections.abc import Callable
+from contextlib import redirect_stderr
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +140,7 @@ def work() -> dict[str, int]:
     """Return how many tokens each call runs on this process, padding included."""
     model, seen = tiny_llama(), [0]
     model.register_forward_pre_hook(
-        lambda module, inputs, keywords: seen.__setitem__(0, seen[0] + keywords["input_ids"].numel()), with_kwargs=True
+        lambda _, __, keywords: seen.__setitem__(0, seen[0] + keywords["input_ids"].numel()), with_kwargs=True
     )
     common = {"progress": False}
     text = {"skills": {"text": UTILITY}, "metrics": {"text": "perplexity"}}
@@ -169,13 +170,12 @@ def said(action: Callable[[], object]) -> tuple[str, str]:
     return "none", ""
 
 
-@contextmanager
-def broken_weight(rank: int) -> Iterator[Any]:
-    """A model whose norm is not finite on one process, in a place that no fingerprint looks at."""
+def broken_llama(rank: int) -> Any:
+    """A model that is not finite on one process, in a place that no fingerprint looks at."""
     model = tiny_llama()
     if dist.get_rank() == rank:
-        model.model.norm.register_forward_hook(lambda module, inputs, output: output * float("nan"))
-    yield model
+        model.model.norm.register_forward_hook(lambda *values: values[-1] * float("nan"))
+    return model
 
 
 def raising(error: Exception, rank: int) -> Callable[..., torch.Tensor]:
@@ -194,13 +194,11 @@ def errors() -> dict[str, Any]:
     rank, model = dist.get_rank(), tiny_llama()
     found: dict[str, Any] = {}
     for broken in range(2):
-        with broken_weight(broken) as other:
-            found[f"loss {broken}"] = said(lambda: collect(other))
+        found[f"loss {broken}"] = said(partial(collect, broken_llama(broken)))
         for name, error in (("own", GeometryError("expected sense,\nfound none")), ("other", KeyError("lost"))):
             measures = {"bad": raising(error, broken)}
-            found[f"{name} {broken}"] = said(
-                lambda: gk.measure_samples(model, TOKENIZER, UTILITY, measures, progress=False)
-            )
+            measure = partial(gk.measure_samples, model, TOKENIZER, UTILITY, measures, progress=False)
+            found[f"{name} {broken}"] = said(measure)
     found["examples"] = said(lambda: collect(model, UTILITY.select([rank, 2])))
     found["weights"] = said(lambda: collect(tiny_llama(seed=rank)))
     found["settings"] = said(lambda: collect(model, layers="*mlp*" if rank else "*"))

@@ -1,4 +1,4 @@
-"""Workers that tests start with ``accelerate launch``, each a module that writes what it found to ``FOLDER/RANK.pt``."""
+"""Workers that tests start with ``accelerate launch``: modules that write what they found to ``FOLDER/RANK.pt``."""
 
 import os
 import signal
