@@ -1,5 +1,6 @@
 """The command line: ``geomkit tour``, ``check``, ``analyze``, ``finetune``, ``evaluate``, ``compare``, ``bench``."""
 
+import atexit
 import datetime as dt
 import json
 import logging
@@ -102,6 +103,27 @@ def _prepare(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
+def _join_processes(device: str | None) -> None:
+    """Join the processes that ``accelerate launch`` or ``torchrun`` has started, of which only the first prints.
+
+    They divide the examples of every call from then on.
+
+    Args:
+        device: The device that was asked for.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return
+    import torch
+    from accelerate import PartialState
+
+    from geomkit.utils.workers import first_process
+
+    state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())  # it also gives each process its GPU
+    atexit.register(state.destroy_process_group)
+    if not first_process():
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 - until the process ends
+
+
 def _version(show: bool) -> None:
     if show:
         typer.echo(__version__)
@@ -186,6 +208,7 @@ def analyze(
 ) -> None:
     """Measure rank, conflict and one-sample overlap of a model's gradients, and write report.html."""
     _prepare(threads)
+    _join_processes(device)
     from geomkit.analysis.probe import analyze as run_analysis
     from geomkit.plots.report_pages import analysis_sections
 
@@ -326,10 +349,12 @@ def evaluate(
 ) -> None:
     """Print how often a model refuses and answers rightly, with 95 % intervals; --json keeps it for compare."""
     _prepare(threads)
+    _join_processes(device)
     from geomkit.inputs.models import load_model
     from geomkit.training.evaluate import evaluate as run_evaluation
     from geomkit.training.model_judges.by_name import load_judge
     from geomkit.training.sets_by_text import Role, drawn, requests_by_text, skill_by_text
+    from geomkit.utils.workers import first_process
 
     _check_writable(json_file and json_file.parent)
     if not (forbidden or benign or skill):
@@ -358,7 +383,7 @@ def evaluate(
         batch_size=batch_size,
     )
     _show(result.to_frame(), f"{model}, judged by {', '.join(result.settings['judges'])}; 95 % intervals")
-    if json_file is not None:
+    if json_file is not None and first_process():
         typer.echo(f"wrote {result.save(json_file)}")
 
 
@@ -572,7 +597,11 @@ def _strict(value: object) -> object:
 def _write(
     out: Path, json_file: Path | None, title: str, sections: "list[Section]", numbers: Mapping[str, object]
 ) -> None:
-    """Write the report, and the numbers as JSON if there is a file for them."""
+    """Write the report, and the numbers as JSON if there is a file for them; one of several processes does."""
+    from geomkit.utils.workers import first_process
+
+    if not first_process():
+        return
     from geomkit.plots.report import write_report
 
     page = write_report(out / "report.html", title, sections, date=dt.datetime.now(tz=dt.UTC).date())

@@ -3,6 +3,8 @@
 ``tests/helpers/division_worker.py`` is what the processes run; its numbers are judged here.
 """
 
+import json
+
 import pandas as pd
 import pytest
 import torch
@@ -10,9 +12,10 @@ import torch
 import geomkit as gk
 from geomkit.gradients.factored import FactoredGradient
 from geomkit.gradients.indexed import IndexedGradient
+from geomkit.training.evaluation import load_evaluation
 from tests.helpers import division_worker
 from tests.helpers.division_worker import TOKENIZER
-from tests.helpers.launch import PROCESSES, launched
+from tests.helpers.launch import PROCESSES, launch, launched
 from tests.helpers.tiny import UTILITY, tiny_llama
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without processes")
@@ -225,3 +228,24 @@ def test_a_sharded_model(several):
             assert kind == "CollectionError"
             assert "sharded over processes" in text
         pd.testing.assert_frame_equal(own["wrapped"]["sharded responses"], responses)
+
+
+def test_the_command_line(tmp_path):
+    """One of the processes prints and writes."""
+    tiny_llama().save_pretrained(tmp_path / "model")
+    TOKENIZER.save_pretrained(tmp_path / "model")
+    (tmp_path / "requests.jsonl").write_text("".join(json.dumps(row) + "\n" for row in UTILITY))
+    script = tmp_path / "geomkit.py"  # as the script that an installation makes
+    script.write_text(
+        "import sys\nsys.path[0] = ''\nfrom geomkit.cli import main\nif __name__ == '__main__':\n    main()\n"
+    )
+    command = [
+        str(script), "evaluate", "--model", str(tmp_path / "model"), "--forbidden", str(tmp_path / "requests.jsonl"),
+        "--json", str(tmp_path / "out.json"), "--device", "cpu", "--max-new-tokens", "16",
+    ]  # fmt: skip
+    status, said = launch(*command)
+    assert status == 0, said[-6000:]
+    assert said.count("95 % intervals") == said.count("out.json") == 1
+    found = load_evaluation(tmp_path / "out.json").responses
+    expected = gk.evaluate(tiny_llama(), TOKENIZER, UTILITY, max_new_tokens=16, progress=False).responses
+    assert found["response"].tolist() == expected["response"].tolist()

@@ -116,7 +116,7 @@ def stream(
                     batch.to(input_device(target.model)),
                     reduction=reduction,
                     sums=sums,
-                    samples=_with_indices(samples, batch.examples),
+                    samples=_with_indices(samples, list(batch.examples)),
                     products=products,
                     token_loss=token_loss,
                 )

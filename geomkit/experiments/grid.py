@@ -131,8 +131,8 @@ class Grid:
     def shard(self, number: int, count: int) -> "Grid":
         """Return one of ``count`` parts of the grid, for the jobs of a job array.
 
-        Every cell is in one part, the same on every machine. The parts have equally many cells, up to one, so that parts
-        of a small grid may be empty. Cells that are alike, such as the cells of an arm, are spread over the parts.
+        Every cell is in one part, the same on every machine. The parts have equally many cells, up to one, so that
+        parts of a small grid may be empty. Cells that are alike, such as those of an arm, are spread over the parts.
 
         Args:
             number: Number of the part, from 1.

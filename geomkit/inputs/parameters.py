@@ -204,7 +204,8 @@ def workers_of(model: nn.Module) -> Workers:
 
     Processes that hold one model together cannot work on different examples; each of them does the whole call.
     """
-    return ALONE if any(map(is_sharded, model.parameters())) else running_workers()
+    workers = running_workers()
+    return ALONE if workers.count > 1 and any(map(is_sharded, model.parameters())) else workers
 
 
 def refuse_unseen_values(parameters: Mapping[str, nn.Parameter], error: type[GeomkitError]) -> None:
@@ -226,7 +227,9 @@ def refuse_unseen_values(parameters: Mapping[str, nn.Parameter], error: type[Geo
         if parameter.is_inference():
             raise error(f"expected weights that can be trained, found '{name}' made in inference mode; load it outside")
         if parameter.is_meta:
-            raise error(f"expected weights with values, found '{name}' on the meta device; load the model first")
+            raise error(
+                f"expected weights with values, found '{name}' on the meta device; load the model, without offloading"
+            )
 
 
 def warn_of_lost_updates(parameters: Mapping[str, nn.Parameter]) -> None:

@@ -57,8 +57,7 @@ def test_an_error_ends_being_by_itself(monkeypatch):
     monkeypatch.setattr("geomkit.utils.workers._running", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
-    with pytest.raises(KeyError), by_itself():
-        assert running_workers() is ALONE
-        raise KeyError
+    with pytest.raises(KeyError, match="inside"), by_itself():
+        raise KeyError("inside" if running_workers() is ALONE else "not alone")
     assert running_workers() == Workers(1, 4)
     assert not first_process()
