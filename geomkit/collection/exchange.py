@@ -113,12 +113,12 @@ def _all_moved(gradients: Mapping[str, LayerGradient], devices: Mapping[str, tor
 
 
 def _moved(gradient: LayerGradient, device: torch.device, copies: dict[Any, Tensor]) -> LayerGradient:
-    """Return a gradient on a device, in memory of its own: with a view, the whole tensor behind it would be sent.
+    """Return a gradient on a device.
 
     Args:
         gradient: The gradient.
         device: The device.
-        copies: The copies so far, which tensors in the same memory share.
+        copies: The tensors so far, which further tensors in the same memory are replaced by.
     """
     if isinstance(gradient, SumGradient):
         return SumGradient(tuple(_moved(part, device, copies) for part in gradient.parts))
@@ -126,7 +126,7 @@ def _moved(gradient: LayerGradient, device: torch.device, copies: dict[Any, Tens
     def copy(tensor: Tensor) -> Tensor:
         key = device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
         if key not in copies:
-            copies[key] = tensor.detach().to(device, copy=True)
+            copies[key] = tensor.detach().to(device)
         return copies[key]
 
     values = {field.name: getattr(gradient, field.name) for field in fields(gradient)}  # type: ignore[arg-type]

@@ -143,11 +143,13 @@ def _joined(
     """Return the result for the examples of all workers, with the findings of all workers about the parameters."""
     every_loss: dict[int, float] = {}
     every_count: dict[int, int] = {}
+    every_note: dict[str, str] = {}
     for called, notes, own_losses, own_counts in workers.gather((target.called, target.notes, losses, loss_tokens)):
         target.called |= called
-        target.notes = notes | target.notes
+        every_note = notes | every_note  # of two remarks on a parameter, the first worker's, on all workers
         every_loss |= own_losses
         every_count |= own_counts
+    target.notes = every_note
     examples = range(len(every_loss))
     return StreamResult(target, [every_loss[index] for index in examples], [every_count[index] for index in examples])
 

@@ -1,11 +1,14 @@
 """The parts of several workers, and what a worker alone does; workers together are in ``test_several_processes.py``."""
 
+import io
+import pickle
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from geomkit.utils.workers import ALONE, Workers, by_itself, first_process, running_workers
+from geomkit.utils.workers import ALONE, Workers, _Pickler, by_itself, first_process, running_workers
 
 COSTS = st.lists(st.integers(1, 10_000), max_size=40)
 
@@ -36,6 +39,21 @@ def test_a_worker_alone_needs_no_others():
     assert ALONE.gather("value") == ["value"]
     with pytest.raises(KeyError, match="as it is"), ALONE.failing_together():
         raise KeyError("as it is")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int64, torch.bool, torch.bfloat16])
+def test_a_tensor_is_sent_as_it_is(dtype):
+    whole = torch.arange(60_000).reshape(200, 300).to(dtype)
+    for tensor in (whole[3:5], whole[:, 7].clone(), whole[:0], whole[0, 0].clone()):
+        sent = io.BytesIO()
+        _Pickler(sent).dump([tensor, tensor])
+        if dtype != torch.bfloat16:
+            assert len(sent.getvalue()) < 6_000  # a view without the tensor behind it, and one tensor once
+        found, again = pickle.loads(sent.getvalue())  # noqa: S301
+        assert found is again
+        assert torch.equal(found, tensor)
+        assert found.dtype == dtype
+        found.zero_()  # it can be written to
 
 
 def test_without_a_group_of_processes():
