@@ -1,5 +1,6 @@
 """The command line: ``geomkit tour``, ``check``, ``analyze``, ``finetune``, ``evaluate``, ``compare``, ``bench``."""
 
+import atexit
 import datetime as dt
 import json
 import logging
@@ -102,6 +103,27 @@ def _prepare(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
+def _join_processes(device: str | None) -> None:
+    """Join the processes that ``accelerate launch`` or ``torchrun`` has started, of which only the first prints.
+
+    They divide the examples of every call from then on.
+
+    Args:
+        device: The device that was asked for.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return
+    import torch
+    from accelerate import PartialState
+
+    from geomkit.utils.workers import first_process
+
+    state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())  # it also gives each process its GPU
+    atexit.register(state.destroy_process_group)
+    if not first_process():
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 - until the process ends
+
+
 def _version(show: bool) -> None:
     if show:
         typer.echo(__version__)
@@ -186,6 +208,7 @@ def analyze(
 ) -> None:
     """Measure rank, conflict and one-sample overlap of a model's gradients, and write report.html."""
     _prepare(threads)
+    _join_processes(device)
     from geomkit.analysis.probe import analyze as run_analysis
     from geomkit.plots.report_pages import analysis_sections
 
@@ -326,11 +349,13 @@ def evaluate(
 ) -> None:
     """Print how often a model refuses and answers rightly, with 95 % intervals; --json keeps it for compare."""
     _prepare(threads)
+    _join_processes(device)
     from geomkit.inputs.models import load_model
     from geomkit.training.evaluate import evaluate as run_evaluation
     from geomkit.training.judges import JudgeError
     from geomkit.training.model_judges.by_name import load_judge
     from geomkit.training.sets_by_text import Role, drawn, requests_by_text, skill_by_text
+    from geomkit.utils.workers import first_process
 
     _check_writable(json_file and json_file.parent)
     if not (forbidden or benign or skill):
@@ -364,7 +389,7 @@ def evaluate(
         write_atomically(file, error.responses.to_json(orient="records", lines=True, force_ascii=False))
         raise DataError(f"{error}; the model's responses are in {file}") from error
     _show(result.to_frame(), f"{model}, judged by {', '.join(result.settings['judges'])}; 95 % intervals")
-    if json_file is not None:
+    if json_file is not None and first_process():
         typer.echo(f"wrote {result.save(json_file)}")
 
 
@@ -394,16 +419,37 @@ def bench(
     grid: Annotated[str, typer.Option(help="default, limits, smoke, or a TOML file.")] = "default",
     out: Annotated[Path, typer.Option(help="Folder for cells and results.", file_okay=False)] = Path("geomkit-bench"),
     processes: Annotated[int, typer.Option(help="Cells run at a time, each on one thread.", min=1)] = 2,
+    shard: Annotated[
+        str | None, typer.Option(help="Run only part I of N, as 3/8, where jobs share the folder; the last one joins.")
+    ] = None,
 ) -> None:
     """Run a grid of fine-tunes on the organism, or the rest of an interrupted grid, and write results.jsonl.gz."""
     _prepare(threads=1)
-    from geomkit.experiments.running import run_experiments
+    from geomkit.experiments.grid import load_grid
+    from geomkit.experiments.running import run_experiments, stored_results
 
+    whole = load_grid(grid)
+    part = whole if shard is None else whole.shard(*_shard(shard))
     _check_writable(out)
-    results = run_experiments(grid, out, processes=processes)
+    run_experiments(part, out, processes=processes)
+    results = stored_results(whole, out)
+    if missing := len(whole.cells) - len(results):
+        typer.echo(
+            f"ran the {len(part.cells)} cells of shard {shard}; {missing} of {len(whole.cells)} cells are not run yet: "
+            f"the call that runs the last one writes {out / 'results.jsonl.gz'}"
+        )
+        return
     title = f"{len(results)} cells of the grid '{results.name}': 95 % Wilson intervals over prompts in brackets"
     _show(results.table(), title)
     typer.echo(f"wrote {results.save(out / 'results.jsonl.gz')}")
+
+
+def _shard(text: str) -> tuple[int, int]:
+    """Return the number of a part and the number of parts: ``"3/8"`` gives (3, 8)."""
+    number, slash, count = text.partition("/")
+    if not (slash and number.strip().isdecimal() and count.strip().isdecimal()):
+        raise DataError(f"expected --shard as I/N, such as 3/8 for the third of eight parts, found '{text}'")
+    return int(number), int(count)
 
 
 @organism_app.command("build")
@@ -557,7 +603,11 @@ def _strict(value: object) -> object:
 def _write(
     out: Path, json_file: Path | None, title: str, sections: "list[Section]", numbers: Mapping[str, object]
 ) -> None:
-    """Write the report, and the numbers as JSON if there is a file for them."""
+    """Write the report, and the numbers as JSON if there is a file for them; one of several processes does."""
+    from geomkit.utils.workers import first_process
+
+    if not first_process():
+        return
     from geomkit.plots.report import write_report
 
     page = write_report(out / "report.html", title, sections, date=dt.datetime.now(tz=dt.UTC).date())

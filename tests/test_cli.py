@@ -191,6 +191,36 @@ def test_bench_runs_a_grid_and_goes_on_with_it(monkeypatch, capfd):
     assert problem.startswith("geomkit: expected a TOML file or a shipped grid (default, limits, smoke), found 'other'")
 
 
+def test_bench_in_shards(monkeypatch, capfd):
+    Path("mine.toml").write_text(
+        'name = "mine"\nprompts = 6\n[arms]\nuntouched = { method = "untouched" }\n'
+        '[[block]]\nscenarios = ["new-skill", "harmful-10", "poison-10"]\n'
+    )
+    command = ("bench", "--grid", "mine.toml", "--out", "out", "--processes", 1)
+    status, said, _ = run(monkeypatch, capfd, *command, "--shard", "2/2")
+    assert (status, said) == (
+        0, "ran the 1 cells of shard 2/2; 2 of 3 cells are not run yet: the call that runs the last one writes "
+        "out/results.jsonl.gz\n",
+    )  # fmt: skip
+    assert names("out") == ["cells"]
+    status, said, _ = run(monkeypatch, capfd, *command, "--shard", "1/2")
+    assert status == 0
+    assert "3 cells of the grid 'mine'" in said
+    joined = load_results("out/results.jsonl.gz").records
+    status, said, _ = run(monkeypatch, capfd, *command)
+    assert status == 0
+    assert load_results("out/results.jsonl.gz").records == joined
+
+
+@pytest.mark.parametrize("shard", ["3", "1-2", "a/b", "1/", "0/2", "3/2", "1/0"])
+def test_a_shard_that_is_not_there(monkeypatch, capfd, shard):
+    status, said, problem = run(monkeypatch, capfd, "bench", "--grid", "smoke", "--out", "out", "--shard", shard)
+    assert (status, said) == (1, "")
+    assert problem.startswith("geomkit: expected")
+    assert problem.count("\n") == 1
+    assert not Path("out").exists()
+
+
 def test_numbers_that_are_not_finite_are_null(tmp_path):
     numbers = {"a": {"b": [math.nan, 1.5]}, "c": math.inf, "d": None, "e": "x", "f": 2}
     cli._write(tmp_path / "out", tmp_path / "numbers.json", "Title", [], numbers)

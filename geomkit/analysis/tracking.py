@@ -17,6 +17,7 @@ from geomkit.svd.subspaces import Subspace, layer_subspace
 from geomkit.utils.arguments import is_whole, type_in_words
 from geomkit.utils.display import Result, counted
 from geomkit.utils.figures import draw
+from geomkit.utils.workers import first_process
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -182,7 +183,8 @@ def track(
     tracker = Tracker(probe)
     if not isinstance(checkpoints, Mapping):
         raise GeometryError(f"expected checkpoints by step or name, found {type_in_words(checkpoints)}; give a dict")
-    for at, checkpoint in tqdm(checkpoints.items(), desc="track", unit="checkpoint", disable=not progress):
+    hidden = not (progress and first_process())
+    for at, checkpoint in tqdm(checkpoints.items(), desc="track", unit="checkpoint", disable=hidden):
         model = load_model(checkpoint)[0] if isinstance(checkpoint, str | Path) else checkpoint
         tracker.measure_at(at, model, tokenizer)
     return tracker.trajectory

@@ -1,6 +1,7 @@
 """Collection of gradients: hooks record module calls, passes turn them into gradients, streams run over all batches.
 
 Reading order: ``hooks`` → ``graph_uses`` → ``closed_form`` → ``passes`` → ``per_example`` (with ``replay``) →
-``streaming`` → ``collect``. ``sample_grams`` and ``sample_measures`` (with ``measures``) reduce the gradients of single
-examples in one pass. ``describe`` estimates what a collection needs; ``check`` tests whether it is right on a model.
+``streaming`` → ``collect`` (with ``exchange`` between processes). ``sample_grams`` and ``sample_measures`` (with
+``measures``) reduce the gradients of single examples in one pass. ``describe`` estimates what a collection needs;
+``check`` tests whether it is right on a model.
 """

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 from torch import nn
 
+from geomkit.collection.exchange import exchange_samples, exchange_sums
 from geomkit.collection.passes import ProductSink
 from geomkit.collection.streaming import TOKENS_PER_BATCH, StreamResult, stream
 from geomkit.collection.target import Target
@@ -20,8 +21,9 @@ from geomkit.gradients.layer_gradient import LayerGradient
 from geomkit.gradients.provenance import provenance_of
 from geomkit.inputs.fits import encoded_for
 from geomkit.inputs.loss import Reduction, TokenLoss, token_losses
-from geomkit.inputs.parameters import Layers, as_selection
+from geomkit.inputs.parameters import Layers, as_selection, workers_of
 from geomkit.inputs.tokens import EncodedExamples, Tokens
+from geomkit.utils.workers import ALONE, Workers
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -49,9 +51,12 @@ def collect_gradients(
     runs in eval mode. Its state is restored afterwards, also after an exception: modes, ``.grad``, hooks,
     ``requires_grad`` and random state. Memory does not grow with the number of examples, unless ``per_sample`` is set.
 
+    The processes of a run with :mod:`torch.distributed`, as ``accelerate launch`` starts them, divide the examples, and
+    every process returns the gradient of all. So all processes must make the call, with the same examples; calls of one
+    process go into a block ``with geomkit.utils.workers.by_itself()``.
+
     Args:
-        model: A causal language model. DDP and ``torch.compile`` are unwrapped: in a distributed run, every
-            process gets the gradient of its own examples.
+        model: A causal language model. DDP and ``torch.compile`` are unwrapped.
         tokenizer: Tokenizer of the model, with a chat template and a pad token.
         examples: N rows with a column ``messages``; :func:`geomkit.load_examples` makes them.
         per_sample: Also store the gradient of each example's loss, in ``samples``. :func:`geomkit.measure_samples`
@@ -80,7 +85,9 @@ def collect_gradients(
         >>> gradients["lm_head.weight"].tokens < 30, gradients.coverage.share
         (True, 1.0)
     """
-    rows, pad = encoded_for(model, tokenizer, examples)
+    workers = workers_of(model)
+    with workers.failing_together():
+        rows, pad = encoded_for(model, tokenizer, examples)
     gradients = collect_from_tokens(
         model,
         rows,
@@ -91,6 +98,7 @@ def collect_gradients(
         form=form,
         tokens_per_batch=tokens_per_batch,
         progress=progress,
+        workers=workers,
     )
     origin = provenance_of(model, rows, reduction=reduction, layers=str(as_selection(layers)))
     return replace(gradients, provenance=origin)
@@ -109,12 +117,14 @@ def collect_from_tokens(
     progress: bool = False,
     products: ProductSink | None = None,
     token_loss: TokenLoss = token_losses,
+    workers: Workers = ALONE,
 ) -> GradientSet:
     """Return the gradient of the loss on examples that are already tokens; see :func:`collect_gradients`.
 
     ``pad`` is the id of the token that fills short rows. ``products`` receives, part by part, the inner products ⟨W, G⟩
     of the weights and the gradient of the summed loss, not of the mean; see :func:`geomkit.collection.passes.run_pass`.
-    With a ``token_loss`` other than the cross-entropy, ``per_sample`` is not available.
+    With a ``token_loss`` other than the cross-entropy, ``per_sample`` is not available. ``workers`` divide the
+    examples, and ``products`` receives the part of this worker only.
     """
     if form not in get_args(Form):
         raise CollectionError(f"expected the form {' or '.join(get_args(Form))}, found {form!r}")
@@ -137,7 +147,10 @@ def collect_from_tokens(
         samples=store_samples if per_sample else None,
         products=products,
         token_loss=token_loss,
+        workers=workers,
     )
+    exchange_sums(workers, sums, result.target.parameters, keep_factors=form == "factored")
+    exchange_samples(workers, samples if per_sample else [], result.target.parameters)
     # The gradient of the mean Σ_i w_i loss_i / Σ_i w_i is the gradient of the sum, divided by the total weight.
     weights = result.loss_tokens if reduction == "token" else [1] * len(rows)
     parameters = result.target.parameters

@@ -1,6 +1,5 @@
 """Inner products between the gradients of all examples, in memory that does not grow with their number."""
 
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -9,14 +8,23 @@ import torch
 from torch import Tensor, nn
 
 from geomkit.collection.describe.memory import Counts, aliases_by_parameter, most_sample_bytes
+from geomkit.collection.exchange import exchange_samples
 from geomkit.collection.streaming import TOKENS_PER_BATCH, ExampleSink, stream
 from geomkit.errors import GeometryError
 from geomkit.gradients.arithmetic import gram
 from geomkit.gradients.layer_gradient import LayerGradient
 from geomkit.inputs.fits import encoded_for
-from geomkit.inputs.parameters import Layers, Selection, as_selection, chosen_parameters, unwrapped_model
+from geomkit.inputs.parameters import (
+    Layers,
+    Selection,
+    as_selection,
+    chosen_parameters,
+    unwrapped_model,
+    workers_of,
+)
 from geomkit.inputs.tokens import EncodedExamples, Tokens
 from geomkit.utils.precision import no_autocast
+from geomkit.utils.workers import ALONE, Workers
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -42,7 +50,8 @@ def sample_grams(
     The examples are divided into blocks whose gradients fit into ``memory``. The gradients of a block stay in memory
     while the other examples run. If all examples are one block, every example is run once; with K blocks of one set, an
     example is run (K + 1)/2 times on average. For estimates in one pass over any number of examples, see
-    :func:`geomkit.collection.measures.sketch`.
+    :func:`geomkit.collection.measures.sketch`. Processes divide the examples as in
+    :func:`geomkit.collect_gradients`, and each of them holds the gradients of a block.
 
     Args:
         model: See :func:`geomkit.collect_gradients`, also for ``layers`` and ``tokens_per_batch``.
@@ -72,16 +81,20 @@ def sample_grams(
         >>> grams["lm_head.weight"].shape
         torch.Size([3, 3])
     """
-    rows, pad = encoded_for(model, tokenizer, a)
+    workers = workers_of(model)
+    with workers.failing_together():
+        rows, pad = encoded_for(model, tokenizer, a)
+        others = None if b is None else encoded_for(model, tokenizer, b)[0]
     return grams_from_tokens(
         model,
         rows,
-        None if b is None else encoded_for(model, tokenizer, b)[0],
+        others,
         pad,
         layers=layers,
         memory=memory,
         tokens_per_batch=tokens_per_batch,
         progress=progress,
+        workers=workers,
     )
 
 
@@ -95,11 +108,16 @@ def grams_from_tokens(
     memory: float = MEMORY,
     tokens_per_batch: int = TOKENS_PER_BATCH,
     progress: bool = False,
+    workers: Workers = ALONE,
 ) -> dict[str, Tensor]:
-    """Return the inner products of examples that are already tokens; see :func:`sample_grams`."""
+    """Return the inner products of examples that are already tokens, with ``workers`` to divide them.
+
+    See :func:`sample_grams`.
+    """
+    workers.refuse_differences(memory=memory, sets=1 if b is None else 2)
     if memory <= 0:
         raise GeometryError(f"expected bytes to hold gradients in, found memory={memory}; give e.g. 4e9")
-    passes = _Passes(model, pad, as_selection(layers), tokens_per_batch, progress)
+    passes = _Passes(model, pad, as_selection(layers), tokens_per_batch, progress, workers)
     # 1. Blocks of examples whose gradients fit into memory, from upper bounds of their sizes.
     a_blocks = blocks_of(_sizes(model, passes.selection, a), memory)
     # 2. One set: every pair of blocks once.
@@ -161,6 +179,7 @@ class _Passes:
         selection: The choice of parameters.
         tokens_per_batch: Largest number of token positions in a batch.
         progress: Whether to show progress bars.
+        workers: The workers that divide the examples of every pass.
     """
 
     model: nn.Module
@@ -168,9 +187,16 @@ class _Passes:
     selection: Selection
     tokens_per_batch: int
     progress: bool
+    workers: Workers
 
-    def run(self, rows: Sequence[Tokens], indices: Sequence[int], sink: ExampleSink) -> list[str]:
-        """Run the examples with these indices, give their gradients to a function, and return the parameter names."""
+    def run(self, rows: Sequence[Tokens], indices: Sequence[int], sink: ExampleSink) -> Mapping[str, nn.Parameter]:
+        """Run this worker's part of the examples with these indices, and return the parameters.
+
+        Args:
+            rows: All examples.
+            indices: The examples to run.
+            sink: Receives the gradients.
+        """
 
         def with_set_indices(name: str, examples: Sequence[int], gradients: Sequence[LayerGradient]) -> None:
             with torch.no_grad(), no_autocast(gradients[0].device):
@@ -184,8 +210,9 @@ class _Passes:
             tokens_per_batch=self.tokens_per_batch,
             progress=self.progress,
             samples=with_set_indices,
+            workers=self.workers,
         )
-        return list(result.target.parameters)
+        return result.target.parameters
 
 
 _BlockGradients = Mapping[str, Mapping[int, LayerGradient]]
@@ -196,18 +223,24 @@ def _block_gradients(
     passes: _Passes, rows: Sequence[Tokens], block: Sequence[int]
 ) -> tuple[_BlockGradients, list[str]]:
     """Return the gradients of a block's examples, and the names of all parameters."""
-    gradients: dict[str, dict[int, LayerGradient]] = defaultdict(dict)
+    by_example: dict[int, dict[str, LayerGradient]] = {index: {} for index in sorted(block)}
 
     def store(name: str, examples: Sequence[int], batch_gradients: Sequence[LayerGradient]) -> None:
-        gradients[name].update(zip(examples, batch_gradients, strict=True))
+        for example, gradient in zip(examples, batch_gradients, strict=True):
+            by_example[example][name] = gradient
 
-    names = passes.run(rows, block, store)
-    return gradients, names
+    parameters = passes.run(rows, block, store)
+    exchange_samples(passes.workers, list(by_example.values()), parameters)
+    gradients: dict[str, dict[int, LayerGradient]] = {}
+    for example, by_name in by_example.items():
+        for name, gradient in by_name.items():
+            gradients.setdefault(name, {})[example] = gradient
+    return gradients, list(parameters)
 
 
 def _grams_within(passes: _Passes, rows: Sequence[Tokens], blocks: Sequence[Sequence[int]]) -> dict[str, Tensor]:
     """Return the inner products within one set: of each block with itself and with all later blocks, by symmetry."""
-    tables = _Tables(len(rows), len(rows))
+    tables = _Tables(len(rows), len(rows), passes.workers)
 
     def put_symmetric(name: str, block: Sequence[int], batch: Sequence[int], products: Tensor) -> None:
         tables.put(name, block, batch, products)
@@ -216,8 +249,10 @@ def _grams_within(passes: _Passes, rows: Sequence[Tokens], blocks: Sequence[Sequ
     for nth, block in enumerate(blocks):
         in_memory, tables.names = _block_gradients(passes, rows, block)
         for name, by_example in in_memory.items():
-            gradients = list(by_example.values())
-            tables.put(name, list(by_example), list(by_example), gram(gradients, gradients))
+            examples, gradients = list(by_example), list(by_example.values())
+            own = passes.workers.share([1] * len(examples))
+            if part := gradients[own.start : own.stop]:
+                tables.put(name, examples[own.start : own.stop], examples, gram(part, gradients))
         if later := [index for later_block in blocks[nth + 1 :] for index in later_block]:
             _put_products(passes, in_memory, rows, later, put_symmetric)
         del in_memory  # before the gradients of the next block are computed
@@ -228,7 +263,7 @@ def _grams_between(
     passes: _Passes, a: Sequence[Tokens], b: Sequence[Tokens], blocks: Sequence[Sequence[int]]
 ) -> dict[str, Tensor]:
     """Return the inner products between two sets: of each block of ``a`` with all of ``b``."""
-    tables = _Tables(len(a), len(b))
+    tables = _Tables(len(a), len(b), passes.workers)
     for block in blocks:
         in_memory, tables.names = _block_gradients(passes, a, block)
         _put_products(passes, in_memory, b, range(len(b)), tables.put)
@@ -253,19 +288,27 @@ def _put_products(
 
 
 class _Tables:
-    """Inner products by parameter; zero for pairs that are not put."""
+    """Inner products by parameter; zero for pairs that no worker puts. Each pair is put by one worker."""
 
-    def __init__(self, rows: int, columns: int) -> None:
+    def __init__(self, rows: int, columns: int, workers: Workers) -> None:
         self._shape = rows, columns
+        self._workers = workers
         self._tables: dict[str, Tensor] = {}
         self.names: Sequence[str] = ()
 
     def put(self, name: str, rows: Sequence[int], columns: Sequence[int], products: Tensor) -> None:
-        table = self._tables.get(name)
-        if table is None:
-            table = self._tables[name] = torch.zeros(self._shape, dtype=torch.float64)
-        table[torch.tensor(rows)[:, None], torch.tensor(columns)] = products.cpu()
+        self._table(name)[torch.tensor(rows)[:, None], torch.tensor(columns)] = products.cpu()
 
     def in_order(self) -> dict[str, Tensor]:
-        """Return the tables in the order of the model."""
-        return {name: self._tables[name] for name in self.names if name in self._tables}
+        """Return the tables of all workers together, in the order of the model."""
+        present = set().union(*self._workers.gather(set(self._tables)))
+        tables = {name: self._table(name) for name in self.names if name in present}
+        for table in tables.values():
+            self._workers.sum_in_place(table)
+        return tables
+
+    def _table(self, name: str) -> Tensor:
+        """Return the table of a parameter, which is made if there is none."""
+        if name not in self._tables:
+            self._tables[name] = torch.zeros(self._shape, dtype=torch.float64)
+        return self._tables[name]

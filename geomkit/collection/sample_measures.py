@@ -18,10 +18,11 @@ from geomkit.gradients.gradient_set import Coverage
 from geomkit.gradients.layer_gradient import LayerGradient
 from geomkit.gradients.provenance import Provenance, provenance_of
 from geomkit.inputs.fits import encoded_for
-from geomkit.inputs.parameters import Layers, as_selection, kind_of, layer_index
+from geomkit.inputs.parameters import Layers, as_selection, kind_of, layer_index, workers_of
 from geomkit.inputs.tokens import EncodedExamples, Tokens
 from geomkit.utils.display import Result, html_table
 from geomkit.utils.precision import no_autocast
+from geomkit.utils.workers import ALONE, Workers
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -133,7 +134,8 @@ def measure_samples(
 ) -> SampleMeasures:
     """Return measures of the gradient of each example's loss, without storing the gradients.
 
-    Every example is run forward and backward once. Memory grows only with the values of the measures.
+    Every example is run forward and backward once. Memory grows only with the values of the measures. Processes divide
+    the examples as in :func:`geomkit.collect_gradients`.
 
     Args:
         model: See :func:`geomkit.collect_gradients`, also for ``layers``, ``tokens_per_batch`` and ``progress``.
@@ -171,7 +173,9 @@ def measure_samples(
         {'norm': (3,), 'spectrum': (3, 4), 'sketch': (3, 8, 8)}
     """
     _refuse_bad(measures)
-    rows, pad = encoded_for(model, tokenizer, examples)
+    workers = workers_of(model)
+    with workers.failing_together():
+        rows, pad = encoded_for(model, tokenizer, examples)
     values = measures_from_tokens(
         model,
         rows,
@@ -180,6 +184,7 @@ def measure_samples(
         layers=layers,
         tokens_per_batch=tokens_per_batch,
         progress=progress,
+        workers=workers,
     )
     return replace(values, provenance=provenance_of(model, rows, reduction="example", layers=str(as_selection(layers))))
 
@@ -193,9 +198,11 @@ def measures_from_tokens(
     layers: Layers = "*",
     tokens_per_batch: int = TOKENS_PER_BATCH,
     progress: bool = False,
+    workers: Workers = ALONE,
 ) -> SampleMeasures:
-    """Return measures of examples that are already tokens; see :func:`measure_samples`."""
+    """Return measures of examples that are already tokens, which ``workers`` divide; see :func:`measure_samples`."""
     _refuse_bad(measures)
+    workers.refuse_differences(measures=list(measures))
     tables = {measure: defaultdict[str, _Table](partial(_Table, len(rows))) for measure in measures}
 
     def store_values(name: str, examples: Sequence[int], gradients: Sequence[LayerGradient]) -> None:
@@ -210,7 +217,11 @@ def measures_from_tokens(
         tokens_per_batch=tokens_per_batch,
         progress=progress,
         samples=store_values,
+        workers=workers,
     )
+    for rank, received in enumerate(workers.gather(_rows_of(tables) if workers.count > 1 else {})):
+        for (measure, name), table_rows in received.items() if rank != workers.rank else ():
+            tables[measure][name].put(*table_rows)
     with_gradient = next(iter(tables.values()))  # all measures have the same parameters
     parameters = {name: parameter for name, parameter in result.target.parameters.items() if name in with_gradient}
     for measure, function in measures.items():
@@ -256,6 +267,11 @@ def _values(measure: str, function: Measure, parameter: str, gradients: Sequence
     return values
 
 
+def _rows_of(tables: "Mapping[str, Mapping[str, _Table]]") -> dict[tuple[str, str], tuple[list[int], Tensor]]:
+    """Return the rows of all tables, by measure and parameter."""
+    return {(measure, name): table.rows() for measure in tables for name, table in tables[measure].items()}
+
+
 class _Table:
     """Values of a measure for one parameter, a row per example, written batch by batch."""
 
@@ -279,6 +295,11 @@ class _Table:
         part = self._values[(slice(None), *(slice(size) for size in values.shape[1:]))]
         part[torch.tensor(examples)] = values.to(self._values)
         self._seen[examples] = True
+
+    def rows(self) -> tuple[list[int], Tensor]:
+        """Return the examples with a row, and their rows."""
+        examples: list[int] = torch.nonzero(self._seen).flatten().tolist()
+        return examples, self.values()[self._seen]
 
     def absent(self) -> list[int]:
         """Return the examples without a row."""

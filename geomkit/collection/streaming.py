@@ -1,6 +1,6 @@
 """Passes over a whole set of examples, in batches, with functions that receive the gradients."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import get_args
@@ -13,7 +13,8 @@ from geomkit.collection.per_example import SampleSink
 from geomkit.collection.target import Target
 from geomkit.errors import CollectionError, DataError
 from geomkit.gradients.layer_gradient import LayerGradient
-from geomkit.inputs.batches import collate, plan_batches
+from geomkit.gradients.provenance import weights_fingerprint
+from geomkit.inputs.batches import Batch, collate, longest_first, plan_batches
 from geomkit.inputs.loss import Reduction, TokenLoss, token_losses
 from geomkit.inputs.model_state import (
     compilation_and_parameter_hooks_off,
@@ -21,9 +22,11 @@ from geomkit.inputs.model_state import (
     model_state_kept,
     one_collection_at_a_time,
 )
+from geomkit.inputs.offloading import input_device, offloaded_weights_loaded
 from geomkit.inputs.parameters import Selection, chosen_parameters, refuse_unseen_values, unwrapped_model
-from geomkit.inputs.tokens import EncodedExamples, Tokens, lengths_of
+from geomkit.inputs.tokens import EncodedExamples, Tokens, fingerprint_of, lengths_of
 from geomkit.utils.precision import full_precision
+from geomkit.utils.workers import ALONE, Workers, first_process
 
 TOKENS_PER_BATCH = 4096
 """Default number of token positions in a batch: a few GiB of activations for a model of a billion parameters."""
@@ -37,7 +40,7 @@ class StreamResult:
     """Losses of all examples, and the findings about the parameters.
 
     Attributes:
-        target: The parameters, with findings about them.
+        target: The parameters, with findings about them of all workers.
         losses: (N,) loss of each example, in nats per token, in the order of the set.
         loss_tokens: (N,) number of scored tokens of each example.
     """
@@ -60,10 +63,12 @@ def stream(
     samples: ExampleSink | None = None,
     products: ProductSink | None = None,
     token_loss: TokenLoss = token_losses,
+    workers: Workers = ALONE,
 ) -> StreamResult:
     """Run every example forward and backward once, and give the gradients to functions.
 
-    The state of the model is restored afterwards, also after an exception.
+    The state of the model is restored afterwards, also after an exception. Several workers divide the examples: the
+    functions of each receive the gradients of its own part, and the result is about all examples.
 
     Args:
         model: A causal language model; it runs in eval mode.
@@ -77,40 +82,76 @@ def stream(
         samples: Receives the gradients of the examples' losses, batch by batch, with the indices of the examples.
         products: See :func:`geomkit.collection.passes.run_pass`.
         token_loss: See :func:`geomkit.collection.passes.run_pass`.
+        workers: The workers that divide the examples.
 
     Raises:
-        DataError: If there is no example, or an example has no scored token.
+        DataError: If there is no example, an example has no scored token, or workers give different examples, weights
+            or settings.
         CollectionError: If no trainable parameter is chosen, weights are sharded or on the meta device, or a loss or
             gradient is not finite.
     """
     from tqdm.auto import tqdm
 
-    if reduction not in get_args(Reduction):
-        raise CollectionError(f"expected the reduction {' or '.join(get_args(Reduction))}, found {reduction!r}")
-    _refuse_unscored(rows)
-    device = next(model.parameters()).device
+    if workers.count > 1:
+        settings = f"{selection}, {reduction}, {tokens_per_batch}"
+        workers.refuse_differences(examples=fingerprint_of(rows), weights=weights_fingerprint(model), settings=settings)
+    with workers.failing_together():
+        if reduction not in get_args(Reduction):
+            raise CollectionError(f"expected the reduction {' or '.join(get_args(Reduction))}, found {reduction!r}")
+        _refuse_unscored(rows)
+        # Parts of the examples in the order of the batches: side by side, they are what one process runs.
+        lengths = lengths_of(rows)
+        order = longest_first(lengths)
+        own = [order[place] for place in workers.share([lengths[index] for index in order])]
+        losses: dict[int, float] = {}
+        loss_tokens: dict[int, int] = {}
+        total, hidden = sum(lengths[index] for index in own), not (progress and first_process())
+        with (
+            prepared(model, selection) as target,
+            tqdm(total=total, desc="gradients", unit="token", unit_scale=True, disable=hidden) as bar,
+        ):
+            for examples, batch in _batches_of(rows, pad, own, tokens_per_batch):
+                batch_losses = run_pass(
+                    target,
+                    batch.to(input_device(target.model)),
+                    reduction=reduction,
+                    sums=sums,
+                    samples=_with_indices(samples, list(batch.examples)),
+                    products=products,
+                    token_loss=token_loss,
+                )
+                losses |= zip(batch.examples, batch_losses, strict=True)
+                loss_tokens |= zip(batch.examples, (row.loss_tokens for row in examples), strict=True)
+                bar.update(sum(map(len, examples)))
+    return _joined(workers, target, losses, loss_tokens)
+
+
+def _batches_of(
+    rows: Sequence[Tokens], pad: int, indices: Sequence[int], tokens_per_batch: int
+) -> Iterator[tuple[list[Tokens], Batch]]:
+    """Yield the examples with some indices in batches, each batch also as its rows."""
     lengths = lengths_of(rows)
-    losses, loss_tokens = [0.0] * len(rows), [0] * len(rows)
-    with (
-        prepared(model, selection) as target,
-        tqdm(total=sum(lengths), desc="gradients", unit="token", unit_scale=True, disable=not progress) as bar,
-    ):
-        for plan in plan_batches(lengths, tokens_per_batch):
-            examples = [rows[index] for index in plan]
-            batch = collate(examples, pad, examples=plan, min_length=padded_length(list(map(len, examples)))).to(device)
-            batch_losses = run_pass(
-                target,
-                batch,
-                reduction=reduction,
-                sums=sums,
-                samples=_with_indices(samples, plan),
-                products=products,
-                token_loss=token_loss,
-            )
-            for index, example, loss in zip(plan, examples, batch_losses, strict=True):
-                losses[index], loss_tokens[index] = loss, example.loss_tokens
-            bar.update(sum(map(len, examples)))
-    return StreamResult(target, losses, loss_tokens)
+    for plan in plan_batches([lengths[index] for index in indices], tokens_per_batch):
+        own = [indices[place] for place in plan]
+        examples = [rows[index] for index in own]
+        yield examples, collate(examples, pad, examples=own, min_length=padded_length(list(map(len, examples))))
+
+
+def _joined(
+    workers: Workers, target: Target, losses: Mapping[int, float], loss_tokens: Mapping[int, int]
+) -> StreamResult:
+    """Return the result for the examples of all workers, with the findings of all workers about the parameters."""
+    every_loss: dict[int, float] = {}
+    every_count: dict[int, int] = {}
+    every_note: dict[str, str] = {}
+    for called, notes, own_losses, own_counts in workers.gather((target.called, target.notes, losses, loss_tokens)):
+        target.called |= called
+        every_note = notes | every_note  # of two remarks on a parameter, the first worker's, on all workers
+        every_loss |= own_losses
+        every_count |= own_counts
+    target.notes = every_note
+    examples = range(len(every_loss))
+    return StreamResult(target, [every_loss[index] for index in examples], [every_count[index] for index in examples])
 
 
 @contextmanager
@@ -131,21 +172,20 @@ def prepared(model: nn.Module, selection: Selection) -> Iterator[Target]:
         CollectionError: If no trainable parameter is chosen, or weights are sharded or on the meta device.
     """
     inner = unwrapped_model(model)
-    target = Target(inner, chosen_parameters(inner, selection))
-    refuse_unseen_values(target.parameters, CollectionError)
-    with (
-        torch.inference_mode(False),
-        one_collection_at_a_time(inner),
-        model_state_kept(inner),
-        grads_set_aside(inner),
-        compilation_and_parameter_hooks_off(inner),
-        full_precision(),
-    ):
-        for module in inner.modules():  # not eval(), which a module may override with side effects
-            module.training = False
-        for parameter in set(inner.parameters()) - set(target.parameters.values()):
-            parameter.requires_grad_(False)
-        yield target
+    with torch.inference_mode(False), one_collection_at_a_time(inner), offloaded_weights_loaded(inner):
+        target = Target(inner, chosen_parameters(inner, selection))
+        refuse_unseen_values(target.parameters, CollectionError)
+        with (
+            model_state_kept(inner),
+            grads_set_aside(inner),
+            compilation_and_parameter_hooks_off(inner),
+            full_precision(),
+        ):
+            for module in inner.modules():  # not eval(), which a module may override with side effects
+                module.training = False
+            for parameter in set(inner.parameters()) - set(target.parameters.values()):
+                parameter.requires_grad_(False)
+            yield target
 
 
 def _refuse_unscored(rows: Sequence[Tokens]) -> None:

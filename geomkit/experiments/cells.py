@@ -42,9 +42,8 @@ def run_cell(cell: Cell, folder: Path) -> Record:
     Returns:
         The record.
     """
-    path = folder / "cells" / cell.file_name
-    with suppress(FileNotFoundError, json.JSONDecodeError):
-        stored: Record = json.loads(path.read_text("utf-8"))
+    stored = stored_record(cell, folder)
+    if stored is not None:
         return stored
     organism = _cached_organism(cell.organism, folder)
     try:
@@ -52,8 +51,20 @@ def run_cell(cell: Cell, folder: Path) -> Record:
     except GeomkitError as error:
         result = {"error": str(error)}
     record = {"cell": cell.describe(), **result}
-    write_atomically(path, json.dumps(record, ensure_ascii=False))
+    write_atomically(_path(cell, folder), json.dumps(record, ensure_ascii=False))
     return record
+
+
+def stored_record(cell: Cell, folder: Path) -> Record | None:
+    """Return the record of a cell that was run before, by this or another process; ``None`` if there is none."""
+    with suppress(FileNotFoundError, json.JSONDecodeError):
+        stored: Record = json.loads(_path(cell, folder).read_text("utf-8"))
+        return stored
+    return None
+
+
+def _path(cell: Cell, folder: Path) -> Path:
+    return folder / "cells" / cell.file_name
 
 
 @lru_cache(maxsize=2)

@@ -128,6 +128,31 @@ class Grid:
         """Seeds of the organisms in the grid, in ascending order."""
         return sorted({cell.organism for cell in self.cells})
 
+    def shard(self, number: int, count: int) -> "Grid":
+        """Return one of ``count`` parts of the grid, for the jobs of a job array.
+
+        Every cell is in one part, the same on every machine. The parts have equally many cells, up to one, so that
+        parts of a small grid may be empty. Cells that are alike, such as those of an arm, are spread over the parts.
+
+        Args:
+            number: Number of the part, from 1.
+            count: Number of parts.
+
+        Raises:
+            DataError: If ``number`` is not between 1 and ``count``.
+
+        Example:
+            >>> grid = load_grid("smoke")
+            >>> [len(grid.shard(number, 3).cells) for number in (1, 2, 3)], len(grid.cells)
+            ([6, 5, 5], 16)
+        """
+        if not 1 <= number <= count:
+            raise DataError(f"expected a part of the grid from 1/{count} to {count}/{count}, found {number}/{count}")
+        # The order of the digests is as good as random, and depends on nothing but the cells.
+        digests = {cell.file_name: hashlib.sha256(cell.file_name.encode()).digest() for cell in self.cells}
+        own = set(sorted(digests, key=digests.__getitem__)[number - 1 :: count])
+        return Grid(self.name, tuple(cell for cell in self.cells if cell.file_name in own))
+
 
 def load_grid(source: str | Path) -> Grid:
     """Return the grid that a TOML file declares.

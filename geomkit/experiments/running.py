@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from geomkit.errors import GeomkitError
-from geomkit.experiments.cells import run_cell
+from geomkit.experiments.cells import run_cell, stored_record
 from geomkit.experiments.grid import Cell, Grid, load_grid
 from geomkit.experiments.organism.variants import SHIPPED, build_variant
 from geomkit.experiments.records import Record
@@ -28,7 +28,8 @@ def run_experiments(
     """Run every cell of a grid that has not been run before, and return the results of all cells.
 
     A cell is stored when it is complete, so an interrupted run can be continued. A cell whose fields, arm or scenario
-    have changed counts as another cell.
+    have changed counts as another cell. Several jobs may share a folder, each with its part of the grid, see
+    :meth:`~geomkit.experiments.grid.Grid.shard`.
 
     Args:
         grid: A shipped grid (``"default"``, ``"limits"``, ``"smoke"``), a TOML file, or a
@@ -60,6 +61,20 @@ def run_experiments(
             bar.update()
             bar.set_postfix_str(f"{cell.scenario}, {cell.arm.name}", refresh=False)
     return Results(grid.name, tuple(records[cell.file_name] for cell in grid.cells))
+
+
+def stored_results(grid: Grid, folder: str | Path) -> Results:
+    """Return the results of the cells of a grid that were run before, by any job with this folder.
+
+    Args:
+        grid: The grid.
+        folder: The folder of the cells.
+
+    Returns:
+        The :class:`~geomkit.experiments.results.Results`, in the order of the grid, without the cells that are missing.
+    """
+    records = (stored_record(cell, Path(folder)) for cell in grid.cells)
+    return Results(grid.name, tuple(record for record in records if record is not None))
 
 
 def _in_this_process(grid: Grid, folder: Path) -> Iterator[tuple[Cell, Record]]:

@@ -9,9 +9,10 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from geomkit.errors import DataError
+from geomkit.inputs.offloading import named_values
 from geomkit.inputs.parameters import unwrapped_model
 from geomkit.inputs.tokens import EncodedExamples
 from geomkit.utils.saved_files import tensor_bytes
@@ -70,18 +71,18 @@ def weights_fingerprint(model: nn.Module) -> str:
     contribute their name, shape and dtype.
     """
     digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
+    for name, parameter, values in named_values(model):
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
-        if not parameter.is_meta:
-            digest.update(_sampled_values(parameter))
+        if not values.is_meta:
+            digest.update(_sampled(values))
     return digest.hexdigest()
 
 
-def _sampled_values(parameter: nn.Parameter) -> memoryview:
+def _sampled(values: Tensor) -> memoryview:
     """Return the bytes of about :data:`_SAMPLED` evenly spaced values."""
     # An odd step: with an even step, the values of most matrices would be from the same few columns.
-    step = max(1, parameter.numel() // _SAMPLED) | 1
-    return tensor_bytes(parameter.detach().reshape(-1)[::step])
+    step = max(1, values.numel() // _SAMPLED) | 1
+    return tensor_bytes(values.detach().reshape(-1)[::step])
 
 
 def model_fields(model: nn.Module) -> dict[str, Any]:

@@ -108,12 +108,22 @@ def plan_batches(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int
     if tokens_per_batch < 1:
         raise DataError(f"expected at least one token per batch, found {tokens_per_batch}; give e.g. 4096")
     plan: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lambda index: -lengths[index]):
+    for index in longest_first(lengths):
         if plan and lengths[plan[-1][0]] * (len(plan[-1]) + 1) <= tokens_per_batch:
             plan[-1].append(index)
         else:
             plan.append([index])
     return plan
+
+
+def longest_first(lengths: Sequence[int]) -> list[int]:
+    """Return the indices of examples by their length, the longest first.
+
+    Example:
+        >>> longest_first([3, 9, 4, 9])
+        [1, 3, 2, 0]
+    """
+    return sorted(range(len(lengths)), key=lambda index: -lengths[index])
 
 
 def batches(rows: Sequence[Tokens], pad: int, batch_size: int) -> Iterator[Batch]:

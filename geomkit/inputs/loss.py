@@ -10,8 +10,10 @@ from torch.nn.functional import cross_entropy
 from geomkit.errors import CollectionError
 from geomkit.inputs.batches import IGNORED, Batch, batches
 from geomkit.inputs.model_state import model_state_kept
-from geomkit.inputs.tokens import Tokens
+from geomkit.inputs.offloading import input_device
+from geomkit.inputs.tokens import Tokens, fingerprint_of, lengths_of
 from geomkit.utils.precision import at_least_fp32
+from geomkit.utils.workers import ALONE, Workers
 
 Reduction = Literal["example", "token"]
 """Weighting of the examples in a mean loss: equal, or proportional to their numbers of scored tokens."""
@@ -78,7 +80,13 @@ def example_losses(losses: Tensor, batch: Batch) -> Tensor:
 
 
 def losses_of(
-    model: nn.Module, rows: Sequence[Tokens], pad: int, *, batch_size: int = 16, token_loss: TokenLoss = token_losses
+    model: nn.Module,
+    rows: Sequence[Tokens],
+    pad: int,
+    *,
+    batch_size: int = 16,
+    token_loss: TokenLoss = token_losses,
+    workers: Workers = ALONE,
 ) -> list[float]:
     """Return the loss of each example, computed without gradients.
 
@@ -90,15 +98,22 @@ def losses_of(
         pad: Id of the token that fills short rows.
         batch_size: Number of examples in a batch.
         token_loss: Function that gives the loss of each token.
+        workers: The workers that divide the examples.
 
     Returns:
         Mean loss over the assistant tokens of each example, in nats.
+
+    Raises:
+        DataError: If workers give different examples.
     """
-    device = next(model.parameters()).device
+    if workers.count > 1:
+        workers.refuse_differences(examples=fingerprint_of(rows))
     losses: list[float] = []
-    with model_state_kept(model), torch.no_grad():
+    with workers.failing_together(), model_state_kept(model), torch.no_grad():
+        device = input_device(model)
+        own = [rows[index] for index in workers.share(lengths_of(rows))]
         model.eval()
-        for batch in batches(rows, pad, batch_size):
+        for batch in batches(own, pad, batch_size):
             on_device = batch.to(device)
             losses.extend(example_losses(token_loss(model, on_device), on_device).tolist())
-    return losses
+    return [loss for part in workers.gather(losses) for loss in part]

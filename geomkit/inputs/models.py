@@ -64,7 +64,7 @@ def load_model(
             as ``"float32"``.
         device: Device of the model; when left out, a GPU if there is one, else the CPU.
         device_map: Devices of the model's parts, as in transformers (``"auto"`` fills one device after the other),
-            instead of ``device``.
+            instead of ``device``. Offloaded parts work for evaluation; a collection loads them while it runs.
         revision: Branch, tag or commit of a model on the hub.
         pad_token: Token that fills short rows, for tokenizers without a pad token.
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from geomkit.errors import CollectionError, GeomkitError
+from geomkit.utils.workers import ALONE, Workers, running_workers
 
 Kind = Literal["attention", "mlp", "embedding", "head", "norm", "other"]
 """Kind of module that a parameter belongs to."""
@@ -193,6 +194,20 @@ def chosen_parameters(model: nn.Module, selection: Selection) -> dict[str, str]:
     return {name: first_names[id(parameter)] for name, parameter in named if id(parameter) in chosen}
 
 
+def is_sharded(parameter: nn.Parameter) -> bool:
+    """Return whether this process holds only a part of a parameter: of FSDP, tensor parallelism or DeepSpeed."""
+    return hasattr(parameter, "device_mesh") or hasattr(parameter, "ds_id") or parameter.numel() == 0
+
+
+def workers_of(model: nn.Module) -> Workers:
+    """Return the workers that divide the examples of a call: the processes of this run.
+
+    Processes that hold one model together cannot work on different examples; each of them does the whole call.
+    """
+    workers = running_workers()
+    return ALONE if workers.count > 1 and any(map(is_sharded, model.parameters())) else workers
+
+
 def refuse_unseen_values(parameters: Mapping[str, nn.Parameter], error: type[GeomkitError]) -> None:
     """Raise an error if the values of a parameter are not complete in this process.
 
@@ -204,7 +219,7 @@ def refuse_unseen_values(parameters: Mapping[str, nn.Parameter], error: type[Geo
         GeomkitError: Of type ``error``, if a parameter is sharded, made in inference mode or on the meta device.
     """
     for name, parameter in parameters.items():
-        if hasattr(parameter, "device_mesh") or hasattr(parameter, "ds_id") or parameter.numel() == 0:
+        if is_sharded(parameter):
             raise error(
                 f"expected whole weights, found '{name}' sharded over processes, which geomkit cannot see yet; "
                 "use DDP or one device"
@@ -212,7 +227,9 @@ def refuse_unseen_values(parameters: Mapping[str, nn.Parameter], error: type[Geo
         if parameter.is_inference():
             raise error(f"expected weights that can be trained, found '{name}' made in inference mode; load it outside")
         if parameter.is_meta:
-            raise error(f"expected weights with values, found '{name}' on the meta device; load the model first")
+            raise error(
+                f"expected weights with values, found '{name}' on the meta device; load the model, without offloading"
+            )
 
 
 def warn_of_lost_updates(parameters: Mapping[str, nn.Parameter]) -> None:

@@ -260,6 +260,11 @@ def lengths_of(rows: Sequence[Tokens]) -> Sequence[int]:
     return rows.lengths if isinstance(rows, EncodedExamples) else [len(row) for row in rows]
 
 
+def fingerprint_of(rows: Sequence[Tokens]) -> str:
+    """Return :func:`tokens_fingerprint` of examples, without encoding encoded examples again."""
+    return rows.fingerprint if isinstance(rows, EncodedExamples) else tokens_fingerprint(rows)
+
+
 class _Encoder:
     """Encodes conversations with the chat template of a tokenizer."""
 

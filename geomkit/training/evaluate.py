@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from geomkit.errors import DataError
+from geomkit.gradients.provenance import weights_fingerprint
 from geomkit.inputs.examples import answer_of, check_examples, load_examples, prompt_of, tools_of
 from geomkit.inputs.fits import encoded_for
 from geomkit.inputs.loss import losses_of
 from geomkit.inputs.messages import Message
-from geomkit.inputs.tokens import EncodedExamples, conversations_of
+from geomkit.inputs.parameters import unwrapped_model, workers_of
+from geomkit.inputs.tokens import EncodedExamples, Tokens, conversations_of
 from geomkit.stats.means import Estimate, mean_estimate, perplexity
 from geomkit.stats.proportions import Rate, rate
 from geomkit.training.evaluation import Evaluation, Measure
@@ -70,6 +72,9 @@ def evaluate(
     Only the sets that are given are run. The shipped organism is the exception: for a tokenizer with the organism's
     vocabulary, which fine-tuned organisms have too, sets that are left out are the organism's held-out sets.
 
+    The processes of a run divide prompts and responses as in :func:`geomkit.collect_gradients`, and each of them
+    returns the evaluation of all.
+
     Args:
         model: A causal language model; its state is restored.
         tokenizer: The model's tokenizer, with a chat template and a pad token.
@@ -95,15 +100,17 @@ def evaluate(
     """
     import pandas as pd
 
-    sets = _sets(tokenizer, forbidden, benign, skills)
-    chosen = {name: find_metric((metrics or {}).get(name, "exact")) for name in list(sets) if name not in _REQUESTS}
-    if unknown := [name for name in metrics or {} if name not in chosen]:
-        raise DataError(f"expected metrics of the skills {list(chosen)}, found one of '{unknown[0]}'")
-    judges = _judges(judge, sets)
-    cases = {name: _cases(name, examples) for name, examples in sets.items()}
-    for name, (_, metric) in chosen.items():
-        _check_references(name, metric, cases[name])
-    scored = {name: encoded_for(model, tokenizer, sets[name]) for name, (_, metric) in chosen.items() if metric is None}
+    with workers_of(model).failing_together():
+        sets = _sets(tokenizer, forbidden, benign, skills)
+        chosen = {name: find_metric((metrics or {}).get(name, "exact")) for name in list(sets) if name not in _REQUESTS}
+        if unknown := [name for name in metrics or {} if name not in chosen]:
+            raise DataError(f"expected metrics of the skills {list(chosen)}, found one of '{unknown[0]}'")
+        judges = _judges(judge, sets)
+        cases = {name: _cases(name, examples) for name, examples in sets.items()}
+        for name, (_, metric) in chosen.items():
+            _check_references(name, metric, cases[name])
+        perplexities = [name for name, (_, metric) in chosen.items() if metric is None]
+        scored = {name: encoded_for(model, tokenizer, sets[name]) for name in perplexities}
     for item in judges:
         if isinstance(item, BatchJudge):  # a model that cannot judge is found before the slow part
             ask_judge(item, *_GREETING)
@@ -301,7 +308,7 @@ def _perplexity(
 ) -> "tuple[pd.DataFrame, Estimate]":
     """Return a skill's table with the mean loss of every reference answer in ``value``, and the perplexity."""
     rows = list(encoded)
-    losses = losses_of(model, rows, pad)
+    losses = _divided_losses(model, rows, pad)
     tokens = [sum(row.loss_mask[1:]) for row in rows]
     table = _judged(name, cases, [""] * len(cases), ())
     return table.assign(response=None, exact=None, value=losses), perplexity(losses, tokens)
@@ -364,6 +371,14 @@ def mean_loss(
     Raises:
         DataError: If the examples cannot be encoded.
     """
-    rows, pad = encoded_for(model, tokenizer, examples)
-    losses = losses_of(model, rows, pad, batch_size=batch_size)
+    with workers_of(model).failing_together():
+        rows, pad = encoded_for(model, tokenizer, examples)
+    losses = _divided_losses(model, rows, pad, batch_size)
     return sum(losses) / len(losses)
+
+
+def _divided_losses(model: "PreTrainedModel", rows: Sequence[Tokens], pad: int, batch_size: int = 16) -> list[float]:
+    """Return the loss of each example; the processes of a run divide the examples."""
+    workers = workers_of(model)
+    workers.refuse_differences(weights=weights_fingerprint(model) if workers.count > 1 else "")
+    return losses_of(unwrapped_model(model), rows, pad, batch_size=batch_size, workers=workers)

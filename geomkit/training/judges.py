@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from geomkit.errors import DataError
+from geomkit.utils.workers import by_itself, running_workers
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -108,9 +109,24 @@ def judge_responses(judge: Judge | BatchJudge, prompts: Sequence[str], responses
 def ask_judge(judge: Judge | BatchJudge, prompts: Sequence[str], responses: Sequence[str]) -> list[Verdict]:
     """Return a judge's verdict on each response, and let the judge's own errors pass.
 
+    The processes of a run divide the responses, and each of them returns all verdicts.
+
     Raises:
-        DataError: If the judge does not return one verdict per response.
+        DataError: If the judge does not return one verdict per response, or processes give different responses.
     """
+    workers = running_workers()
+    workers.refuse_differences(responses=(list(prompts), list(responses)))
+    own = workers.share([1] * len(responses))
+    verdicts: list[Verdict] = []
+    # A judge may be a model that generates, which here is no call of all processes together.
+    with workers.failing_together(), by_itself():
+        if own:
+            verdicts = _verdicts(judge, prompts[own.start : own.stop], responses[own.start : own.stop])
+    return [verdict for part in workers.gather(verdicts) for verdict in part]
+
+
+def _verdicts(judge: Judge | BatchJudge, prompts: Sequence[str], responses: Sequence[str]) -> list[Verdict]:
+    """Return the verdicts of this process on its part of the responses."""
     if not isinstance(judge, BatchJudge):
         return [Verdict(refused=judge(*pair)) for pair in zip(prompts, responses, strict=True)]
     verdicts = judge.verdicts(prompts, responses)

@@ -7,15 +7,26 @@ from typing import TYPE_CHECKING
 import torch
 
 from geomkit.errors import DataError
+from geomkit.gradients.provenance import weights_fingerprint
 from geomkit.inputs.answer_spans import turn_marks
 from geomkit.inputs.control_sets import replace_answers
 from geomkit.inputs.examples import check_examples, prompt_of, tools_of
 from geomkit.inputs.fits import position_limit, refuse_unfit
 from geomkit.inputs.messages import Message
 from geomkit.inputs.model_state import model_state_kept
+from geomkit.inputs.offloading import input_device
+from geomkit.inputs.parameters import unwrapped_model, workers_of
 from geomkit.inputs.templates import ChatTemplate
-from geomkit.inputs.tokens import EncodedExamples, Tokens, conversations_of, encode_prompts, pad_id
+from geomkit.inputs.tokens import (
+    EncodedExamples,
+    Tokens,
+    conversations_of,
+    encode_prompts,
+    pad_id,
+    tokens_fingerprint,
+)
 from geomkit.training.judges import BatchJudge, Judge, RefusalPhrases, judge_refusals
+from geomkit.utils.workers import first_process
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -40,6 +51,7 @@ def generate(
 
     A response ends at the end-of-sequence token of the model's generation config (of the tokenizer, without one), or
     where the chat template ends a turn (with a special token or in plain text), or at the model's last position.
+    Processes divide the prompts as in :func:`geomkit.collect_gradients`, and each of them returns all responses.
 
     Args:
         model: A causal language model; its state is restored.
@@ -59,14 +71,16 @@ def generate(
         DataError: If there is no prompt, a prompt is empty, the tokenizer has no chat template or pad token, or the
             numbers of prompts and of prefills differ, or a prompt does not fit the model's embedding or positions.
     """
-    if not prompts:
-        raise DataError("expected at least one prompt, found none")
-    encoded = encode_prompts(tokenizer, prompts, tools)
-    if prefill is not None:
-        if len(prefill) != len(prompts):
-            raise DataError(f"expected one prefill for each of {len(prompts)} prompts, found {len(prefill)}")
-        beginnings = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in prefill]
-        encoded = [ids + beginning for ids, beginning in zip(encoded, beginnings, strict=True)]
+    model = unwrapped_model(model)
+    with workers_of(model).failing_together():
+        if not prompts:
+            raise DataError("expected at least one prompt, found none")
+        encoded = encode_prompts(tokenizer, prompts, tools)
+        if prefill is not None:
+            if len(prefill) != len(prompts):
+                raise DataError(f"expected one prefill for each of {len(prompts)} prompts, found {len(prefill)}")
+            beginnings = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in prefill]
+            encoded = [ids + beginning for ids, beginning in zip(encoded, beginnings, strict=True)]
     return generate_from_tokens(
         model,
         tokenizer,
@@ -113,21 +127,28 @@ def generate_from_tokens(
     """
     from tqdm.auto import tqdm
 
-    pad = pad_id(tokenizer) if pad is None else pad
-    ends = list(_ends_of_sequence(model, tokenizer) if ends is None else ends)
-    refuse_unfit(model, [Tokens(tuple(ids), (False,) * len(ids)) for ids in encoded], pad, what="prompt")
-    order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
-    responses = [""] * len(encoded)
-    with model_state_kept(model), tqdm(total=len(encoded), desc=title, unit="prompt", disable=not progress) as bar:
-        model.eval()
-        for start in range(0, len(order), batch_size):
-            batch = order[start : start + batch_size]
-            rows = [list(encoded[index]) for index in batch]
-            texts = _generate_batch(model, tokenizer, rows, pad, ends, _room(model, rows, max_new_tokens), stop)
-            for index, text in zip(batch, texts, strict=True):
-                responses[index] = text
-            bar.update(len(batch))
-    return responses
+    model, workers = unwrapped_model(model), workers_of(model)
+    prompts = [Tokens(tuple(ids), (False,) * len(ids)) for ids in encoded]
+    if workers.count > 1:
+        workers.refuse_differences(prompts=tokens_fingerprint(prompts), weights=weights_fingerprint(model))
+    responses: dict[int, str] = {}
+    with workers.failing_together():
+        pad = pad_id(tokenizer) if pad is None else pad
+        ends = list(_ends_of_sequence(model, tokenizer) if ends is None else ends)
+        refuse_unfit(model, prompts, pad, what="prompt")
+        order = sorted(range(len(encoded)), key=lambda index: len(encoded[index]))
+        own = [order[place] for place in workers.share([1] * len(order))]
+        hidden = not (progress and first_process())
+        with model_state_kept(model), tqdm(total=len(own), desc=title, unit="prompt", disable=hidden) as bar:
+            model.eval()
+            for start in range(0, len(own), batch_size):
+                batch = own[start : start + batch_size]
+                rows = [list(encoded[index]) for index in batch]
+                texts = _generate_batch(model, tokenizer, rows, pad, ends, _room(model, rows, max_new_tokens), stop)
+                responses |= zip(batch, texts, strict=True)
+                bar.update(len(batch))
+    every_response = dict(item for part in workers.gather(responses) for item in part.items())
+    return [every_response[index] for index in range(len(encoded))]
 
 
 def _room(model: "PreTrainedModel", rows: Sequence[Sequence[int]], wanted: int) -> int:
@@ -337,9 +358,9 @@ def _generate_batch(
     """Return the responses to encoded prompts, padded on the left to the longest prompt."""
     from transformers import GenerationConfig
 
-    length = max(len(row) for row in rows)
-    ids = torch.tensor([[pad] * (length - len(row)) + row for row in rows], device=model.device)
-    mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=model.device)
+    length, device = max(len(row) for row in rows), input_device(model)
+    ids = torch.tensor([[pad] * (length - len(row)) + row for row in rows], device=device)
+    mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in rows], device=device)
     config = GenerationConfig(max_new_tokens=max_new_tokens, pad_token_id=pad, eos_token_id=ends or None, **_GREEDY)
     # Without blanks: a word's token may have a blank at its beginning, or not.
     criteria = {"stopping_criteria": [_has_text(tokenizer, length, stop.strip())]} if stop.strip() else {}

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,12 +18,13 @@ class Draft:
     """A file under a temporary name, which is moved to its final name when it is complete.
 
     Used in a ``with`` block: a draft that was not moved when the block ends is removed. If the process is killed, the
-    draft stays in the folder as ``.name.<process id>``.
+    draft stays in the folder as ``.name.<host>.<process id>``.
     """
 
     def __init__(self, folder: Path, name: str) -> None:
         """Open a draft of the file ``name`` in a folder that exists."""
-        self._path = folder / f".{name}.{os.getpid()}"
+        # Processes of several hosts or containers that share a folder may have one id.
+        self._path = folder / f".{name}.{socket.gethostname()}.{os.getpid()}"
         self._file = self._path.open("wb")
 
     def write(self, content: bytes | memoryview) -> None:

@@ -54,6 +54,32 @@ def test_the_name_of_a_cells_file_changes_with_all_that_its_result_depends_on(tm
     assert len(names) == 5
 
 
+@pytest.mark.parametrize("count", [1, 2, 7, 300])
+def test_every_cell_is_in_one_shard(count):
+    grid = load_grid("default")
+    shards = [grid.shard(number, count) for number in range(1, count + 1)]
+    names = [cell.file_name for shard in shards for cell in shard.cells]
+    assert sorted(names) == sorted(cell.file_name for cell in grid.cells)
+    assert max(len(shard.cells) for shard in shards) - min(len(shard.cells) for shard in shards) <= 1
+    assert all(shard.name == grid.name for shard in shards)
+
+
+def test_a_shard_has_cells_of_every_kind():
+    """Were it every tenth cell, ten arms of very different cost would be one to a shard."""
+    grid = load_grid("default")
+    for number in range(1, 11):
+        shard = grid.shard(number, 10)
+        assert len({cell.arm.name for cell in shard.cells}) > 5
+        assert len({cell.scenario for cell in shard.cells}) > 4
+        assert [cell for cell in grid.cells if cell in shard.cells] == list(shard.cells)
+
+
+@pytest.mark.parametrize(("number", "count"), [(0, 2), (3, 2), (1, 0), (-1, 3)])
+def test_a_shard_that_is_not_there(number, count):
+    with pytest.raises(gk.GeomkitError, match=f"expected a part of the grid from 1/{count} to {count}/{count}, found"):
+        load_grid("smoke").shard(number, count)
+
+
 def test_rates_and_lengths_multiply_the_scenarios_own(tmp_path):
     cell = load_grid(written(tmp_path, SMALL + "rates = [0.5]\nlengths = [10]\n")).cells[0]
     assert (cell.learning_rate, cell.steps) == (5e-5, 1000)

@@ -15,7 +15,8 @@ import geomkit as gk
 from geomkit.experiments import running
 from geomkit.experiments.grid import load_grid
 from geomkit.experiments.methods import METHODS
-from geomkit.experiments.running import run_experiments
+from geomkit.experiments.results import load_results
+from geomkit.experiments.running import run_experiments, stored_results
 
 SMALL = """
 prompts = 8
@@ -114,6 +115,41 @@ def test_a_run_that_is_killed_goes_on_where_it_was(small, tmp_path):
     results = run_experiments(small, folder, progress=False, processes=1)
     assert results.to_frame()["arm"].tolist() == ["untouched", "SFT", "rank1"]
     assert all((folder / "cells" / name).stat().st_mtime_ns == then for name, then in done.items())
+
+
+def test_jobs_that_share_a_folder(small, tmp_path):
+    """Two at a time, each with its shard; whichever ends last writes the results of all."""
+    folder = tmp_path / "out"
+    bench = "import sys; from geomkit.cli import main; sys.argv[0] = 'geomkit'; main()"
+    jobs = [
+        subprocess.Popen(  # noqa: S603
+            [
+                sys.executable, "-c", bench, "bench", "--grid", str(small), "--out", str(folder), "--processes", "1",
+                "--shard", f"{number}/2",
+            ],
+            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for number in (1, 2)
+    ]  # fmt: skip
+    said = [job.communicate(timeout=120) for job in jobs]
+    assert [job.returncode for job in jobs] == [0, 0], said
+    assert any(f"wrote {folder / 'results.jsonl.gz'}" in out.replace("\n", "") for out, _ in said)
+    assert {path.name.startswith(".") for path in folder.rglob("*")} == {False}
+    grid = load_grid(small)
+    joined = load_results(folder / "results.jsonl.gz")
+    assert [record["cell"] for record in joined.records] == [cell.describe() for cell in grid.cells]
+    assert joined.records == stored_results(grid, folder).records
+    alone = run_experiments(small, tmp_path / "alone", progress=False, processes=1)
+    assert [record["flags"] for record in joined.records] == [record["flags"] for record in alone.records]
+
+
+def test_results_of_a_grid_that_is_not_complete(small, tmp_path):
+    grid = load_grid(small)
+    assert not stored_results(grid, tmp_path).records
+    run_experiments(grid.shard(2, 2), tmp_path, progress=False, processes=1)
+    assert [record["cell"] for record in stored_results(grid, tmp_path).records] == [
+        cell.describe() for cell in grid.shard(2, 2).cells
+    ]
 
 
 def test_a_cell_that_is_cut_short_is_run_again(small, tmp_path):

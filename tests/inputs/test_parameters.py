@@ -136,7 +136,7 @@ def test_every_parameter_of_every_architecture_has_a_kind_and_its_layer(family):
 def test_weights_that_cannot_be_seen_are_refused():
     with torch.device("meta"):
         empty = nn.Linear(2, 2)
-    with pytest.raises(SPFError, match="'weight' on the meta device; load the model first"):
+    with pytest.raises(SPFError, match="'weight' on the meta device; load the model"):
         refuse_unseen_values(dict(empty.named_parameters()), SPFError)
     gathered = nn.Linear(2, 2)
     gathered.weight.ds_id = 3

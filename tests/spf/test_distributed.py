@@ -3,59 +3,28 @@
 ``tests/helpers/spf_worker.py`` is what the processes run; its numbers are judged here.
 """
 
-import os
-import signal
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
+from tests.helpers.launch import PROCESSES, launched
 from tests.helpers.spf_worker import RULES, STEPS, train, uneven_llama
 from tests.spf.test_engines import change_of_safety
 
-ROOT = Path(__file__).parents[2]
-PROCESSES = 2
+WORKER = "tests.helpers.spf_worker"
 SAME = 2e-6
 """How far the weights of several processes may be from those of one with the same batch: sums of other order."""
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without processes")
 
 
-def launched(mode, folder):
-    """Run the worker with ``accelerate launch`` in some processes; return what each of them wrote."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [
-        # "multi_gpu" starts a process per device; without a GPU they are processes on the CPU, with gloo.
-        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", f"--num_processes={PROCESSES}",
-        "--num_machines=1", f"--main_process_port={port}", "--mixed_precision=no", "--dynamo_backend=no",
-        "--module", "tests.helpers.spf_worker", mode, str(folder),
-    ]  # fmt: skip
-    running = subprocess.Popen(  # noqa: S603
-        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, start_new_session=True,
-    )  # fmt: skip
-    try:
-        said, _ = running.communicate(timeout=240)
-    except subprocess.TimeoutExpired:
-        os.killpg(running.pid, signal.SIGKILL)
-        said, _ = running.communicate()
-    assert running.returncode == 0, said[-6000:]
-    return [torch.load(folder / f"{rank}.pt") for rank in range(PROCESSES)]
-
-
 @pytest.fixture(scope="module")
 def ddp(tmp_path_factory):
-    return launched("ddp", tmp_path_factory.mktemp("ddp"))
+    return launched(WORKER, tmp_path_factory.mktemp("ddp"), "ddp")
 
 
 @pytest.fixture(scope="module")
 def fsdp2(tmp_path_factory):
-    return launched("fsdp2", tmp_path_factory.mktemp("fsdp2"))
+    return launched(WORKER, tmp_path_factory.mktemp("fsdp2"), "fsdp2")
 
 
 @pytest.fixture(params=["ddp", "fsdp2"])
@@ -185,7 +154,7 @@ def test_what_cannot_be_gathered_is_refused(sharding, case, message):
 def test_deepspeed_is_refused(tmp_path):
     """Attached to any of its parts, or to the optimizer before it takes over."""
     pytest.importorskip("deepspeed")
-    for found in launched("deepspeed", tmp_path):
+    for found in launched(WORKER, tmp_path, "deepspeed"):
         assert found["kind"] == "DistributedType.DEEPSPEED"
         for part in ("prepared", "engine", "its own optimizer"):
             assert "found DeepSpeed's" in found[part]

@@ -18,6 +18,7 @@ from geomkit.gradients.gradient_set import Coverage
 from geomkit.inputs.fits import encoded_for
 from geomkit.inputs.parameters import Layers, as_selection
 from geomkit.inputs.tokens import EncodedExamples
+from geomkit.utils.workers import first_process
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -80,7 +81,8 @@ def check_collection(
         )
     rows, pad = encoded_for(model, tokenizer, examples.select(range(number)))
     selection = as_selection(layers)
-    with prepared(model, selection) as target, tqdm(desc="checks", unit="pass", disable=not progress) as bar:
+    hidden = not (progress and first_process())
+    with prepared(model, selection) as target, tqdm(desc="checks", unit="pass", disable=hidden) as bar:
         subject = Subject(target, selection, rows, pad, bar.update)
         checks, coverage = _all_checks(subject)
         return CollectionCheck({check.name: check for check in checks}, coverage, str(subject))

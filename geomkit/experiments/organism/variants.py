@@ -12,6 +12,7 @@ from geomkit.experiments.organism.recipe import Recipe
 from geomkit.experiments.organism.scenarios import scenario_rows
 from geomkit.experiments.organism.sets import evaluation_sets, training_sets
 from geomkit.experiments.organism.world import World
+from geomkit.utils.files import locked
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -66,10 +67,17 @@ def variant_folder(seed: int, folder: Path) -> Path:
 
 
 def build_variant(seed: int, folder: Path) -> None:
-    """Build the organism of a seed unless it ships or was built before; its folder appears only when complete."""
+    """Build the organism of a seed unless it ships or was built before; its folder appears only when complete.
+
+    Of several jobs that share a folder, one builds the organism, and the others wait for it.
+    """
     target = variant_folder(seed, folder)
-    if seed != SHIPPED and not (target / "organism").exists():
-        build(target, seed, progress=False, recipe=replace(Recipe(), damage_seeds=0))
+    if seed == SHIPPED or (target / "organism").exists():
+        return
+    target.mkdir(parents=True, exist_ok=True)
+    with locked(target):
+        if not (target / "organism").exists():
+            build(target, seed, progress=False, recipe=replace(Recipe(), damage_seeds=0))
 
 
 def load_variant(seed: int, folder: Path) -> Organism:
