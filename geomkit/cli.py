@@ -442,6 +442,11 @@ def bench(
     title = f"{len(results)} cells of the grid '{results.name}': 95 % Wilson intervals over prompts in brackets"
     _show(results.table(), title)
     typer.echo(f"wrote {results.save(out / 'results.jsonl.gz')}")
+    if failures := results.failures:
+        named = "; ".join(f"{cell}: {error}" for cell, error in failures.items())
+        raise GeomkitError(
+            f"{len(failures)} of {len(results)} cells failed, and are run again by the same call: {named}"
+        )
 
 
 def _shard(text: str) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """The run of a single cell, stored when it is complete."""
 
 import json
+import logging
 import math
 import time
 from contextlib import suppress
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from geomkit.errors import GeomkitError
+from geomkit.errors import DataError, GeomkitError
 from geomkit.experiments.attacks import attack
 from geomkit.experiments.grid import Cell
 from geomkit.experiments.methods import METHODS
@@ -22,6 +23,8 @@ from geomkit.experiments.task import Task
 from geomkit.spf.certificate import Certificate
 from geomkit.utils.files import write_atomically
 
+_LOGGER = logging.getLogger(__name__)
+
 PROMPTS_DURING_TRAINING = 60
 """Number of held-out forbidden requests on which refusal is measured during training."""
 
@@ -30,10 +33,10 @@ _CURVE_POINTS = 25
 
 
 def run_cell(cell: Cell, folder: Path) -> Record:
-    """Run a cell and store its record; return the stored record if the cell was run before.
+    """Run a cell and store its record; return the stored record if the cell was run before, and did not fail.
 
-    A fine-tune that stops with a :class:`~geomkit.errors.GeomkitError`, as where the loss becomes NaN, is a result too:
-    its record has the error.
+    A fine-tune that stops with a :class:`~geomkit.errors.GeomkitError`, as where the loss becomes NaN, has the error as
+    its record, and is run again when the grid is.
 
     Args:
         cell: The cell.
@@ -43,7 +46,7 @@ def run_cell(cell: Cell, folder: Path) -> Record:
         The record.
     """
     stored = stored_record(cell, folder)
-    if stored is not None:
+    if stored is not None and "error" not in stored:
         return stored
     organism = _cached_organism(cell.organism, folder)
     try:
@@ -56,10 +59,25 @@ def run_cell(cell: Cell, folder: Path) -> Record:
 
 
 def stored_record(cell: Cell, folder: Path) -> Record | None:
-    """Return the record of a cell that was run before, by this or another process; ``None`` if there is none."""
-    with suppress(FileNotFoundError, json.JSONDecodeError):
-        stored: Record = json.loads(_path(cell, folder).read_text("utf-8"))
+    """Return the record of a cell that was run before, by this or another process; ``None`` if there is none.
+
+    A file that is no record, or the record of another cell, is no result: the cell will be run, and the file replaced.
+
+    Raises:
+        DataError: If the place of the record is taken by a folder.
+    """
+    path = _path(cell, folder)
+    if path.is_dir():
+        raise DataError(f"expected a file at {path}, found a folder; move it away")
+    if not path.exists():
+        return None
+    try:
+        stored = json.loads(path.read_text("utf-8"))
+    except (ValueError, RecursionError):
+        stored = None
+    if isinstance(stored, dict) and stored.get("cell") == cell.describe() and {"error", "flags"} & stored.keys():
         return stored
+    _LOGGER.warning("%s is not the record of its cell, which is run again", path)
     return None
 
 

@@ -45,6 +45,15 @@ class Results(Result):
         """Return the number of cells and the name of the grid."""
         return f"{len(self)} cells of the grid '{self.name}'"
 
+    @property
+    def failures(self) -> dict[str, str]:
+        """The errors of the cells that broke off, by a description of the cell."""
+        return {
+            ", ".join(f"{name}={value}" for name, value in cell_keys(record).items()): record["error"]
+            for record in self.records
+            if "error" in record
+        }
+
     # ----------------------------------------------------------------------------------------------- selection
 
     def where(self, **values: Any) -> "Results":

@@ -25,7 +25,7 @@ def run_experiments(
     processes: int = 2,
     progress: bool = True,
 ) -> Results:
-    """Run every cell of a grid that has not been run before, and return the results of all cells.
+    """Run every cell of a grid that has not been run before or has failed, and return the results of all cells.
 
     A cell is stored when it is complete, so an interrupted run can be continued. A cell whose fields, arm or scenario
     have changed counts as another cell. Several jobs may share a folder, each with its part of the grid, see

@@ -10,7 +10,10 @@ import torch
 from transformers import TrainerCallback
 
 import geomkit as gk
+from geomkit import cli
 from geomkit.errors import DataError, GeomkitError
+from geomkit.experiments import cells
+from geomkit.experiments.grid import load_grid
 from geomkit.spf.settings import SPF
 from geomkit.training.checkpoints import MARK, run_folder
 from tests.helpers.spf_training import weights_of
@@ -153,3 +156,92 @@ def test_the_mark_lists_every_file_with_its_size(tmp_path):
     listed = json.loads((checkpoint / MARK).read_text())["files"]
     assert listed == {path.name: path.stat().st_size for path in checkpoint.iterdir() if path.name != MARK}
     assert {"model.safetensors", "optimizer.pt", "scheduler.pt", "trainer_state.json", "spf.safetensors"} <= set(listed)
+
+
+# ------------------------------------------------------------------------------------------------ cells of a grid
+
+GRID = """
+prompts = 4
+[arms]
+untouched = { method = "untouched" }
+[[block]]
+scenarios = ["identity-shift"]
+arms = ["untouched"]
+"""
+
+
+@pytest.fixture
+def cell(tmp_path):
+    (tmp_path / "one.toml").write_text(GRID)
+    (only,) = load_grid(tmp_path / "one.toml").cells
+    return only
+
+
+def stored(cell, folder, content):
+    path = folder / "cells" / cell.file_name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
+def counted(monkeypatch, result):
+    """Let cells give a result at once, and count how many are run."""
+    ran = []
+    monkeypatch.setattr(cells, "_cached_organism", lambda *_: None)
+
+    def run(cell, organism):
+        ran.append(cell)
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    monkeypatch.setattr(cells, "_run", run)
+    return ran
+
+
+RESULT = {"numbers": {}, "flags": {"refusal": "11"}, "attacks": {}, "along": []}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"null", b"[]", b"{}", b"\xff", b"[" * 100_000, b'{"cell": {"seed": 9}, "flags": {}}', b'{"cell": 1}'],
+)
+def test_a_stored_cell_that_is_not_the_cells_record_is_run_again(content, cell, tmp_path, monkeypatch, caplog):
+    ran = counted(monkeypatch, RESULT)
+    path = stored(cell, tmp_path, content)
+    assert cells.run_cell(cell, tmp_path)["flags"] == RESULT["flags"]
+    assert ran == [cell]
+    assert "is run again" in caplog.text
+    assert json.loads(path.read_text())["cell"] == cell.describe()
+    cells.run_cell(cell, tmp_path)
+    assert len(ran) == 1  # a sound record is kept
+
+
+def test_a_cell_that_failed_is_run_again(cell, tmp_path, monkeypatch):
+    counted(monkeypatch, GeomkitError("the loss is NaN"))
+    assert cells.run_cell(cell, tmp_path)["error"] == "the loss is NaN"
+    ran = counted(monkeypatch, RESULT)
+    assert "error" not in cells.run_cell(cell, tmp_path)
+    assert len(ran) == 1
+
+
+def test_a_folder_in_place_of_a_cell_is_refused_in_one_line(cell, tmp_path):
+    (tmp_path / "cells" / cell.file_name).mkdir(parents=True)
+    with pytest.raises(DataError, match=r"expected a file at .*found a folder"):
+        cells.run_cell(cell, tmp_path)
+
+
+def test_a_grid_with_failures_names_them_and_exits_with_an_error(cell, tmp_path, monkeypatch, capsys):
+    counted(monkeypatch, GeomkitError("the loss is NaN"))
+    monkeypatch.setattr(
+        sys, "argv",
+        ["geomkit", "bench", "--grid", str(tmp_path / "one.toml"), "--out", str(tmp_path), "--processes", "1"],
+    )  # fmt: skip
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 1
+    words = " ".join(capsys.readouterr().err.split())
+    assert "1 of 1 cells failed" in words
+    assert "scenario=identity-shift" in words
+    assert "the loss is NaN" in words
+    assert (tmp_path / "results.jsonl.gz").is_file()
