@@ -24,9 +24,10 @@ from tests.benchmarks import memory
 from tests.benchmarks.agreement import Reference
 from tests.benchmarks.contender import Contender, Piece
 from tests.benchmarks.field import CONTENDERS
+from tests.benchmarks.shapes import SHAPES
 from tests.benchmarks.timing import Ratios, interleaved
 from tests.benchmarks.widths import by_width
-from tests.benchmarks.workload import SIZES, Workload
+from tests.benchmarks.workload import Workload
 
 OPPONENTS_WARNINGS = ("There is a performance drop", "Full backward hook is firing", "`torch.jit")
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}
@@ -79,7 +80,7 @@ def main() -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="25m")
+    parser.add_argument("--size", choices=SHAPES, default="25m")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=TOLERANCE, default="float32")
     parser.add_argument("--batch", type=int, default=8)
