@@ -62,7 +62,7 @@ def main() -> None:
             batch=options.batch,
             tokens=options.tokens,
         )
-        chosen = [contender for contender in CONTENDERS if options.only in contender.name]
+        chosen = [contender for contender in CONTENDERS if any(part in contender.name for part in options.only)]
         rows = [Row(contender) for contender in chosen]
         _check(rows, workload, TOLERANCE[options.dtype])
         running = {row.contender.name: row.pieces for row in rows if row.pieces}
@@ -86,7 +86,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", default="", help="a part of the names of the contenders that take part")
+    parser.add_argument("--only", nargs="+", default=[""], help="parts of the names of the contenders that take part")
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--widths", action=argparse.BooleanOptionalAction, default=True)
     return parser.parse_args()
