@@ -60,9 +60,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument(
-        "--out", type=Path, help="file of the cells, one a line; cells that are there are not run again"
-    )
+    parser.add_argument("--out", type=Path, help="file with a cell a line; its cells are not run again")
     return parser.parse_args()
 
 
