@@ -5,7 +5,8 @@ size, follows the model's own code, and tells every tensor that a pass on real o
 """
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,7 +54,7 @@ def simulate(model: nn.Module, examples: int, length: int, *, weight_gradients: 
         # 1. Forward. The output of the embedding needs a gradient, so that activations have one whatever is trained.
         ids = torch.zeros(examples, length, dtype=torch.long, device=place)
         arguments = {"input_ids": ids, "labels": ids, "use_cache": False}
-        with _embeddings(model) as embedded:
+        with _embeddings_kept(model) as embedded:
             loss = functional_call(model, {name: fakes[id(tensor)] for name, tensor in named}, kwargs=arguments).loss
         stored = memory.now
         # 2. Backward.
@@ -70,21 +71,23 @@ def _fake(mode: FakeTensorMode, tensor: Tensor, device: str) -> Tensor:
         return empty.requires_grad_(tensor.requires_grad)
 
 
-class _embeddings:
-    """Context in which the output of the model's token embedding is kept and needs a gradient."""
+@contextmanager
+def _embeddings_kept(model: Any) -> Iterator[list[Tensor]]:
+    """Keep the output of the model's token embedding and make it need a gradient, inside the block.
 
-    def __init__(self, model: Any) -> None:
-        self._model, self._outputs = model, []
+    Yields:
+        The list that the output is put in.
+    """
+    outputs: list[Tensor] = []
 
-    def __enter__(self) -> list[Tensor]:
-        def keep(_module: nn.Module, _inputs: tuple[Any, ...], output: Tensor) -> None:
-            self._outputs.append(output if output.requires_grad else output.requires_grad_())
+    def keep(_module: nn.Module, _inputs: tuple[Any, ...], output: Tensor) -> None:
+        outputs.append(output if output.requires_grad else output.requires_grad_())
 
-        self._handle = self._model.get_input_embeddings().register_forward_hook(keep)
-        return self._outputs
-
-    def __exit__(self, *_: object) -> None:
-        self._handle.remove()
+    handle = model.get_input_embeddings().register_forward_hook(keep)
+    try:
+        yield outputs
+    finally:
+        handle.remove()
 
 
 class _Memory(TorchDispatchMode):
