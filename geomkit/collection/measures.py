@@ -14,7 +14,8 @@ from torch import Tensor
 from geomkit.errors import GeometryError
 from geomkit.gradients.arithmetic import gram
 from geomkit.gradients.gradient_set import GradientSet
-from geomkit.gradients.layer_gradient import LayerGradient, as_matrix
+from geomkit.gradients.layer_gradient import LayerGradient
+from geomkit.gradients.projections import projections
 from geomkit.svd.singular_values import singular_values_of
 from geomkit.utils.seeding import parameter_generator
 
@@ -94,7 +95,7 @@ class Sketch:
         """Return (B, p, q) sketches, fp32."""
         first = gradients[0]
         left, right = self._on_device(parameter, first.matrix_shape, first.device)
-        return torch.stack([_projection(gradient, left, right) for gradient in gradients])
+        return projections(gradients, left, right)
 
     def test_matrices(self, parameter: str, shape: tuple[int, int]) -> tuple[Tensor | None, Tensor | None]:
         """Return the test matrices Ω_Lᵀ (p, rows) and Ω_R (columns, q); ``None`` for a side that is not projected.
@@ -125,16 +126,6 @@ class Sketch:
         left, right = (None if matrix is None else matrix.to(device) for matrix in matrices)
         self._drawn[parameter, shape] = left, right
         return left, right
-
-
-def _projection(gradient: LayerGradient, left: Tensor | None, right: Tensor | None) -> Tensor:
-    """Return (Ω_Lᵀ G) Ω_R, fp32; the left side first, because most rows of an embedding's gradient are zero."""
-    if left is not None:
-        product = gradient.rmatmul(left)
-        return product if right is None else product @ right
-    if right is not None:
-        return gradient.matmul(right)
-    return as_matrix(gradient).float()
 
 
 def sketch(size: int | tuple[int, int] = 16, seed: int = 0, *, entries: Entries = "rademacher") -> Sketch:

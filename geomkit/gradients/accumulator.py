@@ -27,6 +27,8 @@ def add(parts: Sequence[LayerGradient], *, keep_factors: bool = False) -> LayerG
     Raises:
         GeometryError: If there is no gradient, or the shapes differ.
     """
+    if keep_factors and len(parts) == 1:  # the usual case for an example's gradient, whose parameter is used once
+        return parts[0]
     running = Accumulator(keep_factors=keep_factors)
     for part in parts:
         running.add(part)

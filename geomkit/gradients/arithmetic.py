@@ -78,8 +78,8 @@ def gram(rows: Sequence[LayerGradient], columns: Sequence[LayerGradient]) -> Ten
     _check_one_shape([*rows, *columns])
     total = torch.zeros(len(rows), len(columns), dtype=torch.float64, device=rows[0].device)
     # 1. Every gradient is a sum of parts in one form each: A_i = Σ_k P_ik, where most have a single part.
-    for a_owners, a in _parts_by_form(rows):
-        for b_owners, b in _parts_by_form(columns):
+    for a_owners, a in parts_by_form(rows):
+        for b_owners, b in parts_by_form(columns):
             # 2. ⟨A_i, B_j⟩ = Σ_kl ⟨P_ik, Q_jl⟩: a block of one form by one form, added to the entries of the owners.
             total[a_owners[:, None], b_owners] += _block(a, b)
     return total
@@ -96,7 +96,7 @@ def parts_of(gradient: LayerGradient) -> tuple[LayerGradient, ...]:
     return gradient.parts if isinstance(gradient, SumGradient) else (gradient,)
 
 
-def _parts_by_form(gradients: Sequence[LayerGradient]) -> list[tuple[Tensor, list[LayerGradient]]]:
+def parts_by_form(gradients: Sequence[LayerGradient]) -> list[tuple[Tensor, list[LayerGradient]]]:
     """Return the parts of all gradients, grouped by form: for each group the gradients' indices, and the parts."""
     groups: dict[tuple[type[LayerGradient], int], tuple[list[int], list[LayerGradient]]] = {}
     for index, gradient in enumerate(gradients):

@@ -70,6 +70,18 @@ def human_bytes(size: int) -> str:
     return f"{size} B"
 
 
+def human_seconds(seconds: float) -> str:
+    """Return a duration as text, with two or three digits.
+
+    Example:
+        >>> human_seconds(0.0123), human_seconds(34.2), human_seconds(312), human_seconds(20_000)
+        ('0.012 s', '34 s', '5.2 min', '5.6 h')
+    """
+    if seconds < 100:
+        return f"{seconds:.2g} s"
+    return f"{seconds / 60:.1f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
 def human_count(number: int) -> str:
     """Return a number of parameters as text, with a decimal unit and three digits.
 

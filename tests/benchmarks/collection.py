@@ -24,9 +24,10 @@ from tests.benchmarks import memory
 from tests.benchmarks.agreement import Reference
 from tests.benchmarks.contender import Contender, Piece
 from tests.benchmarks.field import CONTENDERS
+from tests.benchmarks.shapes import SHAPES
 from tests.benchmarks.timing import Ratios, interleaved
 from tests.benchmarks.widths import by_width
-from tests.benchmarks.workload import SIZES, Workload
+from tests.benchmarks.workload import Workload
 
 OPPONENTS_WARNINGS = ("There is a performance drop", "Full backward hook is firing", "`torch.jit")
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}
@@ -61,7 +62,7 @@ def main() -> None:
             batch=options.batch,
             tokens=options.tokens,
         )
-        chosen = [contender for contender in CONTENDERS if options.only in contender.name]
+        chosen = [contender for contender in CONTENDERS if any(part in contender.name for part in options.only)]
         rows = [Row(contender) for contender in chosen]
         _check(rows, workload, TOLERANCE[options.dtype])
         running = {row.contender.name: row.pieces for row in rows if row.pieces}
@@ -79,13 +80,13 @@ def main() -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="25m")
+    parser.add_argument("--size", choices=SHAPES, default="25m")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=TOLERANCE, default="float32")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", default="", help="a part of the names of the contenders that take part")
+    parser.add_argument("--only", nargs="+", default=[""], help="parts of the names of the contenders that take part")
     parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--widths", action=argparse.BooleanOptionalAction, default=True)
     return parser.parse_args()

@@ -51,8 +51,10 @@ def keep_factors(workload: Workload) -> Factors:
 
 
 def _error(factors: Factors, workload: Workload, reference: Reference) -> float:
+    tied = workload.model.get_output_embeddings().weight is workload.model.get_input_embeddings().weight
+
     def gradient(name: str) -> Tensor | None:
-        if name not in factors:
+        if name not in factors or (tied and "embed" in name):  # of a tied head, the factors are a part alone
             return None
         source, delta = factors[name]
         return workload.batch * delta.mT @ source  # the loss is the mean over the batch

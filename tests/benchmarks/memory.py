@@ -50,12 +50,13 @@ def _resident(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def _peak(pieces: Sequence[Piece]) -> int:
+def on_cpu(run: Callable[[], Any]) -> int:
+    """Return the peak in bytes of the resident set beyond what the process held; start it as :func:`in_own_process`."""
     Path("/proc/self/clear_refs").write_text("5")
     before = _resident("VmRSS")
-    results = [piece.run() for piece in pieces]
+    result = run()
     peak = _resident("VmHWM") - before
-    del results
+    del result
     return peak
 
 
@@ -64,6 +65,11 @@ def _pieces(name: str, contenders: Sequence[Contender], workload: Workload) -> S
         return [Piece(workload.plain_step)]
     (contender,) = [contender for contender in contenders if contender.name == name]
     return contender.prepare(workload)
+
+
+def _peak(name: str, contenders: Sequence[Contender], workload: Workload) -> int:
+    pieces = _pieces(name, contenders, workload)
+    return on_cpu(lambda: [piece.run() for piece in pieces])
 
 
 def main() -> None:
@@ -78,9 +84,9 @@ def main() -> None:
     chosen = parser.parse_args()
     torch.set_num_threads(1)
     dtype = getattr(torch, chosen.dtype)
-    _peak(_pieces(chosen.name, CONTENDERS, Workload.build("tiny", dtype=dtype)))
+    _peak(chosen.name, CONTENDERS, Workload.build("tiny", dtype=dtype))
     workload = Workload.build(chosen.size, dtype=dtype, batch=chosen.batch, tokens=chosen.tokens)
-    sys.stdout.write(f"{_peak(_pieces(chosen.name, CONTENDERS, workload))}\n")
+    sys.stdout.write(f"{_peak(chosen.name, CONTENDERS, workload)}\n")
 
 
 if __name__ == "__main__":

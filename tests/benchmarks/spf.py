@@ -19,11 +19,11 @@ from rich.table import Table
 from threadpoolctl import threadpool_limits
 
 from tests.benchmarks.contender import Piece
+from tests.benchmarks.shapes import SHAPES
 from tests.benchmarks.stages import Stages
 from tests.benchmarks.steps import CopiedStep, GuardedStep, PlainStep, Setting, Step, Training, project_left
 from tests.benchmarks.steps import project_rank1 as demo
 from tests.benchmarks.timing import Ratios, interleaved
-from tests.benchmarks.workload import SIZES
 
 Maker = Callable[[Training], Step]
 
@@ -70,7 +70,7 @@ def main() -> None:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="25m")
+    parser.add_argument("--size", choices=SHAPES, default="25m")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=256)

@@ -16,7 +16,8 @@ from geomkit.spf.constraints import ConstraintMeter
 from geomkit.spf.guard import Guard, Options
 from geomkit.spf.rules import get_rule
 from geomkit.spf.weights.guarded import Guarded
-from tests.benchmarks.workload import SIZES, Workload
+from tests.benchmarks.shapes import SHAPES, random_tokens
+from tests.benchmarks.workload import Workload
 
 LEARNING_RATE = 1e-5
 _BATCHES = 8
@@ -28,7 +29,7 @@ class Setting:
     """What all contenders have in common.
 
     Attributes:
-        size: A name in :data:`~tests.benchmarks.workload.SIZES`.
+        size: A name in :data:`~tests.benchmarks.shapes.SHAPES`.
         device: Where the work is done.
         batch: Examples in a batch of the task.
         tokens: Tokens of each.
@@ -44,8 +45,7 @@ class Setting:
     scored: int
 
     def anchors(self, count: int) -> list[Tokens]:
-        generator = torch.Generator().manual_seed(2)
-        ids = torch.randint(2, SIZES[self.size]["vocab"], (count, self.anchor_tokens), generator=generator)
+        ids = random_tokens(SHAPES[self.size], count, self.anchor_tokens, seed=2)
         mask = tuple(place >= self.anchor_tokens - self.scored for place in range(self.anchor_tokens))
         return [Tokens(tuple(row), mask) for row in ids.tolist()]
 

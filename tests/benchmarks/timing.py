@@ -50,16 +50,16 @@ def seconds(run: Callable[[], Any], device: torch.device) -> float:
 def interleaved(
     plain: Callable[[], Any], contenders: dict[str, Sequence[Piece]], *, rounds: int, device: torch.device
 ) -> tuple[list[float], dict[str, Ratios]]:
-    """Time the contenders in turn, round after round, with a plain step between any two.
+    """Time the contenders in turn, round after round, with a run of the unit between any two.
 
     Args:
-        plain: The step that is the unit.
+        plain: What is the unit, most often a plain step.
         contenders: What to time, by name.
         rounds: How often.
         device: Where the work is done.
 
     Returns:
-        The plain steps' seconds, and each contender's ratios.
+        The unit's seconds, and each contender's ratios.
     """
     units = [seconds(plain, device)]
     found: dict[str, list[float]] = {name: [] for name in contenders}

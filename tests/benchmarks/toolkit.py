@@ -47,6 +47,11 @@ def sketches(workload: Workload) -> Mapping[str, Tensor]:
     return _measured(workload, SKETCH, list(workload.linears))
 
 
+def sketches_without_head(workload: Workload) -> Mapping[str, Tensor]:
+    head = workload.model.get_output_embeddings()
+    return _measured(workload, SKETCH, [name for name, layer in workload.linears.items() if layer is not head])
+
+
 # --------------------------------------------------------------------------------------------------- agreement
 
 
@@ -86,6 +91,7 @@ TOOLKIT = (
     Contender("geomkit: summed gradient", whole(summed), _sum_error),
     Contender("geomkit: norms", whole(norms), _norms_error),
     Contender("geomkit: Gram", whole(grams), _grams_error, target=0.9),
-    Contender("geomkit: sketch 16×16", whole(sketches), _sketch_error, target=0.9),
+    Contender("geomkit: sketch 16×16, with the head", whole(sketches), _sketch_error, target=0.9),
+    Contender("geomkit: sketch 16×16, without the head", whole(sketches_without_head), _sketch_error, target=0.9),
     Contender("geomkit: singular values of every linear layer", whole(spectra), _spectra_error, target=1.25),
 )

@@ -7,36 +7,10 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 from geomkit.inputs.tokens import Tokens
-
-SIZES: dict[str, dict[str, int]] = {
-    # A small vocabulary, so that nearly all parameters are in linear layers, as in a model of billions.
-    "tiny": {"vocab": 32, "hidden": 16, "inner": 24, "layers": 2, "heads": 2, "kv_heads": 2},
-    "25m": {"vocab": 1024, "hidden": 512, "inner": 1408, "layers": 8, "heads": 8, "kv_heads": 8},
-    "1b": {"vocab": 4096, "hidden": 2048, "inner": 8192, "layers": 16, "heads": 32, "kv_heads": 8},
-}
-
-
-def build_model(size: str, device: str, dtype: torch.dtype) -> LlamaForCausalLM:
-    shape = SIZES[size]
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=shape["vocab"],
-        hidden_size=shape["hidden"],
-        intermediate_size=shape["inner"],
-        num_hidden_layers=shape["layers"],
-        num_attention_heads=shape["heads"],
-        num_key_value_heads=shape["kv_heads"],
-        max_position_embeddings=2048,
-        tie_word_embeddings=False,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=1,
-        use_cache=False,
-    )
-    return LlamaForCausalLM(config).to(device=device, dtype=dtype).eval()
+from tests.benchmarks.shapes import SHAPES, random_llama, random_tokens
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,10 +29,8 @@ class Workload:
     def build(
         cls, size: str, *, device: str = "cpu", dtype: torch.dtype = torch.float32, batch: int = 8, tokens: int = 128
     ) -> "Workload":
-        model = build_model(size, device, dtype)
-        generator = torch.Generator().manual_seed(1)
-        ids = torch.randint(2, SIZES[size]["vocab"], (batch, tokens), generator=generator)
-        return cls(model, ids.to(device))
+        shape = SHAPES[size]
+        return cls(random_llama(shape, device, dtype), random_tokens(shape, batch, tokens).to(device))
 
     @property
     def device(self) -> torch.device:
@@ -84,6 +56,7 @@ class Workload:
 
     @property
     def linear_share(self) -> float:
+        """Share of the parameters that are weights of linear layers; a tied head counts as one."""
         return sum(layer.weight.numel() for layer in self.linears.values()) / self.parameters
 
     @property
@@ -97,9 +70,10 @@ class Workload:
 
     @cached_property
     def linears(self) -> dict[str, torch.nn.Linear]:
-        """The linear layers, by the name of their weight."""
-        modules = self.model.named_modules()
-        return {f"{name}.weight": module for name, module in modules if isinstance(module, torch.nn.Linear)}
+        """The linear layers, by the name that the model gives their weight: a tied head has the embedding's."""
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        layers = [module for module in self.model.modules() if isinstance(module, torch.nn.Linear)]
+        return {names[id(layer.weight)]: layer for layer in layers}
 
     def copy(self) -> LlamaForCausalLM:
         """Return a copy of the model, for a contender that changes it."""

@@ -1,7 +1,7 @@
 """Description of a collection without running the model: parameters, closed forms, batches and memory."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from torch import nn
 
@@ -17,6 +17,8 @@ from geomkit.collection.describe.memory import (
     most_sample_bytes,
     total_bytes,
 )
+from geomkit.collection.describe.prediction import Prediction, predict_tasks
+from geomkit.collection.describe.speed import Speed, measure_speed
 from geomkit.collection.streaming import TOKENS_PER_BATCH, padded_length
 from geomkit.errors import DataError
 from geomkit.inputs.batches import plan_batches
@@ -38,6 +40,7 @@ def describe(
     layers: Layers = "*",
     form: Form = "auto",
     tokens_per_batch: int = TOKENS_PER_BATCH,
+    predict: bool | Speed = False,
 ) -> Description:
     """Return what :func:`geomkit.collect_gradients` would do with these arguments, without running the model.
 
@@ -53,12 +56,18 @@ def describe(
         layers: The choice of parameters.
         form: Form of the summed gradients.
         tokens_per_batch: Largest number of token positions in a batch.
+        predict: Also predict time and memory of a collection of the trainable parameters, an analysis of three such
+            sets, and a step of a fine-tune with default settings, plain and under SPF. It needs examples. The model is
+            run for some seconds to measure its speed; on the meta device there is memory only, unless the speed that
+            :func:`geomkit.collection.describe.speed.measure_speed` measured on another model is given in place of
+            ``True``.
 
     Returns:
         The description; ``print`` shows it as a table.
 
     Raises:
-        DataError: If only one of tokenizer and examples is given, or the examples cannot be encoded.
+        DataError: If only one of tokenizer and examples is given, the examples cannot be encoded, or predictions are
+            wanted without examples.
         CollectionError: If no trainable parameter matches.
 
     Example:
@@ -73,6 +82,8 @@ def describe(
     if (tokenizer is None) != (examples is None):
         given, missing = ("examples", "a tokenizer") if tokenizer is None else ("a tokenizer", "examples")
         raise DataError(f"expected a tokenizer and examples or neither, found only {given}; give {missing} too")
+    if predict and examples is None:
+        raise DataError("expected examples to predict from, found none; give a tokenizer and examples too")
     inner = unwrapped_model(model)
     selection = as_selection(layers)
     counts = None
@@ -104,7 +115,17 @@ def describe(
         workload=workload,
         memory=_memory(inner, parameters, workload.positions if workload else tokens_per_batch),
         per_sample=per_sample,
+        predictions=tuple(_predictions(inner, counts, tokens_per_batch, predict)) if counts and predict else (),
     )
+
+
+def _predictions(
+    model: "PreTrainedModel", counts: Counts, tokens_per_batch: int, speed: Literal[True] | Speed
+) -> list[Prediction]:
+    if speed is True:
+        is_meta = any(parameter.device.type == "meta" for parameter in model.parameters())
+        return predict_tasks(model, counts, tokens_per_batch, None if is_meta else measure_speed(model))
+    return predict_tasks(model, counts, tokens_per_batch, speed)
 
 
 def _workload(counts: Counts, tokens_per_batch: int) -> Workload:

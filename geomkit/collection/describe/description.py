@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from geomkit.collection.describe.memory import total_bytes
+from geomkit.collection.describe.prediction import Prediction
 from geomkit.inputs.parameters import Kind
-from geomkit.utils.display import Result, html_table, human_bytes, human_count, text_table
+from geomkit.utils.display import Result, html_table, human_bytes, human_count, human_seconds, text_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -110,6 +111,7 @@ class Description(Result):
         workload: Numbers of examples, tokens and batches; ``None`` without examples.
         memory: Memory of the collection.
         per_sample: Whether the gradients of single examples are stored.
+        predictions: Predicted time and memory of a collection, an analysis and a step of a fine-tune, if asked for.
     """
 
     model: str
@@ -118,6 +120,7 @@ class Description(Result):
     workload: Workload | None
     memory: Memory
     per_sample: bool
+    predictions: tuple[Prediction, ...] = ()
 
     @property
     def share(self) -> float:
@@ -154,7 +157,9 @@ class Description(Result):
 
     def __str__(self) -> str:
         """Return a table with a line per kind of module, and the totals."""
-        return "\n".join([self._head(), "", *_kind_table(self.parameters), "", *self._totals()])
+        tables = [_kind_table(self.parameters), self._totals()]
+        tables += [_prediction_table(self.predictions)] if self.predictions else []
+        return "\n".join([self._head(), *(line for lines in tables for line in ("", *lines))])
 
     def _head(self) -> str:
         entries, trainable = _entries(self.parameters), _entries(plan for plan in self.parameters if plan.trainable)
@@ -182,7 +187,8 @@ class Description(Result):
         ]
 
     def _repr_html_(self) -> str:
-        totals = "<br>".join(self._totals())
+        predicted = _prediction_table(self.predictions) if self.predictions else []
+        totals = "<br>".join([*self._totals(), *predicted])
         return f"{html_table(self._head(), self.to_frame())}<p>{totals}</p>"
 
 
@@ -205,6 +211,14 @@ def _kind_table(parameters: Sequence[ParameterPlan]) -> list[str]:
                 way if chosen else "",
             )
         )
+    return text_table(rows)
+
+
+def _prediction_table(predictions: Iterable[Prediction]) -> list[str]:
+    rows = [("predicted", "time", "memory at the peak")]
+    for prediction in predictions:
+        seconds = "" if prediction.seconds is None else human_seconds(prediction.seconds)
+        rows.append((prediction.task, seconds, human_bytes(prediction.peak)))
     return text_table(rows)
 
 
