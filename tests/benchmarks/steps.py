@@ -35,6 +35,7 @@ class Setting:
         tokens: Tokens of each.
         anchor_tokens: Tokens of an anchor.
         scored: How many of these, the last ones, are the refusal.
+        dtype: Precision of the weights.
     """
 
     size: str
@@ -43,6 +44,7 @@ class Setting:
     tokens: int
     anchor_tokens: int
     scored: int
+    dtype: str = "float32"
 
     def anchors(self, count: int) -> list[Tokens]:
         ids = random_tokens(SHAPES[self.size], count, self.anchor_tokens, seed=2)
@@ -60,7 +62,8 @@ class Training:
     @cached_property
     def workload(self) -> Workload:
         one = self.setting
-        return Workload.build(one.size, device=one.device, batch=one.batch * _BATCHES, tokens=one.tokens)
+        dtype = getattr(torch, one.dtype)
+        return Workload.build(one.size, device=one.device, dtype=dtype, batch=one.batch * _BATCHES, tokens=one.tokens)
 
     @cached_property
     def optimizer(self) -> torch.optim.Optimizer:
