@@ -104,6 +104,18 @@ def singular_values_of_gram(gram: Tensor) -> Tensor:
     return _eigenvalues(gram.double()).clamp(min=0).sqrt().flip(-1)
 
 
+def gram_error_is_small(left: Tensor, right: Tensor, values: Tensor) -> bool:
+    """Return whether singular values of LᵀR from Gram matrices are exact to :data:`_PRECISION` of the largest value.
+
+    Args:
+        left: (T, T) Gram matrix LLᵀ, fp64.
+        right: (T, T) Gram matrix RRᵀ, fp64.
+        values: (T,) singular values, descending.
+    """
+    squared_error = _EPS_FP64 * _column_sums(left[None]) * _column_sums(right[None])
+    return bool(squared_error <= (_PRECISION * values[0]) ** 2)
+
+
 def small_equivalent(gradient: LayerGradient) -> Tensor:
     """Return a small fp64 matrix with the same singular values as the gradient.
 

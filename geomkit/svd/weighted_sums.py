@@ -33,7 +33,7 @@ def weighted_spectra(gradients: Sequence[LayerGradient], weights: Tensor) -> Ten
     weights = weights.to(gradients[0].device)
     indexed = [gradient for gradient in gradients if isinstance(gradient, IndexedGradient)]
     if len(indexed) == len(gradients):
-        gradients = _without_unused_rows(indexed)
+        gradients = without_unused_rows(indexed)
     thin = [factors for gradient in gradients if (factors := thin_factors(gradient)) is not None]
     # Not with indexed gradients: their left factors are one-hot, and larger than the formed rows.
     tokens = sum(len(left) for left, _ in thin)
@@ -44,7 +44,7 @@ def weighted_spectra(gradients: Sequence[LayerGradient], weights: Tensor) -> Ten
     return torch.cat([_from_strips(tall, weights[start : start + step]) for start in range(0, len(weights), step)])
 
 
-def _without_unused_rows(gradients: Sequence[IndexedGradient]) -> list[IndexedGradient]:
+def without_unused_rows(gradients: Sequence[IndexedGradient]) -> list[IndexedGradient]:
     """Return the gradients without the rows that no gradient looked up."""
     used = torch.cat([gradient.indices for gradient in gradients]).unique()  # type: ignore[no-untyped-call]
     return [
