@@ -53,7 +53,8 @@ class Probe:
         examples: Largest number of examples drawn at random from each set; all examples when ``None``. The factors of
             every example's gradient are kept, so memory grows with this number.
         rank: Number of directions of the subspaces that are compared.
-        null_draws: Draws from the null of each layer's spectrum.
+        null_draws: Largest number of draws from the null of each layer's spectrum; large spectra hardly vary and get
+            fewer, at least 2.
         layers: Which parameters to measure, as in :func:`geomkit.collect_gradients`.
         tokens_per_batch: Largest number of token positions in a batch, padding included.
         seed: Seed of all random draws; the same examples are drawn for every model.
@@ -161,7 +162,8 @@ class Probe:
     ) -> Analysis:
         """Return the analysis of a model, see :func:`analyze`."""
         gradients = self.collect(model, tokenizer, progress=progress)
-        return self.measure(*gradients, refusal=self.refusal(model, tokenizer, progress=progress))
+        refusal = self.refusal(model, tokenizer, progress=progress)
+        return self.measure(*gradients, refusal=refusal, progress=progress)
 
     def refusal(
         self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", *, progress: bool = False
@@ -185,7 +187,13 @@ class Probe:
         )
 
     def measure(
-        self, safety: GradientSet, utility: GradientSet, control: GradientSet, *, refusal: Rate | None = None
+        self,
+        safety: GradientSet,
+        utility: GradientSet,
+        control: GradientSet,
+        *,
+        refusal: Rate | None = None,
+        progress: bool = False,
     ) -> Analysis:
         """Return the analysis of gradients that :meth:`collect` returned.
 
@@ -194,9 +202,17 @@ class Probe:
             utility: Gradients of the utility set.
             control: Gradients of the control set.
             refusal: What :meth:`refusal` returned; when left out, the analysis says that the model was not asked.
+            progress: Show a bar, in parameters.
         """
         return analysis_of(
-            safety, utility, control, rank=self.rank, null_draws=self.null_draws, seed=self.seed, refusal=refusal
+            safety,
+            utility,
+            control,
+            rank=self.rank,
+            null_draws=self.null_draws,
+            seed=self.seed,
+            refusal=refusal,
+            progress=progress,
         )
 
 

@@ -158,9 +158,7 @@ def _token_grams_are_cheaper(rows: Sequence[LayerGradient], columns: Sequence[La
     return by_tokens < by_forming
 
 
-def _gram_by_tokens(
-    rows: list[FactoredGradient], columns: list[FactoredGradient], dtype: torch.dtype
-) -> Tensor:
+def _gram_by_tokens(rows: list[FactoredGradient], columns: list[FactoredGradient], dtype: torch.dtype) -> Tensor:
     """Return Σ (L_a L_bᵀ) ∘ (R_a R_bᵀ) for every pair, in blocks of about :data:`_BLOCK_TOKENS` tokens."""
     total = torch.zeros(len(rows), len(columns), dtype=torch.float64, device=rows[0].device)
     symmetric = _same_objects(rows, columns)

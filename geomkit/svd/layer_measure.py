@@ -1,7 +1,7 @@
 """The spectrum of one parameter's mean gradient, with its null and its changes when examples are left out."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -30,6 +30,10 @@ class LayerMeasure:
     null: tuple[LayerSpectrum, ...]
     without: tuple[LayerSpectrum, ...] = ()
     left: Callable[[int], Tensor] | None = None
+
+    def kept(self) -> "LayerMeasure":
+        """Return the spectra without the vectors, whose function holds the gradient in memory."""
+        return replace(self, left=None)
 
 
 def measure_layer(
@@ -81,9 +85,7 @@ def measure_layer(
     return LayerMeasure(spectrum, null, tuple(first_order_spectra(spectrum, by_group, tokens)), left)
 
 
-def _null(
-    parameter: str, gradient: LayerGradient, draws: int, generator: torch.Generator
-) -> Sequence[LayerSpectrum]:
+def _null(parameter: str, gradient: LayerGradient, draws: int, generator: torch.Generator) -> Sequence[LayerSpectrum]:
     if isinstance(gradient, FactoredGradient) and gradient.tokens:
         shape, tokens, bound = gradient.matrix_shape, gradient.tokens, gradient.rank_bound
         values = null_singular_values(gradient, draws, generator)

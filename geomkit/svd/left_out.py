@@ -8,7 +8,6 @@ from torch import Tensor
 
 from geomkit.gradients.accumulator import add
 from geomkit.gradients.dense import DenseGradient
-from geomkit.gradients.indexed import IndexedGradient
 from geomkit.gradients.layer_gradient import LayerGradient
 from geomkit.svd.layer_spectrum import LayerSpectrum
 from geomkit.svd.singular_values import singular_values_of
@@ -30,7 +29,9 @@ def exact_spectra(parameter: str, parts: Sequence[LayerGradient], groups: Sequen
     sums = list(_sums_without(parts, groups))
     values = singular_values_of(sums).cpu().numpy()
     return [
-        LayerSpectrum(parameter, gradient.matrix_shape, gradient.tokens, gradient.rank_bound, row[: gradient.rank_bound])
+        LayerSpectrum(
+            parameter, gradient.matrix_shape, gradient.tokens, gradient.rank_bound, row[: gradient.rank_bound]
+        )
         for gradient, row in zip(sums, values, strict=True)
     ]
 
@@ -75,8 +76,7 @@ def group_parts(parts: Sequence[LayerGradient], groups: Sequence[np.ndarray], bo
         groups: Indices of the examples in every group.
         bound: r, the rank bound of the sum.
     """
-    indexed = [part for part in parts if isinstance(part, IndexedGradient)]
-    gradients = without_unused_rows(indexed) if len(indexed) == len(parts) else parts
+    gradients = without_unused_rows(parts)
     vectors = exact_vectors(add(gradients), "both")
     k = min(bound, len(vectors.values))
     left, right = vectors.left(k), vectors.right(k)

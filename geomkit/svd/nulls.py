@@ -125,7 +125,7 @@ def _uniform_directions(count: int, size: int, coordinates: int, generator: torc
     # A Gaussian vector, divided by its norm, is uniform on the sphere.
     drawn = torch.randn(count, coordinates, generator=generator).double()
     if count <= size:
-        # The triangle of a Gaussian matrix Z = SQ: normals below the diagonal, χ with size − i degrees of freedom on it.
+        # The triangle S of a Gaussian matrix SQ: normals below the diagonal, χ with size − i degrees of freedom on it.
         seed = int(torch.randint(2**62, (1,), generator=generator))
         freedom = size - np.arange(count)
         drawn = drawn.tril(-1) + torch.diag(torch.from_numpy(np.sqrt(np.random.default_rng(seed).chisquare(freedom))))

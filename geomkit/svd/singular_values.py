@@ -270,7 +270,7 @@ class _GramCache:
             return (_gram(rows if len(rows) < rows.shape[1] else rows.T),)
         if factors := thin_factors(gradient):
             return self._factor_gram(factors[0]), self._factor_gram(factors[1])
-        return (_gram_of_smaller_side(gradient),)
+        return (gram_of_smaller_side(gradient),)
 
     def _factor_gram(self, factor: Tensor) -> Tensor:
         key = _memory_key(factor)
@@ -294,7 +294,7 @@ def _gram(rows: Tensor) -> Tensor:
     return row_products(rows, rows)
 
 
-def _gram_of_smaller_side(gradient: LayerGradient) -> Tensor:
+def gram_of_smaller_side(gradient: LayerGradient) -> Tensor:
     """Return GGᵀ of a wide gradient, or GᵀG of a tall one as a sum over strips of rows."""
     rows, columns = gradient.matrix_shape
     if rows < columns:

@@ -1,0 +1,175 @@
+"""Leading singular vectors of single gradients, and of their sum without one of them.
+
+The sum without an example differs little from the sum of all, whose leading vectors are a good start: two steps of
+subspace iteration with a few directions to spare reach the leading vectors without the example.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from geomkit.gradients.accumulator import add
+from geomkit.gradients.layer_gradient import Factors, LayerGradient, row_products, thin_factors
+from geomkit.svd.common_basis import largest_eigenpairs
+from geomkit.svd.singular_values import gram_of_smaller_side, rank_tolerance
+from geomkit.svd.singular_vectors import Side
+from geomkit.utils.arguments import check_finite
+
+_SPARE = 10
+"""Directions of the iteration beyond the wanted rank; the error falls by (σ_{k+spare}/σ_k)² a step."""
+_STEPS = 2
+"""Steps of the iteration; see tests/benchmarks/README.md for what more steps would change."""
+_SMALL = 64
+"""Largest smaller dimension at which the sums without each gradient are decomposed."""
+_NUMBERS = 2**24
+"""Largest number of entries of the iterated bases of the sums that are in memory at a time."""
+
+
+def example_bases(gradients: Sequence[LayerGradient], side: Side, rank: int) -> list[Tensor]:
+    """Return the leading singular vectors of every gradient.
+
+    Args:
+        gradients: N gradients of one parameter.
+        side: Side of the singular vectors.
+        rank: Largest number of vectors; a basis has fewer if the numeric rank of the gradient is lower.
+
+    Returns:
+        N bases (d, k) with orthonormal columns, fp32.
+
+    Raises:
+        GeometryError: If a gradient is not finite.
+    """
+    bases: dict[int, Tensor] = {}
+    shape = gradients[0].matrix_shape
+    waiting: list[tuple[int, Factors]] = []
+    for place, gradient in enumerate(gradients):
+        factors = thin_factors(gradient)
+        if factors is None:
+            bases[place] = _leading(gradient, side, rank).float()
+            continue
+        waiting.append((place, factors if side == "left" else factors[::-1]))
+        # Factors of one batch are padded to the longest, which changes nothing.
+        if sum(len(left) for _, (left, _) in waiting) * sum(shape) >= _NUMBERS // 8:
+            bases |= _of_batch(waiting, shape, rank)
+            waiting = []
+    bases |= _of_batch(waiting, shape, rank)
+    return [bases[place] for place in range(len(gradients))]
+
+
+def leave_one_out_bases(gradients: Sequence[LayerGradient], side: Side, rank: int) -> list[Tensor]:
+    """Return the leading singular vectors of the sum of N gradients without one of them, for every one in turn.
+
+    Args:
+        gradients: N gradients of one parameter.
+        side: Side of the singular vectors.
+        rank: Largest number of vectors; a basis has fewer if the numeric rank of the sum is lower.
+
+    Returns:
+        N + 1 bases (d, k) with orthonormal columns, fp32: without every gradient in turn, and of the whole sum.
+
+    Raises:
+        GeometryError: If a gradient is not finite.
+    """
+    total = add(gradients)
+    shape, width = total.matrix_shape, rank + _SPARE
+    # 1. The leading vectors of the whole sum on the other side are the start of every iteration.
+    start = _leading(total, "right" if side == "left" else "left", width).float()
+    whole = _leading(total, side, rank).float()
+    if start.shape[1] < width or min(shape) <= _SMALL:
+        # A sum of low rank has no direction to spare; it and a small one are cheap to decompose without each gradient.
+        rests = (add([*gradients[:place], *gradients[place + 1 :]]) for place in range(len(gradients)))
+        return [*(_leading(rest, side, rank).float() for rest in rests), whole]
+    forward, backward = (_times, _transposed_times) if side == "left" else (_transposed_times, _times)
+    bases: list[Tensor] = []
+    step = max(1, _NUMBERS // (max(shape) * width))
+    for first in range(0, len(gradients), step):
+        chunk = gradients[first : first + step]
+        blocks = [start] * len(chunk)
+        # 2. X ← orth((G − G_n)ᵀ (G − G_n) X) for all n of the chunk side by side.
+        for _ in range(_STEPS):
+            images = _without_each(total, chunk, blocks, forward)
+            blocks = [torch.linalg.qr(block).Q for block in _without_each(total, chunk, images, backward)]
+        # 3. The leading left singular vectors of (G − G_n) X.
+        bases += [_left_vectors(image, rank, shape) for image in _without_each(total, chunk, blocks, forward)]
+    return [*bases, whole]
+
+
+def _times(gradient: LayerGradient, operand: Tensor) -> Tensor:
+    return gradient.matmul(operand)
+
+
+def _transposed_times(gradient: LayerGradient, operand: Tensor) -> Tensor:
+    return gradient.rmatmul(operand.T).T
+
+
+def _without_each(
+    total: LayerGradient,
+    gradients: Sequence[LayerGradient],
+    blocks: Sequence[Tensor],
+    product: Callable[[LayerGradient, Tensor], Tensor],
+) -> list[Tensor]:
+    """Return the products of G − G_n with the n-th block, for all n; the products with G are one product."""
+    with_total = product(total, torch.cat(list(blocks), 1)).split(blocks[0].shape[1], 1)
+    return [
+        image - product(gradient, block) for image, gradient, block in zip(with_total, gradients, blocks, strict=True)
+    ]
+
+
+def _left_vectors(image: Tensor, rank: int, shape: tuple[int, int]) -> Tensor:
+    """Return the leading left singular vectors of a matrix with few columns, fp32."""
+    squared, vectors = torch.linalg.eigh(row_products(image.T, image.T))
+    values = squared.clamp(min=0).sqrt().flip(0)
+    count = min(rank, int((values > rank_tolerance(values.cpu().numpy(), shape)).sum()))
+    scaled = vectors.flip(1)[:, :count] / values[:count]
+    return image @ scaled.to(image.dtype)
+
+
+def _leading(gradient: LayerGradient, side: Side, rank: int) -> Tensor:
+    """Return the leading singular vectors of one gradient on one side, fp64."""
+    shape = gradient.matrix_shape
+    if factors := thin_factors(gradient):
+        return _of_batch([(0, factors if side == "left" else factors[::-1])], shape, rank)[0].double()
+    # 1. Eigenvectors of the Gram matrix of the smaller side are the singular vectors of that side.
+    gram = gram_of_smaller_side(gradient)
+    check_finite(gram, f"a gradient of shape {shape}")
+    squared, vectors = largest_eigenpairs(gram[None], rank)
+    values = squared[0].clamp(min=0).sqrt()
+    count = int((values > rank_tolerance(values.cpu().numpy(), shape)).sum())
+    basis, smaller = vectors[0][:, :count], "left" if shape[0] < shape[1] else "right"
+    if side == smaller:
+        return basis
+    # 2. Those of the other side are the images of the vectors, divided by the singular values.
+    images = gradient.matmul(basis) if side == "left" else gradient.rmatmul(basis.T).T
+    return images / values[:count]
+
+
+def _of_batch(batch: Sequence[tuple[int, Factors]], shape: tuple[int, int], rank: int) -> dict[int, Tensor]:
+    """Return the leading left singular vectors of LᵀR for several factors of few tokens, by place, fp32.
+
+    Args:
+        batch: Places, and factors L (T, p) and R (T, q).
+        shape: Rows and columns of the parameter, for the tolerance of the rank.
+        rank: Largest number of vectors.
+    """
+    if not batch:
+        return {}
+    places, factors = zip(*batch, strict=True)
+    left, right = (pad_sequence(list(side), batch_first=True).double() for side in zip(*factors, strict=True))
+    # 1. RRᵀ = WWᵀ from its eigenvectors, which exist where tokens repeat one another, too.
+    inputs = right @ right.mT
+    check_finite(inputs, f"a gradient of shape {shape}")
+    squared, vectors = torch.linalg.eigh(inputs)
+    roots = vectors * squared.clamp(min=0).sqrt()[:, None]
+    # 2. LᵀR (LᵀR)ᵀ = (WᵀL)ᵀ (WᵀL): with WᵀLLᵀW = E Λ Eᵀ, the left vectors are LᵀWE Λ^(-1/2).
+    gram = roots.mT @ (left @ left.mT) @ roots
+    check_finite(gram, f"a gradient of shape {shape}")
+    squared, vectors = torch.linalg.eigh(gram)
+    values = squared.clamp(min=0).sqrt().flip(1)[:, :rank]
+    combined = roots @ vectors.flip(2)[..., :rank]
+    counts = [int((row > rank_tolerance(row, shape)).sum()) for row in values.cpu().numpy()]
+    return {
+        place: (rows.T @ (weights[:, :count] / lengths[:count])).float()
+        for place, rows, weights, lengths, count in zip(places, left, combined, values, counts, strict=True)
+    }
