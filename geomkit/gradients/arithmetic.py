@@ -21,6 +21,9 @@ from geomkit.gradients.summed import SumGradient
 _FP64_NUMBERS = 2**21
 """Number of values that are converted to fp64 at a time."""
 
+_STRIP_NUMBERS = 2**23
+"""Number of entries of all gradients that are formed at a time."""
+
 _BLOCK_TOKENS = 1024
 """Number of tokens of a block: Gram matrices of tokens are computed in blocks of about this many rows and columns."""
 
@@ -223,8 +226,9 @@ def _gram_by_strips(
     """
     total = torch.zeros(len(rows), len(columns), dtype=torch.float64, device=rows[0].device)
     height, width = rows[0].matrix_shape
-    step = max(_MIN_STRIP_ROWS, _FP64_NUMBERS // ((len(rows) + len(columns)) * max(width, 1)))
     symmetric = _same_objects(rows, columns)
+    count = len(rows) + (0 if symmetric else len(columns))
+    step = max(_MIN_STRIP_ROWS, _STRIP_NUMBERS // (count * max(width, 1)))
     for start in range(0, height if used is None else len(used), step):
         stop = start + step
         strip = slice(start, stop) if used is None else used[start:stop]

@@ -44,6 +44,7 @@ def example_bases(gradients: Sequence[LayerGradient], side: Side, rank: int) -> 
     bases: dict[int, Tensor] = {}
     shape = gradients[0].matrix_shape
     waiting: list[tuple[int, Factors]] = []
+    longest = 0
     for place, gradient in enumerate(gradients):
         factors = thin_factors(gradient)
         if factors is None:
@@ -51,9 +52,10 @@ def example_bases(gradients: Sequence[LayerGradient], side: Side, rank: int) -> 
             continue
         waiting.append((place, factors if side == "left" else factors[::-1]))
         # Factors of one batch are padded to the longest, which changes nothing.
-        if sum(len(left) for _, (left, _) in waiting) * sum(shape) >= _NUMBERS // 8:
+        longest = max(longest, len(factors[0]))
+        if len(waiting) * longest * sum(shape) >= _NUMBERS // 4:
             bases |= _of_batch(waiting, shape, rank)
-            waiting = []
+            waiting, longest = [], 0
     bases |= _of_batch(waiting, shape, rank)
     return [bases[place] for place in range(len(gradients))]
 
@@ -86,13 +88,13 @@ def leave_one_out_bases(gradients: Sequence[LayerGradient], side: Side, rank: in
     step = max(1, _NUMBERS // (max(shape) * width))
     for first in range(0, len(gradients), step):
         chunk = gradients[first : first + step]
-        blocks = [start] * len(chunk)
+        blocks = start.expand(len(chunk), *start.shape)
         # 2. X ← orth((G − G_n)ᵀ (G − G_n) X) for all n of the chunk side by side.
         for _ in range(_STEPS):
             images = _without_each(total, chunk, blocks, forward)
-            blocks = [torch.linalg.qr(block).Q for block in _without_each(total, chunk, images, backward)]
+            blocks = torch.linalg.qr(_without_each(total, chunk, images, backward)).Q
         # 3. The leading left singular vectors of (G − G_n) X.
-        bases += [_left_vectors(image, rank, shape) for image in _without_each(total, chunk, blocks, forward)]
+        bases += _left_vectors(_without_each(total, chunk, blocks, forward), rank, shape)
     return [*bases, whole]
 
 
@@ -107,23 +109,35 @@ def _transposed_times(gradient: LayerGradient, operand: Tensor) -> Tensor:
 def _without_each(
     total: LayerGradient,
     gradients: Sequence[LayerGradient],
-    blocks: Sequence[Tensor],
+    blocks: Tensor,
     product: Callable[[LayerGradient, Tensor], Tensor],
-) -> list[Tensor]:
-    """Return the products of G − G_n with the n-th block, for all n; the products with G are one product."""
-    with_total = product(total, torch.cat(list(blocks), 1)).split(blocks[0].shape[1], 1)
-    return [
-        image - product(gradient, block) for image, gradient, block in zip(with_total, gradients, blocks, strict=True)
-    ]
+) -> Tensor:
+    """Return the products of G − G_n with block n, for all n; the products with G are one product.
+
+    Args:
+        total: G.
+        gradients: B gradients G_n.
+        blocks: (B, d, b) one block of columns for each.
+        product: The product with a gradient, or with its transpose.
+
+    Returns:
+        (B, d', b) products.
+    """
+    count, _, width = blocks.shape
+    images = product(total, blocks.transpose(0, 1).flatten(1)).unflatten(1, (count, width)).transpose(0, 1).contiguous()
+    for image, gradient, block in zip(images, gradients, blocks, strict=True):
+        image.sub_(product(gradient, block))
+    return images
 
 
-def _left_vectors(image: Tensor, rank: int, shape: tuple[int, int]) -> Tensor:
-    """Return the leading left singular vectors of a matrix with few columns, fp32."""
-    squared, vectors = torch.linalg.eigh(row_products(image.T, image.T))
-    values = squared.clamp(min=0).sqrt().flip(0)
-    count = min(rank, int((values > rank_tolerance(values.cpu().numpy(), shape)).sum()))
-    scaled = vectors.flip(1)[:, :count] / values[:count]
-    return image @ scaled.to(image.dtype)
+def _left_vectors(images: Tensor, rank: int, shape: tuple[int, int]) -> list[Tensor]:
+    """Return the leading left singular vectors of B matrices (B, d, b) with few columns, fp32."""
+    precise = images.double()
+    squared, vectors = torch.linalg.eigh(precise.mT @ precise)
+    values = squared.clamp(min=0).sqrt().flip(1)[:, :rank]
+    counts = [int((row > rank_tolerance(row, shape)).sum()) for row in values.cpu().numpy()]
+    scaled = (vectors.flip(2)[..., :rank] / values.clamp(min=torch.finfo(values.dtype).tiny)[:, None]).to(images.dtype)
+    return [basis[:, :count] for basis, count in zip(images @ scaled, counts, strict=True)]
 
 
 def _leading(gradient: LayerGradient, side: Side, rank: int) -> Tensor:

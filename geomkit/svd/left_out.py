@@ -14,7 +14,7 @@ from geomkit.svd.singular_values import singular_values_of
 from geomkit.svd.singular_vectors import exact_vectors
 from geomkit.svd.weighted_sums import without_unused_rows
 
-EXACT_BOUND = 128
+EXACT_BOUND = 64
 """Largest rank bound at which the spectrum without each group is computed; larger spectra are taken to first order."""
 
 

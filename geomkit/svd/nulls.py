@@ -68,21 +68,21 @@ def null_singular_values(gradient: FactoredGradient, draws: int, generator: torc
     Returns:
         (rank bound,) fp64 singular values for each draw, descending, exact to 1e-6 of the largest value.
     """
-    norms = torch.linalg.vector_norm(gradient.left.double(), dim=1, keepdim=True)
     dimension, bound = min(gradient.left.shape), gradient.rank_bound
     thin = gradient.tokens < min(gradient.shape)
     # 1. Shared by all draws: RRᵀ if the T × T Gram matrices are the smallest, otherwise R itself.
     inputs = row_products(gradient.right, gradient.right) if thin else gradient.right
+    norms = torch.linalg.vector_norm(gradient.left, dim=1, keepdim=True, dtype=torch.float64).to(inputs.dtype)
     spectra = []
     for _ in range(draws):
         # 2. Coordinates C of the random left rows, with the norms of the given rows.
-        directions = _uniform_directions(gradient.tokens, gradient.shape[0], dimension, generator).to(norms.device)
-        coordinates = directions * norms
+        directions = _uniform_directions(gradient.tokens, gradient.shape[0], dimension, generator)
+        coordinates = directions.to(norms.device, norms.dtype) * norms
         # 3. CᵀR has the singular values of a draw: CᵀRRᵀC if T is small, otherwise the square of the smaller side.
         if thin:
             squares = coordinates.T @ (inputs @ coordinates)
         else:
-            matrix = coordinates.T.to(inputs.dtype) @ inputs
+            matrix = coordinates.T @ inputs
             smaller = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
             squares = row_products(smaller, smaller)
         check_finite(squares, f"a gradient of shape {gradient.shape}")
@@ -98,16 +98,16 @@ def enough_draws(rank_bound: int, largest: int) -> int:
 
     Args:
         rank_bound: Largest possible rank of the gradient.
-        largest: Number of draws up to a rank bound of 64.
+        largest: Number of draws up to a rank bound of 32.
 
     Returns:
-        ``largest`` · 64 / ``rank_bound``, but at least 2 and at most ``largest``.
+        ``largest`` · 32 / ``rank_bound``, but at least 2 and at most ``largest``.
 
     Example:
         >>> [enough_draws(rank_bound, 8) for rank_bound in (30, 128, 576)]
-        [8, 4, 2]
+        [8, 2, 2]
     """
-    return min(largest, max(2, round(largest * 64 / max(rank_bound, 1))))
+    return min(largest, max(2, round(largest * 32 / max(rank_bound, 1))))
 
 
 def _uniform_directions(count: int, size: int, coordinates: int, generator: torch.Generator) -> Tensor:
@@ -120,15 +120,16 @@ def _uniform_directions(count: int, size: int, coordinates: int, generator: torc
         generator: Source of randomness.
 
     Returns:
-        (T, coordinates) rows of norm 1, fp64.
+        (T, coordinates) rows of norm 1, fp32.
     """
     # A Gaussian vector, divided by its norm, is uniform on the sphere.
-    drawn = torch.randn(count, coordinates, generator=generator).double()
+    drawn = torch.randn(count, coordinates, generator=generator)
     if count <= size:
         # The triangle S of a Gaussian matrix SQ: normals below the diagonal, χ with size − i degrees of freedom on it.
         seed = int(torch.randint(2**62, (1,), generator=generator))
         freedom = size - np.arange(count)
-        drawn = drawn.tril(-1) + torch.diag(torch.from_numpy(np.sqrt(np.random.default_rng(seed).chisquare(freedom))))
+        diagonal = np.sqrt(np.random.default_rng(seed).chisquare(freedom))
+        drawn = drawn.tril(-1) + torch.diag(torch.from_numpy(diagonal).float())
     return drawn / torch.linalg.vector_norm(drawn, dim=1, keepdim=True)
 
 
