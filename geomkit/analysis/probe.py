@@ -1,7 +1,7 @@
 """A probe: example sets and settings with which the gradient geometry of any model can be measured."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypedDict, Unpack
 
 import numpy as np
@@ -126,8 +126,15 @@ class Probe:
             DataError: If examples cannot be encoded.
             CollectionError: If a loss or gradient is not finite, or no parameter matches.
         """
-        safety, utility, controls = (
-            collect_gradients(
+        safety, utility, controls = self._collected(model, tokenizer, progress)
+        return safety, utility, controls
+
+    def _collected(
+        self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", progress: bool
+    ) -> Iterator[GradientSet]:
+        """Yield the gradients of the safety, the utility and the control set."""
+        for rows in self._drawn_sets():
+            yield collect_gradients(
                 model,
                 tokenizer,
                 rows,
@@ -137,9 +144,6 @@ class Probe:
                 tokens_per_batch=self.tokens_per_batch,
                 progress=progress,
             )
-            for rows in self._drawn_sets()
-        )
-        return safety, utility, controls
 
     def _drawn_sets(self) -> "Iterator[Dataset | EncodedExamples]":
         """Yield the drawn examples of the safety, the utility and the control set."""
@@ -161,9 +165,11 @@ class Probe:
         self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", *, progress: bool = False
     ) -> Analysis:
         """Return the analysis of a model, see :func:`analyze`."""
-        gradients = self.collect(model, tokenizer, progress=progress)
+        # An analysis needs the examples' gradients only; the factors of the means would take as much memory again.
+        gradients = [replace(found, layers={}) for found in self._collected(model, tokenizer, progress)]
         refusal = self.refusal(model, tokenizer, progress=progress)
-        return self.measure(*gradients, refusal=refusal, progress=progress)
+        safety, utility, control = gradients
+        return self.measure(safety, utility, control, refusal=refusal, progress=progress)
 
     def refusal(
         self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", *, progress: bool = False

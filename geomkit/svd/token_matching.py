@@ -106,7 +106,7 @@ def matched_parts(
     tokens = min(sum(part.tokens for part in set_parts) for set_parts in parts)
     if not tokens:
         return None
-    check_one_shape(name, *(gradients[name] for gradients in sets))
+    check_one_shape(name, *(set_parts[0] for set_parts in parts))
     # Every set and parameter has a generator, so that no subset depends on another.
     generators = (parameter_generator(len(sets) * seed + place, name) for place in range(len(sets)))
     return [_thinned(set_parts, tokens, generator) for set_parts, generator in zip(parts, generators, strict=True)]
