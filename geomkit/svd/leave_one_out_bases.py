@@ -4,14 +4,14 @@ The sum without an example differs little from the sum of all, whose leading vec
 subspace iteration with a few directions to spare reach the leading vectors without the example.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from geomkit.gradients.accumulator import add
-from geomkit.gradients.layer_gradient import Factors, LayerGradient, row_products, thin_factors
+from geomkit.gradients.layer_gradient import Factors, LayerGradient, thin_factors
 from geomkit.svd.common_basis import largest_eigenpairs
 from geomkit.svd.singular_values import gram_of_smaller_side, rank_tolerance
 from geomkit.svd.singular_vectors import Side
@@ -83,51 +83,62 @@ def leave_one_out_bases(gradients: Sequence[LayerGradient], side: Side, rank: in
         # A sum of low rank has no direction to spare; it and a small one are cheap to decompose without each gradient.
         rests = (add([*gradients[:place], *gradients[place + 1 :]]) for place in range(len(gradients)))
         return [*(_leading(rest, side, rank).float() for rest in rests), whole]
-    forward, backward = (_times, _transposed_times) if side == "left" else (_transposed_times, _times)
     bases: list[Tensor] = []
     step = max(1, _NUMBERS // (max(shape) * width))
     for first in range(0, len(gradients), step):
-        chunk = gradients[first : first + step]
-        blocks = start.expand(len(chunk), *start.shape)
+        chunk = _Chunk(total, gradients[first : first + step])
+        forward, backward = (chunk.times, chunk.transposed_times)[:: 1 if side == "left" else -1]
+        blocks = start.expand(len(chunk.gradients), *start.shape)
         # 2. X ← orth((G − G_n)ᵀ (G − G_n) X) for all n of the chunk side by side.
         for _ in range(_STEPS):
-            images = _without_each(total, chunk, blocks, forward)
-            blocks = torch.linalg.qr(_without_each(total, chunk, images, backward)).Q
+            blocks = torch.linalg.qr(backward(forward(blocks))).Q
         # 3. The leading left singular vectors of (G − G_n) X.
-        bases += _left_vectors(_without_each(total, chunk, blocks, forward), rank, shape)
+        bases += _left_vectors(forward(blocks), rank, shape)
     return [*bases, whole]
 
 
-def _times(gradient: LayerGradient, operand: Tensor) -> Tensor:
-    return gradient.matmul(operand)
+class _Chunk:
+    """The sums G − G_n of all gradients without one of B gradients, as operators on blocks of columns.
 
-
-def _transposed_times(gradient: LayerGradient, operand: Tensor) -> Tensor:
-    return gradient.rmatmul(operand.T).T
-
-
-def _without_each(
-    total: LayerGradient,
-    gradients: Sequence[LayerGradient],
-    blocks: Tensor,
-    product: Callable[[LayerGradient, Tensor], Tensor],
-) -> Tensor:
-    """Return the products of G − G_n with block n, for all n; the products with G are one product.
-
-    Args:
-        total: G.
-        gradients: B gradients G_n.
-        blocks: (B, d, b) one block of columns for each.
-        product: The product with a gradient, or with its transpose.
-
-    Returns:
-        (B, d', b) products.
+    Products with G are one product for all n; those with small factors G_n are one product of a batch.
     """
-    count, _, width = blocks.shape
-    images = product(total, blocks.transpose(0, 1).flatten(1)).unflatten(1, (count, width)).transpose(0, 1).contiguous()
-    for image, gradient, block in zip(images, gradients, blocks, strict=True):
-        image.sub_(product(gradient, block))
-    return images
+
+    def __init__(self, total: LayerGradient, gradients: Sequence[LayerGradient]) -> None:
+        self._total, self.gradients = total, gradients
+        factors = [pair for gradient in gradients if (pair := thin_factors(gradient)) is not None]
+        self._factors: Factors | None = None
+        longest = max((len(left) for left, _ in factors), default=0)
+        if len(factors) == len(gradients) and len(factors) * longest * sum(total.matrix_shape) <= _NUMBERS // 2:
+            left, right = (pad_sequence(list(side), batch_first=True).float() for side in zip(*factors, strict=True))
+            self._factors = left, right
+
+    def times(self, blocks: Tensor) -> Tensor:
+        """Return the products (G − G_n) X_n, (B, rows, b), for blocks (B, columns, b)."""
+        images = _columns_apart(self._total.matmul(_side_by_side(blocks)), len(blocks))
+        if self._factors:
+            left, right = self._factors
+            return images - left.mT @ (right @ blocks)
+        parts = (gradient.matmul(block) for gradient, block in zip(self.gradients, blocks, strict=True))
+        return torch.stack([image - part for image, part in zip(images, parts, strict=True)])
+
+    def transposed_times(self, blocks: Tensor) -> Tensor:
+        """Return the products (G − G_n)ᵀ Y_n, (B, columns, b), for blocks (B, rows, b)."""
+        images = _columns_apart(self._total.rmatmul(_side_by_side(blocks).T).T, len(blocks))
+        if self._factors:
+            left, right = self._factors
+            return images - right.mT @ (left @ blocks)
+        parts = (gradient.rmatmul(block.T).T for gradient, block in zip(self.gradients, blocks, strict=True))
+        return torch.stack([image - part for image, part in zip(images, parts, strict=True)])
+
+
+def _side_by_side(blocks: Tensor) -> Tensor:
+    """Return (d, B · b) blocks (B, d, b) side by side."""
+    return blocks.transpose(0, 1).flatten(1)
+
+
+def _columns_apart(columns: Tensor, count: int) -> Tensor:
+    """Return (B, d, b) blocks from (d, B · b) blocks side by side."""
+    return columns.unflatten(1, (count, -1)).transpose(0, 1)
 
 
 def _left_vectors(images: Tensor, rank: int, shape: tuple[int, int]) -> list[Tensor]:
@@ -171,11 +182,10 @@ def _of_batch(batch: Sequence[tuple[int, Factors]], shape: tuple[int, int], rank
         return {}
     places, factors = zip(*batch, strict=True)
     left, right = (pad_sequence(list(side), batch_first=True).double() for side in zip(*factors, strict=True))
-    # 1. RRᵀ = WWᵀ from its eigenvectors, which exist where tokens repeat one another, too.
+    # 1. RRᵀ = WWᵀ.
     inputs = right @ right.mT
     check_finite(inputs, f"a gradient of shape {shape}")
-    squared, vectors = torch.linalg.eigh(inputs)
-    roots = vectors * squared.clamp(min=0).sqrt()[:, None]
+    roots = _roots(inputs)
     # 2. LᵀR (LᵀR)ᵀ = (WᵀL)ᵀ (WᵀL): with WᵀLLᵀW = E Λ Eᵀ, the left vectors are LᵀWE Λ^(-1/2).
     gram = roots.mT @ (left @ left.mT) @ roots
     check_finite(gram, f"a gradient of shape {shape}")
@@ -187,3 +197,19 @@ def _of_batch(batch: Sequence[tuple[int, Factors]], shape: tuple[int, int], rank
         place: (rows.T @ (weights[:, :count] / lengths[:count])).float()
         for place, rows, weights, lengths, count in zip(places, left, combined, values, counts, strict=True)
     }
+
+
+def _roots(grams: Tensor) -> Tensor:
+    """Return matrices W with WWᵀ = the given Gram matrices (B, T, T), up to 1e-14 of the largest entry.
+
+    The small multiple of the identity keeps the Cholesky decomposition from failing where tokens repeat one another.
+    """
+    largest = grams.diagonal(dim1=1, dim2=2).amax(1)[:, None, None]
+    nonzero = largest > 0
+    identity = torch.eye(grams.shape[1], dtype=grams.dtype, device=grams.device)
+    added = torch.where(nonzero, 1e-14 * grams.shape[1] * largest, 1.0)
+    lower, failed = torch.linalg.cholesky_ex(grams + added * identity)
+    if not failed.any():
+        return lower * nonzero
+    squared, vectors = torch.linalg.eigh(grams)
+    return vectors * squared.clamp(min=0).sqrt()[:, None]
