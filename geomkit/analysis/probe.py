@@ -145,6 +145,10 @@ class Probe:
                 progress=progress,
             )
 
+    def drawn_sets(self) -> "tuple[Dataset | EncodedExamples, ...]":
+        """Return the drawn examples of the safety, the utility and the control set."""
+        return tuple(self._drawn_sets())
+
     def _drawn_sets(self) -> "Iterator[Dataset | EncodedExamples]":
         """Yield the drawn examples of the safety, the utility and the control set."""
         yield self.safety.select(_drawn(len(self.safety), self.examples, self.seed))

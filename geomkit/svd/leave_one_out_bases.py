@@ -138,7 +138,7 @@ def _side_by_side(blocks: Tensor) -> Tensor:
 
 def _columns_apart(columns: Tensor, count: int) -> Tensor:
     """Return (B, d, b) blocks from (d, B · b) blocks side by side."""
-    return columns.unflatten(1, (count, -1)).transpose(0, 1)
+    return columns.reshape(len(columns), count, -1).transpose(0, 1)
 
 
 def _left_vectors(images: Tensor, rank: int, shape: tuple[int, int]) -> list[Tensor]:
@@ -209,7 +209,8 @@ def _roots(grams: Tensor) -> Tensor:
     identity = torch.eye(grams.shape[1], dtype=grams.dtype, device=grams.device)
     added = torch.where(nonzero, 1e-14 * grams.shape[1] * largest, 1.0)
     lower, failed = torch.linalg.cholesky_ex(grams + added * identity)
-    if not failed.any():
-        return lower * nonzero
-    squared, vectors = torch.linalg.eigh(grams)
-    return vectors * squared.clamp(min=0).sqrt()[:, None]
+    if failed.any():
+        squared, vectors = torch.linalg.eigh(grams)
+        lower = vectors * squared.clamp(min=0).sqrt()[:, None]
+    roots: Tensor = lower * nonzero
+    return roots

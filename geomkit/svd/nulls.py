@@ -130,7 +130,8 @@ def _uniform_directions(count: int, size: int, coordinates: int, generator: torc
         freedom = size - np.arange(count)
         diagonal = np.sqrt(np.random.default_rng(seed).chisquare(freedom))
         drawn = drawn.tril(-1) + torch.diag(torch.from_numpy(diagonal).float())
-    return drawn / torch.linalg.vector_norm(drawn, dim=1, keepdim=True)
+    directions: Tensor = drawn / torch.linalg.vector_norm(drawn, dim=1, keepdim=True)
+    return directions
 
 
 def _random_directions(rows: Tensor, generator: torch.Generator) -> Tensor:

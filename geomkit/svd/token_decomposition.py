@@ -82,7 +82,8 @@ def _from_token_grams(left: Tensor, right: Tensor) -> TokenDecomposition | None:
 
     def leading(k: int) -> Tensor:
         # U = Q E = Lᵀ C⁻ᵀ E.
-        return left.T.double() @ torch.linalg.solve_triangular(lower.T, vectors.flip(1)[:, :k], upper=True)
+        combinations: Tensor = torch.linalg.solve_triangular(lower.T, vectors.flip(1)[:, :k], upper=True)
+        return left.T.double() @ combinations
 
     return TokenDecomposition(values, parts, leading)
 
@@ -109,7 +110,8 @@ def _from_matrix(left: Tensor, right: Tensor) -> TokenDecomposition:
     parts = _over((rows @ images) * (columns @ vectors), values, *matrix.shape)
 
     def leading(k: int) -> Tensor:
-        return (images[:, :k].double() / values[:k] if tall else vectors[:, :k]).double()
+        basis: Tensor = images[:, :k].double() / values[:k] if tall else vectors[:, :k].double()
+        return basis
 
     return TokenDecomposition(values, parts, leading)
 

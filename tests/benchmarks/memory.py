@@ -43,7 +43,7 @@ def on_cuda(run: Callable[[], Any]) -> int:
     return peak
 
 
-def _resident(field: str) -> int:
+def resident(field: str) -> int:
     """Return a field of the process's status in bytes: ``VmRSS`` now, ``VmHWM`` its high-water mark."""
     lines = Path("/proc/self/status").read_text().splitlines()
     (line,) = [line for line in lines if line.startswith(f"{field}:")]
@@ -52,9 +52,9 @@ def _resident(field: str) -> int:
 
 def _peak(pieces: Sequence[Piece]) -> int:
     Path("/proc/self/clear_refs").write_text("5")
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     results = [piece.run() for piece in pieces]
-    peak = _resident("VmHWM") - before
+    peak = resident("VmHWM") - before
     del results
     return peak
 
