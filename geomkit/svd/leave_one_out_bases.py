@@ -1,7 +1,7 @@
 """Leading singular vectors of single gradients, and of their sum without one of them.
 
-The sum without an example differs little from the sum of all, whose leading vectors are a good start: two steps of
-subspace iteration with a few directions to spare reach the leading vectors without the example.
+The sum without an example differs little from the sum of all, whose leading vectors are a good start: a step
+of subspace iteration with a few directions to spare reaches the leading vectors without the example.
 """
 
 from collections.abc import Sequence
@@ -19,8 +19,10 @@ from geomkit.utils.arguments import check_finite
 
 _SPARE = 10
 """Directions of the iteration beyond the wanted rank; the error falls by (σ_{k+spare}/σ_k)² a step."""
-_STEPS = 2
-"""Steps of the iteration; see tests/benchmarks/README.md for what more steps would change."""
+_STEPS = 1
+"""Steps of the iteration; tests/benchmarks/README.md tells what a second step would change."""
+_CANCELLED = 1e-7
+"""Singular value, relative to ‖L‖‖R‖, below which a gradient LᵀR of fp32 factors is rounding."""
 _SMALL = 64
 """Largest smaller dimension at which the sums without each gradient are decomposed."""
 _NUMBERS = 2**24
@@ -182,21 +184,31 @@ def _of_batch(batch: Sequence[tuple[int, Factors]], shape: tuple[int, int], rank
         return {}
     places, factors = zip(*batch, strict=True)
     left, right = (pad_sequence(list(side), batch_first=True).double() for side in zip(*factors, strict=True))
+    if not left.shape[1]:
+        return {place: left.new_zeros(left.shape[2], 0).float() for place in places}
     # 1. RRᵀ = WWᵀ.
     inputs = right @ right.mT
     check_finite(inputs, f"a gradient of shape {shape}")
     roots = _roots(inputs)
     # 2. LᵀR (LᵀR)ᵀ = (WᵀL)ᵀ (WᵀL): with WᵀLLᵀW = E Λ Eᵀ, the left vectors are LᵀWE Λ^(-1/2).
-    gram = roots.mT @ (left @ left.mT) @ roots
+    outputs = left @ left.mT
+    gram = roots.mT @ outputs @ roots
     check_finite(gram, f"a gradient of shape {shape}")
     squared, vectors = torch.linalg.eigh(gram)
     values = squared.clamp(min=0).sqrt().flip(1)[:, :rank]
     combined = roots @ vectors.flip(2)[..., :rank]
+    # Tokens that cancel up to the rounding of fp32 leave no direction.
+    sizes = (_traces(inputs) * _traces(outputs)).sqrt()
+    values = torch.where(values > _CANCELLED * sizes[:, None], values, 0.0)
     counts = [int((row > rank_tolerance(row, shape)).sum()) for row in values.cpu().numpy()]
     return {
         place: (rows.T @ (weights[:, :count] / lengths[:count])).float()
         for place, rows, weights, lengths, count in zip(places, left, combined, values, counts, strict=True)
     }
+
+
+def _traces(matrices: Tensor) -> Tensor:
+    return matrices.diagonal(dim1=1, dim2=2).sum(1)
 
 
 def _roots(grams: Tensor) -> Tensor:
