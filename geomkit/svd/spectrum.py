@@ -41,7 +41,8 @@ class Spectrum(Result):
         null: Several spectra for every parameter, of random gradients from
             :func:`geomkit.svd.nulls.random_factor_null`.
         without: For every parameter, the spectra without one group of examples in turn, the same groups for all
-            parameters; empty if there are no samples.
+            parameters; to first order above a rank bound of :data:`geomkit.svd.left_out.EXACT_BOUND`. Empty if there
+            are no samples.
         confidence: Nominal coverage of the intervals.
     """
 
@@ -207,7 +208,9 @@ def spectrum(
     Intervals are jackknife intervals over examples (:func:`geomkit.stats.jackknife.jackknife_interval`) of the
     statistic for sets of this size and token count: every measure of rank grows with both. They are cautious, because
     leaving examples out overstates the variance of a curved statistic (Efron and Stein 1981), except where a few
-    examples have most of the squared norm; see tests/benchmarks/README.md. Statistics that jump have no interval: the
+    examples have most of the squared norm; see tests/benchmarks/README.md. With a rank bound above
+    :data:`geomkit.svd.left_out.EXACT_BOUND`, a spectrum without a group of examples is not decomposed, but taken to
+    first order in the group's gradient (the infinitesimal jackknife, Jaeckel 1972), which is more cautious still. Statistics that jump have no interval: the
     ranks at a share of the energy, and the numeric rank, which mostly equals its bound. CER(k) has no interval if
     leaving a group out leaves k tokens or fewer, and one that is too short if it leaves few more.
 
@@ -215,8 +218,7 @@ def spectrum(
         gradients: Gradients by parameter, such as a :class:`~geomkit.gradients.gradient_set.GradientSet`; vectors are
             left out. Intervals need a set collected with ``per_sample=True``, which ``match_tokens`` may have thinned.
         null_draws: Number of random gradients from the null of every parameter; 0 for no null.
-        groups: Largest number of groups of examples, of which one is left out at a time; a group costs as much as a
-            draw of the null. 0 for no intervals.
+        groups: Largest number of groups of examples, of which one is left out at a time; 0 for no intervals.
         seed: Seed of the null and of the groups; the draws of a parameter do not depend on the other parameters.
         confidence: Nominal coverage of the intervals, between 0 and 1.
 

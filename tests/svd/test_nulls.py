@@ -144,7 +144,7 @@ def test_generators_differ_between_parameters_and_between_seeds() -> None:
 
 @pytest.mark.parametrize(("tokens", "rows", "columns"), [(12, 60, 40), (30, 60, 20), (90, 24, 40), (90, 60, 20)])
 def test_singular_values_of_the_null_have_its_distribution(tokens: int, rows: int, columns: int) -> None:
-    """Few tokens, tokens between the sides, and many tokens of wide and tall matrices: two-sample tests of three measures."""
+    """Few tokens, tokens between the sides, and many tokens of wide and tall matrices: two-sample tests."""
     left = gaussian(tokens, rows) * torch.linspace(0.2, 2, tokens)[:, None]
     gradient = FactoredGradient(left, gaussian(tokens, columns, seed=1) * torch.arange(1.0, columns + 1) ** -0.5)
     generator = torch.Generator().manual_seed(0)
