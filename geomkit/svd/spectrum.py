@@ -210,9 +210,10 @@ def spectrum(
     leaving examples out overstates the variance of a curved statistic (Efron and Stein 1981), except where a few
     examples have most of the squared norm; see tests/benchmarks/README.md. With a rank bound above
     :data:`geomkit.svd.left_out.EXACT_BOUND`, a spectrum without a group of examples is not decomposed, but taken to
-    first order in the group's gradient (the infinitesimal jackknife, Jaeckel 1972), which is more cautious still. Statistics that jump have no interval: the
-    ranks at a share of the energy, and the numeric rank, which mostly equals its bound. CER(k) has no interval if
-    leaving a group out leaves k tokens or fewer, and one that is too short if it leaves few more.
+    first order in the group's gradient (the infinitesimal jackknife, Jaeckel 1972), which is more cautious still.
+    Statistics that jump have no interval: the ranks at a share of the energy, and the numeric rank, which mostly equals
+    its bound. CER(k) has no interval if leaving a group out leaves k tokens or fewer, and one that is too short if it
+    leaves few more.
 
     Args:
         gradients: Gradients by parameter, such as a :class:`~geomkit.gradients.gradient_set.GradientSet`; vectors are
