@@ -129,6 +129,24 @@ class Probe:
         safety, utility, controls = self._collected(model, tokenizer, progress)
         return safety, utility, controls
 
+    def collect_samples(
+        self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", *, progress: bool = False
+    ) -> Iterator[GradientSet]:
+        """Yield the safety, the utility and the control set as :meth:`collect` returns them, without the mean gradients.
+
+        :meth:`measure` needs the examples' gradients only; the factors of the means would take as much memory again.
+
+        Args:
+            model: A causal language model; its state is restored.
+            tokenizer: The model's tokenizer, with a chat template and a pad token.
+            progress: Show bars.
+
+        Raises:
+            DataError: If examples cannot be encoded.
+            CollectionError: If a loss or gradient is not finite, or no parameter matches.
+        """
+        return (replace(gradients, layers={}) for gradients in self._collected(model, tokenizer, progress))
+
     def _collected(
         self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", progress: bool
     ) -> Iterator[GradientSet]:
@@ -169,10 +187,8 @@ class Probe:
         self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", *, progress: bool = False
     ) -> Analysis:
         """Return the analysis of a model, see :func:`analyze`."""
-        # An analysis needs the examples' gradients only; the factors of the means would take as much memory again.
-        gradients = [replace(found, layers={}) for found in self._collected(model, tokenizer, progress)]
+        safety, utility, control = self.collect_samples(model, tokenizer, progress=progress)
         refusal = self.refusal(model, tokenizer, progress=progress)
-        safety, utility, control = gradients
         return self.measure(safety, utility, control, refusal=refusal, progress=progress)
 
     def refusal(
