@@ -132,7 +132,7 @@ class Probe:
     def collect_samples(
         self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", *, progress: bool = False
     ) -> Iterator[GradientSet]:
-        """Yield the safety, the utility and the control set as :meth:`collect` returns them, without the mean gradients.
+        """Yield the safety, the utility and the control set of :meth:`collect`, without the mean gradients.
 
         :meth:`measure` needs the examples' gradients only; the factors of the means would take as much memory again.
 

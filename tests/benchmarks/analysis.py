@@ -3,7 +3,7 @@
     python -m tests.benchmarks.analysis                                  # the organism and six layers of width 576
     python -m tests.benchmarks.analysis --checkpoint FOLDER --examples 8 # also a real model
 
-Every model has two processes of its own, one for the times and one for the memory; a small analysis runs in each before.
+Every model has two processes of its own, for the times and for the memory; a small analysis runs in each before.
 Time is CPU time of one thread; the answers to the safety requests are not included. Memory is the peak beyond what the
 process held before the model was loaded, beside the bound: the model and twice the factors of the examples' gradients.
 """
