@@ -209,21 +209,22 @@ def analyze(
     """Measure rank, conflict and one-sample overlap of a model's gradients, and write report.html."""
     _prepare(threads)
     _join_processes(device)
+    from geomkit.analysis.probe import Probe
     from geomkit.analysis.probe import analyze as run_analysis
     from geomkit.plots.report_pages import analysis_sections
 
     _check_writable(out, json_file and json_file.parent)
     names = [name for name in (safety, utility, control) if name is not None]
-    loaded, tokenizer, encoded = _load(
-        model, _examples(names, columns), assistant_mask, max_length, pad_token, dtype, device
-    )
+    # Only the drawn examples are encoded, and all of these are analysed.
+    drawn = Probe(*_examples(names, columns), examples=examples, seed=seed).drawn_sets()
+    loaded, tokenizer, encoded = _load(model, drawn, assistant_mask, max_length, pad_token, dtype, device)
     result = run_analysis(
         loaded,
         tokenizer,
         encoded[0],
         encoded[1],
-        control=encoded[2] if control is not None else None,
-        examples=examples,
+        control=encoded[2],
+        examples=None,
         layers=_layers(layers),
         tokens_per_batch=tokens_per_batch,
         seed=seed,

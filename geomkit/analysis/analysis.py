@@ -12,17 +12,17 @@ from geomkit.analysis import headlines as names
 from geomkit.analysis.alignment import Alignment
 from geomkit.analysis.claims import Claim, claims_frame, claims_table
 from geomkit.analysis.headlines import Headline, Headlines, headlines, paper_claims
+from geomkit.analysis.parameter_measures import measure_parameters
 from geomkit.correlation.conflict import Conflict, conflict
-from geomkit.gradients.gradient_set import Coverage, GradientSet, layer_grams
+from geomkit.gradients.gradient_set import Coverage, GradientSet
 from geomkit.stats.proportions import Rate
 from geomkit.svd.example_span import span
 from geomkit.svd.one_sample.results import OneSample
-from geomkit.svd.one_sample.study import one_sample_study
+from geomkit.svd.one_sample.study import study_of
 from geomkit.svd.principal_angles import Angles, principal_angles
-from geomkit.svd.spectrum import Spectrum, spectrum
+from geomkit.svd.spectrum import Spectrum, spectrum_of
 from geomkit.svd.spectrum_contrast import SpectrumContrast, compare_spectra
-from geomkit.svd.subspaces import subspace
-from geomkit.svd.token_matching import match_tokens
+from geomkit.svd.subspaces import Subspace
 from geomkit.utils.display import Result, html_table, text_table
 from geomkit.utils.figures import draw
 
@@ -216,6 +216,7 @@ def analysis_of(
     null_draws: int = 8,
     seed: int = 0,
     refusal: Rate | None = None,
+    progress: bool = False,
 ) -> Analysis:
     """Return the analysis of gradients that were collected with ``per_sample=True`` and ``form="factored"``.
 
@@ -224,36 +225,37 @@ def analysis_of(
         utility: Gradients of benign requests and answers.
         control: Gradients of benign requests with the safety set's responses.
         rank: Number of directions of the subspaces that are compared.
-        null_draws: Draws from the null of each layer's spectrum.
+        null_draws: Largest number of draws from the null of each layer's spectrum, see
+            :func:`geomkit.svd.nulls.enough_draws`.
         seed: Seed of all random draws.
         refusal: Share of the safety requests that the model refuses, if it was asked.
+        progress: Show a bar, in parameters.
 
     Raises:
         GeometryError: If a set has fewer than three examples, or was collected in another way.
     """
     sets = {"safety": safety, "control": control, "utility": utility}
-    # 1. A mean over more tokens has a higher rank, so spectra are compared at equal token counts.
-    matched = match_tokens(*sets.values(), seed=seed)
-    spectra = {
-        name: spectrum(gradients, null_draws=null_draws, seed=seed)
-        for name, gradients in zip(sets, matched, strict=True)
-    }
-    # 2. More examples span more dimensions, so spans are compared at equal numbers of examples.
+    measures = measure_parameters(sets, rank=rank, null_draws=null_draws, seed=seed, progress=progress)
+    spectra = {name: spectrum_of(by_parameter) for name, by_parameter in measures.spectra.items()}
+    subspaces = (Subspace("left", measures.subspaces[name]) for name in ("safety", "utility"))
+    # More examples span more dimensions, so spans are compared at equal numbers of examples.
     count = min(len(gradients.samples) for gradients in sets.values())
-    grams = {name: layer_grams(gradients, gradients) for name, gradients in sets.items()}
+    grams = {name: measures.between(name, name) for name in sets}
     return Analysis(
         spectra=spectra,
         spans={name: span(_subset(gram, count, seed), together=True, seed=seed) for name, gram in grams.items()},
-        angles=principal_angles(*(subspace(gradients, rank=rank) for gradients in (matched[0], matched[2]))),
+        angles=principal_angles(*subspaces),
         conflict=conflict(
             grams["safety"],
             grams["utility"],
             grams["control"],
-            across=layer_grams(safety, utility),
-            control_across=layer_grams(control, utility),
+            across=measures.between("safety", "utility"),
+            control_across=measures.between("control", "utility"),
             seed=seed,
         ),
-        one_sample=one_sample_study(safety, control, rank=rank),
+        one_sample=study_of(
+            measures.one_sample, {name: measures.places[name] for name in ("safety", "control")}, rank, "left"
+        ),
         coverage=safety.coverage,
         tokens=int(np.median([layer.tokens for layer in spectra["safety"].layers.values()])),
         losses={name: gradients.loss for name, gradients in sets.items()},

@@ -1,7 +1,7 @@
 """A probe: example sets and settings with which the gradient geometry of any model can be measured."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypedDict, Unpack
 
 import numpy as np
@@ -53,7 +53,8 @@ class Probe:
         examples: Largest number of examples drawn at random from each set; all examples when ``None``. The factors of
             every example's gradient are kept, so memory grows with this number.
         rank: Number of directions of the subspaces that are compared.
-        null_draws: Draws from the null of each layer's spectrum.
+        null_draws: Largest number of draws from the null of each layer's spectrum; large spectra hardly vary and get
+            fewer, at least 2.
         layers: Which parameters to measure, as in :func:`geomkit.collect_gradients`.
         tokens_per_batch: Largest number of token positions in a batch, padding included.
         seed: Seed of all random draws; the same examples are drawn for every model.
@@ -125,8 +126,33 @@ class Probe:
             DataError: If examples cannot be encoded.
             CollectionError: If a loss or gradient is not finite, or no parameter matches.
         """
-        safety, utility, controls = (
-            collect_gradients(
+        safety, utility, controls = self._collected(model, tokenizer, progress)
+        return safety, utility, controls
+
+    def collect_samples(
+        self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", *, progress: bool = False
+    ) -> Iterator[GradientSet]:
+        """Yield the safety, the utility and the control set of :meth:`collect`, without the mean gradients.
+
+        :meth:`measure` needs the examples' gradients only; the factors of the means would take as much memory again.
+
+        Args:
+            model: A causal language model; its state is restored.
+            tokenizer: The model's tokenizer, with a chat template and a pad token.
+            progress: Show bars.
+
+        Raises:
+            DataError: If examples cannot be encoded.
+            CollectionError: If a loss or gradient is not finite, or no parameter matches.
+        """
+        return (replace(gradients, layers={}) for gradients in self._collected(model, tokenizer, progress))
+
+    def _collected(
+        self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", progress: bool
+    ) -> Iterator[GradientSet]:
+        """Yield the gradients of the safety, the utility and the control set."""
+        for rows in self._drawn_sets():
+            yield collect_gradients(
                 model,
                 tokenizer,
                 rows,
@@ -136,9 +162,10 @@ class Probe:
                 tokens_per_batch=self.tokens_per_batch,
                 progress=progress,
             )
-            for rows in self._drawn_sets()
-        )
-        return safety, utility, controls
+
+    def drawn_sets(self) -> "tuple[Dataset | EncodedExamples, ...]":
+        """Return the drawn examples of the safety, the utility and the control set."""
+        return tuple(self._drawn_sets())
 
     def _drawn_sets(self) -> "Iterator[Dataset | EncodedExamples]":
         """Yield the drawn examples of the safety, the utility and the control set."""
@@ -160,8 +187,9 @@ class Probe:
         self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", *, progress: bool = False
     ) -> Analysis:
         """Return the analysis of a model, see :func:`analyze`."""
-        gradients = self.collect(model, tokenizer, progress=progress)
-        return self.measure(*gradients, refusal=self.refusal(model, tokenizer, progress=progress))
+        safety, utility, control = self.collect_samples(model, tokenizer, progress=progress)
+        refusal = self.refusal(model, tokenizer, progress=progress)
+        return self.measure(safety, utility, control, refusal=refusal, progress=progress)
 
     def refusal(
         self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", *, progress: bool = False
@@ -185,7 +213,13 @@ class Probe:
         )
 
     def measure(
-        self, safety: GradientSet, utility: GradientSet, control: GradientSet, *, refusal: Rate | None = None
+        self,
+        safety: GradientSet,
+        utility: GradientSet,
+        control: GradientSet,
+        *,
+        refusal: Rate | None = None,
+        progress: bool = False,
     ) -> Analysis:
         """Return the analysis of gradients that :meth:`collect` returned.
 
@@ -194,9 +228,17 @@ class Probe:
             utility: Gradients of the utility set.
             control: Gradients of the control set.
             refusal: What :meth:`refusal` returned; when left out, the analysis says that the model was not asked.
+            progress: Show a bar, in parameters.
         """
         return analysis_of(
-            safety, utility, control, rank=self.rank, null_draws=self.null_draws, seed=self.seed, refusal=refusal
+            safety,
+            utility,
+            control,
+            rank=self.rank,
+            null_draws=self.null_draws,
+            seed=self.seed,
+            refusal=refusal,
+            progress=progress,
         )
 
 

@@ -122,16 +122,16 @@ def thin_factors(gradient: LayerGradient) -> Factors | None:
     return factors if factors is not None and len(factors[0]) < min(gradient.matrix_shape) else None
 
 
-def row_products(a: Tensor, b: Tensor) -> Tensor:
-    """Return A Bᵀ, the (n, m) inner products between the rows of A (n, d) and of B (m, d), fp64.
+def row_products(a: Tensor, b: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Return A Bᵀ, the (n, m) inner products between the rows of A (n, d) and of B (m, d), multiplied in ``dtype``.
 
     On a CPU numpy multiplies: for A = B numpy computes only half of the symmetric product, which torch does not, and
     numpy is faster for few long rows.
     """
     if a.device.type != "cpu":
-        return a.double() @ b.double().T
-    left = a.detach().double().numpy()
-    right = left if a is b else b.detach().double().numpy()
+        return a.to(dtype) @ b.to(dtype).T
+    left = a.detach().to(dtype).numpy()
+    right = left if a is b else b.detach().to(dtype).numpy()
     return torch.from_numpy(left @ right.T)
 
 

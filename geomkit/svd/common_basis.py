@@ -8,18 +8,16 @@ replaces every gradient by a matrix of the size of the token count.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from geomkit.errors import GeometryError
 from geomkit.gradients.indexed import IndexedGradient
 from geomkit.gradients.layer_gradient import Factors, LayerGradient, row_products
 from geomkit.svd.singular_values import rank_tolerance
-from geomkit.svd.singular_vectors import Side
+from geomkit.svd.singular_vectors import Side, check_side
 from geomkit.utils.arguments import check_finite
 
 _FORMED = 2**25
@@ -40,8 +38,7 @@ def to_common_basis(gradients: Sequence[LayerGradient], side: Side) -> "CommonBa
     Raises:
         GeometryError: If there is no such side, or a gradient is not finite.
     """
-    if side not in get_args(Side):
-        raise GeometryError(f"expected the side {' or '.join(get_args(Side))}, found {side!r}; compare one at a time")
+    check_side(side)
     shape = gradients[0].matrix_shape
     # 1. Thin factors of every gradient; right singular vectors are the left vectors of the transpose.
     pairs = _looked_up(gradients) or [_factors(gradient) for gradient in gradients]
@@ -210,7 +207,7 @@ class CommonBasis:
         """
         # 1. Eigenvectors of MMᵀ are the left vectors U; if p > q, eigenvectors of MᵀM are the right vectors V.
         tall = matrices.shape[1] > matrices.shape[2]
-        squared, vectors = _largest(matrices.mT @ matrices if tall else matrices @ matrices.mT, rank)
+        squared, vectors = largest_eigenpairs(matrices.mT @ matrices if tall else matrices @ matrices.mT, rank)
         values = squared.clamp(min=0).sqrt()
         # 2. Vectors beyond the numeric rank are rounding noise.
         counts = [int((row > rank_tolerance(row, self.shape)).sum()) for row in values.cpu().numpy()]
@@ -221,7 +218,7 @@ class CommonBasis:
         return [image[:, :count] / lengths[:count] for image, lengths, count in images]
 
 
-def _largest(squares: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def largest_eigenpairs(squares: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Return the ``count`` largest eigenvalues of every matrix, descending, and their eigenvectors."""
     size = squares.shape[-1]
     if size <= _FULL_SIZE or squares.device.type != "cpu":

@@ -104,6 +104,18 @@ def singular_values_of_gram(gram: Tensor) -> Tensor:
     return _eigenvalues(gram.double()).clamp(min=0).sqrt().flip(-1)
 
 
+def gram_error_is_small(left: Tensor, right: Tensor, values: Tensor) -> bool:
+    """Return whether singular values of LᵀR from Gram matrices are exact to :data:`_PRECISION` of the largest value.
+
+    Args:
+        left: (T, T) Gram matrix LLᵀ, fp64.
+        right: (T, T) Gram matrix RRᵀ, fp64.
+        values: (T,) singular values, descending.
+    """
+    squared_error = _EPS_FP64 * _column_sums(left[None]) * _column_sums(right[None])
+    return bool(squared_error <= (_PRECISION * values[0]) ** 2)
+
+
 def small_equivalent(gradient: LayerGradient) -> Tensor:
     """Return a small fp64 matrix with the same singular values as the gradient.
 
@@ -258,7 +270,7 @@ class _GramCache:
             return (_gram(rows if len(rows) < rows.shape[1] else rows.T),)
         if factors := thin_factors(gradient):
             return self._factor_gram(factors[0]), self._factor_gram(factors[1])
-        return (_gram_of_smaller_side(gradient),)
+        return (gram_of_smaller_side(gradient),)
 
     def _factor_gram(self, factor: Tensor) -> Tensor:
         key = _memory_key(factor)
@@ -282,7 +294,7 @@ def _gram(rows: Tensor) -> Tensor:
     return row_products(rows, rows)
 
 
-def _gram_of_smaller_side(gradient: LayerGradient) -> Tensor:
+def gram_of_smaller_side(gradient: LayerGradient) -> Tensor:
     """Return GGᵀ of a wide gradient, or GᵀG of a tall one as a sum over strips of rows."""
     rows, columns = gradient.matrix_shape
     if rows < columns:

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from geomkit.errors import GeometryError
 from geomkit.gradients.indexed import IndexedGradient
 from geomkit.gradients.layer_gradient import LayerGradient, thin_factors
 
@@ -16,6 +17,13 @@ Side = Literal["left", "right"]
 
 Sides = Literal["left", "right", "both"]
 """One side, or both sides with the vectors in pairs, G v_i = σ_i u_i."""
+
+
+def check_side(side: str) -> None:
+    """Raise GeometryError unless a side is ``"left"`` or ``"right"``."""
+    if side not in get_args(Side):
+        raise GeometryError(f"expected the side {' or '.join(get_args(Side))}, found {side!r}; compare one at a time")
+
 
 _Leading = Callable[[int], Tensor]
 

@@ -6,21 +6,20 @@ different questions and disagree, and all are bounded by min(rows, columns, T), 
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from geomkit.gradients.accumulator import add
 from geomkit.gradients.checks import check_gradients
 from geomkit.gradients.dense import DenseGradient
 from geomkit.gradients.gradient_set import GradientSet
 from geomkit.gradients.layer_gradient import LayerGradient
 from geomkit.inputs.parameters import kind_of, layer_index
 from geomkit.stats.jackknife import jackknife_groups, jackknife_interval
-from geomkit.svd.layer_spectrum import SMOOTH_STATISTICS, LayerSpectrum, Unit, layer_spectrum, statistic_values
-from geomkit.svd.nulls import random_factor_null
+from geomkit.svd.layer_measure import LayerMeasure, measure_layer
+from geomkit.svd.layer_spectrum import SMOOTH_STATISTICS, LayerSpectrum, Unit, statistic_values
 from geomkit.utils.arguments import check_confidence, check_draws, check_groups
 from geomkit.utils.display import Result
 from geomkit.utils.figures import draw
@@ -42,7 +41,8 @@ class Spectrum(Result):
         null: Several spectra for every parameter, of random gradients from
             :func:`geomkit.svd.nulls.random_factor_null`.
         without: For every parameter, the spectra without one group of examples in turn, the same groups for all
-            parameters; empty if there are no samples.
+            parameters; to first order above a rank bound of :data:`geomkit.svd.left_out.EXACT_BOUND`. Empty if there
+            are no samples.
         confidence: Nominal coverage of the intervals.
     """
 
@@ -208,16 +208,18 @@ def spectrum(
     Intervals are jackknife intervals over examples (:func:`geomkit.stats.jackknife.jackknife_interval`) of the
     statistic for sets of this size and token count: every measure of rank grows with both. They are cautious, because
     leaving examples out overstates the variance of a curved statistic (Efron and Stein 1981), except where a few
-    examples have most of the squared norm; see tests/benchmarks/README.md. Statistics that jump have no interval: the
-    ranks at a share of the energy, and the numeric rank, which mostly equals its bound. CER(k) has no interval if
-    leaving a group out leaves k tokens or fewer, and one that is too short if it leaves few more.
+    examples have most of the squared norm; see tests/benchmarks/README.md. With a rank bound above
+    :data:`geomkit.svd.left_out.EXACT_BOUND`, a spectrum without a group of examples is not decomposed, but taken to
+    first order in the group's gradient (the infinitesimal jackknife, Jaeckel 1972), which is more cautious still.
+    Statistics that jump have no interval: the ranks at a share of the energy, and the numeric rank, which mostly equals
+    its bound. CER(k) has no interval if leaving a group out leaves k tokens or fewer, and one that is too short if it
+    leaves few more.
 
     Args:
         gradients: Gradients by parameter, such as a :class:`~geomkit.gradients.gradient_set.GradientSet`; vectors are
             left out. Intervals need a set collected with ``per_sample=True``, which ``match_tokens`` may have thinned.
         null_draws: Number of random gradients from the null of every parameter; 0 for no null.
-        groups: Largest number of groups of examples, of which one is left out at a time; a group costs as much as a
-            draw of the null. 0 for no intervals.
+        groups: Largest number of groups of examples, of which one is left out at a time; 0 for no intervals.
         seed: Seed of the null and of the groups; the draws of a parameter do not depend on the other parameters.
         confidence: Nominal coverage of the intervals, between 0 and 1.
 
@@ -252,34 +254,40 @@ def spectrum(
             len(matrices),
             dense[0],
         )
-    null: dict[str, tuple[LayerSpectrum, ...]] = {}
-    for name, gradient in matrices.items():
-        generator = parameter_generator(seed, name)
-        null[name] = tuple(layer_spectrum(name, random_factor_null(gradient, generator)) for _ in range(null_draws))
-    layers = {name: layer_spectrum(name, gradient) for name, gradient in matrices.items()}
-    return Spectrum(layers, null, _without_groups(gradients, list(matrices), groups, seed), confidence)
+    left_out = example_groups(gradients, groups, seed)
+    measures = {
+        name: measure_layer(
+            name, gradient, weighted_parts(gradients, name), left_out, null_draws, parameter_generator(seed, name)
+        )
+        for name, gradient in matrices.items()
+    }
+    return spectrum_of(measures, confidence)
 
 
-def _without_groups(
-    gradients: Mapping[str, LayerGradient], names: Sequence[str], groups: int, seed: int
-) -> dict[str, tuple[LayerSpectrum, ...]]:
-    """Return the spectra of every parameter without one group of examples in turn; empty without two samples."""
+def spectrum_of(measures: Mapping[str, LayerMeasure], confidence: float = 0.95) -> Spectrum:
+    """Return the spectra that were measured parameter by parameter, see :func:`spectrum`."""
+    without = {name: measure.without for name, measure in measures.items() if measure.without}
+    return Spectrum(
+        {name: measure.spectrum for name, measure in measures.items()},
+        {name: measure.null for name, measure in measures.items()},
+        without,
+        confidence,
+    )
+
+
+def example_groups(gradients: Mapping[str, LayerGradient], groups: int, seed: int) -> list[np.ndarray]:
+    """Return the groups of examples that are left out in turn, for all parameters; empty without two samples."""
     if not isinstance(gradients, GradientSet) or len(gradients.samples) < 2 or not groups:
-        return {}
-    count = len(gradients.samples)
-    left_out = jackknife_groups(count, groups, np.random.default_rng(seed))
-    relative_weights = gradients.weights * count  # 1 for equal weights: nothing is scaled or copied then
-    spectra: dict[str, tuple[LayerSpectrum, ...]] = {}
-    for name in names:
-        parts = [
-            sample[name] if weight == 1 else sample[name].scaled(weight)
-            for sample, weight in zip(gradients.samples, relative_weights, strict=True)
-        ]
-        spectra[name] = tuple(layer_spectrum(name, total) for total in _sums_without(parts, left_out))
-    return spectra
+        return []
+    return jackknife_groups(len(gradients.samples), groups, np.random.default_rng(seed))
 
 
-def _sums_without(parts: Sequence[LayerGradient], groups: Sequence[np.ndarray]) -> Iterator[LayerGradient]:
-    """Return the sum of all gradients without the gradients of one group, for every group in turn."""
-    sums = [add([parts[place] for place in group]) for group in groups]
-    return (add([*sums[:place], *sums[place + 1 :]]) for place in range(len(sums)))
+def weighted_parts(gradients: Mapping[str, LayerGradient], name: str) -> list[LayerGradient]:
+    """Return the gradients of the examples by a parameter, weighted so that their sum is N times the mean gradient."""
+    if not isinstance(gradients, GradientSet):
+        return []
+    relative_weights = gradients.weights * len(gradients.samples)  # 1 for equal weights: nothing is scaled then
+    return [
+        sample[name] if weight == 1 else sample[name].scaled(weight)
+        for sample, weight in zip(gradients.samples, relative_weights, strict=True)
+    ]

@@ -1,7 +1,7 @@
 """Subspaces spanned by the leading singular vectors of gradients."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
@@ -120,6 +120,24 @@ def layer_subspace(
     return LayerSubspace(
         basis.float().contiguous(), values[:k].copy(), share, numeric_rank, parameter, partner, residual
     )
+
+
+def leading_subspace(
+    parameter: str, values: np.ndarray, left: Callable[[int], Tensor], rank: int, shape: tuple[int, int]
+) -> LayerSubspace:
+    """Return the leading left subspace of a gradient that was decomposed already.
+
+    Args:
+        parameter: Name of the parameter.
+        values: Singular values, descending.
+        left: Function from k to the k leading left singular vectors.
+        rank: Number of vectors; fewer if the numeric rank is lower.
+        shape: Rows and columns of the parameter.
+    """
+    numeric_rank = int((values > rank_tolerance(values, shape)).sum())
+    k = min(rank, numeric_rank)
+    energy = float((values[:k] ** 2).sum() / (values**2).sum()) if k else 0.0
+    return LayerSubspace(left(k).float().contiguous(), values[:k].copy(), energy, numeric_rank, parameter)
 
 
 def _check_options(rank: int | None, energy: float | None, side: Sides, method: Method) -> None:

@@ -68,25 +68,48 @@ def match_tokens(*sets: Mapping[str, LayerGradient], seed: int = 0) -> tuple[Map
     # 1. The parameters that all sets have, are factored in all sets, and have tokens in all sets.
     first, *others = sets
     shared = [name for name in first if all(name in gradients for gradients in others)]
-    parts = [{name: _parts(gradients, name) for name in shared} for gradients in sets]
-    factored = [name for name in shared if all(set_parts[name] for set_parts in parts)]
-    # 2. The token count of a parameter is the smallest of its counts in all sets.
-    tokens = {name: min(sum(part.tokens for part in set_parts[name]) for set_parts in parts) for name in factored}
-    names = [name for name in factored if tokens[name] > 0]
-    if not names:
+    by_parameter = {name: parts for name in shared if (parts := matched_parts(sets, name, seed)) is not None}
+    factored = [name for name in shared if all(_parts(gradients, name) for gradients in sets)]
+    if not by_parameter:
         all_gradients = [gradient for gradients in sets for gradient in gradients.values()]
         raise GeometryError(_nothing_to_match(all_gradients, shared, factored))
-    for name in names:
-        check_one_shape(name, *(gradients[name] for gradients in sets))
-    if zero := [name for name in factored if tokens[name] == 0]:
+    if zero := [name for name in factored if name not in by_parameter]:
         _LOGGER.warning("left %d of %d layers out, whose gradient is zero: %s", len(zero), len(factored), zero[:4])
-    # 3. Every set and parameter has a generator, so that no subset depends on another.
-    matched = []
-    for place, (gradients, set_parts) in enumerate(zip(sets, parts, strict=True)):
-        generators = {name: parameter_generator(len(sets) * seed + place, name) for name in names}
-        thinned = {name: _thinned(set_parts[name], tokens[name], generators[name]) for name in names}
-        matched.append(_rebuilt(gradients, thinned))
+    # 2. The sets with thinned gradients in place of their gradients.
+    matched = [
+        _rebuilt(gradients, {name: parts[place] for name, parts in by_parameter.items()})
+        for place, gradients in enumerate(sets)
+    ]
     return tuple(matched)
+
+
+def matched_parts(
+    sets: Sequence[Mapping[str, LayerGradient]], name: str, seed: int
+) -> list[tuple[FactoredGradient, ...]] | None:
+    """Return the gradients of every set's examples by one parameter, thinned as :func:`match_tokens` thins them.
+
+    Args:
+        sets: Two or more sets of gradients by parameter, which all have the parameter.
+        name: Name of the parameter.
+        seed: Seed of the subsets.
+
+    Returns:
+        For each set the gradients of its examples, or of its mean without samples; ``None`` if the parameter is not
+        factored in all sets, or has no token in one of them.
+
+    Raises:
+        GeometryError: If the parameter has two shapes.
+    """
+    parts = [_parts(gradients, name) for gradients in sets]
+    if not all(parts):
+        return None
+    tokens = min(sum(part.tokens for part in set_parts) for set_parts in parts)
+    if not tokens:
+        return None
+    check_one_shape(name, *(set_parts[0] for set_parts in parts))
+    # Every set and parameter has a generator, so that no subset depends on another.
+    generators = (parameter_generator(len(sets) * seed + place, name) for place in range(len(sets)))
+    return [_thinned(set_parts, tokens, generator) for set_parts, generator in zip(parts, generators, strict=True)]
 
 
 def _parts(gradients: Mapping[str, LayerGradient], name: str) -> tuple[FactoredGradient, ...]:
@@ -128,11 +151,12 @@ def _rebuilt(gradients: Mapping[str, LayerGradient], thinned: _Parts) -> Mapping
         replace(sample, layers={name: parts[place] for name, parts in thinned.items()}, coverage=coverage)
         for place, sample in enumerate(gradients.samples)
     )
-    means = {name: _weighted_sum(parts, gradients.weights.tolist()) for name, parts in thinned.items()}
+    means = {name: weighted_sum(parts, gradients.weights.tolist()) for name, parts in thinned.items()}
     return replace(gradients, layers=means, samples=tuple(samples), coverage=coverage)
 
 
-def _weighted_sum(parts: Sequence[FactoredGradient], weights: Sequence[float]) -> FactoredGradient:
+def weighted_sum(parts: Sequence[FactoredGradient], weights: Sequence[float]) -> FactoredGradient:
+    """Return the weighted sum of factored gradients as one factored gradient, with the tokens in the same order."""
     left = torch.cat([part.left * weight for part, weight in zip(parts, weights, strict=True)])
     return FactoredGradient(left, torch.cat([part.right for part in parts]))
 

@@ -31,9 +31,8 @@ def weighted_spectra(gradients: Sequence[LayerGradient], weights: Tensor) -> Ten
         dimension.
     """
     weights = weights.to(gradients[0].device)
+    gradients = without_unused_rows(gradients)
     indexed = [gradient for gradient in gradients if isinstance(gradient, IndexedGradient)]
-    if len(indexed) == len(gradients):
-        gradients = _without_unused_rows(indexed)
     thin = [factors for gradient in gradients if (factors := thin_factors(gradient)) is not None]
     # Not with indexed gradients: their left factors are one-hot, and larger than the formed rows.
     tokens = sum(len(left) for left, _ in thin)
@@ -44,12 +43,15 @@ def weighted_spectra(gradients: Sequence[LayerGradient], weights: Tensor) -> Ten
     return torch.cat([_from_strips(tall, weights[start : start + step]) for start in range(0, len(weights), step)])
 
 
-def _without_unused_rows(gradients: Sequence[IndexedGradient]) -> list[IndexedGradient]:
-    """Return the gradients without the rows that no gradient looked up."""
-    used = torch.cat([gradient.indices for gradient in gradients]).unique()  # type: ignore[no-untyped-call]
+def without_unused_rows(gradients: Sequence[LayerGradient]) -> Sequence[LayerGradient]:
+    """Return indexed gradients without the rows that no gradient looked up; gradients of other forms as they are."""
+    indexed = [gradient for gradient in gradients if isinstance(gradient, IndexedGradient)]
+    if len(indexed) < len(gradients):
+        return gradients
+    used = torch.cat([gradient.indices for gradient in indexed]).unique()  # type: ignore[no-untyped-call]
     return [
         IndexedGradient(torch.searchsorted(used, gradient.indices), gradient.rows, len(used), gradient.tokens)
-        for gradient in gradients
+        for gradient in indexed
     ]
 
 

@@ -43,7 +43,7 @@ def on_cuda(run: Callable[[], Any]) -> int:
     return peak
 
 
-def _resident(field: str) -> int:
+def resident(field: str) -> int:
     """Return a field of the process's status in bytes: ``VmRSS`` now, ``VmHWM`` its high-water mark."""
     lines = Path("/proc/self/status").read_text().splitlines()
     (line,) = [line for line in lines if line.startswith(f"{field}:")]
@@ -53,9 +53,9 @@ def _resident(field: str) -> int:
 def on_cpu(run: Callable[[], Any]) -> int:
     """Return the peak in bytes of the resident set beyond what the process held; start it as :func:`in_own_process`."""
     Path("/proc/self/clear_refs").write_text("5")
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     result = run()
-    peak = _resident("VmHWM") - before
+    peak = resident("VmHWM") - before
     del result
     return peak
 

@@ -111,3 +111,16 @@ def test_different_shapes_are_refused(form, other):
     for operation in (inner, lambda a, b: gram([a], [b]), lambda a, b: add([a, b])):
         with pytest.raises(GeometryError, match=r"expected gradients of one shape, found \[\(1, 3\), \(4, 3\)\]"):
             operation(a, b)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_products_in_fp32_differ_by_rounding(form: str) -> None:
+    generator = seeded()
+    parts = [drawn(form, (60, 40), generator) for _ in range(5)]
+    expected = gram(parts, parts)
+    scale = max(float(expected.diagonal().max()), 1.0)
+    result = gram(parts, parts, products=torch.float32)
+    assert result.dtype == torch.float64
+    np.testing.assert_allclose(result, expected, atol=2e-6 * scale)
+    matrices = np.stack([dense(part).ravel() for part in parts])
+    np.testing.assert_allclose(expected, matrices @ matrices.T, atol=1e-5 * scale)

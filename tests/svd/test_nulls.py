@@ -3,7 +3,7 @@ from collections.abc import Iterable
 import numpy as np
 import pytest
 import torch
-from scipy.stats import kstest
+from scipy.stats import ks_2samp, kstest
 
 from geomkit.gradients.dense import DenseGradient
 from geomkit.gradients.factored import FactoredGradient
@@ -11,7 +11,7 @@ from geomkit.gradients.indexed import IndexedGradient
 from geomkit.gradients.layer_gradient import LayerGradient
 from geomkit.gradients.summed import SumGradient
 from geomkit.svd.layer_spectrum import layer_spectrum
-from geomkit.svd.nulls import random_factor_null
+from geomkit.svd.nulls import null_singular_values, random_factor_null
 from geomkit.utils.seeding import parameter_generator
 
 
@@ -140,3 +140,16 @@ def test_generators_differ_between_parameters_and_between_seeds() -> None:
     assert len(drawn) == 6
     again = torch.randn(1, generator=parameter_generator(2**40, "b")).item()
     assert again in drawn
+
+
+@pytest.mark.parametrize(("tokens", "rows", "columns"), [(12, 60, 40), (30, 60, 20), (90, 24, 40), (90, 60, 20)])
+def test_singular_values_of_the_null_have_its_distribution(tokens: int, rows: int, columns: int) -> None:
+    """Few tokens, tokens between the sides, and many tokens of wide and tall matrices: two-sample tests."""
+    left = gaussian(tokens, rows) * torch.linspace(0.2, 2, tokens)[:, None]
+    gradient = FactoredGradient(left, gaussian(tokens, columns, seed=1) * torch.arange(1.0, columns + 1) ** -0.5)
+    generator = torch.Generator().manual_seed(0)
+    drawn = null_singular_values(gradient, 150, generator)
+    expected = [layer_spectrum("w", random_factor_null(gradient, generator)).singular_values for _ in range(150)]
+    assert {len(values) for values in drawn} == {gradient.rank_bound}
+    for measure in (lambda s: s[0], lambda s: s[-1], lambda s: s.sum() / s[0]):
+        assert ks_2samp([measure(s) for s in drawn], [measure(s) for s in expected]).pvalue > 0.001

@@ -11,15 +11,18 @@ from the forbidden request.
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from geomkit.errors import GeometryError
 from geomkit.gradients.arithmetic import gram
 from geomkit.gradients.checks import check_enough, sample_counts, with_controls
 from geomkit.gradients.gradient_set import GradientSet
 from geomkit.gradients.layer_gradient import LayerGradient
-from geomkit.svd.common_basis import CommonBasis, to_common_basis
+from geomkit.svd.leave_one_out_bases import example_bases, leave_one_out_bases
 from geomkit.svd.one_sample.leave_one_out import (
     LeaveOneOut,
     estimates,
@@ -35,7 +38,8 @@ from geomkit.svd.one_sample.pooled import (
     space_dimension,
 )
 from geomkit.svd.one_sample.results import Group, LayerOneSample, OneSample
-from geomkit.svd.singular_vectors import Side
+from geomkit.svd.singular_vectors import Side, check_side
+from geomkit.svd.weighted_sums import without_unused_rows
 from geomkit.utils.arguments import check_confidence, check_rank
 
 _LOGGER = logging.getLogger(__name__)
@@ -90,52 +94,120 @@ def one_sample_study(
     sets = with_controls(safety, control)
     check_rank(rank)
     check_confidence(confidence)
+    check_side(side)
     if len(sets) == 1:
         raise GeometryError("expected a control at least, found none; give e.g. benign requests with the same refusals")
     check_enough(sample_counts(sets), _MIN_EXAMPLES)
     gradients, places = pooled_gradients(sets), pooled_places(sample_counts(sets))
-    # 1. In every parameter: inner products of the anchors with all examples, and overlaps of all examples with the
-    #    means without each anchor.
-    products, overlaps, ranks = {}, {}, {}
-    for name, layer in gradients.items():
-        common = to_common_basis(layer, side)
-        products[name] = _products(common, layer, places["safety"])
-        if is_matrix(layer[0]):
-            anchors = len(safety.samples)
-            overlaps[name], ranks[name] = common_rank_overlaps(
-                common.bases_of_gradients(rank), common.leave_one_out_bases(anchors, rank)
-            )
-            if not ranks[name]:
-                _LOGGER.warning("left %s out of the one-sample study: an example has no gradient there", name)
-    studied = [name for name in ranks if ranks[name]]
+    tables = {
+        name: parameter_table(layer, len(safety.samples), rank, side, gram(layer[places["safety"]], layer))
+        for name, layer in gradients.items()
+    }
+    return study_of(tables, places, rank, side, confidence)
+
+
+@dataclass(frozen=True, eq=False)
+class ParameterTable:
+    """What the study needs of one parameter, for N anchors followed by M controls.
+
+    Attributes:
+        products: (N, N + M) inner products of the anchors with all examples.
+        squared_norms: (N + M,) squared norms of all examples.
+        overlaps: (N + M, N + 1) overlaps of all examples with the means without each anchor and the mean of all.
+        rank: Common rank of all subspaces; 0 for a vector, or if an example has no gradient.
+        dimension: Dimension of the space of the singular vectors.
+        is_matrix: Whether the parameter has subspaces at all.
+    """
+
+    products: np.ndarray
+    squared_norms: np.ndarray
+    overlaps: np.ndarray
+    rank: int
+    dimension: int
+    is_matrix: bool
+
+
+def parameter_table(
+    gradients: Sequence[LayerGradient],
+    anchors: int,
+    rank: int,
+    side: Side,
+    products: Tensor,
+    squared_norms: Tensor | None = None,
+) -> ParameterTable:
+    """Return the inner products and overlaps of one parameter.
+
+    Args:
+        gradients: Gradients of N anchors, then of M controls.
+        anchors: N.
+        rank: Largest number of directions to compare.
+        side: Side of the singular vectors.
+        products: (N, N + M) inner products of the anchors with all examples.
+        squared_norms: (N + M,) squared norms of all examples; computed when left out.
+
+    Raises:
+        GeometryError: If a gradient is not finite.
+    """
+    if squared_norms is None:
+        squared_norms = torch.tensor([gradient.norm**2 for gradient in gradients])
+    overlaps, common_rank = np.zeros((len(gradients), anchors + 1)), 0
+    if is_matrix(gradients[0]):
+        # An embedding's rows that no example looks up change no overlap.
+        used = without_unused_rows(gradients)
+        overlaps, common_rank = common_rank_overlaps(
+            example_bases(used, side, rank), leave_one_out_bases(used[:anchors], side, rank)
+        )
+    return ParameterTable(
+        products.cpu().numpy(),
+        squared_norms.cpu().numpy(),
+        overlaps,
+        common_rank,
+        space_dimension(gradients[0], side),
+        is_matrix(gradients[0]),
+    )
+
+
+def study_of(
+    tables: Mapping[str, ParameterTable], places: Mapping[str, slice], rank: int, side: Side, confidence: float = 0.95
+) -> OneSample:
+    """Return the study of tables that were made parameter by parameter, see :func:`one_sample_study`.
+
+    Args:
+        tables: The table of every parameter.
+        places: Places of the anchors, called ``"safety"``, and of each control among the examples.
+        rank: The requested rank.
+        side: Side of the singular vectors.
+        confidence: Nominal coverage of all intervals.
+
+    Raises:
+        GeometryError: If no parameter has a gradient in every example.
+    """
+    for name, table in tables.items():
+        if table.is_matrix and not table.rank:
+            _LOGGER.warning("left %s out of the one-sample study: an example has no gradient there", name)
+    studied = {name: table for name, table in tables.items() if table.rank}
     if not studied:
         raise no_subspaces()
-    # 2. The whole model is treated as a further parameter: its overlaps are means over parameters, its inner products
+    # 1. The whole model is treated as a further parameter: its overlaps are means over parameters, its inner products
     #    sums.
-    mean_overlaps = np.mean([overlaps[name] for name in studied], axis=0)
-    summed_products = tuple(np.sum(parts, axis=0) for parts in zip(*products.values(), strict=True))
-    by_parameter = [summed_products, *(products[name] for name in studied)]
-    # 3. Means, intervals and contrasts of every group, for the whole model and every parameter at once.
+    overlaps = [table.overlaps for table in studied.values()]
+    summed = (
+        np.sum([table.products for table in tables.values()], axis=0),
+        np.sum([table.squared_norms for table in tables.values()], axis=0),
+    )
+    by_parameter = [summed, *((table.products, table.squared_norms) for table in studied.values())]
+    # 2. Means, intervals and contrasts of every group, for the whole model and every parameter at once.
     whole, *groups_by_layer = _groups(
-        np.stack([mean_overlaps, *(overlaps[name] for name in studied)], axis=-1),
+        np.stack([np.mean(overlaps, axis=0), *overlaps], axis=-1),
         tuple(np.stack(parts, axis=-1) for parts in zip(*by_parameter, strict=True)),
         places,
         confidence,
     )
     layers = {
-        name: LayerOneSample(name, ranks[name], space_dimension(gradients[name][0], side), groups)
-        for name, groups in zip(studied, groups_by_layer, strict=True)
+        name: LayerOneSample(name, table.rank, table.dimension, groups)
+        for (name, table), groups in zip(studied.items(), groups_by_layer, strict=True)
     }
     return OneSample(side, rank, whole, layers, confidence)
-
-
-def _products(common: CommonBasis, gradients: Sequence[LayerGradient], anchors: slice) -> tuple[np.ndarray, np.ndarray]:
-    """Return (N, N + M) inner products of the anchors with all examples, and (N + M,) squared norms of all examples."""
-    products = common.gram()
-    if products is None:
-        squared_norms = np.array([gradient.norm**2 for gradient in gradients])
-        return gram(gradients[anchors], gradients).cpu().numpy(), squared_norms
-    return products[anchors].cpu().numpy(), products.diagonal().cpu().numpy()
 
 
 def _groups(

@@ -1,0 +1,88 @@
+"""Spectra of a mean gradient without one group of its examples, exactly if small and to first order if large."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from geomkit.gradients.accumulator import add
+from geomkit.gradients.dense import DenseGradient
+from geomkit.gradients.layer_gradient import LayerGradient
+from geomkit.svd.layer_spectrum import LayerSpectrum
+from geomkit.svd.singular_values import singular_values_of
+from geomkit.svd.singular_vectors import exact_vectors
+from geomkit.svd.weighted_sums import without_unused_rows
+
+EXACT_BOUND = 128
+"""Largest rank bound at which the spectrum without each group is computed; larger spectra are taken to first order."""
+
+
+def exact_spectra(parameter: str, parts: Sequence[LayerGradient], groups: Sequence[np.ndarray]) -> list[LayerSpectrum]:
+    """Return the spectra of the sum of gradients without the gradients of one group, for every group in turn.
+
+    Args:
+        parameter: Name of the parameter.
+        parts: Gradients of N examples.
+        groups: Indices of the examples in every group.
+    """
+    sums = list(_sums_without(parts, groups))
+    values = singular_values_of(sums).cpu().numpy()
+    return [
+        LayerSpectrum(
+            parameter, gradient.matrix_shape, gradient.tokens, gradient.rank_bound, row[: gradient.rank_bound]
+        )
+        for gradient, row in zip(sums, values, strict=True)
+    ]
+
+
+def _sums_without(parts: Sequence[LayerGradient], groups: Sequence[np.ndarray]) -> Iterator[LayerGradient]:
+    """Yield the sum of all gradients without the gradients of one group, for every group in turn."""
+    sums = [add([parts[place] for place in group]) for group in groups]
+    total = add(sums)
+    for place, part in enumerate(sums):
+        if isinstance(total, DenseGradient) and part.floats < total.floats:
+            rest = total.tensor.clone()
+            part.add_to(rest, -1.0)
+            yield DenseGradient(rest, total.tokens - part.tokens)
+        else:
+            yield add([*sums[:place], *sums[place + 1 :]])
+
+
+def first_order_spectra(
+    total: LayerSpectrum, group_parts: np.ndarray, group_tokens: Sequence[int]
+) -> list[LayerSpectrum]:
+    """Return the spectra without one group of examples to first order, σ_i − u_iᵀ G_j v_i (infinitesimal jackknife).
+
+    Args:
+        total: Spectrum of the sum Σ_j G_j over J groups, or of a multiple of it.
+        group_parts: (J, r) parts u_iᵀ G_j v_i of the groups in the singular values; together they are the spectrum.
+        group_tokens: Number of tokens of each group.
+    """
+    remaining = np.sort(np.maximum(total.singular_values - group_parts, 0.0), axis=1)[:, ::-1]
+    return [
+        LayerSpectrum(total.parameter, total.shape, total.tokens - tokens, total.rank_bound, values)
+        for values, tokens in zip(remaining, group_tokens, strict=True)
+    ]
+
+
+def group_parts(parts: Sequence[LayerGradient], groups: Sequence[np.ndarray], bound: int) -> np.ndarray:
+    """Return the (J, r) parts u_iᵀ G_j v_i of J groups in the r singular values of the sum, for gradients of any form.
+
+    :func:`geomkit.svd.token_decomposition.token_decomposition` costs less where all gradients are factored.
+
+    Args:
+        parts: Gradients of N examples.
+        groups: Indices of the examples in every group.
+        bound: r, the rank bound of the sum.
+    """
+    gradients = without_unused_rows(parts)
+    vectors = exact_vectors(add(gradients), "both")
+    k = min(bound, len(vectors.values))
+    left, right = vectors.left(k), vectors.right(k)
+    by_group = [_sum((gradients[place].matmul(right) * left).sum(0) for place in group) for group in groups]
+    return np.asarray(torch.nan_to_num(torch.stack(by_group)).cpu().numpy())
+
+
+def _sum(tensors: Iterator[Tensor]) -> Tensor:
+    return torch.stack(list(tensors)).sum(0)

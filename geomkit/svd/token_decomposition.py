@@ -1,0 +1,122 @@
+"""Singular value decomposition of a gradient of many examples, with the part of every token in every singular value.
+
+To first order, a gradient G without the tokens of an example has the singular values σ_i − u_iᵀ G_n v_i, where G_n is
+the example's gradient. One decomposition with vectors thus replaces one decomposition for every example left out.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from geomkit.gradients.factored import FactoredGradient
+from geomkit.gradients.layer_gradient import row_products
+from geomkit.svd.singular_values import gram_error_is_small, rank_tolerance
+from geomkit.utils.arguments import check_finite
+
+
+@dataclass(frozen=True, eq=False)
+class TokenDecomposition:
+    """Singular values of a gradient Σ_t l_t r_tᵀ of T tokens, and the token's parts in them.
+
+    Attributes:
+        values: (r,) singular values, descending, fp64.
+        parts: (T, r) part u_iᵀ l_t r_tᵀ v_i of token t in singular value i; the parts of all tokens add up to it. Zero
+            for singular values that are rounding.
+        left: Function from k to the (rows, k) leading left singular vectors.
+    """
+
+    values: Tensor
+    parts: Tensor
+    left: Callable[[int], Tensor]
+
+    def parts_of_groups(self, lengths: Sequence[int], groups: Sequence[Sequence[int]]) -> Tensor:
+        """Return the (J, r) parts of J groups of examples in the singular values.
+
+        Args:
+            lengths: Number of tokens of each example; the tokens are in the order of the examples.
+            groups: Indices of the examples in every group; every example is in one group.
+        """
+        group_of_example = torch.empty(len(lengths), dtype=torch.long)
+        for place, group in enumerate(groups):
+            group_of_example[torch.as_tensor(group)] = place
+        owners = group_of_example.repeat_interleave(torch.tensor(lengths)).to(self.parts.device)
+        return self.parts.new_zeros(len(groups), self.parts.shape[1]).index_add_(0, owners, self.parts)
+
+
+def token_decomposition(gradient: FactoredGradient) -> TokenDecomposition:
+    """Return the singular value decomposition of a factored gradient, with every token's part in the singular values.
+
+    Values are exact to 1e-6 of the largest value. They come from Gram matrices, or from two QRs and an SVD where
+    squaring would lose too many digits.
+
+    Args:
+        gradient: A gradient of T tokens.
+
+    Raises:
+        GeometryError: If the gradient is not finite.
+    """
+    if gradient.tokens >= min(gradient.shape):
+        return _from_matrix(gradient.left, gradient.right)
+    return _from_token_grams(gradient.left, gradient.right) or _from_triangles(gradient.left, gradient.right)
+
+
+def _from_token_grams(left: Tensor, right: Tensor) -> TokenDecomposition | None:
+    """Decompose LᵀR of fewer tokens than rows and columns; ``None`` where the Gram matrices lose too many digits."""
+    # 1. Gram matrices A = LLᵀ = CCᵀ and B = RRᵀ of the tokens.
+    a, b = row_products(left, left), row_products(right, right)
+    check_finite(a, "a gradient's left factor")
+    check_finite(b, "a gradient's right factor")
+    lower, failed = torch.linalg.cholesky_ex(a)
+    if bool(failed):
+        return None
+    # 2. With Lᵀ = QCᵀ, LᵀR(LᵀR)ᵀ = Q (CᵀBC) Qᵀ: the eigenvectors E of CᵀBC are the left vectors U = QE.
+    squared, vectors = torch.linalg.eigh(lower.T @ (b @ lower))
+    values = squared.clamp(min=0).sqrt().flip(0)
+    if not gram_error_is_small(a, b, values):
+        return None
+    # 3. UᵀLᵀ = EᵀCᵀ, and with v_i = Rᵀ L u_i / σ_i: token t has the part (CE)_ti (BCE)_ti / σ_i.
+    images = lower @ vectors.flip(1)
+    parts = _over(images * (b @ images), values, left.shape[1], right.shape[1])
+
+    def leading(k: int) -> Tensor:
+        # U = Q E = Lᵀ C⁻ᵀ E.
+        combinations: Tensor = torch.linalg.solve_triangular(lower.T, vectors.flip(1)[:, :k], upper=True)
+        return left.T.double() @ combinations
+
+    return TokenDecomposition(values, parts, leading)
+
+
+def _from_triangles(left: Tensor, right: Tensor) -> TokenDecomposition:
+    """Decompose LᵀR = Q_L (S_L S_Rᵀ) Q_Rᵀ from the SVD of its T × T middle."""
+    (q_left, s_left), (_, s_right) = (torch.linalg.qr(factor.double().T) for factor in (left, right))
+    u, values, v = torch.linalg.svd(s_left @ s_right.T)
+    return TokenDecomposition(values, (s_left.T @ u) * (s_right.T @ v.T), lambda k: q_left @ u[:, :k])
+
+
+def _from_matrix(left: Tensor, right: Tensor) -> TokenDecomposition:
+    """Decompose LᵀR of many tokens from the Gram matrix of its smaller side."""
+    tall = left.shape[1] >= right.shape[1]
+    # 1. G with at least as many rows as columns, and GᵀG = V Σ² Vᵀ.
+    rows, columns = (left, right) if tall else (right, left)
+    matrix = rows.T @ columns
+    gram = row_products(matrix.T, matrix.T)
+    check_finite(gram, f"a gradient of shape {tuple(matrix.shape)}")
+    squared, vectors = torch.linalg.eigh(gram)
+    values, vectors = squared.clamp(min=0).sqrt().flip(0), vectors.flip(1).to(matrix.dtype)
+    # 2. u_i = G v_i / σ_i, so that token t has the part (l_tᵀ G v_i)(r_tᵀ v_i) / σ_i.
+    images = matrix @ vectors
+    parts = _over((rows @ images) * (columns @ vectors), values, *matrix.shape)
+
+    def leading(k: int) -> Tensor:
+        basis: Tensor = images[:, :k].double() / values[:k] if tall else vectors[:, :k].double()
+        return basis
+
+    return TokenDecomposition(values, parts, leading)
+
+
+def _over(products: Tensor, values: Tensor, rows: int, columns: int) -> Tensor:
+    """Return products divided by the singular values, zero for singular values that are rounding."""
+    significant = values > rank_tolerance(values.cpu().numpy(), (rows, columns))
+    return torch.where(significant, products / torch.where(significant, values, 1.0), 0.0)

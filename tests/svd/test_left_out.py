@@ -1,0 +1,75 @@
+"""Spectra without a group of examples to first order: their derivative, and the coverage of their intervals."""
+
+import numpy as np
+import pytest
+
+from geomkit.svd import layer_measure
+from geomkit.svd.layer_spectrum import SMOOTH_STATISTICS
+from geomkit.svd.left_out import group_parts
+from geomkit.svd.spectrum import spectrum
+from tests.helpers.example_sets import Drawing, drawn_set, heavy, low_rank, power_law
+from tests.helpers.forms import dense, drawn, seeded
+
+
+def standard_errors(result, monkeypatch: pytest.MonkeyPatch, bound: int) -> np.ndarray:
+    """Jackknife errors of all smooth statistics, with spectra beyond this bound to first order."""
+    monkeypatch.setattr(layer_measure, "EXACT_BOUND", bound)
+    measured = spectrum(result, null_draws=0, groups=len(result.samples))
+    left_out = np.column_stack([measured.left_out(statistic)[:, 0] for statistic in SMOOTH_STATISTICS])
+    return np.sqrt((len(left_out) - 1) * left_out.var(0))
+
+
+def test_first_order_is_the_derivative_of_the_spectrum(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of σ(G − ε G_j) at ε = 0, by central differences of dense SVDs, for the large singular values."""
+    for tokens in (3, 12):
+        result = drawn_set(power_law, np.random.default_rng(0), [tokens] * 6)
+        monkeypatch.setattr(layer_measure, "EXACT_BOUND", 0)
+        measured = spectrum(result, null_draws=0)
+        matrices = np.array([sample["w"].dense().double().numpy() for sample in result.samples]) / 6
+        for matrix, without in zip(matrices, measured.without["w"], strict=True):
+            ends = [np.linalg.svd(matrices.sum(0) - e * matrix, compute_uv=False) for e in (1e-4, -1e-4)]
+            slopes = (ends[0] - ends[1]) / 2e-4
+            bound = measured.layers["w"].rank_bound
+            kept = np.sort(measured.layers["w"].singular_values + slopes[:bound])[::-1]
+            np.testing.assert_allclose(without.singular_values[:5], kept[:5], rtol=1e-3)
+
+
+@pytest.mark.parametrize("form", ["factored", "tied", "indexed", "dense", "sum"])
+def test_parts_of_every_form_are_the_tokens_parts(form: str) -> None:
+    generator = seeded()
+    parts = [drawn(form, (40, 30), generator) for _ in range(4)]
+    groups = [np.array([0, 2]), np.array([1]), np.array([3])]
+    matrices = [dense(part) for part in parts]
+    u, values, v = np.linalg.svd(sum(matrices), full_matrices=False)
+    result = group_parts(parts, groups, 30)
+    for row, group in zip(result, groups, strict=True):
+        expected = np.einsum("ri,rc,ic->i", u, sum(matrices[place] for place in group), v)
+        np.testing.assert_allclose(row[:3], expected[:3], atol=1e-4 * values[0])
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [
+        pytest.param(low_rank(), id="low rank"),
+        pytest.param(power_law, id="power law"),
+        pytest.param(heavy, id="heavy tails"),
+    ],
+)
+def test_intervals_to_first_order_cover_and_are_cautious(draw: Drawing, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At least .93 of the 95 % intervals hold the truth; errors are 0.8 to 2.5 times those of leaving examples out."""
+    generator = np.random.default_rng(1)
+    monkeypatch.setattr(layer_measure, "EXACT_BOUND", 0)
+    result = []
+    for _ in range(150):
+        drawn = drawn_set(draw, generator, generator.integers(8, 17, 16).tolist())
+        measured = spectrum(drawn, null_draws=0)
+        result.append([(measured.mean(statistic), *measured.interval(statistic)) for statistic in SMOOTH_STATISTICS])
+    values, low, high = np.array(result).transpose(2, 0, 1)
+    covered = ((low <= values.mean(0)) & (values.mean(0) <= high)).mean(0)
+    assert (covered >= 0.93).all(), dict(zip(SMOOTH_STATISTICS, covered, strict=True))
+    ratios = [
+        standard_errors(drawn, monkeypatch, 0) / standard_errors(drawn, monkeypatch, 1000)
+        for drawn in (drawn_set(draw, generator, [12] * 16) for _ in range(8))
+    ]
+    assert (np.mean(ratios, 0) > 0.8).all()
+    assert (np.mean(ratios, 0) < 2.5).all()
