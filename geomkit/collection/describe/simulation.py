@@ -6,7 +6,7 @@ size, follows the model's own code, and tells every tensor that a pass on real o
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,10 +51,10 @@ def simulate(model: nn.Module, examples: int, length: int, *, weight_gradients: 
     trainable = [fakes[id(parameter)] for parameter in model.parameters() if parameter.requires_grad]
     place = fakes[id(next(model.parameters()))].device
     with mode, torch.enable_grad(), _Memory(fakes.values()) as memory, FlopCounterMode(display=False) as counter:
-        # 1. Forward. The output of the embedding needs a gradient, so that activations have one whatever is trained.
+        # 1. Forward. In a collection the output of the embedding needs a gradient, whether the embedding does or not.
         ids = torch.zeros(examples, length, dtype=torch.long, device=place)
         arguments = {"input_ids": ids, "labels": ids, "use_cache": False}
-        with _embeddings_kept(model) as embedded:
+        with nullcontext([]) if weight_gradients else _embeddings_kept(model) as embedded:
             loss = functional_call(model, {name: fakes[id(tensor)] for name, tensor in named}, kwargs=arguments).loss
         stored = memory.now
         # 2. Backward.
@@ -80,8 +80,10 @@ def _embeddings_kept(model: Any) -> Iterator[list[Tensor]]:
     """
     outputs: list[Tensor] = []
 
-    def keep(_module: nn.Module, _inputs: tuple[Any, ...], output: Tensor) -> None:
-        outputs.append(output if output.requires_grad else output.requires_grad_())
+    def keep(_module: nn.Module, _inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        # A view, since the counter of operations cannot do with a leaf whose gradient is asked for.
+        outputs.append(output if output.requires_grad else output.requires_grad_().view_as(output))
+        return outputs[-1]
 
     handle = model.get_input_embeddings().register_forward_hook(keep)
     try:
