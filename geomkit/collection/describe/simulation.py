@@ -6,7 +6,7 @@ size, follows the model's own code, and tells every tensor that a pass on real o
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,7 +54,7 @@ def simulate(model: nn.Module, examples: int, length: int, *, weight_gradients: 
         # 1. Forward. In a collection the output of the embedding needs a gradient, whether the embedding does or not.
         ids = torch.zeros(examples, length, dtype=torch.long, device=place)
         arguments = {"input_ids": ids, "labels": ids, "use_cache": False}
-        with nullcontext([]) if weight_gradients else _embeddings_kept(model) as embedded:
+        with _nothing_kept() if weight_gradients else _embeddings_kept(model) as embedded:
             loss = functional_call(model, {name: fakes[id(tensor)] for name, tensor in named}, kwargs=arguments).loss
         stored = memory.now
         # 2. Backward.
@@ -69,6 +69,10 @@ def _fake(mode: FakeTensorMode, tensor: Tensor, device: str) -> Tensor:
     with mode:
         empty = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
         return empty.requires_grad_(tensor.requires_grad)
+
+
+def _nothing_kept() -> AbstractContextManager[list[Tensor]]:
+    return nullcontext([])
 
 
 @contextmanager
@@ -92,12 +96,12 @@ def _embeddings_kept(model: Any) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
-class _Memory(TorchDispatchMode):
+class _Memory(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch does not annotate it
     """Number of bytes of the tensors that were made inside the context, now and at most."""
 
     def __init__(self, known: Iterable[Tensor]) -> None:
         """Start with tensors that do not count."""
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._known = {tensor.untyped_storage()._cdata for tensor in known}  # noqa: SLF001 - the only identity
         self.now = self.most = 0
 

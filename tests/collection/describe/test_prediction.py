@@ -26,7 +26,7 @@ def meta(model):
 
 @pytest.mark.parametrize("name", ["llama", "gemma 2", "gpt-2", "opt", "qwen3"])
 def test_a_simulated_pass_is_the_real_one(name):
-    """The same operations and the same peak of tensors as a pass on real ones, to a tensor of the size of the logits."""
+    """Operations equal those of a pass on real tensors, and the peak does up to a tensor of the logits' size."""
     model = ARCHITECTURES[name].build(tied=False)
     vocabulary = model.config.vocab_size
     ids = torch.randint(5, vocabulary, (3, 20), generator=torch.Generator().manual_seed(0))
