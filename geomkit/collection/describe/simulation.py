@@ -6,7 +6,7 @@ size, follows the model's own code, and tells every tensor that a pass on real o
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,10 +51,10 @@ def simulate(model: nn.Module, examples: int, length: int, *, weight_gradients: 
     trainable = [fakes[id(parameter)] for parameter in model.parameters() if parameter.requires_grad]
     place = fakes[id(next(model.parameters()))].device
     with mode, torch.enable_grad(), _Memory(fakes.values()) as memory, FlopCounterMode(display=False) as counter:
-        # 1. Forward. The output of the embedding needs a gradient, so that activations have one whatever is trained.
+        # 1. Forward. In a collection the output of the embedding needs a gradient, whether the embedding does or not.
         ids = torch.zeros(examples, length, dtype=torch.long, device=place)
         arguments = {"input_ids": ids, "labels": ids, "use_cache": False}
-        with _embeddings_kept(model) as embedded:
+        with _nothing_kept() if weight_gradients else _embeddings_kept(model) as embedded:
             loss = functional_call(model, {name: fakes[id(tensor)] for name, tensor in named}, kwargs=arguments).loss
         stored = memory.now
         # 2. Backward.
@@ -71,6 +71,10 @@ def _fake(mode: FakeTensorMode, tensor: Tensor, device: str) -> Tensor:
         return empty.requires_grad_(tensor.requires_grad)
 
 
+def _nothing_kept() -> AbstractContextManager[list[Tensor]]:
+    return nullcontext([])
+
+
 @contextmanager
 def _embeddings_kept(model: Any) -> Iterator[list[Tensor]]:
     """Keep the output of the model's token embedding and make it need a gradient, inside the block.
@@ -80,8 +84,10 @@ def _embeddings_kept(model: Any) -> Iterator[list[Tensor]]:
     """
     outputs: list[Tensor] = []
 
-    def keep(_module: nn.Module, _inputs: tuple[Any, ...], output: Tensor) -> None:
-        outputs.append(output if output.requires_grad else output.requires_grad_())
+    def keep(_module: nn.Module, _inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        # A view, since the counter of operations cannot do with a leaf whose gradient is asked for.
+        outputs.append(output if output.requires_grad else output.requires_grad_().view_as(output))
+        return outputs[-1]
 
     handle = model.get_input_embeddings().register_forward_hook(keep)
     try:
@@ -90,12 +96,12 @@ def _embeddings_kept(model: Any) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
-class _Memory(TorchDispatchMode):
+class _Memory(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch does not annotate it
     """Number of bytes of the tensors that were made inside the context, now and at most."""
 
     def __init__(self, known: Iterable[Tensor]) -> None:
         """Start with tensors that do not count."""
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._known = {tensor.untyped_storage()._cdata for tensor in known}  # noqa: SLF001 - the only identity
         self.now = self.most = 0
 

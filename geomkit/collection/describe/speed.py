@@ -109,7 +109,7 @@ def measure_speed(model: "PreTrainedModel", *, clock: Clock = time.perf_counter)
 
 def _pass_speed(model: "PreTrainedModel", collects: bool, clock: Clock) -> PassSpeed:
     """Return rate and overhead of the line through two points: operations and seconds of a short and a longer pass."""
-    points = []
+    points: list[tuple[int, float]] = []
     for length in _LENGTHS:
         cost = simulate(model, _EXAMPLES, length, weight_gradients=not collects)
         ids = [place % len(model.get_input_embeddings().weight) for place in range(length)]
