@@ -1,5 +1,6 @@
 """The certificate of an SPF run: the first-order effect of each applied update on the safety loss."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
@@ -152,7 +153,8 @@ class Certificate(Result):
     def _limits(self) -> Iterator[str]:
         """Yield what limits the certificate, what counts most first."""
         if self.share < 1:
-            yield f"only {self.share:.1%} of the trainable parameters are under guard, moves of the others are not seen"
+            percent = math.floor(1000 * self.share) / 10
+            yield f"only {percent} % of the trainable parameters are under guard, moves of the others are not seen"
         if self.is_idle:
             yield "no step was projected or corrected"
         if any(not record.fresh for record in self.records):
@@ -162,7 +164,7 @@ class Certificate(Result):
         if self.by_factor and self.guaranteed:
             yield f"{len(self.by_factor)} adapted layers factor by factor, without products of their changes"
         if self.max_shortfall:
-            yield f"subspaces hold about {1 - self.max_shortfall:.2%} of the energy of exact ones"
+            yield f"subspaces hold an estimated {1 - self.max_shortfall:.2%} of the energy of exact ones"
 
     def _repr_html_(self) -> str:
         return html_table(str(self), self.to_frame(), rows=6)

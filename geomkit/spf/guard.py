@@ -29,7 +29,7 @@ from geomkit.spf.utility_gradients import (
     refuse_closure,
     refuse_missing_gradients,
 )
-from geomkit.spf.watch import Watch, unseen_move
+from geomkit.spf.watch import Versions, Watch, refuse_moves_of_frozen_weights, unseen_move, versions
 from geomkit.spf.weights.guarded import Guarded
 from geomkit.spf.weights.processes import Processes
 from geomkit.spf.weights.trained import refuse_broken_gradients
@@ -63,11 +63,8 @@ class _Pending:
     measured: Measured
     fresh: bool
     before: Mapping[str, Reading]
+    frozen: Versions
     plan: Plan | None = None
-
-
-_READING = 1e-5
-"""Largest relative difference of two readings of the same weights: fp32 rounding depends on the product's shape."""
 
 
 class Guard:
@@ -90,7 +87,7 @@ class Guard:
         """Attach to the optimizers of the weights, from the beginning or in a saved state; see :meth:`SPF.attach`."""
         self.rule = rule
         self._description = description or {}
-        self._guarded, self._constraint_meter, self._options = guarded, constraint_meter, options
+        self.guarded, self._constraint_meter, self._options = guarded, constraint_meter, options
         self._protected = ProtectedBlocks(
             guarded,
             constraint_meter,
@@ -104,12 +101,10 @@ class Guard:
         self._is_mixed = False  # whether the safety gradient has been added for the next step
         self._origin: dict[str, Tensor] = {}  # UᵀW₀ of each block under a rule with a closed subspace
         self._pending: _Pending | None = None
-        self._probes_after: dict[str, Tensor] = {}  # WΩ of each block after the last step
         self._watch = Watch(guarded)
         self._share = guarded.share  # smallest so far
-        self._has_stepped = False  # since it was attached
         self._moved: str | None = None  # after detaching, the weight that was moved while no guarded step was seen
-        self._calls = StepCalls(guarded.optimizers, self._before_step, self._after_step)
+        self._calls = StepCalls(guarded.optimizer, self._before_step, self._after_step)
         try:
             self._log = self._begin_log() if state is None else self._resume(state)
         except BaseException:
@@ -123,9 +118,8 @@ class Guard:
         Raises:
             SPFError: If weights were moved while no guarded step was seen.
         """
-        self._calls.finish()
         self._refuse_unseen_moves()
-        return Certificate(self.rule.name, self.rule.promise, self.records, self._guarded.by_factor, self._share)
+        return Certificate(self.rule.name, self.rule.promise, self.records, self.guarded.by_factor, self._share)
 
     @property
     def records(self) -> tuple[StepRecord, ...]:
@@ -144,10 +138,7 @@ class Guard:
             SPFError: If weights were moved while no guarded step was seen, such as by another optimizer, by hand, or by
                 an optimizer that does not step in ``step()``.
         """
-        try:
-            self._calls.finish()
-        finally:
-            self.release()
+        self.release()
         self._refuse_unseen_moves()
 
     def release(self) -> None:
@@ -179,9 +170,10 @@ class Guard:
         divide the gradients.
         """
         if self.rule.safety_gradient_weight and not self.rule.projects_gradient and self._calls.attached:
-            self._calls.finish()
+            if self.guarded.refresh():
+                self._protected.discard()
             with full_precision():
-                add_safety_gradient(self.rule, self._guarded, self._measure())
+                add_safety_gradient(self.rule, self.guarded, self._measure())
             self._is_mixed = True
 
     def __enter__(self) -> Self:
@@ -216,52 +208,37 @@ class Guard:
 
     def _before_step(self, closure: bool) -> None:
         """Measure, read and, under a rule on the gradient, project the gradients."""
+        self._pending = None
+        optimizer = self.guarded.optimizer
+        if bool(getattr(optimizer, "found_inf", None) or False):  # a fused optimizer skips a step that overflowed
+            return
         if closure:
             refuse_closure(self.rule)
         # 1. Divide the weights anew if other weights are trained than at the last step; check their gradients.
-        if self._guarded.refresh():
+        if self.guarded.refresh():
             self._protected.discard()
-            self._share = min(self._share, self._guarded.share)
-        refuse_broken_gradients(self._guarded.parameters)
-        if not self._has_stepped or not self.rule.guarantees:  # step 3 checks all others, with the readings it has
-            self._refuse_unseen_moves()
+        self._share = min(self._share, self.guarded.share)
+        refuse_broken_gradients(self.guarded.parameters)
+        self._refuse_unseen_moves()
         # 2. The constraints at θ. With fixed anchors their loss at θ is the loss after the last step.
         measured, fresh = self._measure(), self._protected.measured_at == self.steps
         if self._records and fresh and self._constraint_meter.fixed:
             self._records[-1] = replace(self._records[-1], loss_after=measured.loss)
         # 3. The reading of θ; ⟨W, g⟩ is taken from the pass over the anchors where that pass used these weights.
-        self._guarded.pull_updates_into_masters()
-        known_dots = self._guarded.as_used(measured.products) if fresh else {}
+        self.guarded.pull_updates_into_masters()
+        known_dots = self.guarded.as_used(measured.products) if fresh else {}
         before = self._protected.read(self._protected.protections, known_dots=known_dots)
-        self._refuse_other_changes(before)
         if self.rule.closed_subspace:
             origin = {name: reading.left for name, reading in before.items() if reading.left is not None}
             self._origin = origin | self._origin
-        self._pending = _Pending(measured, fresh, before)
+        self._pending = _Pending(measured, fresh, before, versions(self.guarded.unmoved))
         # 4. The utility gradients: project g_u, then add g_s, unless it has been added before the backward pass.
         if self.rule.level == "gradient":
-            self._pending.plan = project_gradients(self.rule, self._guarded, self._protected, measured, self._seed())
+            self._pending.plan = project_gradients(self.rule, self.guarded, self._protected, measured, self._seed())
         if self.rule.safety_gradient_weight and not self._is_mixed:
-            refuse_missing_gradients(self.rule, self._guarded)
-            add_safety_gradient(self.rule, self._guarded, measured)
+            refuse_missing_gradients(self.rule, self.guarded)
+            add_safety_gradient(self.rule, self.guarded, measured)
         self._is_mixed = False
-
-    def _refuse_other_changes(self, before: Mapping[str, Reading]) -> None:
-        """Check that the weights are where the last step left them.
-
-        Raises:
-            SPFError: If the rule makes a promise and a block has been changed since the last step.
-        """
-        for name, reading in before.items():
-            expected = self._probes_after.get(name)
-            if not self.rule.guarantees or expected is None or expected.shape != reading.probe.shape:
-                continue
-            rounding = _READING * float(torch.linalg.vector_norm(reading.probe))
-            if float(torch.linalg.vector_norm(reading.probe - expected)) > rounding:
-                raise SPFError(
-                    f"expected '{name}' where step {self.steps} left it, found it changed since: a later hook moves "
-                    "weights that were certified; attach SPF last, or after changing weights detach and attach again"
-                )
 
     # -------------------------------------------------------------------------------------------- after the step
 
@@ -270,41 +247,41 @@ class Guard:
         pending, self._pending = self._pending, None
         if pending is None:
             return
+        records = len(self._records)
         try:
             self._correct_and_record(pending)
-        finally:  # a step that fails was seen as well
-            self.accept_weights()
-            self._has_stepped = True
+        finally:  # a step with a record was seen, also where the record says that it broke the promise
+            if len(self._records) > records:
+                self._watch.accept()
 
     def _correct_and_record(self, pending: _Pending) -> None:
         """Read the update, correct it, read it again, and record and check it."""
         # Where this step fails, its measurement and its readings must not serve the next step.
-        measured, self._protected.measured, self._probes_after = self._protected.measured, None, {}
+        measured, self._protected.measured = self._protected.measured, None
         # 1. The optimizer's update Δ: the difference of two readings.
-        self._guarded.follow_storage()
-        self._watch.refuse_moves_of_frozen_weights()
-        self._guarded.pull_updates_into_masters()
+        self.guarded.follow_storage()
+        refuse_moves_of_frozen_weights(pending.frozen, versions(self.guarded.unmoved))
+        self.guarded.pull_updates_into_masters()
         raw = self._changes(pending.before, self._protected.read(pending.before))
         _refuse_broken_update(raw)
         # 2. The corrections of Δ, applied to the weights; the applied update is read from the corrected weights.
         corrections = self._plan_corrections(pending, raw)
         corrected = self._protected.read(corrections.moves, moves=corrections.moves)
         applied = raw | self._changes(pending.before, corrected)
-        self._guarded.round_masters_into_weights()
+        self.guarded.round_masters_into_weights()
         # 3. The record, which is written before a broken promise ends the run.
         step = Step(
             self.steps + 1, pending.fresh, pending.measured, pending.before, raw, applied, pending.plan,
             corrections.corrected, corrections.bounds,
         )  # fmt: skip
-        self._records.append(assess(step, self.rule, self._guarded.blocks, self._protected.protections))
+        self._records.append(assess(step, self.rule, self.guarded.blocks, self._protected.protections))
         try:
             self._records[-1] = replace(self._records[-1], loss_after=self._loss_after(pending))
         finally:
             if self._log:
                 self._log.write(self._records[-1])
         Certificate(self.rule.name, self.rule.promise, self._records[-1:]).raise_on_violation()
-        # 4. Keep the probes and the measurement that the next step needs.
-        self._probes_after = {name: pending.before[name].probe + change.probe for name, change in applied.items()}
+        # 4. Keep the measurement if the next step needs it.
         self._protected.keep(measured)
 
     def _plan_corrections(self, pending: _Pending, raw: dict[str, Reading]) -> Plan:
@@ -312,9 +289,11 @@ class Guard:
 
         Update-level rules apply in full; gradient-level rules get only the corrections for drift and benign answers.
         """
-        blocks, protections = self._guarded.blocks, self._protected.protections
+        blocks, protections = self.guarded.blocks, self._protected.protections
         # Drift is known only at a measurement: corrected again at later steps, it would be overcorrected.
-        demands = pending.measured.demands if pending.fresh else pending.measured.demands.only_hard()
+        # It would also move weights that are frozen, and are guarded only as they have a gradient.
+        corrects = pending.fresh and self.guarded.all_trainable
+        demands = pending.measured.demands if corrects else pending.measured.demands.only_hard()
         if self.rule.level == "update":
             pending.plan = plan(self.rule, blocks, protections, raw, demands, self._seed())
             return pending.plan
@@ -323,7 +302,7 @@ class Guard:
     def _loss_after(self, pending: _Pending) -> float:
         if not (self._options.measure_curvature and pending.fresh):
             return math.nan
-        with self._guarded.collecting():
+        with self.guarded.collecting():
             return float(self._constraint_meter.losses(pending.measured.anchor_indices).mean())
 
     def _seed(self) -> int:
@@ -340,16 +319,16 @@ class Guard:
         Args:
             folder: The checkpoint, which exists.
         """
-        self._calls.finish()
         self._refuse_unseen_moves()
         bases = self._protected.bases()
         state = {
             "steps": torch.tensor(self.steps),
+            "share": torch.tensor(self._share, dtype=torch.float64),
             **self._constraint_meter.state(),
             **_with_prefix("origin", self._origin),
             **_with_prefix("left", bases["left"]),
             **_with_prefix("shortfall", bases["shortfall"]),
-            **_with_prefix("master", self._guarded.fp32_masters()),
+            **_with_prefix("master", self.guarded.fp32_masters()),
         }
         if Processes.first():
             save_state(state, self._description, Path(folder))
@@ -360,10 +339,11 @@ class Guard:
     def _resume(self, state: Mapping[str, Tensor]) -> Log | None:
         """Load a saved state, and return the continued log, if there is one."""
         self._constraint_meter.load(state)
-        self._guarded.load_fp32_masters(_without_prefix("master", state))
+        self.guarded.load_fp32_masters(_without_prefix("master", state))
         self._protected.load(_without_prefix("left", state), _without_prefix("shortfall", state))
         self._origin = _without_prefix("origin", state)
         self._earlier_steps = int(state["steps"])
+        self._share = min(self._share, float(state["share"]))
         if not (self._options.log and Processes.first()):
             return None
         log, self._records = Log.resumed(self._options.log, self._earlier_steps)

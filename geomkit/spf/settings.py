@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 
@@ -17,10 +17,11 @@ from geomkit.spf.anchors import AnchorPool
 from geomkit.spf.checkpoint_state import load_state
 from geomkit.spf.constraints import BenignFence, ConstraintMeter
 from geomkit.spf.guard import Guard, Options
+from geomkit.spf.guard_group import GuardGroup
 from geomkit.spf.rule import PROSE, Rule
 from geomkit.spf.rules import DEFAULT_RULE, get_rule
 from geomkit.spf.weights.guarded import Guarded
-from geomkit.spf.weights.trained import warn_of_rounding
+from geomkit.spf.weights.trained import warn_of_rounding, warn_of_unguarded
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -97,6 +98,26 @@ class SPF:
     tokenizer: "PreTrainedTokenizerBase | None" = None
     seed: int = 0
 
+    @overload
+    def attach(
+        self,
+        model: "PreTrainedModel",
+        optimizer: torch.optim.Optimizer,
+        tokenizer: "PreTrainedTokenizerBase | None" = None,
+        *,
+        resume: str | Path | None = None,
+    ) -> Guard: ...
+
+    @overload
+    def attach(
+        self,
+        model: "PreTrainedModel",
+        optimizer: Sequence[torch.optim.Optimizer],
+        tokenizer: "PreTrainedTokenizerBase | None" = None,
+        *,
+        resume: None = None,
+    ) -> GuardGroup: ...
+
     def attach(
         self,
         model: "PreTrainedModel",
@@ -104,25 +125,54 @@ class SPF:
         tokenizer: "PreTrainedTokenizerBase | None" = None,
         *,
         resume: str | Path | None = None,
-    ) -> "Guard":
+    ) -> Guard | GuardGroup:
         """Attach SPF to an optimizer; from then on, every step of the optimizer is projected.
 
         Args:
             model: The model that is trained.
-            optimizer: Its optimizer, plain or wrapped by accelerate; or all its optimizers, such as Muon for matrices
-                and AdamW for the rest. These make a guarded step together, when each of them has stepped once.
+            optimizer: The model's optimizer, plain or wrapped by accelerate; or a list of all its optimizers, such as
+                Muon for matrices and AdamW for the rest.
             tokenizer: The model's tokenizer; the tokenizer in the settings if left out.
-            resume: The checkpoint from which training is resumed, into which :meth:`Guard.save` has written.
+            resume: The checkpoint from which training is resumed, into which :meth:`Guard.save` has written; for one
+                optimizer only.
 
         Returns:
             A :class:`Guard`, which holds the certificate; as a context manager it ends the projection with the block.
+            For a list of optimizers a :class:`~geomkit.spf.guard_group.GuardGroup`, with the same methods but ``save``.
 
         Raises:
             SPFError: If there is no tokenizer, the rule is unknown, the optimizer holds parameters that are not the
                 model's or is DeepSpeed's, weights are sharded in an unsupported way, parameters share memory, adapters
-                cannot keep the rule, or there is nothing to resume.
+                cannot keep the rule, or there is nothing to resume; for several optimizers also if there is a ``log``.
             DataError: If the anchors cannot be encoded, or do not fit the model's embedding or positions.
         """
+        if not isinstance(optimizer, list | tuple):
+            guard = self._attach_one(model, optimizer, tokenizer, resume)
+            warn_of_unguarded(guard.guarded.model, guard.guarded.parameters)
+            return guard
+        if not optimizer or resume or self.log:
+            raise SPFError(
+                f"expected one or more optimizers, without log= and resume= if there are several, found "
+                f"{len(optimizer)} optimizers, log={self.log} and resume={resume}"
+            )
+        guards: list[Guard] = []
+        try:
+            guards.extend(self._attach_one(model, one, tokenizer, None) for one in optimizer)
+        except BaseException:
+            GuardGroup(guards).release()
+            raise
+        held = {name: weight for guard in guards for name, weight in guard.guarded.parameters.items()}
+        warn_of_unguarded(guards[0].guarded.model, held)
+        return GuardGroup(guards)
+
+    def _attach_one(
+        self,
+        model: "PreTrainedModel",
+        optimizer: Any,
+        tokenizer: "PreTrainedTokenizerBase | None",
+        resume: str | Path | None,
+    ) -> Guard:
+        """Return the guard of one optimizer; see :meth:`attach`."""
         tokenizer = tokenizer or self.tokenizer
         if tokenizer is None:
             raise SPFError("expected a tokenizer for the anchors, found none; pass SPF(anchors, tokenizer=…)")
@@ -132,7 +182,6 @@ class SPF:
         if self.benign is not None:
             fence = BenignFence(self._pool(model, self.benign, self.benign_per_step, tokenizer)[0], self.benign_margin)
         guarded = Guarded(model, optimizer, rule.level, master=self.master_weights)
-        guarded.warn_of_unguarded()
         if rule.closed_subspace and not resume:
             guarded.refuse_open_products(rule.name)
         warn_of_lost_updates(guarded.parameters)

@@ -73,15 +73,10 @@ def add_safety_gradient(rule: Rule, guarded: Guarded, measured: Measured) -> Non
         rule: A rule with a ``safety_gradient_weight``.
         guarded: The weights with their gradients.
         measured: The constraints.
-
-    Raises:
-        SPFError: If the optimizers scale their gradients differently.
     """
     # A fused optimizer divides all gradients by its ``grad_scale``.
-    scales = {float(scale) for optimizer in guarded.optimizers if (scale := getattr(optimizer, "grad_scale", None))}
-    if len(scales) > 1:
-        raise SPFError(f"expected one grad_scale of all optimizers, found {sorted(scales)}; use one GradScaler")
-    weights, factor = measured.demands.safety_weights, rule.safety_gradient_weight * max(scales, default=1.0)
+    weights, scale = measured.demands.safety_weights, getattr(guarded.optimizer, "grad_scale", None)
+    factor = rule.safety_gradient_weight * (1.0 if scale is None else float(scale))
     for name, gradients in measured.gradients.items():
         pairs = zip(gradients, weights, strict=True)
         guarded.add_to_gradients(name, [(gradient, factor * float(weight)) for gradient, weight in pairs if weight])

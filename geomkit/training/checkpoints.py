@@ -54,10 +54,12 @@ class MarkComplete(TrainerCallback):
     """Marks every sound checkpoint after all its files are written; must be the last callback."""
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Write the mark, a list of the files with their sizes, unless a weight is not finite.
+        """Write the mark, a list of the files with their sizes, unless a weight is not finite; the first process does.
 
         A run is never resumed from a checkpoint without mark: from weights that are NaN it could not go on.
         """
+        if not state.is_world_process_zero:
+            return
         folder = Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         if broken := _broken_weight(kwargs["model"]):
             _LOGGER.warning("%s: '%s' is not finite; this checkpoint is not marked complete", folder, broken)
@@ -72,14 +74,16 @@ def _broken_weight(model: nn.Module) -> str | None:
 
 
 def _sizes(folder: Path) -> dict[str, int]:
-    """Return the size in bytes of every file of a checkpoint but the mark."""
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MARK)
+    """Return the size in bytes of every file of a checkpoint but the mark, and drafts of other processes."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith((MARK, ".")))
     return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
 
 
 @contextmanager
 def run_folder(folder: Path) -> Iterator[None]:
-    """Hold the folder of a run inside the block: no other run may write to it. An empty folder is removed at the end.
+    """Hold the folder of a run inside the block: no other run may write to it.
+
+    A new folder that stays empty is removed.
 
     Args:
         folder: The folder for checkpoints, which need not exist.
@@ -87,6 +91,7 @@ def run_folder(folder: Path) -> Iterator[None]:
     Raises:
         DataError: If another run is writing to the folder, or it cannot be made.
     """
+    is_new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -104,8 +109,9 @@ def run_folder(folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            with suppress(OSError):  # it holds files
-                folder.rmdir()
+            if is_new:
+                with suppress(OSError):  # it holds files
+                    folder.rmdir()
 
 
 def last_checkpoint(folder: Path, settings: Mapping[str, Any]) -> Path | None:

@@ -135,7 +135,8 @@ def finetune(
             "train": encoded.fingerprint, "spf": None if spf is None else spf.describe(),
             "log": None if spf is None else spf.log, "model": weights_fingerprint(model),
         }  # fmt: skip
-        resume = last_checkpoint(folder, settings) if folder else None
+        with arguments.main_process_first(local=False, desc="looking for checkpoints"):
+            resume = last_checkpoint(folder, settings) if folder else None
         begun = MarkBegun(folder, settings)
         # 3. Train, and restore the random states and the model's settings, also after an exception.
         trained = model if inplace else copy.deepcopy(model)

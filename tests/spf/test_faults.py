@@ -58,10 +58,12 @@ def test_a_broken_task_gradient_ends_the_run_before_the_step(value):
 def test_a_broken_update_is_named():
     model = tiny_llama()
     optimizer = torch.optim.SGD(model.parameters(), lr=float("inf"))
-    with spf().attach(model, optimizer):
-        task_loss(model).backward()
-        with pytest.raises(SPFError, match=r"expected a finite update, found NaN or inf; lower the learning rate"):
-            optimizer.step()
+    guard = spf().attach(model, optimizer)
+    task_loss(model).backward()
+    with pytest.raises(SPFError, match=r"expected a finite update, found NaN or inf; lower the learning rate"):
+        optimizer.step()
+    with pytest.raises(SPFError, match="moved while no guarded step was seen"):  # the spoilt weights are there
+        guard.detach()
 
 
 def test_an_anchor_without_an_assistant_token_is_refused_at_once():

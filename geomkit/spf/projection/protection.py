@@ -148,8 +148,8 @@ def with_subspaces(protection: Protection, rule: Rule, name: str, seed: int) -> 
         random = replace(protection, left=torch.linalg.qr(gaussian)[0].float().to(gradient.device))
         return replace(random, energy=random.captured)
     vectors = leading_vectors(gradient, rule.rank, parameter_generator(seed, name))
-    right = vectors.right if rule.removal == "two-sided" else None
-    subspaces = replace(protection, left=vectors.left, right=right, shortfall=vectors.shortfall)
+    right = vectors.right.float() if rule.removal == "two-sided" else None
+    subspaces = replace(protection, left=vectors.left.float(), right=right, shortfall=vectors.shortfall)
     return replace(subspaces, energy=vectors.energy if right is None else subspaces.captured)
 
 

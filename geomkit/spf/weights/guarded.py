@@ -29,23 +29,23 @@ class Guarded:
 
     Args:
         model: The model that is trained.
-        optimizers: The model's optimizer, or several, with or without wrappers.
+        optimizer: An optimizer of the model, with or without wrapper.
         level: The rule's level. For ``"update"`` the product of an adapter is one block; for ``"gradient"`` its two
             factors are two blocks, since each factor has a gradient.
         master: Whether to store fp32 master weights for weights of fewer bits.
 
     Attributes:
         model: The model, unwrapped.
-        optimizers: The optimizers, unwrapped.
+        optimizer: The optimizer, unwrapped.
         parameters: The trained parameters, by name.
         blocks: The blocks, by the name of the parameter whose gradient is collected for the block.
         by_factor: For each adapted layer that is protected factor by factor, not as a product, the reason.
         processes: The processes that train the model.
     """
 
-    def __init__(self, model: nn.Module, optimizers: Any, level: Level, *, master: bool = False) -> None:
-        """Collect the weights that the optimizers move, and divide them into blocks."""
-        self.model, self.optimizers = unwrapped_model(model), unwrapped(optimizers)
+    def __init__(self, model: nn.Module, optimizer: Any, level: Level, *, master: bool = False) -> None:
+        """Collect the weights that the optimizer moves, and divide them into blocks."""
+        self.model, self.optimizer = unwrapped_model(model), unwrapped(optimizer)
         self._level, self._master = level, master
         self._signature: list[tuple[object, ...]] | None = None
         self.parameters: dict[str, nn.Parameter] = {}
@@ -74,13 +74,16 @@ class Guarded:
             SPFError: If no weight is trained, or a weight cannot be guarded.
         """
         reshard(self.model)
-        held = held_parameters(self.optimizers)
+        held = held_parameters(self.optimizer)
         refuse_frozen(held)
         signature = _places(filter(can_move, held))
         if signature == self._signature:
             return False
+        if self._signature and _identities(signature) == _identities(self._signature):
+            self.follow_storage()
+            return False
         changed, self._signature = self._signature is not None, signature
-        self.parameters = trained_parameters(self.model, self.optimizers)
+        self.parameters = trained_parameters(self.model, self.optimizer)
         adapters = self._find_adapters() if self._level == "update" else Adapters({}, {})
         self._adapters, self.by_factor = adapters.products, adapters.by_factor
         self.blocks, self._collected = self._divide()
@@ -90,15 +93,15 @@ class Guarded:
         return changed
 
     def follow_storage(self) -> None:
-        """Divide the weights anew where a step has assigned new tensors to the parameters' ``data``.
+        """Divide the weights anew where new tensors have been assigned to the parameters' ``data``.
 
         Raises:
             SPFError: If the new tensors have other shapes, types or devices.
         """
-        before, now = self._signature, _places(self.parameters.values())
+        before, now = self._signature or [], _places(self.parameters.values())
         if now == before:
             return
-        if [place[:-1] for place in now] != [place[:-1] for place in before or []]:
+        if _identities(now) != _identities(before):
             raise SPFError(
                 "expected optimizer.step() to keep the shape, type and device of every parameter, found another; let "
                 "steps change values only"
@@ -110,25 +113,9 @@ class Guarded:
     @property
     def share(self) -> float:
         """Share of the model's trainable parameters, counted as numbers, that is under guard."""
-        trainable = {id(weight): weight for weight in self.model.parameters() if weight.requires_grad}
-        guarded = {id(weight): weight for weight in self.parameters.values()}
-        return sum(map(_numel, guarded.values())) / sum(map(_numel, (trainable | guarded).values()))
-
-    def warn_of_unguarded(self) -> None:
-        """Log a warning if trainable parameters are not under guard."""
-        guarded = set(map(id, self.parameters.values()))
-        outside = [
-            name
-            for name, parameter in self.model.named_parameters()
-            if parameter.requires_grad and id(parameter) not in guarded
-        ]
-        if outside:
-            _LOGGER.warning(
-                "SPF guards %.0f %% of the trainable parameters: its optimizer does not hold '%s' and %d others, whose "
-                "moves are not measured; attach SPF to every optimizer, spf.attach(model, [first, second]), or freeze "
-                "what is not trained",
-                100 * self.share, outside[0], len(outside) - 1,
-            )  # fmt: skip
+        trainable = {id(weight): weight.numel() for weight in self.model.parameters() if weight.requires_grad}
+        guarded = {id(weight): weight.numel() for weight in self.parameters.values()}
+        return sum(guarded.values()) / sum((trainable | guarded).values())
 
     def _find_adapters(self) -> Adapters:
         """Return the adapted layers.
@@ -206,12 +193,13 @@ class Guarded:
         return None if parameter.grad is None else tensor_block(_dense(name, parameter.grad), parameter, scale=-1.0)
 
     def add_to_gradients(self, name: str, moves: Sequence[Move]) -> None:
-        """Add gradients of a block to ``.grad`` of its parameters."""
+        """Add gradients of a block to ``.grad`` of its trainable parameters."""
         if name in self._adapters:
             self._adapters[name].add_to_gradients(moves)
             return
         parameter = self.parameters[name]
-        tensor_block(_dense(name, make_gradient(parameter)), parameter).apply(moves)
+        if parameter.requires_grad:
+            tensor_block(_dense(name, make_gradient(parameter)), parameter).apply(moves)
 
     def pull_updates_into_masters(self) -> None:
         """Add the optimizer's change of the rounded weights to their fp32 master weights."""
@@ -224,19 +212,20 @@ class Guarded:
             block.round_master_into_weight()
 
     @property
-    def still(self) -> dict[str, nn.Parameter]:
-        """The model's parameters that the optimizers hold, but that no step may move: frozen, and without gradient."""
-        held = {id(parameter) for parameter in held_parameters(self.optimizers) if not can_move(parameter)}
+    def unmoved(self) -> dict[str, nn.Parameter]:
+        """The model's parameters that the optimizer holds, but that no step may move: frozen, and without gradient."""
+        held = {id(parameter) for parameter in held_parameters(self.optimizer) if not can_move(parameter)}
         return {name: parameter for name, parameter in self.model.named_parameters() if id(parameter) in held}
 
-    def reading(self) -> dict[str, Tensor]:
-        """Return W r of every parameter W that the optimizers hold, with a fixed random r, to tell a change.
+    @property
+    def all_trainable(self) -> bool:
+        """Whether every guarded parameter is trainable, rather than frozen and with a gradient all the same."""
+        return all(parameter.requires_grad for parameter in self.parameters.values())
 
-        Returns:
-            (rows on this process,) by name.
-        """
+    def reading(self) -> dict[str, Tensor]:
+        """Return W r of every guarded parameter W, with a fixed random r: (rows on this process,), to tell a change."""
         products = {}
-        for name, parameter in (self.parameters | self.still).items():
+        for name, parameter in self.parameters.items():
             values = parameter.detach()
             local = cast("DTensor", values).to_local() if is_sharded(parameter) else values
             matrix = at_least_fp32(local.reshape(-1, local.shape[-1] if local.ndim > 1 else 1))
@@ -275,8 +264,9 @@ def _places(parameters: Iterable[nn.Parameter]) -> list[tuple[object, ...]]:
     ]  # fmt: skip
 
 
-def _numel(parameter: nn.Parameter) -> int:
-    return parameter.numel()
+def _identities(places: Sequence[tuple[object, ...]]) -> list[tuple[object, ...]]:
+    """Return the places without the last entry, the place in memory."""
+    return [place[:-1] for place in places]
 
 
 def tensor_block(tensor: Tensor, parameter: nn.Parameter, *, scale: float = 1.0, master: bool = False) -> TensorBlock:

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from itertools import chain
 from typing import Any, NoReturn
 
 import torch
@@ -15,22 +14,12 @@ from geomkit.spf.weights.sharding import is_sharded
 _LOGGER = logging.getLogger(__name__)
 
 
-def unwrapped(optimizers: Any) -> tuple[torch.optim.Optimizer, ...]:
-    """Return the torch optimizers inside wrappers, such as accelerate's, whose own hooks do not fire.
-
-    Args:
-        optimizers: An optimizer, or a list or tuple of optimizers.
+def unwrapped(optimizer: Any) -> torch.optim.Optimizer:
+    """Return the torch optimizer inside a wrapper, such as accelerate's, whose own hooks do not fire.
 
     Raises:
         SPFError: If there is no torch optimizer, or DeepSpeed's is among the wrappers.
     """
-    several = optimizers if isinstance(optimizers, list | tuple) else (optimizers,)
-    if not several:
-        raise SPFError("expected one or more optimizers, found an empty list")
-    return tuple(dict.fromkeys(map(_unwrapped, several)))
-
-
-def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:
     while not isinstance(optimizer, torch.optim.Optimizer) or hasattr(optimizer, "optimizer"):
         _refuse_deepspeed(optimizer)
         if not hasattr(optimizer, "optimizer"):
@@ -52,9 +41,9 @@ def _raise_for_deepspeed(name: str) -> NoReturn:
     )
 
 
-def held_parameters(optimizers: Sequence[torch.optim.Optimizer]) -> list[nn.Parameter]:
-    """Return the parameters that optimizers hold, each of them once."""
-    groups = chain.from_iterable(optimizer.param_groups for optimizer in optimizers)
+def held_parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """Return the parameters that an optimizer holds, each of them once."""
+    groups = optimizer.param_groups
     return list({id(parameter): parameter for group in groups for parameter in group["params"]}.values())
 
 
@@ -76,8 +65,8 @@ def can_move(parameter: nn.Parameter) -> bool:
     return parameter.requires_grad or parameter.grad is not None
 
 
-def trained_parameters(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, nn.Parameter]:
-    """Return the parameters that the next step of optimizers can move, by their names in the model.
+def trained_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
+    """Return the parameters that the optimizer's next step can move, by their names in the model.
 
     Raises:
         SPFError: If a parameter is not the model's, or has no values on this process.
@@ -85,7 +74,7 @@ def trained_parameters(model: nn.Module, optimizers: Sequence[torch.optim.Optimi
     _refuse_deepspeed(model)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     trained = {}
-    for parameter in held_parameters(optimizers):
+    for parameter in held_parameters(optimizer):
         if hasattr(parameter, "ds_id"):
             _raise_for_deepspeed("a parameter in pieces")
         if not can_move(parameter):
@@ -110,6 +99,8 @@ def _refuse_shared_memory(parameters: Mapping[str, nn.Parameter]) -> None:
     """
     owners: dict[tuple[torch.device, int], str] = {}
     for name, parameter in parameters.items():
+        if not parameter.numel():
+            continue
         owner = owners.setdefault((parameter.device, parameter.data_ptr()), name)
         if owner != name:
             raise SPFError(
@@ -146,3 +137,22 @@ def warn_of_rounding(parameters: Mapping[str, nn.Parameter]) -> None:
             "train in float32, or give SPF(master_weights=True), for a constraint that binds",
             names,
         )
+
+
+def warn_of_unguarded(model: nn.Module, guarded: Mapping[str, nn.Parameter]) -> None:
+    """Log a warning if trainable parameters of a model are not under guard.
+
+    Args:
+        model: The model.
+        guarded: The parameters under guard, by name.
+    """
+    trainable = {name: weight.numel() for name, weight in model.named_parameters() if weight.requires_grad}
+    held = {name: weight.numel() for name, weight in guarded.items()}
+    outside = [name for name in trainable if name not in held]
+    if outside:
+        _LOGGER.warning(
+            "SPF guards %.0f %% of the trainable parameters: no guarded optimizer holds %s, in all %d parameters whose "
+            "moves are not measured; attach SPF to all optimizers, spf.attach(model, [first, second]), or freeze what "
+            "is not trained",
+            100 * sum(held.values()) / sum((trainable | held).values()), ", ".join(outside[:3]), len(outside),
+        )  # fmt: skip
