@@ -129,7 +129,10 @@ def _analysis(
     """Three sets of examples like these, collected with their factors, and then measured parameter by parameter."""
     drawn = _subset(counts, _EXAMPLES)
     cost, collecting = _passes(model, drawn.lengths, tokens_per_batch, speed)
-    memory = {"weights": weights, "a batch": cost.peak, "factors": _SETS * _bytes(model, drawn, samples=True)}
+    factors = _SETS * _bytes(model, drawn, samples=True)
+    # The last set runs while the factors of the others are there; then there are those of all sets, without a batch.
+    batch = max(cost.peak - factors // _SETS, 0)
+    memory = {"weights": weights, "factors": factors, "a batch": batch}
     seconds = None
     if speed is not None and collecting is not None:
         seconds = _SETS * collecting + sum(_measured(model, drawn)) / speed.products
