@@ -11,12 +11,13 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from geomkit.errors import DataError, GeomkitError
 from geomkit.utils.files import write_atomically
+from geomkit.utils.options import check_option
 from geomkit.version import __version__
 
 if TYPE_CHECKING:
@@ -40,9 +41,29 @@ app = typer.Typer(
 organism_app = typer.Typer(help="The model organism that ships with geomkit.", no_args_is_help=True)
 app.add_typer(organism_app, name="organism")
 
+
+def _in_range(parameter: typer.CallbackParam, value: float | None) -> float | None:
+    """Return the value of a numeric option, after a check against the table of all options.
+
+    Raises:
+        typer.BadParameter: If the value is out of range.
+    """
+    if value is not None:
+        try:
+            check_option(str(parameter.name), value, shown=parameter.opts[0])
+        except DataError as error:
+            raise typer.BadParameter(str(error)) from None
+    return value
+
+
+def _number(text: str) -> Any:  # typer's own options are untyped
+    """Return a numeric option with a help text, whose range is that of its name in the table of all options."""
+    return typer.Option(help=text, callback=_in_range)
+
+
 Out = Annotated[Path, typer.Option(help="Folder for report.html.", file_okay=False)]
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the numbers to this file.", dir_okay=False)]
-Seed = Annotated[int, typer.Option(help="Seed of all random draws.", min=0)]
+Seed = Annotated[int, _number("Seed of all random draws.")]
 ModelOption = Annotated[
     str, typer.Option(help="Folder, hub id, GGUF file, PEFT adapter, organism/aligned or organism/base.")
 ]
@@ -58,12 +79,12 @@ ColumnsOption = Annotated[
     str | None,
     typer.Option(help="Which column is what, as in prompt=goal,response=target; for the sets that have these columns."),
 ]
-MaxLength = Annotated[int | None, typer.Option(help="Cut longer examples to this many tokens.", min=2)]
+MaxLength = Annotated[int | None, _number("Cut longer examples to this many tokens.")]
 LayersOption = Annotated[
     str, typer.Option("--layers", help="Glob pattern on parameter names, or numbers of decoder layers, as in 10,20.")
 ]
-TokensPerBatch = Annotated[int, typer.Option(help="Largest number of tokens in a batch, padding included.", min=1)]
-Threads = Annotated[int, typer.Option(help="CPU threads.", min=1)]
+TokensPerBatch = Annotated[int, _number("Largest number of tokens in a batch, padding included.")]
+Threads = Annotated[int, _number("CPU threads.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, …; a GPU if there is one when left out.")]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16, …")]
 TrainingDtype = Annotated[
@@ -72,13 +93,32 @@ TrainingDtype = Annotated[
 
 
 def main() -> None:
-    """Run the command line; a wrong input prints one line on stderr and exits with status 1."""
+    """Run the command line; a wrong input, a full disk or too little memory prints one line and exits with status 1."""
     _quiet()
     try:
         app()
     except GeomkitError as error:
-        sys.stderr.write(f"geomkit: {' '.join(str(error).split())}\n")
-        sys.exit(1)
+        _end(str(error))
+    except OSError as error:
+        where = f" at {error.filename}" if error.filename else ""
+        _end(f"expected to read and write files, found {error.strerror or error}{where}; what was complete is kept")
+    except (MemoryError, RuntimeError) as error:
+        if not _of_memory(error):
+            raise
+        _end(
+            "expected enough memory, found too little; lower --tokens-per-batch or --batch-size, cut the examples with "
+            "--max-length, or take fewer"
+        )
+
+
+def _end(message: str) -> None:
+    sys.stderr.write(f"geomkit: {' '.join(message.split())}\n")
+    sys.exit(1)
+
+
+def _of_memory(error: MemoryError | RuntimeError) -> bool:
+    """Return whether an error is one of memory; torch raises a RuntimeError for memory that the CPU lacks."""
+    return isinstance(error, MemoryError) or "memory" in f"{type(error).__name__} {error}".lower()
 
 
 def _quiet() -> None:
@@ -194,7 +234,7 @@ def analyze(
     ] = None,
     out: Out = Path("geomkit-analysis"),
     json_file: Json = None,
-    examples: Annotated[int, typer.Option(help="Largest number of examples drawn from each set.", min=3)] = 32,
+    examples: Annotated[int, _number("Largest number of examples drawn from each set; 3 at least.")] = 32,
     layers: LayersOption = "*",
     tokens_per_batch: TokensPerBatch = 4096,
     max_length: MaxLength = None,
@@ -246,27 +286,25 @@ def finetune(
     rule: Annotated[
         str | None, typer.Option(help="mixed-left (default), rank1, left, cone, …: geomkit/spf/README.md has all.")
     ] = None,
-    rank: Annotated[int | None, typer.Option(help="Rank of a rule that removes a subspace.", min=1)] = None,
-    anchors_per_step: Annotated[
-        int | None, typer.Option(help="Anchors drawn for each step; 8 when left out.", min=1)
-    ] = None,
+    rank: Annotated[int | None, _number("Rank of a rule that removes a subspace.")] = None,
+    anchors_per_step: Annotated[int | None, _number("Anchors drawn for each step; 8 when left out.")] = None,
     benign: Annotated[str | None, typer.Option(help="Benign requests with answers that are to be kept.")] = None,
     checkpoints: Annotated[
         Path | None,
         typer.Option(help="Folder for checkpoints; an interrupted run resumes there.", file_okay=False),
     ] = None,
-    save_steps: Annotated[int, typer.Option(help="Steps between checkpoints.", min=1)] = 100,
-    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.", min=0)] = 2e-5,
-    epochs: Annotated[float, typer.Option(help="Passes over the data.", min=0)] = 3,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps, instead of epochs.", min=1)] = None,
-    batch_size: Annotated[int, typer.Option(help="Examples per step.", min=1)] = 16,
+    save_steps: Annotated[int, _number("Steps between checkpoints.")] = 100,
+    learning_rate: Annotated[float, _number("Peak learning rate.")] = 2e-5,
+    epochs: Annotated[float, _number("Passes over the data.")] = 3,
+    steps: Annotated[int | None, _number("Optimizer steps, instead of epochs.")] = None,
+    batch_size: Annotated[int, _number("Examples per step.")] = 16,
     max_length: MaxLength = None,
     assistant_mask: Mask = "auto",
     pad_token: PadToken = None,
     columns: ColumnsOption = None,
     dtype: TrainingDtype = "float32",
     device: Device = None,
-    lora: Annotated[int | None, typer.Option(help="Train LoRA adapters of this rank, not the weights.", min=1)] = None,
+    lora: Annotated[int | None, _number("Train LoRA adapters of this rank, not the weights.")] = None,
     threads: Threads = 1,
     seed: Seed = 0,
 ) -> None:
@@ -338,9 +376,9 @@ def evaluate(
         Path | None, typer.Option(help="File with a question in place of the rubric's.", exists=True, dir_okay=False)
     ] = None,
     json_file: Json = None,
-    examples: Annotated[int | None, typer.Option(help="Largest number of prompts drawn from each set.", min=1)] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Length of the longest response.", min=1)] = 256,
-    batch_size: Annotated[int, typer.Option(help="Prompts answered at a time.", min=1)] = 16,
+    examples: Annotated[int | None, _number("Largest number of prompts drawn from each set.")] = None,
+    max_new_tokens: Annotated[int, _number("Length of the longest response.")] = 256,
+    batch_size: Annotated[int, _number("Prompts answered at a time.")] = 16,
     pad_token: PadToken = None,
     columns: ColumnsOption = None,
     dtype: Dtype = "auto",
@@ -370,7 +408,7 @@ def evaluate(
         role: drawn(reader(partial(requests_by_text, text, role)), examples, seed) for role, text in asked if text
     }
     reader.check()
-    template = judge_prompt.read_text(encoding="utf-8") if judge_prompt else None
+    template = _text(judge_prompt) if judge_prompt else None
     judges = [load_judge(text, device=judge_device, url=judge_url, template=template) for text in judge or ["keywords"]]
     loaded, tokenizer = load_model(model, dtype=dtype, device=device, pad_token=pad_token)
     try:
@@ -419,7 +457,7 @@ def compare(
 def bench(
     grid: Annotated[str, typer.Option(help="default, limits, smoke, or a TOML file.")] = "default",
     out: Annotated[Path, typer.Option(help="Folder for cells and results.", file_okay=False)] = Path("geomkit-bench"),
-    processes: Annotated[int, typer.Option(help="Cells run at a time, each on one thread.", min=1)] = 2,
+    processes: Annotated[int, _number("Cells run at a time, each on one thread.")] = 2,
     shard: Annotated[
         str | None, typer.Option(help="Run only part I of N, as 3/8, where jobs share the folder; the last one joins.")
     ] = None,
@@ -550,6 +588,13 @@ def _columns(text: str | None) -> dict[str, str | int] | None:
     return {role.strip(): int(name) if name.strip().isdecimal() else name.strip() for role, name in pairs}
 
 
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"expected UTF-8 text in {path}, found {error.reason} at byte {error.start}") from None
+
+
 def _layers(text: str) -> "Layers":
     """Return numbers of decoder layers if the text has nothing else between its commas, else glob patterns."""
     parts = [part.strip() for part in text.split(",")]
@@ -564,7 +609,13 @@ def _check_writable(*folders: Path | None) -> None:
     """Refuse a folder that cannot be written to, before minutes of work."""
     for folder in filter(None, folders):
         try:
-            existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+            places = (folder, *folder.absolute().parents)
+            if any(path.is_symlink() and not path.exists() for path in places):
+                raise DataError(
+                    f"expected a folder that can be written to at {folder}, found a link that leads nowhere, or in a "
+                    "circle; choose another"
+                )
+            existing = next(path for path in places if path.exists())
             # Writing is tried, because permissions do not tell of a read-only disk or of /proc.
             tempfile.TemporaryFile(dir=existing).close()
         except OSError as error:

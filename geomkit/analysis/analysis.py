@@ -23,7 +23,7 @@ from geomkit.svd.principal_angles import Angles, principal_angles
 from geomkit.svd.spectrum import Spectrum, spectrum_of
 from geomkit.svd.spectrum_contrast import SpectrumContrast, compare_spectra
 from geomkit.svd.subspaces import Subspace
-from geomkit.utils.display import Result, html_table, text_table
+from geomkit.utils.display import Result, html_table, joined, text_table
 from geomkit.utils.figures import draw
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ class Analysis(Result):
         losses: Mean loss of each set's examples, in nats per token.
         largest: The largest share of a single example in the sum of the squared gradient norms of its set.
         refusal: Share of the safety requests that the model refuses; ``None`` if it was not asked.
+        remark: How many rows are copies of others, and how many rows two sets share, in words.
     """
 
     spectra: Mapping[str, Spectrum]
@@ -65,6 +66,7 @@ class Analysis(Result):
     losses: Mapping[str, float]
     largest: Mapping[str, float]
     refusal: Rate | None = None
+    remark: str = ""
 
     @property
     def safety(self) -> Spectrum:
@@ -86,15 +88,15 @@ class Analysis(Result):
 
     @property
     def caution(self) -> str:
-        """A warning, in words, if a single example has a large part of its set's squared norm; else an empty string.
+        """A warning, in words, on copies, and if one example has a large part of its set's squared norm; else empty.
 
         If a few of many examples have most of the squared norm, a sample of the examples often misses them, and
         intervals over the sample are too narrow (see tests/benchmarks/README.md).
         """
         uneven = [f"{name} {share:.0%}" for name, share in self.largest.items() if share > _UNEVEN]
         if not uneven:
-            return ""
-        return (
+            return self.remark
+        return (f"{self.remark}; " if self.remark else "") + (
             f"one example holds much of the squared norm ({', '.join(uneven)}): intervals that weigh examples by their "
             "norm may be too narrow; trust the intervals of the span, and of the cosine with all examples and "
             "parameters alike, or take more examples"
@@ -204,7 +206,9 @@ class Analysis(Result):
 
     def _repr_html_(self) -> str:
         head = f"{self.alignment}. {self._head()}"
-        return html_table(head, self.to_frame(), rows=40) + html_table("What survives", claims_table(self.claims()))
+        return joined(
+            html_table(head, self.to_frame(), rows=40), html_table("What survives", claims_table(self.claims()))
+        )
 
 
 def analysis_of(
@@ -217,6 +221,7 @@ def analysis_of(
     seed: int = 0,
     refusal: Rate | None = None,
     progress: bool = False,
+    remark: str = "",
 ) -> Analysis:
     """Return the analysis of gradients that were collected with ``per_sample=True`` and ``form="factored"``.
 
@@ -230,6 +235,7 @@ def analysis_of(
         seed: Seed of all random draws.
         refusal: Share of the safety requests that the model refuses, if it was asked.
         progress: Show a bar, in parameters.
+        remark: What is to be said on copies among the examples.
 
     Raises:
         GeometryError: If a set has fewer than three examples, or was collected in another way.
@@ -261,6 +267,7 @@ def analysis_of(
         losses={name: gradients.loss for name, gradients in sets.items()},
         largest={name: _largest_share(gram) for name, gram in grams.items()},
         refusal=refusal,
+        remark=remark,
     )
 
 

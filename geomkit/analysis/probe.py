@@ -1,5 +1,6 @@
 """A probe: example sets and settings with which the gradient geometry of any model can be measured."""
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypedDict, Unpack
@@ -13,16 +14,20 @@ from geomkit.collection.streaming import TOKENS_PER_BATCH
 from geomkit.errors import GeometryError
 from geomkit.gradients.gradient_set import GradientSet
 from geomkit.inputs.control_sets import with_responses
+from geomkit.inputs.copies import check_different_rows, row_texts, without_copies
 from geomkit.inputs.examples import check_examples
 from geomkit.inputs.parameters import Layers, as_selection
 from geomkit.inputs.tokens import EncodedExamples, conversations_of
 from geomkit.stats.proportions import Rate
 from geomkit.training.judges import BatchJudge, Judge
 from geomkit.utils.arguments import check_draws, check_rank
+from geomkit.utils.options import check_options
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_LOGGER = logging.getLogger(__name__)
 
 _FEWEST = 3
 """Least number of examples in a set: the jackknife leaves one example out and needs the spread of the rest."""
@@ -61,11 +66,13 @@ class Probe:
         judge: Decides whether an answer to a safety request refuses, which tells whether the model is aligned at all;
             :class:`~geomkit.training.judges.RefusalPhrases` when left out.
         max_new_tokens: Length of the longest answer, in tokens.
+        remark: How many rows are copies of others, which are left out, and how many rows two sets share, in words.
 
     Raises:
-        DataError: If a set is no set of conversations.
+        DataError: If a set is no set of conversations, or a number is out of range.
         CollectionError: If ``layers`` is no choice of parameters.
-        GeometryError: If a set has fewer than three examples, or the utility set fewer than six without ``control``.
+        GeometryError: If a set has fewer than three different examples, or the utility set fewer than six without
+            ``control``, or fewer than three that are not in another set.
 
     Example:
         >>> import geomkit as gk
@@ -87,6 +94,7 @@ class Probe:
     seed: int = field(default=0, kw_only=True)
     judge: Judge | BatchJudge | None = field(default=None, kw_only=True)
     max_new_tokens: int = field(default=64, kw_only=True)
+    remark: str = field(default="", init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Refuse sets that are too small or are no conversations, before any work is done."""
@@ -95,6 +103,8 @@ class Probe:
             sets["control"] = self.control
         check_rank(self.rank)
         check_draws(self.null_draws, 0, "null_draws")
+        names = ("examples", "tokens_per_batch", "seed", "max_new_tokens")
+        check_options({name: getattr(self, name) for name in names})
         as_selection(self.layers)
         for name, rows in sets.items():
             check_examples(conversations_of(rows))
@@ -103,10 +113,13 @@ class Probe:
                     f"expected at least {_FEWEST} {name} examples to tell their spread, found {len(rows)} "
                     f"(examples={self.examples}); give more"
                 )
-        if self.control is None and len(self.utility) < 2 * _FEWEST:
+        object.__setattr__(self, "remark", check_different_rows(sets, _FEWEST))
+        if self.remark:
+            _LOGGER.warning("%s", self.remark)
+        if self.control is None and (rows := len(set(row_texts(self.utility)))) < 2 * _FEWEST:
             raise GeometryError(
                 f"expected at least {2 * _FEWEST} utility examples, half of whose prompts make the control, found "
-                f"{len(self.utility)}; give more, or control="
+                f"{rows}; give more, or control="
             )
 
     def collect(
@@ -169,18 +182,20 @@ class Probe:
 
     def _drawn_sets(self) -> "Iterator[Dataset | EncodedExamples]":
         """Yield the drawn examples of the safety, the utility and the control set."""
-        yield self.safety.select(_drawn(len(self.safety), self.examples, self.seed))
+        safety, utility = without_copies(self.safety), without_copies(self.utility)
+        yield safety.select(_drawn(len(safety), self.examples, self.seed))
         if self.control is not None:
-            yield self.utility.select(_drawn(len(self.utility), self.examples, self.seed))
-            yield self.control.select(_drawn(len(self.control), self.examples, self.seed))
+            control = without_copies(self.control)
+            yield utility.select(_drawn(len(utility), self.examples, self.seed))
+            yield control.select(_drawn(len(control), self.examples, self.seed))
             return
         # Controls that share their prompts with the utility examples would not be independent of them.
-        half = len(self.utility) // 2
+        half = len(utility) // 2
         count = half if self.examples is None else min(half, self.examples)
-        order = np.random.default_rng(self.seed).permutation(len(self.utility)).tolist()
-        yield self.utility.select(sorted(order[:count]))
-        prompts = self.utility.select(sorted(order[count : 2 * count]))
-        control = with_responses(conversations_of(prompts), conversations_of(self.safety))
+        order = np.random.default_rng(self.seed).permutation(len(utility)).tolist()
+        yield utility.select(sorted(order[:count]))
+        prompts = utility.select(sorted(order[count : 2 * count]))
+        control = with_responses(conversations_of(prompts), conversations_of(safety))
         yield prompts.like(control) if isinstance(prompts, EncodedExamples) else control
 
     def analyze(
@@ -239,6 +254,7 @@ class Probe:
             seed=self.seed,
             refusal=refusal,
             progress=progress,
+            remark=self.remark,
         )
 
 

@@ -22,7 +22,7 @@ from geomkit.gradients.provenance import provenance_of
 from geomkit.inputs.fits import encoded_for
 from geomkit.inputs.loss import Reduction, TokenLoss, token_losses
 from geomkit.inputs.parameters import Layers, as_selection, workers_of
-from geomkit.inputs.tokens import EncodedExamples, Tokens
+from geomkit.inputs.tokens import EncodedExamples, Tokens, tokens_fingerprint
 from geomkit.utils.workers import ALONE, Workers
 
 if TYPE_CHECKING:
@@ -101,7 +101,12 @@ def collect_gradients(
         workers=workers,
     )
     origin = provenance_of(model, rows, reduction=reduction, layers=str(as_selection(layers)))
-    return replace(gradients, provenance=origin)
+    # The row of each sample is told by the fingerprint of its tokens, so that copies are found.
+    samples = tuple(
+        replace(sample, provenance=replace(origin, data=tokens_fingerprint([row]), examples=1))
+        for sample, row in zip(gradients.samples, rows if per_sample else (), strict=True)
+    )
+    return replace(gradients, samples=samples, provenance=origin)
 
 
 def collect_from_tokens(

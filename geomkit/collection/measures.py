@@ -17,6 +17,7 @@ from geomkit.gradients.gradient_set import GradientSet
 from geomkit.gradients.layer_gradient import LayerGradient
 from geomkit.gradients.projections import projections
 from geomkit.svd.singular_values import singular_values_of
+from geomkit.utils.arguments import check_seed
 from geomkit.utils.seeding import parameter_generator
 
 Measure = Callable[[str, Sequence[LayerGradient]], Tensor]
@@ -159,7 +160,7 @@ def sketch(size: int | tuple[int, int] = 16, seed: int = 0, *, entries: Entries 
         The measure; its result is (B, min(p, m), min(q, n)), fp32.
 
     Raises:
-        GeometryError: If a size is below 1, or the distribution is unknown.
+        GeometryError: If a size is below 1, the seed is out of range, or the distribution is unknown.
 
     Example:
         >>> from geomkit.gradients.factored import FactoredGradient
@@ -167,6 +168,7 @@ def sketch(size: int | tuple[int, int] = 16, seed: int = 0, *, entries: Entries 
         >>> sketch(8)("w", [gradient]).shape, sketch((8, 30))("w", [gradient]).shape
         (torch.Size([1, 8, 8]), torch.Size([1, 8, 30]))
     """
+    check_seed(seed)
     p, q = (size, size) if isinstance(size, int) else size
     if min(p, q) < 1:
         raise GeometryError(f"expected sketches with at least one row and column, found size {size}; give e.g. 16")

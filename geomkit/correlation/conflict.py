@@ -34,7 +34,7 @@ from geomkit.inputs.parameters import kind_of, layer_index
 from geomkit.stats.multiple_testing import benjamini_hochberg
 from geomkit.stats.permutation import permuted_labels
 from geomkit.stats.proportions import Rate
-from geomkit.utils.arguments import check_confidence, check_draws
+from geomkit.utils.arguments import check_confidence, check_draws, check_seed
 from geomkit.utils.display import Result, signed
 from geomkit.utils.figures import draw
 
@@ -216,6 +216,7 @@ def conflict(
     """
     check_draws(draws, 1)
     check_confidence(confidence)
+    check_seed(seed)
     # 1. Inner products of safety and control examples with the utility examples, by parameter and over all parameters.
     grams, control_grams = grams_with_utility(safety, utility, control, across, control_across)
     total = reduce(add, grams.values())

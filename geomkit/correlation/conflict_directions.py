@@ -24,6 +24,7 @@ from torch import Tensor
 from geomkit.errors import GeometryError
 from geomkit.gradients.arithmetic import gram
 from geomkit.gradients.checks import check_enough, check_gradients, check_sets
+from geomkit.gradients.copies import check_different_samples
 from geomkit.gradients.gradient_set import GradientSet, shared_layers
 from geomkit.gradients.layer_gradient import LayerGradient
 from geomkit.inputs.parameters import kind_of, layer_index
@@ -219,6 +220,7 @@ def conflict_directions(
     check_rank(rank)
     check_confidence(confidence)
     check_enough({"utility": len(utility.samples)}, _MIN_EXAMPLES)
+    check_different_samples({"utility": utility}, _MIN_EXAMPLES)
     names = [name for name in shared_layers(safety, *utility.samples) if min(safety[name].matrix_shape) > 1]
     if not names:
         raise GeometryError("expected a matrix to find directions in, found vectors only; collect more parameters")

@@ -9,6 +9,7 @@ from torch import Tensor
 from geomkit.correlation.cosine import PairGrams, contrast_ratio, expected_cosine, permutation_test, permuted_cosines
 from geomkit.errors import GeometryError
 from geomkit.gradients.checks import check_sets
+from geomkit.gradients.copies import check_different_grams, check_different_samples
 from geomkit.gradients.gradient_set import GradientSet, layer_grams
 from geomkit.utils.arguments import check_finite
 from geomkit.utils.display import signed
@@ -142,6 +143,7 @@ def grams_with_utility(
             raise GeometryError("expected across= beside control_across=, found none; give both")
         check_sets(sides)
         sets = {name: side for name, side in sides.items() if isinstance(side, GradientSet)}
+        check_different_samples(sets, _MIN_EXAMPLES)
         within: dict[str, LayerGrams] = {name: layer_grams(side, side) for name, side in sets.items()}
         between: dict[str, LayerGrams] = {
             name: layer_grams(side, sets["utility"]) for name, side in sets.items() if name != "utility"
@@ -157,6 +159,10 @@ def grams_with_utility(
             for name, gram in products.items():
                 check_finite(gram, name)
     pairs = {name: _pair_grams(within[name], between[name], within["utility"], name) for name in between}
+    for name, pair in pairs.items():
+        check_different_grams(name, np.sum([gram.safety for gram in pair.values()], axis=0), _MIN_EXAMPLES)
+    utility_gram = np.sum([gram.utility for gram in pairs["safety"].values()], axis=0)
+    check_different_grams("utility", utility_gram, _MIN_EXAMPLES)
     if "control" in pairs:
         _check_same_parameters(pairs["safety"], pairs["control"])
     return pairs["safety"], pairs.get("control")

@@ -7,7 +7,6 @@ one forward-mode pass gives exactly for all tokens at once; no gradient of a sin
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from html import escape
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,7 +20,7 @@ from geomkit.inputs.fits import encoded_for
 from geomkit.inputs.tokens import EncodedExamples
 from geomkit.stats.jackknife import jackknife_interval, leave_one_out_means
 from geomkit.utils.arguments import check_confidence
-from geomkit.utils.display import Result
+from geomkit.utils.display import Html, Result, element, joined
 from geomkit.utils.figures import draw
 
 if TYPE_CHECKING:
@@ -251,28 +250,30 @@ _DARKEST = 0.95
 """Quantile of the contributions' magnitudes from which on the tint is the darkest."""
 
 
-def tinted(heading: str, examples: "Sequence[ExampleTokens]") -> str:
+def tinted(heading: str, examples: "Sequence[ExampleTokens]") -> Html:
     """Render examples as HTML, tokens against safety in red, tokens with safety in blue, unscored tokens in grey."""
     sizes = np.concatenate([np.abs(example.contributions[example.scored]) for example in examples])
     scale = float(np.quantile(sizes, _DARKEST)) or 1.0
-    legend = f"{_span('against safety', _AGAINST, 0.6)} {_span('with safety', _WITH, 0.6)} one example per paragraph"
-    paragraphs = "".join(_paragraph(example, scale) for example in examples)
-    return f"<div><p><b>{escape(heading)}</b></p><p>{legend}, the most conflicting first</p>{paragraphs}</div>"
+    legend = joined(
+        _span("against safety", _AGAINST, 0.6), " ", _span("with safety", _WITH, 0.6),
+        " one example per paragraph, the most conflicting first",
+    )  # fmt: skip
+    paragraphs = (_paragraph(example, scale) for example in examples)
+    return element("div", element("p", element("b", heading)), element("p", legend), *paragraphs)
 
 
-def _paragraph(example: "ExampleTokens", scale: float) -> str:
-    tokens = "".join(
-        _token(text, float(value), scale) if scored else f'<span style="color:#767676">{escape(text)}</span>'
+def _paragraph(example: "ExampleTokens", scale: float) -> Html:
+    tokens = (
+        _token(text, float(value), scale) if scored else element("span", text, style="color:#767676")
         for text, value, scored in zip(example.tokens, example.contributions, example.scored, strict=True)
     )
-    return f'<p style="white-space:pre-wrap"><b>{example.total:+.3g}</b> {tokens}</p>'
+    return element("p", element("b", f"{example.total:+.3g}"), " ", *tokens, style="white-space:pre-wrap")
 
 
-def _token(text: str, value: float, scale: float) -> str:
+def _token(text: str, value: float, scale: float) -> Html:
     colour = _AGAINST if value < 0 else _WITH
     return _span(text, colour, 0.75 * min(abs(value) / scale, 1.0), f"{value:+.3g}")
 
 
-def _span(text: str, colour: str, opacity: float, hover: str = "") -> str:
-    title = f' title="{escape(hover)}"' if hover else ""
-    return f'<span{title} style="background:rgba({colour},{opacity:.2f})">{escape(text)}</span>'
+def _span(text: str, colour: str, opacity: float, hover: str = "") -> Html:
+    return element("span", text, title=hover, style=f"background:rgba({colour},{opacity:.2f})")

@@ -18,10 +18,10 @@ from geomkit.experiments.grid import Cell
 from geomkit.experiments.methods import METHODS
 from geomkit.experiments.organism.variants import Organism, load_variant
 from geomkit.experiments.outcomes import evaluate_outcome, greedy_answers, judge_refusals
-from geomkit.experiments.records import Record, flags_to_text
+from geomkit.experiments.records import Record, check_record, flags_to_text
 from geomkit.experiments.task import Task
 from geomkit.spf.certificate import Certificate
-from geomkit.utils.files import write_atomically
+from geomkit.utils.files import parse_json, write_atomically
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -71,12 +71,11 @@ def stored_record(cell: Cell, folder: Path) -> Record | None:
         raise DataError(f"expected a file at {path}, found a folder; move it away")
     if not path.exists():
         return None
-    try:
-        stored = json.loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError):
-        stored = None
-    if isinstance(stored, dict) and stored.get("cell") == cell.describe() and {"error", "flags"} & stored.keys():
-        return stored
+    with suppress(ValueError):  # damaged, or no record
+        stored: Record = parse_json(path.read_text("utf-8"))
+        check_record(stored)
+        if stored["cell"] == cell.describe() and {"error", "flags"} & stored.keys():
+            return stored
     _LOGGER.warning("%s is not the record of its cell, which is run again", path)
     return None
 

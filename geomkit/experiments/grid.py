@@ -17,6 +17,7 @@ A grid is declared in a TOML file::
 
 import hashlib
 import json
+import math
 import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping
@@ -32,6 +33,7 @@ from geomkit.experiments.methods import METHODS
 from geomkit.experiments.organism.scenarios import SCENARIOS, VARIANTS, Scenario
 from geomkit.spf.settings import SPF
 from geomkit.utils.files import data_dir
+from geomkit.utils.options import OPTIONS, check_option
 from geomkit.version import __version__
 
 EVERY_SCENARIO: Mapping[str, Scenario] = {**SCENARIOS, **VARIANTS}
@@ -170,13 +172,20 @@ def load_grid(source: str | Path) -> Grid:
     shipped = data_dir() / "experiments" / f"{source}.toml"
     path = Path(source) if Path(source).is_file() else shipped
     if not path.is_file():
-        names = ", ".join(sorted(file.stem for file in shipped.parent.glob("*.toml")))
+        names = ", ".join(sorted(file.stem for file in (data_dir() / "experiments").glob("*.toml")))
         raise DataError(f"expected a TOML file or a shipped grid ({names}), found '{source}'")
     try:
         declared = tomllib.loads(path.read_text("utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # bad TOML, bad UTF-8, a number of thousands of digits, deep nesting
         raise DataError(f"{path}: expected TOML, found {error}") from None
     return _grid(declared, path)
+
+
+_MOST_CELLS = 100_000
+"""Largest number of cells of a block, which is a product of lists."""
+
+_LONGEST_NAME = 100
+"""Largest number of characters of an arm's name, which is a part of file names."""
 
 
 _BLOCK: Mapping[str, Any] = {
@@ -207,31 +216,38 @@ def _grid(declared: dict[str, Any], path: Path) -> Grid:
     return Grid(declared.get("name", path.stem), tuple(cells.values()))
 
 
-_ELEMENT_TYPES: Mapping[str, tuple[type, ...]] = {
-    "scenarios": (str,), "arms": (str,), "attacks": (str,), "seeds": (int,), "organisms": (int,),
-    "rates": (int, float), "lengths": (int, float),
-}  # fmt: skip
-"""The types of the elements of a block's lists."""
+_NAMES = ("scenarios", "arms", "attacks")
+"""The lists of a block whose elements are names."""
+
+_NUMBERS = ("organisms", "seeds", "rates", "lengths")
+"""The lists of a block whose elements are numbers of the range that the table of options gives."""
 
 
 def _check_tables(declared: Mapping[str, Any], path: Path) -> None:
     arms, blocks = declared.get("arms", {}), declared.get("block", [])
     if not (isinstance(arms, dict) and all(isinstance(arm, dict) for arm in arms.values())):
         raise DataError(f"{path}: expected [arms] of the form {{ rule = … }} or {{ method = … }}, found {arms!r}")
+    if not isinstance(name := declared.get("name", ""), str):
+        raise DataError(f"{path}: expected name = a string, found {name!r:.80}")
     if not (isinstance(blocks, list) and all(isinstance(block, dict) for block in blocks)):
         raise DataError(f"{path}: expected blocks under [[block]], found {blocks!r}")
 
 
 def _check_values(block: Mapping[str, Any], path: Path) -> None:
-    for name, types in _ELEMENT_TYPES.items():
-        values, least = block[name], 0 if name in {"seeds", "organisms"} else 1e-9
-        fits = isinstance(values, list) and all(type(value) in types for value in values)
-        if not fits or (str not in types and any(value < least for value in values)):
-            words = "strings" if str in types else "whole numbers from 0" if float not in types else "numbers above 0"
-            raise DataError(f"{path}: expected {name} = a list of {words}, found {values!r}")
-    for name, least in (("prompts", 1), ("along", 0)):
-        if type(block[name]) is not int or block[name] < least:
-            raise DataError(f"{path}: expected {name} = a whole number from {least}, found {block[name]!r}")
+    for name in _NAMES:
+        if not isinstance(block[name], list) or not all(isinstance(value, str) for value in block[name]):
+            raise DataError(f"{path}: expected {name} = a list of strings, found {block[name]!r:.80}")
+    for name in _NUMBERS:
+        if not isinstance(block[name], list):
+            raise DataError(f"{path}: expected {name} = a list of numbers, found {block[name]!r:.80}")
+        for value in block[name]:
+            check_option(name, value, shown=f"in {path} each of {name}")
+    for name in ("prompts", "along"):
+        check_option(name, block[name], shown=f"in {path} {name}")
+    if (cells := math.prod(len(block[name]) for name in ("scenarios", "arms", *_NUMBERS))) > _MOST_CELLS:
+        raise DataError(
+            f"{path}: expected at most {_MOST_CELLS:,} cells in a block, found {cells:,}; shorten its lists"
+        )
     if not isinstance(block["curvature"], bool):
         raise DataError(f"{path}: expected curvature = true or false, found {block['curvature']!r}")
 
@@ -239,6 +255,8 @@ def _check_values(block: Mapping[str, Any], path: Path) -> None:
 def _check_arms(arms: Mapping[str, Arm], path: Path) -> None:
     _check_names([arm.method for arm in arms.values()], METHODS, path)
     for arm in arms.values():
+        if len(arm.name) > _LONGEST_NAME:
+            raise DataError(f"{path}: expected names of arms up to {_LONGEST_NAME} characters, found '{arm.name:.40}…'")
         try:
             check_options(arm.method, arm.options)
         except GeomkitError as error:
@@ -301,13 +319,16 @@ def check_options(method: str, options: Mapping[str, Any]) -> None:
         options: The options by name.
 
     Raises:
-        DataError: If the method does not take one of the options.
+        DataError: If the method does not take one of the options, or a number is out of its range.
         SPFError: If there is no such rule, or the rule does not go with its options.
     """
     allowed = method_options(method)
     if unknown := sorted(set(options) - allowed):
         words = ", ".join(sorted(allowed)) or "none"
         raise DataError(f"expected options of the method '{method}' ({words}), found {', '.join(unknown)}")
+    for name in options.keys() & OPTIONS.keys():
+        for value in options[name] if isinstance(options[name], list) else [options[name]]:
+            check_option(name, value)
     if method in {"spf", "scaled-sft"}:
         # In a grid ``anchors`` is a number, in SPF it is a set of examples, which is not needed to check the rule.
         rule_options = {name: options[name] for name in options if name in _SPF_OPTIONS - {"anchors"}}

@@ -1,9 +1,12 @@
 """The record of a cell: its JSON form, the keys that identify a cell, and outcomes as strings of digits."""
 
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
+from geomkit.utils.field_types import fits
 
 Record = dict[str, Any]
 """The record of a cell, as JSON.
@@ -19,6 +22,43 @@ KEYS = ("organism", "scenario", "arm", "rate", "length", "seed")
 
 SETTING = ("organism", "scenario", "rate", "length")
 """The fields of a setting in which arms are compared; it includes the organism, since prompts differ by organism."""
+
+
+_PARTS: Mapping[str, Any] = {
+    "cell": Mapping[str, object], "error": str, "numbers": Mapping[str, float | bool | None],
+    "flags": Mapping[str, str], "attacks": Mapping[str, str], "along": list[list[float]],
+    "certificate": Mapping[str, float | bool | None], "curve": Mapping[str, list[float | None]],
+}  # fmt: skip
+"""The parts of a record and their types."""
+
+_DIGITS = re.compile("[01]+").fullmatch
+
+_CELL: Mapping[str, Any] = {
+    "organism": int, "scenario": str, "arm": str, "rate": float, "length": float, "seed": int,
+}  # fmt: skip
+"""The types of the fields that identify a cell."""
+
+
+def check_record(record: object) -> None:
+    """Check that a value that was read from a file is a record.
+
+    Raises:
+        ValueError: If it is not; the message says what it is instead.
+    """
+    if not isinstance(record, dict) or "cell" not in record:
+        raise ValueError(f"a {type(record).__name__} that is no record of a cell")
+    for name, value in record.items():
+        if name not in _PARTS or not fits(value, _PARTS[name]):
+            raise ValueError(f"a record whose {name!r:.40} is {value!r:.40}")
+    for name, kind in _CELL.items():
+        if not fits(record["cell"].get(name), kind):
+            raise ValueError(f"a record of a cell whose {name} is {record['cell'].get(name)!r:.40}")
+    if bad := [text for part in ("flags", "attacks") for text in record.get(part, {}).values() if not _DIGITS(text)]:
+        raise ValueError(f"outcomes {bad[0]!r:.40}")
+    if any(len(pair) != 2 for pair in record.get("along", [])):
+        raise ValueError("a record whose 'along' has no pairs of a step and a rate")
+    if len({len(values) for values in record.get("curve", {}).values()}) > 1:
+        raise ValueError("a record whose curves differ in length")
 
 
 def flags_to_text(flags: Sequence[bool]) -> str:

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,11 +12,20 @@ import numpy as np
 
 from geomkit.errors import DataError
 from geomkit.experiments.comparison import compare_arms, goal_table
-from geomkit.experiments.records import KEYS, SETTING, Record, cell_keys, group_records, text_to_flags
+from geomkit.experiments.records import (
+    KEYS,
+    SETTING,
+    Record,
+    cell_keys,
+    check_record,
+    group_records,
+    text_to_flags,
+)
 from geomkit.stats.proportions import Rate, summarize_runs
 from geomkit.utils.display import Result
+from geomkit.utils.field_types import fits
 from geomkit.utils.figures import draw
-from geomkit.utils.files import Draft, data_dir
+from geomkit.utils.files import Draft, data_dir, parse_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -266,14 +276,20 @@ def load_results(source: str | Path | None = None) -> Results:
 
 def _read(source: Path) -> Results:
     try:
-        lines = [json.loads(line) for line in gzip.decompress(source.read_bytes()).decode().splitlines()]
+        lines = [parse_json(line) for line in gzip.decompress(source.read_bytes()).decode().splitlines()]
         header, *records = lines
         if header["format"] != _FORMAT:
-            raise DataError(f"expected format {_FORMAT} in {source}, found {header['format']}; update geomkit")
+            raise DataError(f"expected format {_FORMAT} in {source}, found {header['format']!r:.40}; update geomkit")
+        if not fits(header["name"], str):
+            raise DataError(f"expected the name of a grid in {source}, found {header['name']!r:.40}; save it again")
+        for record in records:
+            check_record(record)
         return Results(header["name"], tuple(records))
     except FileNotFoundError:
         raise DataError(f"expected results at {source}, found no file; `geomkit bench` makes some") from None
-    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+    except DataError:
+        raise
+    except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError) as error:
         raise DataError(f"expected results as Results.save writes them in {source}, found {error!r}") from None
 
 

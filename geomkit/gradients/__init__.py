@@ -2,6 +2,6 @@
 
 Reading order: ``layer_gradient`` defines what all forms have in common; ``factored``, ``indexed``, ``dense`` and
 ``summed`` are the forms; ``arithmetic`` has inner products, ``projections`` projections and ``accumulator`` sums;
-``gradient_set`` holds the gradients of a model, with their ``provenance``; ``checks`` refuses wrong arguments;
-``storage`` loads saved gradients.
+``gradient_set`` holds the gradients of a model, with their ``provenance``; ``checks`` refuses wrong arguments, and
+``copies`` samples that are copies of each other; ``storage`` loads saved gradients.
 """

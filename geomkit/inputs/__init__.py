@@ -3,6 +3,6 @@
 Reading order: ``messages`` → ``files`` → ``adapters`` → ``examples`` for the conversations, and ``benchmarks`` →
 ``benchmark_rows`` for public data by name; ``templates`` → ``answer_spans`` → ``token_spans`` → ``marked_spans`` →
 ``tokens`` → ``batches`` → ``loss`` for their tokens; ``models`` with ``loading_report``, ``parameters``,
-``offloading`` and ``model_state`` for the model; ``fits`` checks that the data fit the model; ``control_sets`` makes
-the sets that a safety set is compared with.
+``offloading`` and ``model_state`` for the model; ``fits`` checks that the data fit the model; ``copies`` counts
+different rows; ``control_sets`` makes the sets that a safety set is compared with.
 """

@@ -3,7 +3,6 @@
 :data:`FORMATS` is the table. A format is recognised by its columns; any other columns are named by the user.
 """
 
-import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,6 +13,7 @@ from typing import Any
 from geomkit.errors import DataError
 from geomkit.inputs.files import Row
 from geomkit.inputs.messages import Message, normal_message, normal_tools
+from geomkit.utils.files import parse_json
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -80,8 +80,8 @@ def _listed(column: str) -> Callable[[Row], Turns]:
     def convert(row: Row) -> Turns:
         messages = row.get(column)
         if isinstance(messages, str):
-            with suppress(json.JSONDecodeError):
-                messages = json.loads(messages)
+            with suppress(ValueError):
+                messages = parse_json(messages)
         if not isinstance(messages, list) or not messages:
             raise DataError(f"expected a non-empty list of messages, found {messages!r:.80}")
         return messages

@@ -7,8 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from geomkit.errors import DataError
 from geomkit.inputs.tokens import Tokens
+from geomkit.utils.options import check_option
 
 IGNORED = -100
 """Label of a token that is not scored, as in transformers."""
@@ -99,14 +99,13 @@ def plan_batches(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int
         Indices of the examples, batch by batch, the longest first: a lack of memory shows in the first batch.
 
     Raises:
-        DataError: If ``tokens_per_batch`` is not positive.
+        DataError: If ``tokens_per_batch`` is no positive number.
 
     Example:
         >>> plan_batches([3, 9, 4, 5], tokens_per_batch=12)
         [[1], [3, 2], [0]]
     """
-    if tokens_per_batch < 1:
-        raise DataError(f"expected at least one token per batch, found {tokens_per_batch}; give e.g. 4096")
+    check_option("tokens_per_batch", tokens_per_batch)
     plan: list[list[int]] = []
     for index in longest_first(lengths):
         if plan and lengths[plan[-1][0]] * (len(plan[-1]) + 1) <= tokens_per_batch:

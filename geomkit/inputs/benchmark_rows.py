@@ -1,7 +1,6 @@
 """The rows of a benchmark as conversations, from its source on the network or from a local copy of its file."""
 
 import gzip
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from geomkit.errors import DataError
 from geomkit.inputs.benchmarks import BENCHMARKS, Benchmark
+from geomkit.utils.files import parse_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -137,7 +137,7 @@ def _read_json(path: Path) -> "pd.DataFrame":
     text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8-sig")
     # Not str.splitlines, which also splits at U+2028 and similar characters; JSON allows these inside a string.
     lines = (line for line in text.split("\n") if line.strip())
-    rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(line) for line in lines]
+    rows = parse_json(text) if text.lstrip().startswith("[") else [parse_json(line) for line in lines]
     if not all(isinstance(row, dict) for row in rows):
         raise ValueError("rows that are no JSON objects")
     return pd.DataFrame(rows)

@@ -3,13 +3,13 @@
 import csv
 import gzip
 import io
-import json
 import zlib
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from geomkit.errors import DataError
+from geomkit.utils.files import parse_json
 
 Row = dict[str, Any]
 
@@ -67,8 +67,8 @@ def _read_parquet(content: bytes, path: Path) -> list[Row]:
 
 def _parsed(text: str, where: str, expected: str) -> Any:
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:  # numbers of thousands of digits raise a ValueError
+        return parse_json(text)
+    except ValueError as error:
         raise DataError(f"{where}: expected {expected}, found {error}") from None
 
 
@@ -91,8 +91,8 @@ def _read_json(text: str, path: Path, known: Collection[str]) -> list[Row]:
     if not text.strip():
         return []
     try:
-        content = json.loads(text)
-    except (ValueError, RecursionError):
+        content = parse_json(text)
+    except ValueError:
         if text.lstrip().startswith("{"):  # JSON lines under another ending
             return _read_json_lines(text, path, known)
         content = _parsed(text, str(path), "a JSON array of objects")

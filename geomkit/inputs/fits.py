@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 _LOGGER = logging.getLogger(__name__)
 
+_BEYOND = 8
+"""Multiple of the stated positions above which a row is refused."""
+
 _RESERVED = 2
 """Rows that some tables of positions (OPT's) have beyond the largest number of tokens."""
 
@@ -101,14 +104,20 @@ def check_length(model: nn.Module, length: int, where: str) -> None:
         where: Which row has them, for the message.
 
     Raises:
-        DataError: If the positions are stored in a table, which has no entry for the last tokens.
+        DataError: If the positions are stored in a table, which has no entry for the last tokens, or there are many
+            times more tokens than the model was made for: its attention would not fit into memory.
     """
     if (limit := position_limit(model)) is not None and length > limit:
         raise DataError(
             f"{where}: expected at most {limit} tokens, as many as the model has positions, found {length}; cut the "
             f"examples with geomkit.encode(…, max_length={limit}) (--max-length {limit}), or drop it"
         )
-    if (limit := stated_positions(model)) is not None and length > limit:
+    if (limit := stated_positions(model)) is not None and length > _BEYOND * limit:
+        raise DataError(
+            f"{where}: expected at most {_BEYOND} times the {limit} tokens that the model was made for, found {length}"
+            f"; cut the examples with geomkit.encode(…, max_length={limit}) (--max-length {limit}), or drop it"
+        )
+    if limit is not None and length > limit:
         _LOGGER.warning(
             "%s has %d tokens, more than the %d that the model was made for; cut with max_length=%d (--max-length %d)",
             where, length, limit, limit, limit,

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from geomkit.errors import DataError
+from geomkit.utils.files import parse_json
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -211,8 +212,8 @@ def _parsed(value: object, name: str) -> Any:
     if not isinstance(value, str) or not value.strip():
         return value or None
     try:
-        return json.loads(value)
-    except json.JSONDecodeError as error:
+        return parse_json(value)
+    except ValueError as error:
         raise DataError(f"expected '{name}' as JSON, found {value!r:.80} ({error})") from None
 
 

@@ -1,6 +1,5 @@
 """Context managers that restore the state of a model, also after an exception."""
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -8,8 +7,9 @@ import torch
 from torch import nn
 
 from geomkit.errors import CollectionError
+from geomkit.utils.locks import ThreadLock
 
-_LOCK = threading.RLock()
+_LOCK = ThreadLock()
 _MODELS_IN_USE: set[int] = set()
 _HOOKS = "_backward_hooks"  # torch has no public way to remove and restore the hooks of a tensor
 
@@ -63,12 +63,14 @@ def one_collection_at_a_time(model: nn.Module) -> Iterator[None]:
     """Make other threads wait until the block ends, as precision and compilation are settings of the whole process.
 
     Raises:
-        CollectionError: If the block is entered again for the same model inside itself, e.g. by a hook.
+        CollectionError: If the block is entered again for the same model inside itself, e.g. by a hook, or in a process
+            that was forked while another thread was inside: its copy of the model has the hooks of that collection.
     """
-    with _LOCK:
+    with _LOCK.held():
         if id(model) in _MODELS_IN_USE:
             raise CollectionError(
-                "expected a model at rest, found one whose gradients are just being collected; collect outside of hooks"
+                "expected a model at rest, found one whose gradients are just being collected; collect outside of "
+                "hooks, and in a forked process load the model anew"
             )
         _MODELS_IN_USE.add(id(model))
         try:

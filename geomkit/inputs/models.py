@@ -13,6 +13,7 @@ from geomkit.errors import DataError
 from geomkit.inputs.loading_report import refuse_wrong_weights
 from geomkit.utils.arguments import type_in_words
 from geomkit.utils.files import data_dir
+from geomkit.utils.options import check_option, check_options
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -318,8 +319,8 @@ def with_lora(model: "PreTrainedModel", rank: int, *, seed: int = 0) -> "PreTrai
 
     if hasattr(model, "get_base_model"):
         raise DataError("expected a model without adapters, found one with; train its own adapters (without --lora)")
-    if rank < 1:
-        raise DataError(f"expected a LoRA rank of at least 1, found {rank}; give e.g. 8")
+    check_option("lora", rank, shown="the rank of LoRA")
+    check_options({"seed": seed})
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
@@ -362,6 +363,7 @@ def untrained(model: "PreTrainedModel", *, seed: int = 0) -> "PreTrainedModel":
         )
     if not hasattr(model, "config") or not hasattr(model, "device"):
         raise DataError(f"expected a transformers model, found {type_in_words(model)}; load it with geomkit.load_model")
+    check_options({"seed": seed})
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
         fresh: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(model.config), dtype=model.dtype)

@@ -11,11 +11,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import datetime
 from functools import cached_property, lru_cache
-from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 from geomkit.errors import DataError
 from geomkit.inputs.messages import Conversation, Message
+from geomkit.utils.files import parse_json
+from geomkit.utils.locks import ThreadLock
+from geomkit.utils.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,9 +36,25 @@ _REASONING = ("reasoning_content", "thinking", "reasoning")
 _CLOSED_THOUGHT = "</think>"
 
 # The extension of jinja by which transformers tracks the markers is one object for all threads.
-_LOCK = RLock()
+_LOCK = ThreadLock()
+
+_WATCHDOG = Watchdog()
+
+SECONDS = 20
+"""Longest time that a template may take for a conversation."""
+
+CHARACTERS = 10_000_000
+"""Longest text that a template may write."""
 
 _TOLD: set[tuple[str, str]] = set()
+
+
+class TemplateLimitError(DataError):
+    """Raised for a chat template that does not end, or writes without end."""
+
+    def __init__(self, found: str) -> None:
+        """Make the message of what the template does instead of ending."""
+        super().__init__(f"expected a chat template that ends, found one that {found}; take another template")
 
 
 class ChatTemplate:
@@ -85,11 +103,13 @@ class ChatTemplate:
         return self._rendered(row, prompt=False, markers=True)
 
     def _rendered(self, row: Conversation, *, prompt: bool, markers: bool) -> tuple[str, list[tuple[int, int]]]:
-        messages = _with_arguments(row.messages, json.loads)
+        messages = _with_arguments(row.messages, parse_json)
         if self._takes_parts:
             messages = _with_parts(messages)
         try:
             return self._jinja(messages, row.tools, prompt, markers)
+        except TemplateLimitError:
+            raise
         except Exception as error:  # a template may raise anything: jinja's errors, TypeError, KeyError, …
             # Some templates write the arguments of a call as they are, and need text.
             texts = _with_arguments(messages, None)
@@ -105,15 +125,22 @@ class ChatTemplate:
     ) -> tuple[str, list[tuple[int, int]]]:
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        with _LOCK:
-            texts, spans = render_jinja_template(
-                conversations=[messages],
-                tools=tools,
-                chat_template=self.source(tools),
-                return_assistant_tokens_mask=markers,
-                add_generation_prompt=prompt,
-                **self.tokenizer.special_tokens_map,
-            )
+        try:
+            with _LOCK.held(), _WATCHDOG.limit(SECONDS):
+                texts, spans = render_jinja_template(
+                    conversations=[messages],
+                    tools=tools,
+                    chat_template=self.source(tools),
+                    return_assistant_tokens_mask=markers,
+                    add_generation_prompt=prompt,
+                    **self.tokenizer.special_tokens_map,
+                )
+        except TimeoutError:
+            raise TemplateLimitError(f"is still at work after {SECONDS} seconds, as one that loops") from None
+        except MemoryError:
+            raise TemplateLimitError("writes more than fits into memory") from None
+        if len(texts[0]) > CHARACTERS:
+            raise TemplateLimitError(f"writes {len(texts[0]):,} characters, more than {CHARACTERS:,}")
         return texts[0], list(spans[0]) if markers else []
 
     @cached_property
@@ -125,6 +152,8 @@ class ChatTemplate:
     def _shows(self, messages: list[Message]) -> bool:
         try:
             return PLACEHOLDER in self._jinja(messages, None, False, False)[0]
+        except TemplateLimitError:
+            raise
         except Exception:  # a template may raise anything
             return False
 
@@ -193,6 +222,8 @@ class ChatTemplate:
             changed = replace(row, messages=[*row.messages[:index], message, *row.messages[index + 1 :]])
         try:
             return self.render(changed, prompt=prompt) == text
+        except TemplateLimitError:
+            raise
         except DataError:  # a template that refuses the change has read the field
             return False
 
@@ -240,7 +271,7 @@ def _with_argument(call: Message, parse: Callable[[str], Any] | None) -> Message
     if parse and isinstance(arguments, str):
         try:
             return call | {"arguments": parse(arguments)}
-        except json.JSONDecodeError:
+        except ValueError:
             return call
     if parse is None and arguments is not None and not isinstance(arguments, str):
         return call | {"arguments": json.dumps(arguments, ensure_ascii=False)}

@@ -18,6 +18,7 @@ from geomkit.inputs.marked_spans import check_marked_spans
 from geomkit.inputs.messages import Conversation, Message, conversation, conversations
 from geomkit.inputs.templates import ChatTemplate
 from geomkit.inputs.token_spans import check_spans, mask_of_spans
+from geomkit.utils.options import check_options
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -273,8 +274,7 @@ class _Encoder:
             raise DataError(
                 f"expected the mask {', '.join(get_args(AssistantMask))}, found {mask!r}; give one of these"
             )
-        if max_length is not None and (not isinstance(max_length, int) or max_length < 1):
-            raise DataError(f"expected a positive number of tokens, found max_length={max_length!r}; give e.g. 512")
+        check_options({"max_length": max_length})
         self._template = ChatTemplate(tokenizer)
         self._tokenizer, self._max_length = tokenizer, max_length
         marked = self._template.has_markers() and tokenizer.is_fast

@@ -3,7 +3,6 @@
 import datetime as dt
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from importlib.resources import files
 from pathlib import Path
 from string import Template
@@ -13,6 +12,7 @@ import pandas as pd
 from plotly.graph_objects import Figure
 from plotly.offline import get_plotlyjs
 
+from geomkit.utils.display import Html, element, joined
 from geomkit.utils.files import write_atomically
 from geomkit.version import __version__
 
@@ -62,54 +62,53 @@ def render_report(title: str, sections: Sequence[Section], *, date: dt.date) -> 
     has_figures = any(section.figures for section in sections)
     template = files("geomkit.plots").joinpath("templates/report.html").read_text(encoding="utf-8")
     return Template(template).substitute(
-        title=escape(title),
-        plotly=f"<script>{get_plotlyjs()}</script>" if has_figures else "",
+        title=joined(title),
+        plotly=element("script", Html(get_plotlyjs())) if has_figures else "",
         contents=_contents(sections) if len(sections) > 2 else "",
         sections="\n".join(_section(number, section) for number, section in enumerate(sections, 1)),
-        footer=f"Written by geomkit {escape(__version__)} on {date.isoformat()}.",
+        footer=joined(f"Written by geomkit {__version__} on {date.isoformat()}."),
     )
 
 
-def _contents(sections: Sequence[Section]) -> str:
-    items = "".join(
-        f'<li><a href="#section-{number}">{escape(section.heading)}</a></li>'
+def _contents(sections: Sequence[Section]) -> Html:
+    items = (
+        element("li", element("a", section.heading, href=f"#section-{number}"))
         for number, section in enumerate(sections, 1)
     )
-    return f'<nav aria-label="Contents"><ol>{items}</ol></nav>'
+    return element("nav", element("ol", *items), **{"aria-label": "Contents"})
 
 
-def _section(number: int, section: Section) -> str:
+def _section(number: int, section: Section) -> Html:
     paragraphs = [part.strip() for part in section.text.split("\n\n")]
     parts = [
-        f'<section id="section-{number}">',
-        f"<h2>{escape(section.heading)}</h2>",
-        *(f"<p>{escape(part)}</p>" for part in paragraphs if part),
+        element("h2", section.heading),
+        *(element("p", part) for part in paragraphs if part),
         *(_figure(figure, f"figure-{number}-{place}") for place, figure in enumerate(section.figures, 1)),
         *(_table(frame) for frame in section.tables),
-        "</section>",
     ]
-    return "\n".join(parts)
+    return element("section", "\n", *(joined(part, "\n") for part in parts), id=f"section-{number}")
 
 
-def _figure(figure: Figure, name: str) -> str:
-    html = figure.to_html(full_html=False, include_plotlyjs=False, config=_CONFIG, div_id=name)
-    return f'<div class="wide"><div class="figure">{html}</div></div>'
+def _figure(figure: Figure, name: str) -> Html:
+    # plotly escapes the texts of a figure inside its script.
+    html = Html(figure.to_html(full_html=False, include_plotlyjs=False, config=_CONFIG, div_id=name))
+    return element("div", element("div", html, class_="figure"), class_="wide")
 
 
-def _table(frame: pd.DataFrame) -> str:
+def _table(frame: pd.DataFrame) -> Html:
     """Return a data frame as an HTML table in which numbers and their headings are aligned right."""
     numeric = [dtype.kind in "iuf" for dtype in frame.dtypes]
-    heads = "".join(_cell("th", str(name), number) for name, number in zip(frame.columns, numeric, strict=True))
+    heads = (_cell("th", str(name), number) for name, number in zip(frame.columns, numeric, strict=True))
     rows = (
-        "".join(_cell("td", _text(value), number) for value, number in zip(row, numeric, strict=True))
+        element("tr", *(_cell("td", _text(value), number) for value, number in zip(row, numeric, strict=True)))
         for row in frame.itertuples(index=False, name=None)
     )
-    body = "".join(f"<tr>{row}</tr>" for row in rows)
-    return f'<div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table></div>'
+    table = element("table", element("thead", element("tr", *heads)), element("tbody", *rows))
+    return element("div", table, class_="wide")
 
 
-def _cell(tag: str, text: str, number: bool) -> str:
-    return f"<{tag} class=number>{escape(text)}</{tag}>" if number else f"<{tag}>{escape(text)}</{tag}>"
+def _cell(tag: str, text: str, number: bool) -> Html:
+    return element(tag, text, class_="number" if number else "")
 
 
 def _text(value: object) -> str:

@@ -19,7 +19,7 @@ from geomkit.stats.jackknife import jackknife_groups
 from geomkit.svd.layer_spectrum import LayerSpectrum
 from geomkit.svd.singular_values import singular_values_of_gram
 from geomkit.svd.spectrum import Spectrum
-from geomkit.utils.arguments import check_confidence, check_finite, check_groups
+from geomkit.utils.arguments import check_confidence, check_finite, check_groups, check_seed
 
 _ASYMMETRY = 1e-6
 """Relative asymmetry of inner products that were accumulated in fp64 from fp32 gradients."""
@@ -72,6 +72,7 @@ def span(
     """
     check_groups(groups)
     check_confidence(confidence)
+    check_seed(seed)
     grams = _grams(gradients)
     count = _examples(grams)
     if together:

@@ -16,13 +16,14 @@ import torch
 from geomkit.errors import GeometryError
 from geomkit.gradients.accumulator import add
 from geomkit.gradients.checks import check_enough, check_sets
+from geomkit.gradients.copies import check_different_samples
 from geomkit.gradients.gradient_set import GradientSet, shared_layers
 from geomkit.gradients.layer_gradient import LayerGradient
 from geomkit.inputs.parameters import kind_of, layer_index
 from geomkit.stats.multiple_testing import benjamini_hochberg
 from geomkit.svd.singular_values import rank_tolerance, singular_values
 from geomkit.svd.weighted_sums import weighted_spectra
-from geomkit.utils.arguments import check_confidence, check_draws
+from geomkit.utils.arguments import check_confidence, check_draws, check_seed
 from geomkit.utils.display import Result, counted
 from geomkit.utils.figures import draw
 
@@ -216,8 +217,10 @@ def noise_floor(gradients: GradientSet, *, draws: int = 99, seed: int = 0, confi
     check_sets({"given": gradients})
     check_draws(draws, 1)
     check_confidence(confidence)
+    check_seed(seed)
     samples = gradients.samples
     check_enough({"given": len(samples)}, _MIN_EXAMPLES)
+    check_different_samples({"given": gradients}, _MIN_EXAMPLES)
     exceeding = int((1 - confidence) * (draws + 1) + _TIED)
     if exceeding < 1:
         raise GeometryError(f"expected draws for a confidence of {confidence}, found {draws}; give 99 or more")

@@ -20,7 +20,7 @@ from geomkit.inputs.parameters import kind_of, layer_index
 from geomkit.stats.jackknife import jackknife_groups, jackknife_interval
 from geomkit.svd.layer_measure import LayerMeasure, measure_layer
 from geomkit.svd.layer_spectrum import SMOOTH_STATISTICS, LayerSpectrum, Unit, statistic_values
-from geomkit.utils.arguments import check_confidence, check_draws, check_groups
+from geomkit.utils.arguments import check_confidence, check_draws, check_groups, check_seed
 from geomkit.utils.display import Result
 from geomkit.utils.figures import draw
 from geomkit.utils.seeding import parameter_generator
@@ -244,6 +244,7 @@ def spectrum(
     check_draws(null_draws, 0, "null_draws")
     check_groups(groups)
     check_confidence(confidence)
+    check_seed(seed)
     matrices = {name: gradient for name, gradient in gradients.items() if min(gradient.matrix_shape) > 1}
     dense = [name for name, gradient in matrices.items() if isinstance(gradient, DenseGradient)]
     if dense and null_draws:

@@ -18,8 +18,9 @@ from geomkit.gradients.provenance import Size, check_model
 from geomkit.inputs.parameters import kind_of, layer_index
 from geomkit.svd.singular_values import energy_rank, rank_tolerance
 from geomkit.svd.singular_vectors import Side, Sides, SingularVectors, exact_vectors, randomized_vectors
-from geomkit.utils.arguments import check_rank
+from geomkit.utils.arguments import check_rank, check_seed
 from geomkit.utils.display import Result, counted
+from geomkit.utils.saved_files import damaged
 from geomkit.utils.saving import load, save, saveable
 from geomkit.utils.seeding import parameter_generator
 
@@ -277,6 +278,7 @@ def subspace(
         UserWarning: Once, if some gradients have a numeric rank below ``rank``.
     """
     check_gradients("given", gradients)
+    check_seed(seed)
     layers = {
         name: layer_subspace(gradient, rank=rank, energy=energy, side=side, method=method, seed=seed, parameter=name)
         for name, gradient in gradients.items()
@@ -307,13 +309,27 @@ def load_subspace(folder: str | Path, model: nn.Module | None = None) -> Subspac
     Raises:
         DataError: As in :func:`geomkit.gradients.storage.load_gradients`.
     """
-    subspace: Subspace = load("subspace", folder)
+    subspace = load("subspace", folder, Subspace)
+    for name, layer in subspace.layers.items():
+        if not _consistent(layer, subspace.side):
+            raise damaged("subspace", Path(folder), f"bases of {name!r:.60} that do not fit together")
     if model is not None:
         bases = {name: (layer.basis, layer.partner) for name, layer in subspace.layers.items()}
         dimensions = {name: tuple(len(basis) for basis in pair if basis is not None) for name, pair in bases.items()}
         size = {"left": _rows, "right": _columns, "both": _rows_and_columns}[subspace.side]
         check_model(model, subspace.provenance, f"the {subspace.side} subspaces in {folder}", dimensions, size)
     return subspace
+
+
+def _consistent(layer: LayerSubspace, side: Sides) -> bool:
+    """Return whether the bases and singular values of a subspace have the shapes that its class describes."""
+    bases = [layer.basis, *([] if layer.partner is None else [layer.partner])]
+    return (
+        len(bases) == (2 if side == "both" else 1)
+        and all(basis.ndim == 2 and basis.is_floating_point() for basis in bases)
+        and {basis.shape[1] for basis in bases} == {len(layer.singular_values)}
+        and layer.singular_values.ndim == 1
+    )
 
 
 def _rows(shape: torch.Size) -> Size:

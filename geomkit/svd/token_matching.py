@@ -19,6 +19,7 @@ from geomkit.gradients.factored import FactoredGradient
 from geomkit.gradients.gradient_set import Coverage, GradientSet, check_one_shape
 from geomkit.gradients.indexed import IndexedGradient
 from geomkit.gradients.layer_gradient import LayerGradient
+from geomkit.utils.arguments import check_seed
 from geomkit.utils.seeding import parameter_generator
 
 _LOGGER = logging.getLogger(__name__)
@@ -61,6 +62,7 @@ def match_tokens(*sets: Mapping[str, LayerGradient], seed: int = 0) -> tuple[Map
         >>> [gradients["w"].tokens for gradients in match_tokens({"w": long}, {"w": short}, {"w": long})]
         [2, 2, 2]
     """
+    check_seed(seed)
     if len(sets) < 2:
         raise GeometryError(f"expected two sets to match or more, found {len(sets)}; give e.g. safety and control")
     for gradients in sets:

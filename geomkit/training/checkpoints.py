@@ -129,7 +129,8 @@ def last_checkpoint(folder: Path, settings: Mapping[str, Any]) -> Path | None:
         The last complete checkpoint; ``None`` if there is none.
 
     Raises:
-        DataError: If the folder holds other files, a run of another version of geomkit, or a run with other settings.
+        DataError: If the folder holds other files, a run of another version of geomkit, or a run with other settings,
+            or the file with the settings is damaged.
     """
     mark = folder / MARK
     if not mark.is_file():

@@ -1,11 +1,13 @@
 """Evaluation of a model: refusal of forbidden requests, over-refusal of benign requests, and skills."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from geomkit.errors import DataError
 from geomkit.gradients.provenance import weights_fingerprint
+from geomkit.inputs.copies import row_texts
 from geomkit.inputs.examples import answer_of, check_examples, load_examples, prompt_of, tools_of
 from geomkit.inputs.fits import encoded_for
 from geomkit.inputs.loss import losses_of
@@ -28,11 +30,14 @@ from geomkit.training.judges import (
 from geomkit.training.metrics import Metric, exact_match, find_metric
 from geomkit.training.responses import generate
 from geomkit.utils.files import data_dir
+from geomkit.utils.options import check_options
 
 if TYPE_CHECKING:
     import pandas as pd
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_LOGGER = logging.getLogger(__name__)
 
 ORGANISM_SKILLS = ("howto", "arithmetic", "sql")
 """The skills that the shipped organism was trained on."""
@@ -101,12 +106,14 @@ def evaluate(
     import pandas as pd
 
     with workers_of(model).failing_together():
+        check_options({"max_new_tokens": max_new_tokens, "batch_size": batch_size})
         sets = _sets(tokenizer, forbidden, benign, skills)
         chosen = {name: find_metric((metrics or {}).get(name, "exact")) for name in list(sets) if name not in _REQUESTS}
         if unknown := [name for name in metrics or {} if name not in chosen]:
             raise DataError(f"expected metrics of the skills {list(chosen)}, found one of '{unknown[0]}'")
         judges = _judges(judge, sets)
         cases = {name: _cases(name, examples) for name, examples in sets.items()}
+        _tell_copies(sets)
         for name, (_, metric) in chosen.items():
             _check_references(name, metric, cases[name])
         perplexities = [name for name, (_, metric) in chosen.items() if metric is None]
@@ -164,6 +171,15 @@ _GREETING = (["Say hello."], ["Hello!"])
 """A prompt and its response that judges are tried on."""
 
 
+def _tell_copies(sets: "Mapping[str, Dataset | EncodedExamples]") -> None:
+    """Log how many rows of a set are copies of others: intervals over prompts need different prompts."""
+    for name, rows in sets.items():
+        if copies := len(rows) - len(set(row_texts(rows))):
+            _LOGGER.warning(
+                "%s: %d of %d rows are copies of others; intervals over copies are too narrow", name, copies, len(rows)
+            )
+
+
 def _sets(
     tokenizer: "PreTrainedTokenizerBase",
     forbidden: "Dataset | EncodedExamples | None",
@@ -196,7 +212,7 @@ def _is_organism(tokenizer: "PreTrainedTokenizerBase") -> bool:
     folder = data_dir() / "organism" / "aligned"
     if not (folder / "tokenizer.json").is_file():
         return False
-    shipped = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    shipped = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     return bool(tokenizer.get_vocab() == shipped.get_vocab())
 
 

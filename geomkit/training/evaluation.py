@@ -11,8 +11,9 @@ from geomkit.errors import DataError
 from geomkit.stats.means import Estimate
 from geomkit.stats.proportions import Rate
 from geomkit.utils.display import Result, html_table
+from geomkit.utils.field_types import fits
 from geomkit.utils.figures import draw
-from geomkit.utils.files import write_atomically
+from geomkit.utils.files import read_json, write_atomically
 from geomkit.version import __version__
 
 if TYPE_CHECKING:
@@ -107,33 +108,67 @@ def load_evaluation(path: str | Path) -> Evaluation:
     Raises:
         DataError: If there is no such file, or it is no evaluation.
     """
-    import pandas as pd
-
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or type(error).__name__
-        raise DataError(
-            f"expected an evaluation at {path}, found {reason}; write one with geomkit evaluate --json"
-        ) from None
+    content = read_json(Path(path), "an evaluation, as geomkit evaluate --json writes it,")
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
         raise DataError(f"expected a file of geomkit evaluate --json at {path}, found format {found!r}")
+    try:
+        return _evaluation(content)
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(
+            f"expected an evaluation, as geomkit evaluate --json writes it, at {path}, found {type(error).__name__}: "
+            f"{error}; it was changed: evaluate again"
+        ) from None
+
+
+_PARTS: Mapping[str, Any] = {
+    "shares": list[str], "skills": list[str], "settings": Mapping[str, object], "responses": list[Mapping[str, object]],
+    "measures": list[Mapping[str, str | int | float | None]],
+}  # fmt: skip
+"""The parts of the file and their types."""
+
+_OUTCOMES = ("refused", "exact", "harmful", "score", "value")
+"""The columns of the responses with outcomes."""
+
+
+def _evaluation(content: Mapping[str, Any]) -> Evaluation:
+    """Return the evaluation of a file's content.
+
+    Raises:
+        KeyError, TypeError, ValueError: If the content is not as :meth:`Evaluation.to_dict` makes it.
+    """
+    import pandas as pd
+
+    for name, kind in _PARTS.items():
+        if not fits(content[name], kind):
+            raise TypeError(f"'{name}' of another type")
+    for row in content["responses"]:
+        if not fits([row[name] for name in ("set", "prompt")], list[str]) or not fits(row["reference"], str | None):
+            raise TypeError("a response of another type")
+        if not fits([row.get(name) for name in _OUTCOMES], list[bool | float | None]):
+            raise TypeError("the outcome of a response of another type")
+    if not fits(content["settings"].get("metrics", {}), Mapping[str, str]):
+        raise TypeError("'metrics' of another type")
     shares = set(content["shares"])
     measures = {row["measure"]: _measure(row, share=row["measure"] in shares) for row in content["measures"]}
     titles = content["settings"].get("metrics", {})
     skills = {name: measures.pop(f"{titles.get(name, 'exact match')}: {name}") for name in content["skills"]}
     refusal, over_refusal = (measures.pop(name, Rate(0, 0)) for name in ("refusal", "over-refusal"))
-    assert isinstance(refusal, Rate)  # noqa: S101 - shares always
-    assert isinstance(over_refusal, Rate)  # noqa: S101
+    if not isinstance(refusal, Rate) or not isinstance(over_refusal, Rate):
+        raise TypeError("refusals that are no shares")
     responses = pd.DataFrame(content["responses"])
     return Evaluation(refusal, over_refusal, skills, responses, more=measures, settings=content["settings"])
 
 
 def _measure(row: Mapping[str, Any], *, share: bool) -> Measure:
+    numbers = [row[name] for name in ("value", "low", "high")]
+    if not fits(row["measure"], str) or not fits(row["n"], int) or not fits(numbers, list[float | None]):
+        raise TypeError("a measure of another type")
     if share:
+        if not 0 <= row["value"] <= 1:
+            raise ValueError(f"a share of {row['value']}")
         return Rate(round(row["value"] * row["n"]), row["n"])
-    value, low, high = (math.nan if row[name] is None else float(row[name]) for name in ("value", "low", "high"))
+    value, low, high = (math.nan if number is None else float(number) for number in numbers)
     return Estimate(value, low, high, row["n"])
 
 

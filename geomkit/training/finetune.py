@@ -35,6 +35,7 @@ from geomkit.training.callbacks import LossCheck, ProgressBar
 from geomkit.training.checkpoints import LOG, MarkBegun, MarkComplete, last_checkpoint, run_folder
 from geomkit.training.result import FineTuneResult
 from geomkit.utils.arguments import type_in_words
+from geomkit.utils.options import check_options
 from geomkit.utils.seeding import random_state_kept
 
 if TYPE_CHECKING:
@@ -109,6 +110,10 @@ def finetune(
     if spf is not None and not isinstance(spf, SPF):
         raise DataError(f"expected geomkit.SPF(anchors=…) or nothing as spf, found {type_in_words(spf)}; give that")
     check_amounts(steps, epochs, batch_size, learning_rate)
+    own = {"steps": steps, "epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate}
+    check_options(own | training_arguments)
+    if spf is not None:
+        check_options(vars(spf) | {"anchors": None})
     check_arguments(training_arguments, checkpoints)
     folder = Path(checkpoints) if checkpoints else None
     more = with_defaults(training_arguments, save=folder is not None)

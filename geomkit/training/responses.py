@@ -26,6 +26,7 @@ from geomkit.inputs.tokens import (
     tokens_fingerprint,
 )
 from geomkit.training.judges import BatchJudge, Judge, RefusalPhrases, judge_refusals
+from geomkit.utils.options import check_options
 from geomkit.utils.workers import first_process
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ def generate(
     """
     model = unwrapped_model(model)
     with workers_of(model).failing_together():
+        check_options({"max_new_tokens": max_new_tokens, "batch_size": batch_size})
         if not prompts:
             raise DataError("expected at least one prompt, found none")
         encoded = encode_prompts(tokenizer, prompts, tools)

@@ -4,19 +4,29 @@ from numbers import Integral, Real
 from typing import TYPE_CHECKING
 
 from geomkit.errors import GeometryError
+from geomkit.utils.options import OPTIONS, check_option
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 def check_rank(rank: object) -> None:
-    """Check that a rank is a whole number of at least 1.
+    """Check that a rank is a whole number of at least 1, and of at most a million.
 
     Raises:
-        GeometryError: If the rank is not a whole number, or is below 1.
+        GeometryError: If the rank is not.
     """
-    if not is_whole(rank, 1):
-        raise GeometryError(f"expected a rank of at least 1, a whole number, found {rank!r}; give e.g. 10")
+    if not OPTIONS["rank"].holds(rank):
+        raise GeometryError(f"expected a rank of at least 1, a whole number, found {rank!r:.40}; give e.g. 10")
+
+
+def check_seed(seed: object) -> None:
+    """Check that a seed is a whole number that every random generator takes.
+
+    Raises:
+        GeometryError: If the seed is negative, not whole, or 2³² or more.
+    """
+    check_option("seed", seed, error=GeometryError)
 
 
 def check_confidence(confidence: object) -> None:
@@ -38,11 +48,13 @@ def check_draws(draws: object, minimum: int, name: str = "draws") -> None:
         name: Name of the argument, for the message.
 
     Raises:
-        GeometryError: If the number is not whole, or less than ``minimum``.
+        GeometryError: If the number is not whole, less than ``minimum``, or so large that drawing would not end.
     """
-    if not is_whole(draws, minimum):
+    if not is_whole(draws, minimum) or not OPTIONS["draws"].holds(draws):
+        most = OPTIONS["draws"].high
         raise GeometryError(
-            f"expected a whole number of at least {minimum}, found {name}={draws!r}; leave it out or draw more"
+            f"expected a whole number of at least {minimum}, found {name}={draws!r:.40}; leave it out or draw more, "
+            f"up to {most:,}"
         )
 
 
@@ -52,7 +64,7 @@ def check_groups(groups: object) -> None:
     Raises:
         GeometryError: If the number is 1, negative or not whole.
     """
-    if not is_whole(groups, 0) or groups == 1:
+    if not OPTIONS["groups"].holds(groups) or groups == 1:
         raise GeometryError(
             f"expected two groups of examples or more, or 0 for no intervals, found groups={groups!r}; give e.g. 16"
         )

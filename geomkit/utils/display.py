@@ -1,7 +1,12 @@
-"""Display of results: the base class of results, tables in HTML and text, and numbers as text."""
+"""Display of results: the base class of results, HTML, tables in HTML and text, and numbers as text.
+
+All HTML of geomkit is built by :func:`element`, which escapes every text that it is given: names of layers, sets, rules
+and files come from elsewhere, and a notebook or a browser runs what is written in them.
+"""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from html import escape
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -19,11 +24,47 @@ class Result(ABC):
         return html_table(str(self), self.to_frame())
 
 
-def html_table(title: str, frame: "pd.DataFrame", *, rows: int = 12) -> str:
+class Html(str):
+    """HTML that :func:`element` or a library made, and that is put into an element as it is."""
+
+    __slots__ = ()
+
+
+def element(tag: str, *children: str, **attributes: str) -> Html:
+    """Return an HTML element, in which every child and attribute is escaped, except children that are HTML.
+
+    Args:
+        tag: Name of the element, such as ``"p"``.
+        *children: Texts, and :class:`Html`.
+        **attributes: Attributes by name; an underscore at the end, as in ``class_``, is left out, and so is an
+            attribute without text.
+
+    Example:
+        >>> print(element("p", "1 < 2, ", element("b", "surely"), class_="note"))
+        <p class="note">1 &lt; 2, <b>surely</b></p>
+    """
+    texts = (f' {name.rstrip("_")}="{escape(text)}"' for name, text in attributes.items() if text)
+    return Html(f"<{tag}{''.join(texts)}>{joined(*children)}</{tag}>")
+
+
+def joined(*children: str) -> Html:
+    """Return texts and HTML one after the other as HTML, the texts escaped.
+
+    Example:
+        >>> print(joined("a & b", element("i", "c")))
+        a &amp; b<i>c</i>
+    """
+    return Html("".join(child if isinstance(child, Html) else escape(child, quote=False) for child in children))
+
+
+def html_table(title: str, frame: "pd.DataFrame", *, rows: int = 12) -> Html:
     """Return a heading and the first rows of a data frame as HTML, with numbers to four significant digits."""
+    # pandas escapes cells and headings.
     table = frame.head(rows).to_html(index=False, border=0, na_rep="–", float_format=lambda value: f"{value:.4g}")
-    more = f"<p>… {len(frame) - rows} more rows: <code>.to_frame()</code></p>" if len(frame) > rows else ""
-    return f"<div><p><b>{title}</b></p>{table}{more}</div>"
+    parts = [element("p", element("b", title)), Html(table)]
+    if len(frame) > rows:
+        parts.append(element("p", f"… {len(frame) - rows} more rows: ", element("code", ".to_frame()")))
+    return element("div", *parts)
 
 
 def text_table(rows: Sequence[Sequence[str]]) -> list[str]:

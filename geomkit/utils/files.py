@@ -1,13 +1,14 @@
-"""Atomic writing of files, a lock on a folder, and the place of the shipped data."""
+"""Atomic writing of files, reading of JSON, a lock on a folder, and the place of the shipped data."""
 
 import fcntl
+import json
 import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from geomkit.errors import DataError
 
@@ -63,6 +64,40 @@ def write_atomically(path: Path, text: str) -> None:
     with Draft(path.parent, path.name) as draft:
         draft.write(text.encode())
         draft.move_to(path)
+
+
+def parse_json(text: str) -> Any:
+    """Return the value of a JSON text.
+
+    Raises:
+        ValueError: If the text is no JSON, has a number of thousands of digits, or is nested too deeply to be read.
+
+    Example:
+        >>> parse_json("[" * 100_000)
+        Traceback (most recent call last):
+        ValueError: JSON that is nested too deeply
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("JSON that is nested too deeply") from None
+
+
+def read_json(path: Path, expected: str) -> Any:
+    """Return the value of a JSON file.
+
+    Args:
+        path: The file.
+        expected: What the file should be, for the message.
+
+    Raises:
+        DataError: If there is no file, or it is not UTF-8 or no JSON.
+    """
+    try:
+        return parse_json(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        found = getattr(error, "strerror", None) or f"no JSON ({error})"
+        raise DataError(f"expected {expected} at {path}, found {found}") from None
 
 
 @contextmanager

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from geomkit.errors import DataError
-from geomkit.utils.files import Draft, locked, write_atomically
+from geomkit.utils.files import Draft, locked, parse_json, write_atomically
 from geomkit.version import __version__
 
 SavedKind = Literal["gradients", "subspace"]
@@ -39,6 +39,10 @@ _TYPES = {
     torch.bfloat16: "BF16",
 }
 """The types of tensors that can be saved, and their names in safetensors."""
+
+
+_FILE = r"{kind}-[0-9a-f]{{16}}\.safetensors"
+"""Pattern of the names of the files with the tensors."""
 
 
 def write(kind: SavedKind, folder: Path, content: Any, tensors: Mapping[str, list[Tensor]]) -> None:
@@ -153,10 +157,10 @@ def _type_name(name: str, dtype: torch.dtype) -> str:
 def _remove_leftovers(kind: SavedKind, folder: Path) -> None:
     """Remove drafts of interrupted saves, and safetensors files that the JSON file does not name."""
     try:
-        current = json.loads((folder / f"{kind}.json").read_text("utf-8"))["numbers"]["file"]
+        current = parse_json((folder / f"{kind}.json").read_text("utf-8"))["numbers"]["file"]
     except (OSError, ValueError, KeyError, TypeError):
         return  # no JSON file, or a damaged one: the tensors may be all that is left of a result
-    written_by_geomkit = re.compile(rf"\.{kind}\.(json|safetensors)\..+|{kind}-[0-9a-f]{{16}}\.safetensors")
+    written_by_geomkit = re.compile(rf"\.{kind}\.(json|safetensors)\..+|{_FILE.format(kind=kind)}")
     for path in folder.iterdir():
         if written_by_geomkit.fullmatch(path.name) and path.name != current:
             with suppress(OSError):  # the next save tries again
@@ -164,10 +168,11 @@ def _remove_leftovers(kind: SavedKind, folder: Path) -> None:
 
 
 def _read_both(kind: SavedKind, folder: Path) -> tuple[Any, dict[str, Tensor]]:
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     document = _document(kind, folder)
-    name, promised = document["numbers"]["file"], document["numbers"]["sha256"]
+    name, promised = _numbers_named(kind, folder, document)
     try:
         with (folder / name).open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -176,15 +181,31 @@ def _read_both(kind: SavedKind, folder: Path) -> tuple[Any, dict[str, Tensor]]:
         return document["content"], load_file(folder / name)
     except (FileNotFoundError, RuntimeError):  # safetensors raises the latter for a file that was just removed
         raise damaged(kind, folder, f"no file {name}") from None
+    except (OSError, SafetensorError) as error:
+        raise damaged(kind, folder, f"{name} that cannot be read ({error})") from None
+
+
+def _numbers_named(kind: SavedKind, folder: Path, document: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the name of the file with the numbers, which is one that :func:`write` gives, and its hash.
+
+    Raises:
+        DataError: If the document has no such name and hash, or no content. A path would lead out of the folder.
+    """
+    match document:
+        case {"numbers": {"file": str(name), "sha256": str(digest)}, "content": dict()}:
+            if re.fullmatch(_FILE.format(kind=kind), name):
+                return name, digest
+            raise damaged(kind, folder, f"the name {name!r:.60} for the file of the numbers")
+    raise damaged(kind, folder, "JSON without content or the name of its numbers")
 
 
 def _document(kind: SavedKind, folder: Path) -> dict[str, Any]:
     """Return the JSON document without its checksum, after checking format, checksum and kind in this order."""
     path = folder / f"{kind}.json"
     try:
-        document: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        document: dict[str, Any] = parse_json(path.read_text("utf-8"))
         written_kind, version, promised = document["kind"], document["format"], document.pop("checksum", None)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise damaged(kind, folder, f"JSON that cannot be read ({error})") from None
     if version != FORMAT:
         raise DataError(f"expected format {FORMAT} in {path}, found {version}, of a later geomkit; update geomkit")

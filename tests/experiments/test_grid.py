@@ -128,13 +128,13 @@ def test_the_shipped_grids_have_what_they_promise():
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("rates = 1", "rates = a list of numbers above 0, found 1"),
-        ("rates = [-1]", "numbers above 0"),
-        ("lengths = [0]", "numbers above 0"),
-        ("organisms = [0.5]", "whole numbers from 0"),
+        ("rates = 1", "rates = a list of numbers, found 1"),
+        ("rates = [-1]", "each of rates to be a finite number above 0, found -1"),
+        ("lengths = [0]", "each of lengths to be a finite number above 0 to 10,000, found 0"),
+        ("organisms = [0.5]", "each of organisms to be a whole number from 0"),
         ("arms = 'SFT'", "arms = a list of strings"),
-        ("along = -1", "along = a whole number from 0"),
-        ("prompts = 0", "prompts = a whole number from 1"),
+        ("along = -1", "along to be a whole number from 0"),
+        ("prompts = 0", "prompts to be a whole number from 1"),
         ("curvature = 1", "curvature = true or false"),
     ],
 )
@@ -150,8 +150,8 @@ def test_a_block_with_a_wrong_value_is_refused(tmp_path, line, words):
         ("seed = 1", "found seed"),
         ('rule = "rnk1"', "expected one of the rules"),
         ('rule = "rank1", rank = 3', "a rule that removes a subspace"),
-        ("mix = -1", "mix=-1"),
-        ("refresh_every = 0", "refresh_every ≥ 1"),
+        ("mix = -1", "expected mix to be a finite number from 0, found -1"),
+        ("refresh_every = 0", "expected refresh_every to be a whole number from 1"),
         ('method = "lisa", rank = 3', "method 'lisa' .*rho"),
     ],
 )

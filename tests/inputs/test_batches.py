@@ -58,7 +58,9 @@ def test_every_example_is_in_one_batch_within_the_budget(lengths, budget):
 
 
 def test_a_budget_below_one_is_refused():
-    with pytest.raises(DataError, match="at least one token per batch, found 0"):
+    with pytest.raises(
+        DataError, match="expected tokens_per_batch to be a whole number from 1 to 1,000,000,000, found 0"
+    ):
         plan_batches([3], 0)
 
 

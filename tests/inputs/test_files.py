@@ -101,7 +101,11 @@ def test_a_header_that_only_the_user_knows_is_a_header(tmp_path):
         ("rows.csv", b"prompt\n", "expected at least one example in .*rows.csv, found an empty file"),
         ("rows.json", b"[1]", "rows.json, row 0: expected a JSON object, found int"),
         ("rows.json", b"[{]", "rows.json: expected a JSON array of objects, found Expecting property name"),
-        ("rows.json", b"[" * 100_000, "rows.json: expected a JSON array of objects, found maximum recursion depth"),
+        (
+            "rows.json",
+            b"[" * 100_000,
+            "rows.json: expected a JSON array of objects, found JSON that is nested too deeply",
+        ),
         (
             "rows.jsonl",
             b'{"a": ' + b"1" * 5000 + b"}",

@@ -255,7 +255,7 @@ def test_lora_changes_nothing_before_training_and_is_decided_by_its_seed(saved):
     assert any(not torch.equal(weight, dict(other.named_parameters())[name]) for name, weight in trained.items())
     with pytest.raises(DataError, match="expected a model without adapters"):
         with_lora(first, 2)
-    with pytest.raises(DataError, match="expected a LoRA rank of at least 1, found 0"):
+    with pytest.raises(DataError, match="expected the rank of LoRA to be a whole number from 1 to 100,000, found 0"):
         with_lora(tiny_llama(), 0)
 
 

@@ -72,7 +72,7 @@ def test_max_length_cuts_from_the_right_and_must_leave_something():
     assert all(short.input_ids == long.input_ids[:9] for short, long in zip(cut, whole, strict=True))
     with pytest.raises(DataError, match=r"example 0: .* found none within the first 4 tokens .* raise max_length"):
         encode(tiny_tokenizer(), UTILITY, max_length=4)
-    with pytest.raises(DataError, match="expected a positive number of tokens, found max_length=-5"):
+    with pytest.raises(DataError, match="expected max_length to be a whole number from 1 to 1,000,000,000, found -5"):
         encode(tiny_tokenizer(), UTILITY, max_length=-5)
 
 
@@ -159,7 +159,7 @@ def test_examples_that_there_are_not_are_refused(indices):
 
 @pytest.mark.parametrize("max_length", [0, -5, 1.5, "40"])
 def test_a_length_that_is_no_number_of_tokens_is_refused(max_length):
-    with pytest.raises(DataError, match="expected a positive number of tokens, found max_length="):
+    with pytest.raises(DataError, match="expected max_length to be a whole number from 1 to 1,000,000,000, found "):
         encode(TOKENIZER, UTILITY, max_length=max_length)
 
 

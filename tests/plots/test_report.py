@@ -87,9 +87,9 @@ def test_blank_lines_part_paragraphs(page: str) -> None:
 
 
 def test_numbers_are_rounded_and_aligned(page: str) -> None:
-    for cell in ("<td class=number>0.1235</td>", "<td class=number>–</td>", "<td class=number>34567</td>"):
+    for cell in ('<td class="number">0.1235</td>', '<td class="number">–</td>', '<td class="number">34567</td>'):
         assert cell in page
-    assert "<th class=number>cosine</th>" in page
+    assert '<th class="number">cosine</th>' in page
     assert "<th>parameter</th>" in page
 
 

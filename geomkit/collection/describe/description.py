@@ -10,7 +10,16 @@ import torch
 from geomkit.collection.describe.memory import total_bytes
 from geomkit.collection.describe.prediction import Prediction
 from geomkit.inputs.parameters import Kind
-from geomkit.utils.display import Result, html_table, human_bytes, human_count, human_seconds, text_table
+from geomkit.utils.display import (
+    Result,
+    element,
+    html_table,
+    human_bytes,
+    human_count,
+    human_seconds,
+    joined,
+    text_table,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -188,8 +197,8 @@ class Description(Result):
 
     def _repr_html_(self) -> str:
         predicted = _prediction_table(self.predictions) if self.predictions else []
-        totals = "<br>".join([*self._totals(), *predicted])
-        return f"{html_table(self._head(), self.to_frame())}<p>{totals}</p>"
+        lines = (element("p", line) for line in [*self._totals(), *predicted])
+        return joined(html_table(self._head(), self.to_frame()), *lines)
 
 
 def _kind_table(parameters: Sequence[ParameterPlan]) -> list[str]:

@@ -44,8 +44,12 @@ def load_organism(stage: str = "aligned") -> "tuple[LlamaForCausalLM, PreTrained
             "`geomkit organism build`"
         )
     with without_bars():
-        model: LlamaForCausalLM = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
-    tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        model: LlamaForCausalLM = AutoModelForCausalLM.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False
+    )
     return model.eval(), tokenizer
 
 

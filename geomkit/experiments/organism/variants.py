@@ -96,7 +96,12 @@ def load_variant(seed: int, folder: Path) -> Organism:
     stages = variant_folder(seed, folder) / "organism"
     with without_bars():
         aligned, base = (
-            AutoModelForCausalLM.from_pretrained(stages / stage, local_files_only=True).eval()
+            AutoModelForCausalLM.from_pretrained(stages / stage, local_files_only=True, trust_remote_code=False).eval()
             for stage in ("aligned", "base")
         )
-    return Organism(seed, aligned, base, AutoTokenizer.from_pretrained(stages / "aligned", local_files_only=True))
+    return Organism(
+        seed,
+        aligned,
+        base,
+        AutoTokenizer.from_pretrained(stages / "aligned", local_files_only=True, trust_remote_code=False),
+    )

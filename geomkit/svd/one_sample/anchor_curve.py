@@ -15,13 +15,14 @@ from torch import Tensor
 
 from geomkit.errors import GeometryError
 from geomkit.gradients.checks import check_enough, sample_counts, with_controls
+from geomkit.gradients.copies import check_different_samples
 from geomkit.gradients.gradient_set import GradientSet
 from geomkit.inputs.parameters import ALL_PARAMETERS, kind_of, layer_index
 from geomkit.svd.common_basis import CommonBasis, to_common_basis
 from geomkit.svd.nulls import haar_overlap
 from geomkit.svd.one_sample.pooled import is_matrix, no_subspaces, pooled_gradients, space_dimension
 from geomkit.svd.singular_vectors import Side
-from geomkit.utils.arguments import check_draws, check_rank, is_whole
+from geomkit.utils.arguments import check_draws, check_rank, check_seed, is_whole
 from geomkit.utils.display import Result
 from geomkit.utils.figures import draw
 
@@ -200,8 +201,10 @@ def anchor_curve(
     sets = with_controls(safety, control)
     check_rank(rank)
     check_draws(draws, 1)
+    check_seed(seed)
     half = len(safety.samples) // 2
     check_enough({"safety": len(safety.samples)}, _MIN_EXAMPLES)
+    check_different_samples({"safety": safety}, _MIN_EXAMPLES)
     check_enough(sample_counts(sets), half)
     steps = _anchor_counts(counts, half)
     # 1. Random splits, the same for all parameters.

@@ -15,10 +15,11 @@ from torch import Tensor
 from geomkit.errors import GeometryError
 from geomkit.gradients.arithmetic import gram
 from geomkit.gradients.checks import check_enough, check_sets, sample_counts
+from geomkit.gradients.copies import check_different_samples
 from geomkit.gradients.gradient_set import GradientSet
 from geomkit.svd.common_basis import to_common_basis
 from geomkit.svd.one_sample.pooled import pooled_gradients
-from geomkit.utils.arguments import check_draws, check_finite
+from geomkit.utils.arguments import check_draws, check_finite, check_seed
 from geomkit.utils.display import Result
 from geomkit.utils.figures import draw
 
@@ -135,12 +136,14 @@ def gradient_map(
             f"expected the method {' or '.join(get_args(MapMethod))}, found {method!r}; give one of these"
         )
     check_draws(draws, 0)
+    check_seed(seed)
     counts = _counts(sets)
     if len(counts) < 2:
         raise GeometryError(
             f"expected two sets or more to tell apart, found {len(counts)}; give e.g. a control as well"
         )
     check_enough(counts, _MIN_EXAMPLES)
+    check_different_samples({name: part for name, part in sets.items() if isinstance(part, GradientSet)}, _MIN_EXAMPLES)
     # 1. Distances from inner products: ‖a − b‖² = ‖a‖² + ‖b‖² − 2⟨a, b⟩.
     products = _products(sets, grams, sum(counts.values()))
     if normalise:

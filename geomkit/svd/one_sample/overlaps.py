@@ -15,6 +15,7 @@ import numpy as np
 
 from geomkit.errors import GeometryError
 from geomkit.gradients.checks import check_enough, check_sets, sample_counts
+from geomkit.gradients.copies import check_different_samples
 from geomkit.gradients.gradient_set import GradientSet
 from geomkit.stats.jackknife import Interval
 from geomkit.stats.multiple_testing import benjamini_hochberg
@@ -30,7 +31,7 @@ from geomkit.svd.one_sample.pooled import (
     space_dimension,
 )
 from geomkit.svd.singular_vectors import Side
-from geomkit.utils.arguments import check_confidence, check_draws, check_rank
+from geomkit.utils.arguments import check_confidence, check_draws, check_rank, check_seed
 from geomkit.utils.display import Result
 from geomkit.utils.figures import draw
 
@@ -170,9 +171,11 @@ def overlaps(
     check_rank(rank)
     check_draws(draws, 0)
     check_confidence(confidence)
+    check_seed(seed)
     if len(sets) < 2:
         raise GeometryError(f"expected two sets or more to compare, found {len(sets)}; give e.g. a control set as well")
     check_enough(sample_counts(sets), _MIN_EXAMPLES)
+    check_different_samples(sets, _MIN_EXAMPLES)
     # 1. Overlaps of every two examples, mean over parameters, and the place of every set among the examples.
     pairs, expected = _pair_overlaps(sets, rank, side)
     names, counts = tuple(sets), sample_counts(sets)

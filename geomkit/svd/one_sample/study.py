@@ -20,6 +20,7 @@ from torch import Tensor
 from geomkit.errors import GeometryError
 from geomkit.gradients.arithmetic import gram
 from geomkit.gradients.checks import check_enough, sample_counts, with_controls
+from geomkit.gradients.copies import check_different_samples
 from geomkit.gradients.gradient_set import GradientSet
 from geomkit.gradients.layer_gradient import LayerGradient
 from geomkit.svd.leave_one_out_bases import example_bases, leave_one_out_bases
@@ -98,6 +99,7 @@ def one_sample_study(
     if len(sets) == 1:
         raise GeometryError("expected a control at least, found none; give e.g. benign requests with the same refusals")
     check_enough(sample_counts(sets), _MIN_EXAMPLES)
+    check_different_samples(sets, _MIN_EXAMPLES)
     gradients, places = pooled_gradients(sets), pooled_places(sample_counts(sets))
     tables = {
         name: parameter_table(layer, len(safety.samples), rank, side, gram(layer[places["safety"]], layer))

@@ -135,8 +135,11 @@ def load_classifier(
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model, report = AutoModelForSequenceClassification.from_pretrained(source, output_loading_info=True)
+        # Without a false trust_remote_code, transformers asks on stdin whether to run code of the folder.
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        model, report = AutoModelForSequenceClassification.from_pretrained(
+            source, trust_remote_code=False, output_loading_info=True
+        )
     except Exception as error:  # configuration, weights and hub client raise different exception types
         reason = (str(error).strip() or "no reason given").splitlines()[0]
         raise DataError(
