@@ -136,7 +136,7 @@ def test_a_folder_in_place_of_the_mark_and_a_foreign_mark_are_one_line(tmp_path)
     (tmp_path / "geomkit.json").rmdir()
     for content in ("{}", '{"geomkit": 3}', '{"geomkit": ["x"], "train": null}'):
         (tmp_path / "geomkit.json").write_text(content)
-        with pytest.raises(DataError, match="to be begun by version|found a damaged file"):
+        with pytest.raises(DataError, match=r"to be begun by version|found a damaged file"):
             last_checkpoint(tmp_path, {})
 
 

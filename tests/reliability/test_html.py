@@ -96,7 +96,8 @@ def test_html_is_made_in_one_place():
     allowed = {
         "utils/display.py",  # the helper
         "plots/labels.py",  # the texts of figures, whose few tags plotly itself reads
-        "inputs/answer_spans.py", "inputs/marked_spans.py", "inputs/templates.py", "training/model_judges/presets.py",  # what models read
+        # What models read.
+        "inputs/answer_spans.py", "inputs/marked_spans.py", "inputs/templates.py", "training/model_judges/presets.py",
     }  # fmt: skip
     # plotly's own notation in figures: <b>, <br>, <sub> and <extra>, which it reads as text styles.
     figures = re.compile(r"</?(b|sub|extra|br)>")
