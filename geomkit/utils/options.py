@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
 from types import MappingProxyType
-from typing import Any
 
 from geomkit.errors import DataError, GeomkitError
 
@@ -39,8 +38,9 @@ class Range:
         """
         if isinstance(value, bool) or not isinstance(value, Integral if self.whole else Real):
             return False
-        number: Any = value  # mypy does not know that every real number can be compared with a float
-        return bool(self.low <= number <= self.high) and not (self.open and number == self.low)
+        # Numbers of numpy become Python's, whose comparisons do not overflow.
+        number = int(value) if isinstance(value, Integral) else float(value)
+        return self.low <= number <= self.high and not (self.open and number == self.low)
 
     def __str__(self) -> str:
         """Return the range in words."""
