@@ -10,7 +10,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from geomkit.errors import SPFError
-from geomkit.utils.files import Draft
+from geomkit.utils.files import Draft, parse_json
 
 STATE_FILE = "spf.safetensors"
 """The last file of a checkpoint, moved into it atomically: a checkpoint that has it is complete."""
@@ -50,9 +50,9 @@ def load_state(folder: Path, description: Mapping[str, object]) -> dict[str, Ten
         )
     try:
         with safe_open(path, "pt") as file:
-            saved = json.loads((file.metadata() or {}).get("spf", "{}"))
+            saved = parse_json((file.metadata() or {}).get("spf", "{}"))
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
-    except (SafetensorError, json.JSONDecodeError) as error:
+    except (SafetensorError, ValueError) as error:
         raise SPFError(f"expected the state of SPF at {path}, found a corrupt file: {error}") from None
     _refuse_other_settings(path, _flat(saved), _flat(json.loads(_to_json(description))))
     return state

@@ -22,6 +22,7 @@ from geomkit.spf.rule import PROSE, Rule
 from geomkit.spf.rules import DEFAULT_RULE, get_rule
 from geomkit.spf.weights.guarded import Guarded
 from geomkit.spf.weights.trained import warn_of_rounding, warn_of_unguarded
+from geomkit.utils.options import check_options
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -212,7 +213,7 @@ class SPF:
         """Return the rule with this object's overrides (rank, drift correction, drift margin, mix) applied.
 
         Raises:
-            SPFError: If the rule is unknown, or does not fit the settings.
+            SPFError: If the rule is unknown, does not fit the settings, or a number is out of its range.
         """
         rule = get_rule(
             self.rule,
@@ -221,15 +222,12 @@ class SPF:
             drift_margin=self.drift_margin,
             mix=self.mix,
         )
-        if self.refresh_every < 1 or self.correction_limit <= 0:
+        # In a grid `anchors` is a number; a negative margin demands that benign answers become likelier.
+        check_options(vars(self) | {"anchors": None, "benign_margin": None}, error=SPFError)
+        if self.refresh_energy is not None and not rule.has_subspace:
             raise SPFError(
-                f"expected refresh_every ≥ 1 and correction_limit > 0, found {self.refresh_every} and "
-                f"{self.correction_limit}"
-            )
-        if self.refresh_energy is not None and not (rule.has_subspace and 0 < self.refresh_energy <= 1):
-            raise SPFError(
-                f"expected refresh_energy between 0 and 1 and a rule that removes a subspace, found "
-                f"{self.refresh_energy} and '{rule.name}'; leave it out"
+                f"expected refresh_energy for a rule that removes a subspace only, found {self.refresh_energy} and "
+                f"'{rule.name}'; leave it out"
             )
         return rule
 

@@ -166,17 +166,18 @@ def test_settings_that_mean_nothing_are_refused():
     model = tiny_llama()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for settings, words in (
-        ({"refresh_every": 0}, "refresh_every ≥ 1"),
-        ({"correction_limit": 0.0}, "correction_limit > 0"),
+        ({"refresh_every": 0}, "refresh_every to be a whole number from 1"),
+        ({"correction_limit": 0.0}, "correction_limit to be a finite number above 0"),
+        ({"anchors_per_step": "many"}, "anchors_per_step to be a whole number"),
+        ({"seed": 2**70}, "seed to be a whole number"),
         ({"refresh_energy": 0.9, "rule": "rank1"}, "a rule that removes a subspace"),
-        ({"refresh_energy": 1.5, "rule": "left"}, "between 0 and 1"),
+        ({"refresh_energy": 1.5, "rule": "left"}, "above 0 to 1"),
+        ({"benign": CONTROL, "benign_per_step": 0}, "benign_per_step to be a whole number from 1"),
         ({"mix": -1}, "mix=-1"),
         ({"drift_margin": math.nan}, "drift_margin=nan"),
     ):
         with pytest.raises(SPFError, match=words):
             spf(**settings).attach(model, optimizer)
-    with pytest.raises(DataError, match="at least one anchor"):
-        spf(benign=CONTROL, benign_per_step=0).attach(model, optimizer)
     assert not optimizer._optimizer_step_pre_hooks
 
 

@@ -6,7 +6,7 @@ from torch import nn
 from transformers import TrainerCallback
 
 from geomkit.collection.collect import collect_gradients
-from geomkit.errors import DataError, SPFError
+from geomkit.errors import SPFError
 from geomkit.spf.rule import Rule
 from geomkit.spf.rules import RULES, get_rule
 from geomkit.spf.settings import SPF
@@ -356,5 +356,5 @@ def test_wrong_input_says_what_to_do():
     on_meta = torch.optim.SGD(meta.parameters(), lr=0.1)
     with pytest.raises(SPFError, match="meta device"):
         SPF(SAFETY, tokenizer=TOKENIZER).attach(meta, on_meta)
-    with pytest.raises(DataError, match="at least one anchor"):
+    with pytest.raises(SPFError, match="anchors_per_step to be a whole number from 1"):
         SPF(SAFETY, anchors_per_step=0, tokenizer=TOKENIZER).attach(model, optimizer)
