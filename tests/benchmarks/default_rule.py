@@ -14,9 +14,9 @@ copies of the gradients (which promises nothing under AdamW).
 
 import argparse
 import gc
-import json
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -31,6 +31,7 @@ from geomkit.spf.projection import protection
 from geomkit.svd.subspace_iteration import LeadingVectors
 from geomkit.svd.subspaces import layer_subspace
 from tests.benchmarks.contender import Piece
+from tests.benchmarks.resumable import Cell, measured_cells
 from tests.benchmarks.shapes import SHAPES
 from tests.benchmarks.steps import CopiedStep, GuardedStep, PlainStep, Setting, Step, Training, project_left
 from tests.benchmarks.timing import interleaved
@@ -65,15 +66,14 @@ CONTENDERS: dict[str, Callable[[Training, int], Step]] = {
     "copies, svd_lowrank": lambda training, anchors: CopiedStep(training, partial(project_left, 1), anchors),
 }
 
-Cell = dict[str, Any]
-
 
 def main() -> None:
     options = _options()
     torch.set_num_threads(1)
     table = Table("model", "anchors' tokens", "mixing, s", *CONTENDERS, title="time / mixing (min to max); projected")
     with threadpool_limits(1):
-        for cell in _cells(options):
+        cells = measured_cells(_wanted(options), partial(_measured, rounds=options.rounds), options.out)
+        for cell in cells:
             said = [_said(cell["ratios"].get(name)) for name in CONTENDERS]
             table.add_row(cell["size"], f"{50 * cell['anchors']:,}", f"{cell['mixing']:.2f}", *said)
     Console(width=150).print(table)
@@ -90,24 +90,9 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _cells(options: argparse.Namespace) -> Iterator[Cell]:
-    """Yield the cells of the table, from the file where they are there already."""
-    lines = options.out.read_text().splitlines() if options.out and options.out.exists() else []
-    done = {_key(cell): cell for cell in map(json.loads, lines)}
-    for size in options.sizes:
-        for anchors in options.anchors:
-            wanted = {"size": size, "anchors": anchors, "device": options.device, "dtype": options.dtype}
-            cell = done.get(_key(wanted))
-            if cell is None:
-                cell = wanted | _measured(wanted, options.rounds)
-                if options.out:
-                    with options.out.open("a") as file:
-                        file.write(json.dumps(cell) + "\n")
-            yield cell
-
-
-def _key(cell: Cell) -> tuple[Any, ...]:
-    return tuple(cell[name] for name in ("size", "anchors", "device", "dtype"))
+def _wanted(options: argparse.Namespace) -> Iterator[Cell]:
+    for size, anchors in product(options.sizes, options.anchors):
+        yield {"size": size, "anchors": anchors, "device": options.device, "dtype": options.dtype}
 
 
 def _measured(cell: Cell, rounds: int) -> Cell:

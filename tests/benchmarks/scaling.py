@@ -11,8 +11,9 @@ example.
 """
 
 import argparse
-import json
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from threadpoolctl import threadpool_limits
 
 from tests.benchmarks import toolkit
 from tests.benchmarks.contender import Piece
+from tests.benchmarks.resumable import Cell, measured_cells
 from tests.benchmarks.shapes import SHAPES
 from tests.benchmarks.timing import interleaved
 from tests.benchmarks.workload import Workload
@@ -39,15 +41,14 @@ COLLECTED: dict[str, Callable[[Workload], Any]] = {
 }
 """What is collected: the summed gradient, and of every example the rest."""
 
-Cell = dict[str, Any]
-
 
 def main() -> None:
     options = _options()
     torch.set_num_threads(1)
     table = Table("model", "tokens", "plain, s", *COLLECTED, title="time / plain forward and backward (min to max)")
     with threadpool_limits(1):
-        for cell in _cells(options):
+        cells = measured_cells(_wanted(options), partial(_measured, rounds=options.rounds), options.out)
+        for cell in cells:
             table.add_row(cell["size"], f"{cell['tokens']:,}", f"{cell['plain']:.2f}", *map(_said, cell["ratios"]))
     Console(width=140).print(table)
 
@@ -64,27 +65,10 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _cells(options: argparse.Namespace) -> Iterator[Cell]:
-    """Yield the cells of the table, from the file where they are there already."""
-    lines = options.out.read_text().splitlines() if options.out and options.out.exists() else []
-    done = {_key(cell): cell for cell in map(json.loads, lines)}
-    for size in options.sizes:
-        for tokens in options.tokens:
-            wanted = {name: getattr(options, name) for name in ("row", "device", "dtype")} | {
-                "size": size,
-                "tokens": tokens,
-            }
-            cell = done.get(_key(wanted))
-            if cell is None:
-                cell = wanted | _measured(wanted, options.rounds)
-                if options.out:
-                    with options.out.open("a") as file:
-                        file.write(json.dumps(cell) + "\n")
-            yield cell
-
-
-def _key(cell: Cell) -> tuple[Any, ...]:
-    return tuple(cell[name] for name in ("size", "tokens", "row", "device", "dtype"))
+def _wanted(options: argparse.Namespace) -> Iterator[Cell]:
+    common = {name: getattr(options, name) for name in ("row", "device", "dtype")}
+    for size, tokens in product(options.sizes, options.tokens):
+        yield common | {"size": size, "tokens": tokens}
 
 
 def _measured(cell: Cell, rounds: int) -> Cell:
