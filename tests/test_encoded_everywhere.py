@@ -9,7 +9,7 @@ from geomkit.errors import DataError
 from geomkit.inputs.control_sets import random_tokens, shuffled_pairs
 from geomkit.training.evaluate import mean_loss
 from geomkit.training.responses import own_responses
-from tests.helpers.tiny import SAFETY, UTILITY, tiny_llama, tiny_tokenizer
+from tests.helpers.tiny import CONTROL, SAFETY, UTILITY, tiny_llama, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 QUIET = {"progress": False}
@@ -30,7 +30,7 @@ def measured(examples):
 
 
 def probed(examples):
-    probe = gk.Probe(examples, UTILITY, examples, examples=3, null_draws=1)
+    probe = gk.Probe(examples, SAFETY, CONTROL, examples=3, null_draws=1)
     return track({"model": tiny_llama()}, TOKENIZER, probe, **QUIET).to_frame()["value"].fillna(0).tolist()
 
 

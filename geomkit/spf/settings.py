@@ -222,8 +222,7 @@ class SPF:
             drift_margin=self.drift_margin,
             mix=self.mix,
         )
-        # In a grid `anchors` is a number; a negative margin demands that benign answers become likelier.
-        check_options(vars(self) | {"anchors": None, "benign_margin": None}, error=SPFError)
+        check_options(vars(self) | {"anchors": None}, error=SPFError)  # in a grid, `anchors` is a number
         if self.refresh_energy is not None and not rule.has_subspace:
             raise SPFError(
                 f"expected refresh_energy for a rule that removes a subspace only, found {self.refresh_energy} and "

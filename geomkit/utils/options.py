@@ -45,6 +45,8 @@ class Range:
     def __str__(self) -> str:
         """Return the range in words."""
         kind = "a whole number" if self.whole else "a finite number"
+        if self.low <= -_HUGE:
+            return kind
         most = f" to {self.high:,.0f}" if self.high < _HUGE else ""
         return f"{kind} {'above' if self.open else 'from'} {self.low:,.0f}{most}"
 
@@ -73,7 +75,7 @@ OPTIONS: Mapping[str, Range] = MappingProxyType(
         # 3. SPF.
         "anchors_per_step": Range(1, 10**6), "benign_per_step": Range(1, 10**6), "rank": Range(1, 10**6),
         "refresh_every": _SIZE, "refresh_energy": _SHARE, "mix": _AMOUNT, "drift_margin": _AMOUNT,
-        "benign_margin": _AMOUNT, "correction_limit": _POSITIVE,
+        "benign_margin": Range(-_HUGE, _HUGE, whole=False), "correction_limit": _POSITIVE,
         # 4. Evaluation.
         "max_new_tokens": Range(1, 10**6),
         # 5. Grids: the lists of a block element by element, and the options of arms.

@@ -26,7 +26,7 @@ from geomkit.training.evaluate import mean_loss
 from geomkit.training.judges import BatchJudge, RefusalPhrases, Verdict
 from geomkit.utils.workers import by_itself
 from tests.helpers.architectures import ARCHITECTURES
-from tests.helpers.tiny import SAFETY, UTILITY, tiny_llama, tiny_tokenizer
+from tests.helpers.tiny import CONTROL, SAFETY, UTILITY, tiny_llama, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 MEASURES = {"norm": norms, "values": singular_values(4), "sketch": sketch(4)}
@@ -250,7 +250,7 @@ def wrapped() -> dict[str, Any]:
         "ddp": collect(model),
         "ddp's responses": gk.evaluate(model, TOKENIZER, UTILITY, progress=False).responses,
         "sharded": said(lambda: collect(sharded)),
-        "analysis": said(lambda: gk.analyze(sharded, TOKENIZER, SAFETY, UTILITY, control=SAFETY, progress=False)),
+        "analysis": said(lambda: gk.analyze(sharded, TOKENIZER, SAFETY, UTILITY, control=CONTROL, progress=False)),
     }
     return found | {"sharded responses": gk.evaluate(sharded, TOKENIZER, UTILITY, progress=False).responses}
 
