@@ -2,6 +2,7 @@
 
 import atexit
 import datetime as dt
+import errno
 import json
 import logging
 import math
@@ -92,6 +93,10 @@ TrainingDtype = Annotated[
 ]
 
 
+_OF_FILES = {errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EIO, errno.EMFILE}
+"""Errors of a disk, which need not name a file."""
+
+
 def main() -> None:
     """Run the command line; a wrong input, a full disk or too little memory prints one line and exits with status 1."""
     _quiet()
@@ -100,6 +105,8 @@ def main() -> None:
     except GeomkitError as error:
         _end(str(error))
     except OSError as error:
+        if error.filename is None and error.errno not in _OF_FILES:
+            _end(f"expected files, the hub and servers within reach, found {type(error).__name__}: {error}")
         where = f" at {error.filename}" if error.filename else ""
         _end(f"expected to read and write files, found {error.strerror or error}{where}; what was complete is kept")
     except (MemoryError, RuntimeError) as error:
@@ -118,7 +125,10 @@ def _end(message: str) -> None:
 
 def _of_memory(error: MemoryError | RuntimeError) -> bool:
     """Return whether an error is one of memory; torch raises a RuntimeError for memory that the CPU lacks."""
-    return isinstance(error, MemoryError) or "memory" in f"{type(error).__name__} {error}".lower()
+    words = f"{type(error).__name__} {error}".lower()
+    return isinstance(error, MemoryError) or any(
+        said in words for said in ("outofmemory", "out of memory", "not enough memory", "can't allocate memory")
+    )
 
 
 def _quiet() -> None:

@@ -14,7 +14,7 @@ from geomkit.collection.streaming import TOKENS_PER_BATCH
 from geomkit.errors import GeometryError
 from geomkit.gradients.gradient_set import GradientSet
 from geomkit.inputs.control_sets import with_responses
-from geomkit.inputs.copies import check_different_rows, row_texts, without_copies
+from geomkit.inputs.copies import check_different_rows, row_digests, without_copies
 from geomkit.inputs.examples import check_examples
 from geomkit.inputs.parameters import Layers, as_selection
 from geomkit.inputs.tokens import EncodedExamples, conversations_of
@@ -116,7 +116,7 @@ class Probe:
         object.__setattr__(self, "remark", check_different_rows(sets, _FEWEST))
         if self.remark:
             _LOGGER.warning("%s", self.remark)
-        if self.control is None and (rows := len(set(row_texts(self.utility)))) < 2 * _FEWEST:
+        if self.control is None and (rows := len(set(row_digests(self.utility)))) < 2 * _FEWEST:
             raise GeometryError(
                 f"expected at least {2 * _FEWEST} utility examples, half of whose prompts make the control, found "
                 f"{rows}; give more, or control="

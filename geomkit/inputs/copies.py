@@ -5,6 +5,7 @@ that is in two sets makes the sets alike where a measurement compares them.
 """
 
 from collections.abc import Mapping
+from hashlib import blake2b
 from typing import TYPE_CHECKING
 
 from geomkit.errors import GeometryError
@@ -16,18 +17,19 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-def row_texts(examples: "Dataset | EncodedExamples") -> list[str]:
-    """Return a text for each example, equal for two examples with the same messages and tools."""
+def row_digests(examples: "Dataset | EncodedExamples") -> list[bytes]:
+    """Return a digest of 16 bytes for each example, equal for two examples with the same messages and tools."""
     rows = conversations_of(examples)
     tools = tools_of(rows) or [None] * len(rows)
-    return [repr((messages, row_tools)) for messages, row_tools in zip(rows["messages"], tools, strict=True)]
+    texts = (repr(pair) for pair in zip(rows["messages"], tools, strict=True))
+    return [blake2b(text.encode(), digest_size=16).digest() for text in texts]
 
 
 def without_copies(examples: "Dataset | EncodedExamples") -> "Dataset | EncodedExamples":
     """Return the examples with each row once, at its first place; the same object where no row is there twice."""
-    texts = row_texts(examples)
-    first = sorted({text: place for place, text in reversed(list(enumerate(texts)))}.values())
-    return examples if len(first) == len(texts) else examples.select(first)
+    digests = row_digests(examples)
+    first = sorted({digest: place for place, digest in reversed(list(enumerate(digests)))}.values())
+    return examples if len(first) == len(digests) else examples.select(first)
 
 
 def check_different_rows(sets: Mapping[str, "Dataset | EncodedExamples"], minimum: int) -> str:
@@ -43,9 +45,9 @@ def check_different_rows(sets: Mapping[str, "Dataset | EncodedExamples"], minimu
     Raises:
         GeometryError: If a set has fewer rows.
     """
-    texts = {name: row_texts(rows) for name, rows in sets.items()}
+    digests = {name: row_digests(rows) for name, rows in sets.items()}
     remarks = []
-    for name, rows in texts.items():
+    for name, rows in digests.items():
         different = set(rows)
         if len(different) < minimum:
             raise GeometryError(
@@ -54,15 +56,15 @@ def check_different_rows(sets: Mapping[str, "Dataset | EncodedExamples"], minimu
             )
         if len(different) < len(rows):
             remarks.append(f"{len(rows) - len(different)} of {len(rows)} {name} rows are copies, and were left out")
-    names = list(texts)
+    names = list(digests)
     for place, first in enumerate(names):
         for second in names[place + 1 :]:
-            shared = set(texts[first]) & set(texts[second])
+            shared = set(digests[first]) & set(digests[second])
             for name in (first, second):
-                if len(set(texts[name]) - shared) < minimum:
+                if (left := len(set(digests[name]) - shared)) < minimum:
                     raise GeometryError(
                         f"expected at least {minimum} {name} examples that are not in the other set, found "
-                        f"{len(set(texts[name]) - shared)}: {first} and {second} share {counted(len(shared), 'row')}; "
+                        f"{left}: {first} and {second} share {counted(len(shared), 'row')}; "
                         "give other rows"
                     )
             if shared:

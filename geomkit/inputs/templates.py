@@ -116,6 +116,8 @@ class ChatTemplate:
             if texts != messages:
                 try:
                     return self._jinja(texts, row.tools, prompt, markers)
+                except TemplateLimitError:
+                    raise
                 except Exception:  # noqa: S110 - the first error is the one to report
                     pass
             raise DataError(_refusal(error)) from None

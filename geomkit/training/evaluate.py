@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from geomkit.errors import DataError
 from geomkit.gradients.provenance import weights_fingerprint
-from geomkit.inputs.copies import row_texts
+from geomkit.inputs.copies import row_digests
 from geomkit.inputs.examples import answer_of, check_examples, load_examples, prompt_of, tools_of
 from geomkit.inputs.fits import encoded_for
 from geomkit.inputs.loss import losses_of
@@ -174,7 +174,7 @@ _GREETING = (["Say hello."], ["Hello!"])
 def _tell_copies(sets: "Mapping[str, Dataset | EncodedExamples]") -> None:
     """Log how many rows of a set are copies of others: intervals over prompts need different prompts."""
     for name, rows in sets.items():
-        if copies := len(rows) - len(set(row_texts(rows))):
+        if copies := len(rows) - len(set(row_digests(rows))):
             _LOGGER.warning(
                 "%s: %d of %d rows are copies of others; intervals over copies are too narrow", name, copies, len(rows)
             )

@@ -111,7 +111,7 @@ def finetune(
         raise DataError(f"expected geomkit.SPF(anchors=…) or nothing as spf, found {type_in_words(spf)}; give that")
     check_amounts(steps, epochs, batch_size, learning_rate)
     own = {"steps": steps, "epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate}
-    check_options(own | training_arguments)
+    check_options(own | training_arguments | ({} if steps is None else {"epochs": None}))  # steps decide
     if spf is not None:
         check_options(vars(spf) | {"anchors": None})
     check_arguments(training_arguments, checkpoints)

@@ -4,6 +4,7 @@ A number beyond its range would fail late and without a word on the option, run 
 something else: ``batch_size=0``, ``seed=2**70``, a learning rate that is NaN, a million threads.
 """
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -39,12 +40,15 @@ class Range:
         if isinstance(value, bool) or not isinstance(value, Integral if self.whole else Real):
             return False
         # Numbers of numpy become Python's, whose comparisons do not overflow.
-        number = int(value) if isinstance(value, Integral) else float(value)
+        try:
+            number = int(value) if isinstance(value, Integral) else float(value)
+        except OverflowError:  # a fraction of huge numbers
+            return False
         return self.low <= number <= self.high and not (self.open and number == self.low)
 
     def __str__(self) -> str:
         """Return the range in words."""
-        kind = "a whole number" if self.whole else "a finite number"
+        kind = "a whole number" if self.whole else "a number" if self.high == math.inf else "a finite number"
         if self.low <= -_HUGE:
             return kind
         most = f" to {self.high:,.0f}" if self.high < _HUGE else ""
@@ -58,6 +62,7 @@ _SIZE = Range(1, 10**9)
 _COUNT = Range(0, 10**9)
 _SHARE = Range(0, 1, whole=False, open=True)
 _AMOUNT = Range(0, _HUGE, whole=False)
+_OR_NO_LIMIT = math.inf  # the largest number of an option for which infinity stands for no limit
 _POSITIVE = Range(0, _HUGE, whole=False, open=True)
 _SEED = Range(0, 2**32 - 1)  # numpy's global generator, which transformers seeds, takes no larger seed
 _POOL = Range(0, 10_000)  # the organism's world has no more distinct requests of a kind
@@ -71,11 +76,13 @@ OPTIONS: Mapping[str, Range] = MappingProxyType(
         # 2. Fine-tuning; names of transformers for arguments of transformers.
         "learning_rate": _AMOUNT, "epochs": Range(0, 10**6, whole=False, open=True), "steps": _SIZE,
         "batch_size": Range(1, 10**6), "save_steps": Range(0, 10**9, whole=False, open=True), "lora": Range(1, 10**5),
-        "gradient_accumulation_steps": _SIZE, "weight_decay": _AMOUNT, "max_grad_norm": _AMOUNT, "data_seed": _SEED,
+        "gradient_accumulation_steps": _SIZE, "weight_decay": _AMOUNT, "data_seed": _SEED,
+        "max_grad_norm": Range(0, _OR_NO_LIMIT, whole=False),
         # 3. SPF.
         "anchors_per_step": Range(1, 10**6), "benign_per_step": Range(1, 10**6), "rank": Range(1, 10**6),
         "refresh_every": _SIZE, "refresh_energy": _SHARE, "mix": _AMOUNT, "drift_margin": _AMOUNT,
-        "benign_margin": Range(-_HUGE, _HUGE, whole=False), "correction_limit": _POSITIVE,
+        "benign_margin": Range(-_HUGE, _HUGE, whole=False),
+        "correction_limit": Range(0, _OR_NO_LIMIT, whole=False, open=True),
         # 4. Evaluation.
         "max_new_tokens": Range(1, 10**6),
         # 5. Grids: the lists of a block element by element, and the options of arms.

@@ -160,7 +160,7 @@ def _remove_leftovers(kind: SavedKind, folder: Path) -> None:
         current = parse_json((folder / f"{kind}.json").read_text("utf-8"))["numbers"]["file"]
     except (OSError, ValueError, KeyError, TypeError):
         return  # no JSON file, or a damaged one: the tensors may be all that is left of a result
-    written_by_geomkit = re.compile(rf"\.{kind}\.(json|safetensors)\..+|{_FILE.format(kind=kind)}")
+    written_by_geomkit = re.compile(rf"\.{kind}\.(json|safetensors)\.(.+\.)?\d+|{_FILE.format(kind=kind)}")
     for path in folder.iterdir():
         if written_by_geomkit.fullmatch(path.name) and path.name != current:
             with suppress(OSError):  # the next save tries again

@@ -6,12 +6,29 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 _PERIOD = 0.1
 """Seconds between two looks at the clock."""
 
+_AGAIN = 1.0
+"""Seconds after which a block that goes on after an interruption, because it caught the error, is interrupted again."""
+
 _IDLE = 20
 """Looks without a block to watch after which the watching thread ends."""
+
+
+class _TimeUp(BaseException):
+    """Raised in a block that takes too long; no ``Exception``, which the code of others catches (jinja2 does)."""
+
+
+@dataclass
+class _Watched:
+    """The block that is watched: its thread, the time at which it is interrupted next, and whether it has been."""
+
+    thread: int
+    deadline: float
+    interrupted: bool = False
 
 
 class Watchdog:
@@ -23,9 +40,7 @@ class Watchdog:
 
     def __init__(self) -> None:
         """Watch nothing yet."""
-        self._lock = threading.Lock()
-        self._watched: tuple[int, float] | None = None
-        self._watcher: threading.Thread | None = None
+        self._renew()
         os.register_at_fork(after_in_child=self._renew)
 
     @contextmanager
@@ -35,35 +50,43 @@ class Watchdog:
         Raises:
             TimeoutError: If it does.
         """
-        thread = threading.get_ident()
-        with self._lock:
-            self._watched = thread, time.monotonic() + seconds
-            if self._watcher is None:
-                self._watcher = threading.Thread(target=self._watch, daemon=True)
-                self._watcher.start()
+        watched = _Watched(threading.get_ident(), time.monotonic() + seconds)
         try:
+            with self._lock:
+                self._watched = watched
+                if self._watcher is None or not self._watcher.is_alive():
+                    watcher = threading.Thread(target=self._watch, daemon=True)
+                    watcher.start()
+                    self._watcher = watcher
             yield
+        except _TimeUp:
+            raise TimeoutError(f"the block takes longer than {seconds} seconds") from None
         finally:
             with self._lock:
-                self._watched = None
-                _raise_in(thread, None)  # an interruption that has not arrived comes too late
+                if self._watched is watched:
+                    self._watched = None
+                if watched.interrupted:
+                    _raise_in(watched.thread, None)  # an interruption that has not arrived comes too late
 
     def _watch(self) -> None:
         idle = 0
         while True:
             time.sleep(_PERIOD)
             with self._lock:
-                idle = 0 if self._watched else idle + 1
+                watched = self._watched
+                idle = 0 if watched else idle + 1
                 if idle > _IDLE:
                     self._watcher = None
                     return
-                if self._watched and time.monotonic() > self._watched[1]:
-                    _raise_in(self._watched[0], TimeoutError)
-                    self._watched = None
+                if watched and time.monotonic() > watched.deadline:
+                    watched.interrupted, watched.deadline = True, time.monotonic() + _AGAIN
+                    _raise_in(watched.thread, _TimeUp)
 
     def _renew(self) -> None:
         # A forked child has neither the watching thread nor, perhaps, the thread that holds the lock.
-        self._lock, self._watched, self._watcher = threading.Lock(), None, None
+        self._lock = threading.RLock()
+        self._watched: _Watched | None = None
+        self._watcher: threading.Thread | None = None
 
 
 def _raise_in(thread: int, error: type[BaseException] | None) -> None:

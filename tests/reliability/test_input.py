@@ -1,6 +1,7 @@
 """Models, rows and templates that are wrong or made to do harm: one line of error, no code run, no wait for ever."""
 
 import ast
+import contextlib
 import json
 import shutil
 import time
@@ -16,7 +17,7 @@ import geomkit
 import geomkit as gk
 from geomkit.errors import DataError, GeometryError
 from geomkit.inputs import templates
-from geomkit.inputs.copies import row_texts
+from geomkit.inputs.copies import row_digests
 from geomkit.training.model_judges.classifiers import load_classifier
 from geomkit.utils.watchdog import Watchdog
 from tests.helpers.tiny import (
@@ -139,6 +140,19 @@ def test_a_time_limit_ends_in_its_own_thread_and_leaves_nothing_behind():
         assert pool.submit(work, 30).result(timeout=20) == "late"
         assert pool.submit(work, 0).result(timeout=20) == "in time"
     assert work(30) == "late"
+
+    def catches(seconds):  # as jinja2 does where it computes constants
+        try:
+            with watchdog.limit(0.2):
+                end = time.monotonic() + seconds
+                while time.monotonic() < end:
+                    with contextlib.suppress(Exception):
+                        time.sleep(0.001)
+        except TimeoutError:
+            return "late"
+        return "in time"
+
+    assert catches(30) == "late"
     assert [work(0) for _ in range(1000)] == ["in time"] * 1000
 
 
@@ -296,5 +310,5 @@ def test_copies_of_prompts_are_told(caplog):
 
 def test_the_shipped_sets_have_no_copies():
     for name in ("safety", "utility", "controls/benign-refused", "eval/forbidden", "eval/benign"):
-        rows = row_texts(gk.load_examples(name))
+        rows = row_digests(gk.load_examples(name))
         assert len(set(rows)) == len(rows), name

@@ -150,7 +150,8 @@ def calls():
     pair = (model, tokenizer)
 
     def tune(**options):
-        return gk.finetune(*pair, UTILITY, **{"steps": 1, "progress": False} | options)
+        steps = {} if "epochs" in options else {"steps": 1}  # which decide where they are given
+        return gk.finetune(*pair, UTILITY, **{"progress": False} | steps | options)
 
     def guarded(**options):
         return gk.finetune(*pair, UTILITY, gk.SPF(SAFETY, **options), steps=1, progress=False)
