@@ -40,7 +40,9 @@ class Watchdog:
 
     def __init__(self) -> None:
         """Watch nothing yet."""
-        self._renew()
+        self._lock = threading.RLock()
+        self._watched: _Watched | None = None
+        self._watcher: threading.Thread | None = None
         os.register_at_fork(after_in_child=self._renew)
 
     @contextmanager
@@ -84,9 +86,7 @@ class Watchdog:
 
     def _renew(self) -> None:
         # A forked child has neither the watching thread nor, perhaps, the thread that holds the lock.
-        self._lock = threading.RLock()
-        self._watched: _Watched | None = None
-        self._watcher: threading.Thread | None = None
+        self._lock, self._watched, self._watcher = threading.RLock(), None, None
 
 
 def _raise_in(thread: int, error: type[BaseException] | None) -> None:
