@@ -67,8 +67,8 @@ class Watchdog:
             with self._lock:
                 if self._watched is watched:
                     self._watched = None
-                if watched.interrupted:
-                    _raise_in(watched.thread, None)  # an interruption that has not arrived comes too late
+            if watched.interrupted:
+                _await_interruption()
 
     def _watch(self) -> None:
         idle = 0
@@ -89,7 +89,20 @@ class Watchdog:
         self._lock, self._watched, self._watcher = threading.RLock(), None, None
 
 
-def _raise_in(thread: int, error: type[BaseException] | None) -> None:
-    """Raise an error in another thread at its next step in Python; ``None`` takes back what was not raised yet."""
-    kind = ctypes.py_object() if error is None else ctypes.py_object(error)
-    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), kind)
+def _raise_in(thread: int, error: type[BaseException]) -> None:
+    """Raise an error in a thread at its next step in Python."""
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), ctypes.py_object(error))
+
+
+def _await_interruption() -> None:
+    """Let an interruption arrive here that may not have arrived in the block.
+
+    Python can take an error back, but goes on looking for it: from then on the thread is slower, and under a debugger
+    or with coverage it hangs (CPython 3.11). So the same error is raised once more, and caught.
+    """
+    try:
+        _raise_in(threading.get_ident(), _TimeUp)
+        while True:
+            pass
+    except _TimeUp:
+        return
