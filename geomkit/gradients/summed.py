@@ -112,7 +112,7 @@ class SumGradient(LayerGradient):
 
 
 def inner_of_parts(a: LayerGradient, b: LayerGradient) -> float:
-    """Return ⟨A, B⟩ of two gradients of one shape that are not sums, accumulated in fp64.
+    """Return ⟨A, B⟩ of two gradients of one shape, of which B may be a sum, accumulated in fp64.
 
     :func:`geomkit.gradients.arithmetic.inner` also takes sums, and checks the shapes.
     """

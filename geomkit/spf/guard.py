@@ -31,9 +31,9 @@ from geomkit.spf.utility_gradients import (
 )
 from geomkit.spf.watch import Versions, Watch, refuse_moves_of_frozen_weights, unseen_move, versions
 from geomkit.spf.weights.guarded import Guarded
-from geomkit.spf.weights.processes import Processes
 from geomkit.spf.weights.trained import refuse_broken_gradients
 from geomkit.utils.precision import full_precision
+from geomkit.utils.workers import first_process
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class _Pending:
 
 
 class Guard:
-    """SPF attached to the optimizers of a model: it projects, measures and checks every step.
+    """SPF attached to one optimizer: it projects, measures and checks every step.
 
     Before a step the guard collects the safety gradient of a few anchors at the present weights and reads the protected
     coordinates of the weights. After the step it reads them again, corrects the weights where the update conflicts,
@@ -84,7 +84,7 @@ class Guard:
         state: Mapping[str, Tensor] | None = None,
         description: Mapping[str, object] | None = None,
     ) -> None:
-        """Attach to the optimizers of the weights, from the beginning or in a saved state; see :meth:`SPF.attach`."""
+        """Attach to the optimizer of the weights, from the beginning or in a saved state; see :meth:`SPF.attach`."""
         self.rule = rule
         self._description = description or {}
         self.guarded, self._constraint_meter, self._options = guarded, constraint_meter, options
@@ -330,11 +330,11 @@ class Guard:
             **_with_prefix("shortfall", bases["shortfall"]),
             **_with_prefix("master", self.guarded.fp32_masters()),
         }
-        if Processes.first():
+        if first_process():
             save_state(state, self._description, Path(folder))
 
     def _begin_log(self) -> Log | None:
-        return Log.begun(self._options.log) if self._options.log and Processes.first() else None
+        return Log.begun(self._options.log) if self._options.log and first_process() else None
 
     def _resume(self, state: Mapping[str, Tensor]) -> Log | None:
         """Load a saved state, and return the continued log, if there is one."""
@@ -344,7 +344,7 @@ class Guard:
         self._origin = _without_prefix("origin", state)
         self._earlier_steps = int(state["steps"])
         self._share = min(self._share, float(state["share"]))
-        if not (self._options.log and Processes.first()):
+        if not (self._options.log and first_process()):
             return None
         log, self._records = Log.resumed(self._options.log, self._earlier_steps)
         self._earlier_steps = 0

@@ -15,7 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from geomkit.errors import DataError
-from geomkit.utils.files import locked, write_atomically
+from geomkit.utils.files import locked, parse_json, write_atomically
 from geomkit.version import __version__
 
 MARK = "geomkit.json"
@@ -163,8 +163,8 @@ def last_checkpoint(folder: Path, settings: Mapping[str, Any]) -> Path | None:
 def _read_mark(path: Path) -> dict[str, Any]:
     """Return the content of a mark; an empty dictionary if it is damaged or no object of JSON."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        content = parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
 

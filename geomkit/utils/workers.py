@@ -138,7 +138,7 @@ def running_workers() -> Workers:
 
     Inside :func:`by_itself`, also a process of a group is alone.
     """
-    if _BY_ITSELF.get() or not _running():
+    if _BY_ITSELF.get() or not is_distributed():
         return ALONE
     return Workers(dist.get_rank(), dist.get_world_size())
 
@@ -164,10 +164,11 @@ def by_itself() -> Iterator[None]:
 
 def first_process() -> bool:
     """Return whether this process shows bars and writes files: the first process of a run, or the only process."""
-    return not _running() or dist.get_rank() == 0
+    return not is_distributed() or dist.get_rank() == 0
 
 
-def _running() -> bool:
+def is_distributed() -> bool:
+    """Return whether the processes of a run have been joined."""
     return dist.is_available() and dist.is_initialized()
 
 

@@ -72,7 +72,7 @@ def test_a_group_of_one_process(tmp_path):
 
 
 def test_an_error_ends_being_by_itself(monkeypatch):
-    monkeypatch.setattr("geomkit.utils.workers._running", lambda: True)
+    monkeypatch.setattr("geomkit.utils.workers.is_distributed", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
     with pytest.raises(KeyError, match="inside"), by_itself():

@@ -8,10 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from geomkit.gradients.arithmetic import gram, inner
+from geomkit.gradients.arithmetic import gram
 from geomkit.gradients.dense import DenseGradient
 from geomkit.gradients.factored import FactoredGradient
 from geomkit.gradients.layer_gradient import LayerGradient
+from geomkit.gradients.summed import inner_of_parts
 from geomkit.spf.projection.protection import Protection
 from geomkit.spf.projection.reading import Reading
 from geomkit.spf.rule import Rule
@@ -47,7 +48,7 @@ class Removal:
         total = np.zeros(len(self.gradients))
         for part in self.parts:
             reached = self.block.reachable(part)
-            total -= [_inner(reached, gradient) for gradient in self.gradients]
+            total -= [inner_of_parts(reached, gradient) for gradient in self.gradients]
         return total
 
     @cached_property
@@ -123,13 +124,6 @@ def _inside(protection: Protection, change: Reading) -> list[LayerGradient]:
         rest = change.right - basis @ (basis.T @ change.right)  # (I − UUᵀ)(ΔV)
         parts.append(_factored(protection, rest.T, right.T.to(rest.dtype)))
     return parts
-
-
-def _inner(part: LayerGradient, gradient: LayerGradient) -> float:
-    """Return ⟨LᵀR, G⟩ = ⟨LG, R⟩ of a part of a few rows, without forming the part."""
-    if not isinstance(part, FactoredGradient):
-        return inner(part, gradient)
-    return float((gradient.rmatmul(part.left.double()) * part.right).sum())
 
 
 def _random_direction(gradient: LayerGradient, name: str, seed: int) -> LayerGradient:

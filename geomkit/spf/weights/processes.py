@@ -12,6 +12,7 @@ from geomkit.errors import SPFError
 from geomkit.gradients.layer_gradient import LayerGradient
 from geomkit.gradients.summed import SumGradient
 from geomkit.spf.demands import Measured
+from geomkit.utils.workers import is_distributed
 
 
 @dataclass(frozen=True)
@@ -26,15 +27,10 @@ class Processes:
     group: "dist.ProcessGroup | None" = None
     several: bool = False
 
-    @staticmethod
-    def first() -> bool:
-        """Return whether this is the first process, or the only process."""
-        return not _running() or dist.get_rank() == 0
-
     @classmethod
     def of_this_run(cls, group: "dist.ProcessGroup | None" = None) -> "Processes":
         """Return the processes of the present run."""
-        return cls(group, _running() and dist.get_world_size() > 1)
+        return cls(group, is_distributed() and dist.get_world_size() > 1)
 
     def agreed(self, measured: Measured) -> Measured:
         """Return the constraints of the first process, so that every process corrects its weights by the same bits.
@@ -64,10 +60,6 @@ class Processes:
         # 4. Drop what was computed from the former numbers: cached norms, and the products ⟨W, g⟩.
         gradients = {name: tuple(map(_drop_cached_norm, block)) for name, block in gradients.items()}
         return replace(measured, gradients=gradients, demands=agreed, loss=loss, products={})
-
-
-def _running() -> bool:
-    return dist.is_available() and dist.is_initialized()
 
 
 def _drop_cached_norm(gradient: LayerGradient) -> LayerGradient:
