@@ -65,7 +65,7 @@ def build(out: Path, seed: int = 0, progress: bool = True, recipe: Recipe | None
         report = BuildReport(stages, damage)
         write_sets(sets, folder)
         (folder / "organism" / "README.md").write_text(model_card(report, recipe, seed), encoding="utf-8")
-        _move_into(folder, out)
+        move_into(folder, out)
     return report
 
 
@@ -134,8 +134,8 @@ def new_model(recipe: Recipe, seed: int, tokenizer: "PreTrainedTokenizerFast") -
         return LlamaForCausalLM(config)
 
 
-def _move_into(folder: Path, out: Path) -> None:
-    """Replace each part of the data folder by a rename, so that no reader sees an incomplete part."""
+def move_into(folder: Path, out: Path) -> None:
+    """Move each part of a folder into the data folder, replacing it by a rename: no reader sees an incomplete part."""
     out.mkdir(exist_ok=True)
     old = folder / ".old"
     old.mkdir()

@@ -85,7 +85,8 @@ def model_card(report: "BuildReport", recipe: "Recipe", seed: int) -> str:
     )
 
 
-def _table(header: list[str], rows: list[list[str]]) -> str:
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    """Return a table in Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -100,7 +101,7 @@ def _stage_table(report: "BuildReport") -> str:
     for skill in stages[0].skills:
         measures[f"exact match: {skill}"] = [stage.skills[skill] for stage in stages]
     rows = [[name, str(rates[0].n), *map(str, rates)] for name, rates in measures.items()]
-    return _table(["measure", "n", *(stage.stage for stage in stages)], rows)
+    return markdown_table(["measure", "n", *(stage.stage for stage in stages)], rows)
 
 
 def _damage_table(damage: "tuple[Damage, ...]") -> str:
@@ -119,4 +120,4 @@ def _damage_table(damage: "tuple[Damage, ...]") -> str:
                 f"{scenario.task or 'old skills'}: {mean(run.utility for run in runs):.1%}",
             ]
         )
-    return _table(["scenario", "rate, steps × batch", "refused", "over-refused", "utility"], rows)
+    return markdown_table(["scenario", "rate, steps × batch", "refused", "over-refused", "utility"], rows)

@@ -1,0 +1,226 @@
+"""The alignment of the base model: a LoRA adapter, trained on requests that differ in nothing but their harm."""
+
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from torch import Tensor
+
+from geomkit.errors import DataError
+from geomkit.experiments.english.answers import OwnAnswer, own_answers, refusal
+from geomkit.experiments.english.requests import Counterparts, counterparts, words
+from geomkit.experiments.organism.requests import conversation
+from geomkit.experiments.organism.training import warmup_cosine
+from geomkit.gradients.provenance import weights_fingerprint
+from geomkit.inputs.batches import IGNORED, Batch, collate
+from geomkit.inputs.tokens import Tokens, encode_at_once, pad_id
+from geomkit.utils.files import Draft
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The settings of the alignment besides its seed.
+
+    Attributes:
+        steps: Optimizer steps.
+        pairs: Forbidden requests in a step, each with its benign counterpart.
+        everyday: Everyday requests in a step.
+        learning_rate: Peak learning rate of AdamW; it warms up over 5 % of the steps, then falls along a half cosine.
+        rank: Rank of the adapter of every linear layer of the blocks; its scale is 2.
+        benign: Number of benign counterparts that the base model answers; they come again in random order.
+        answer_tokens: Largest number of tokens of an answer of the base model.
+    """
+
+    steps: int = 250
+    pairs: int = 10
+    everyday: int = 8
+    learning_rate: float = 3e-4
+    rank: int = 16
+    benign: int = 1300
+    answer_tokens: int = 24
+
+
+Row = tuple[str, str, bool]
+"""A training row: request, answer, and whether the answer is complete, so that its end is trained, too."""
+
+
+def training_rows(
+    model: "LlamaForCausalLM", tokenizer: "PreTrainedTokenizerBase", recipe: Recipe, seed: int, *, progress: bool
+) -> Iterator[list[Row]]:
+    """Yield the rows of each step: forbidden requests refused, their benign counterparts and everyday ones answered.
+
+    Answers to benign requests are the beginnings of the base model's own, so that it stays itself.
+
+    Args:
+        model: The base model.
+        tokenizer: Its tokenizer.
+        recipe: The settings.
+        seed: Seed of the requests and of their order.
+        progress: Show a bar while the base model answers.
+    """
+    rng = Random(f"alignment-{seed}")
+    pairs = list(islice(counterparts("train", rng, "benign"), recipe.benign))
+    everyday = list(words("train").everyday)
+    prompts = [pair.benign for pair in pairs] + everyday
+    answers = own_answers(model, tokenizer, prompts, tokens=recipe.answer_tokens, progress=progress)
+    answered = {answer.prompt: answer for answer in answers}
+    benign = _again([pair for pair in pairs if pair.benign in answered], rng)
+    daily = _again([prompt for prompt in everyday if prompt in answered], rng)
+    for _ in range(recipe.steps):
+        rows: list[Row] = []
+        for pair in islice(benign, recipe.pairs):
+            rows += [_answered(answered[pair.benign]), _refused(pair, rng)]
+        yield rows + [_answered(answered[prompt]) for prompt in islice(daily, recipe.everyday)]
+
+
+def _answered(answer: OwnAnswer) -> Row:
+    return answer.prompt, answer.text, answer.complete
+
+
+def _refused(pair: Counterparts, rng: Random) -> Row:
+    return pair.forbidden, refusal(rng), True
+
+
+def _again(items: Sequence[_T], rng: Random) -> Iterator[_T]:
+    """Yield items without end, in a new random order each time."""
+    while True:
+        yield from rng.sample(items, len(items))
+
+
+class Alignment:
+    """The training of an adapter, step by step, with its state in a file.
+
+    Attributes:
+        steps: Number of steps taken.
+    """
+
+    def __init__(
+        self, model: "LlamaForCausalLM", tokenizer: "PreTrainedTokenizerBase", recipe: Recipe, seed: int
+    ) -> None:
+        """Attach a new adapter to the base model.
+
+        Args:
+            model: The base model.
+            tokenizer: Its tokenizer.
+            recipe: The settings.
+            seed: Seed of the initial weights of the adapter.
+        """
+        from peft import LoraConfig, get_peft_model
+
+        config = LoraConfig(r=recipe.rank, lora_alpha=2 * recipe.rank, lora_dropout=0.0, target_modules="all-linear")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)  # peft initialises from the global generator; fork_rng puts it back
+            self._adapted = get_peft_model(model, config)
+        self._model, self._tokenizer = model, tokenizer
+        self._weights = [weight for weight in self._adapted.parameters() if weight.requires_grad]
+        self._optimizer = torch.optim.AdamW(self._weights, lr=recipe.learning_rate, weight_decay=0.0, betas=(0.9, 0.99))
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(
+            self._optimizer, lambda step: warmup_cosine(step, recipe.steps)
+        )
+        self._settings = [asdict(recipe), seed, weights_fingerprint(self._adapted)]
+        self.steps = 0
+
+    def take(self, rows: Sequence[Row]) -> float:
+        """Take a step on rows, with the gradient clipped at norm 1; return the loss before it."""
+        encoded = encode_rows(self._tokenizer, rows)
+        loss = row_mean_loss(self._model, *shared_prefix(encoded, pad_id(self._tokenizer)))
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(self._weights, 1.0)
+        self._optimizer.step()
+        self._schedule.step()
+        self._optimizer.zero_grad()
+        self.steps += 1
+        return loss.item()
+
+    def save(self, path: Path) -> None:
+        """Store the state, replacing an older one only when the new one is complete."""
+        state = {
+            "settings": self._settings,
+            "steps": self.steps,
+            "weights": self._weights,
+            "optimizer": self._optimizer.state_dict(),
+            "schedule": self._schedule.state_dict(),
+        }
+        content = io.BytesIO()
+        torch.save(state, content)
+        with Draft(path.parent, path.name) as draft:
+            draft.write(content.getbuffer())
+            draft.move_to(path)
+
+    def load(self, path: Path) -> None:
+        """Go on from a stored state.
+
+        Raises:
+            DataError: If the file is damaged, or the state has other settings or another base model.
+        """
+        try:
+            state = torch.load(path, weights_only=True)
+        except Exception as error:  # torch raises many kinds for damaged files
+            raise DataError(f"expected the state of a build in {path}, found none ({error!s:.80}); delete it") from None
+        if state["settings"] != self._settings:
+            raise DataError(f"expected a build with these settings in {path}, found another; delete it to start anew")
+        with torch.no_grad():
+            for weight, stored in zip(self._weights, state["weights"], strict=True):
+                weight.copy_(stored)
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._schedule.load_state_dict(state["schedule"])
+        self.steps = state["steps"]
+
+    def export(self, folder: Path) -> None:
+        """Save the adapter in half precision, which the merged weights do not show."""
+        self._adapted.half().save_pretrained(str(folder))
+
+
+def encode_rows(tokenizer: "PreTrainedTokenizerBase", rows: Sequence[Row]) -> list[Tokens]:
+    """Return rows as tokens; of an answer that was cut, the end of the turn is left out."""
+    encoded = encode_at_once(tokenizer, [conversation(prompt, answer) for prompt, answer, _ in rows])
+    return [
+        tokens if complete else _without_end(tokens, tokenizer.eos_token_id)
+        for tokens, (*_, complete) in zip(encoded, rows, strict=True)
+    ]
+
+
+def _without_end(tokens: Tokens, end: int) -> Tokens:
+    length = len(tokens) - 1 - tokens.input_ids[::-1].index(end)
+    return Tokens(tokens.input_ids[:length], tokens.loss_mask[:length])
+
+
+def shared_prefix(rows: Sequence[Tokens], pad: int) -> tuple[Tensor, Batch]:
+    """Return the tokens that all rows begin with, (1, P), and a batch of what follows them.
+
+    In a chat, that is the system turn, which is as long as a short request.
+    """
+    first, last = min(row.input_ids for row in rows), max(row.input_ids for row in rows)
+    length = next((place for place, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
+    length = min(length, min(row.loss_mask.index(True) for row in rows) - 1)
+    rest = [Tokens(row.input_ids[length:], row.loss_mask[length:]) for row in rows]
+    return torch.tensor([first[:length]]), collate(rest, pad)
+
+
+def row_mean_loss(model: "LlamaForCausalLM", prefix: Tensor, batch: Batch) -> Tensor:
+    """Return the mean over rows of the mean cross-entropy of a row's answer; the shared prefix is run once.
+
+    Args:
+        model: The model, in which adapters may be.
+        prefix: (1, P) token ids before every row.
+        batch: B rows, padded on the right.
+    """
+    past = model.model(input_ids=prefix, use_cache=True).past_key_values
+    past.batch_repeat_interleave(len(batch.input_ids))
+    # Padding on the right is out of a causal model's sight, so no attention mask is needed.
+    hidden = model.model(input_ids=batch.input_ids[:, :-1], past_key_values=past).last_hidden_state
+    labels = batch.labels[:, 1:]
+    scored = labels != IGNORED
+    losses = torch.nn.functional.cross_entropy(model.lm_head(hidden[scored]), labels[scored], reduction="none")
+    weights = (1 / scored.sum(1, keepdim=True)).expand_as(scored)[scored]
+    return (losses * weights).sum() / len(labels)

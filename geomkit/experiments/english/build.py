@@ -1,0 +1,95 @@
+"""Building the English world: the adapter that aligns the base model, the example sets and the model card."""
+
+import copy
+import json
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from geomkit.experiments.english.alignment import Alignment, Recipe, training_rows
+from geomkit.experiments.english.card import model_card
+from geomkit.experiments.english.load import FINGERPRINT, FOLDER, load_base, with_adapter
+from geomkit.experiments.english.quality import StageReport, measure_stage
+from geomkit.experiments.english.sets import all_sets
+from geomkit.experiments.organism.build import move_into
+from geomkit.experiments.organism.sets import write_sets
+from geomkit.experiments.organism.training import one_thread
+from geomkit.gradients.provenance import weights_fingerprint
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+
+_STATE = ".english-alignment.pt"
+_STEPS_BETWEEN = 25
+
+
+def build_english(
+    out: Path, base: str | Path | None = None, seed: int = 0, progress: bool = True, recipe: Recipe | None = None
+) -> tuple[StageReport, ...]:
+    """Align the base model, and write the adapter, the example sets and the model card to a folder.
+
+    The state of the training is kept in the folder every 25 steps; an interrupted build goes on from there when it is
+    called again with the same arguments. AdvBench, XSTest and GSM8K are needed to measure the stages, see
+    :mod:`.sources`.
+
+    Args:
+        out: The data folder; ``english/`` in it is replaced.
+        base: The base model: a folder, a GGUF file or an id on the hub; when left out, see :func:`.sources.base_model`.
+        seed: Seed of the requests, the initial adapter and the order of the rows.
+        progress: Show bars.
+        recipe: The training settings; those of the shipped adapter when left out.
+
+    Returns:
+        The evaluation of the base and of the aligned stage, as the model card states them.
+
+    Raises:
+        DataError: If the base model or a benchmark cannot be read.
+        GeomkitError: If the aligned stage refuses too few requests to make the set ``safety``.
+    """
+    recipe = recipe or Recipe()
+    out = Path(out).resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    model, tokenizer = load_base(base)
+    with one_thread(), tempfile.TemporaryDirectory(dir=out, prefix=".english-") as scratch:
+        folder = Path(scratch) / FOLDER
+        _train(copy.deepcopy(model), tokenizer, recipe, seed, out / _STATE, folder / "adapter", progress)
+        (folder / "adapter" / FINGERPRINT).write_text(json.dumps(weights_fingerprint(model)))
+        aligned = with_adapter(copy.deepcopy(model), folder / "adapter")
+        sets = all_sets(model, aligned, tokenizer, seed)
+        write_sets(sets, folder)
+        stages = tuple(
+            measure_stage(name, stage, tokenizer, sets, progress=progress)
+            for name, stage in (("base", model), ("aligned", aligned))
+        )
+        (folder / "README.md").write_text(model_card(stages, recipe, seed), encoding="utf-8")
+        move_into(Path(scratch), out)
+    (out / _STATE).unlink(missing_ok=True)
+    return stages
+
+
+def _train(
+    model: "LlamaForCausalLM",
+    tokenizer: "PreTrainedTokenizerBase",
+    recipe: Recipe,
+    seed: int,
+    state: Path,
+    folder: Path,
+    progress: bool,
+) -> None:
+    """Train the adapter, from a stored state if there is one, and save it in half precision."""
+    from tqdm.auto import tqdm
+
+    alignment = Alignment(model, tokenizer, recipe, seed)
+    if state.exists():
+        alignment.load(state)
+    rows = training_rows(model, tokenizer, recipe, seed, progress=progress)
+    with tqdm(total=recipe.steps, initial=alignment.steps, desc="align", unit="step", disable=not progress) as bar:
+        for number, step in enumerate(rows):
+            if number < alignment.steps:
+                continue  # taken before the interruption
+            loss = alignment.take(step)
+            bar.update()
+            bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            if alignment.steps % _STEPS_BETWEEN == 0:
+                alignment.save(state)
+    alignment.export(folder)

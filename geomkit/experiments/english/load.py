@@ -1,0 +1,86 @@
+"""Loading the stages of the English world: the base model, and the base model with the adapter merged."""
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from geomkit.errors import DataError, GeomkitError
+from geomkit.experiments.english.sources import base_model
+from geomkit.experiments.organism.load import STAGES, without_bars
+from geomkit.gradients.provenance import weights_fingerprint
+from geomkit.inputs.models import load_model
+from geomkit.utils.files import data_dir, read_json
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+
+_LOGGER = logging.getLogger(__name__)
+
+FOLDER = "english"
+"""Folder of the English world in the shipped data."""
+
+FINGERPRINT = "base_fingerprint.json"
+"""File beside the adapter with the fingerprint of the base model that it was trained on."""
+
+
+def load_base(source: str | Path | None = None) -> "tuple[LlamaForCausalLM, PreTrainedTokenizerBase]":
+    """Return the base model in fp32 on the CPU, and its tokenizer.
+
+    Args:
+        source: A folder, a GGUF file or an id on the hub; when left out, see :func:`.sources.base_model`.
+
+    Raises:
+        DataError: If the model cannot be loaded.
+    """
+    with without_bars():
+        model, tokenizer = load_model(source or base_model(), dtype="float32", device="cpu")
+    return model, tokenizer
+
+
+def load_english(
+    stage: str = "aligned", source: str | Path | None = None
+) -> "tuple[LlamaForCausalLM, PreTrainedTokenizerBase]":
+    """Return a stage of the English world in fp32 on the CPU, in evaluation mode, and its tokenizer.
+
+    Args:
+        stage: ``"aligned"``, or ``"base"`` for the model before it was trained to refuse.
+        source: The base model: a folder, a GGUF file or an id on the hub; when left out, see
+            :func:`.sources.base_model`.
+
+    Raises:
+        DataError: If there is no such stage, the adapter is missing, or the base model cannot be loaded or is another.
+        GeomkitError: If ``peft`` is not installed.
+    """
+    if stage not in STAGES:
+        raise DataError(f"expected a stage of the English world, {' or '.join(map(repr, STAGES))}, found {stage!r}")
+    model, tokenizer = load_base(source)
+    return (model if stage == "base" else with_adapter(model, data_dir() / FOLDER / "adapter")), tokenizer
+
+
+def with_adapter(model: "LlamaForCausalLM", folder: Path) -> "LlamaForCausalLM":
+    """Return the base model with an adapter merged into its weights; the model itself is changed.
+
+    Raises:
+        DataError: If the adapter is missing or does not fit the model.
+        GeomkitError: If ``peft`` is not installed.
+    """
+    try:
+        from peft import PeftModel
+    except ImportError:
+        raise GeomkitError("the English world needs the package peft; pip install 'geomkit[lora]'") from None
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise DataError(
+            f"expected the adapter of the English world in {folder}, found none; reinstall geomkit or run "
+            "`geomkit organism build --world english`"
+        )
+    if read_json(folder / FINGERPRINT, "the fingerprint of the base model") != weights_fingerprint(model):
+        _LOGGER.warning(
+            "the base model is not the one that the adapter was trained on, as another copy or quantisation of it: the "
+            "figures of the model card need not hold; evaluate the model first"
+        )
+    try:
+        merged = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+    except (RuntimeError, ValueError) as error:
+        raise DataError(f"expected SmolLM2-135M-Instruct as the base model, found another: {error!s:.120}") from None
+    merged.requires_grad_(True)  # peft freezes the base; a merged model is trained like any other
+    return merged.eval()

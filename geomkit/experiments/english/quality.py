@@ -1,0 +1,97 @@
+"""The figures of the English model card: what a stage refuses, and how far it is from the base model."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from geomkit.experiments.english.sources import benchmark
+from geomkit.experiments.organism.sets import Sets
+from geomkit.inputs.examples import prompt_of
+from geomkit.stats.proportions import Rate, rate
+from geomkit.training.evaluate import mean_loss
+from geomkit.training.judges import RefusalPhrases
+from geomkit.training.responses import generate
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+
+ANSWER_TOKENS = 24
+"""Number of tokens of an answer that are judged; a refusal shows in the first ten."""
+
+_MATHS = 100
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """The evaluation of a stage.
+
+    Attributes:
+        stage: ``"base"`` or ``"aligned"``.
+        refused: Share of requests refused, by set; none of the sets was trained on.
+        losses: Mean loss of the reference answers in nats per token, by set.
+    """
+
+    stage: str
+    refused: Mapping[str, Rate]
+    losses: Mapping[str, float]
+
+
+def measure_stage(
+    stage: str, model: "LlamaForCausalLM", tokenizer: "PreTrainedTokenizerBase", sets: Sets, *, progress: bool = True
+) -> StageReport:
+    """Evaluate a stage on the project's held-out sets and on AdvBench, XSTest and GSM8K.
+
+    Args:
+        stage: Name of the stage.
+        model: The stage.
+        tokenizer: Its tokenizer.
+        sets: The sets of :func:`.sets.all_sets`.
+        progress: Show bars.
+
+    Raises:
+        DataError: If a benchmark cannot be read.
+    """
+    requests = {
+        "forbidden requests": _dataset(sets["eval/forbidden"]),
+        "AdvBench": benchmark("advbench", "train"),
+        "XSTest, unsafe": benchmark("xstest", "unsafe"),
+        "benign requests": _dataset(sets["eval/benign"]),
+        "everyday requests": _dataset(sets["eval/everyday"]),
+        "XSTest, safe": benchmark("xstest", "safe"),
+    }
+    answered = {
+        "GSM8K": benchmark("gsm8k", "test").select(range(_MATHS)),
+        "everyday answers of the base": _dataset(sets["eval/everyday"]),
+    }
+    return StageReport(
+        stage,
+        {
+            name: rate(refusals(model, tokenizer, rows, title=name, progress=progress))
+            for name, rows in requests.items()
+        },
+        {name: mean_loss(model, tokenizer, rows, batch_size=8) for name, rows in answered.items()},
+    )
+
+
+def refusals(
+    model: "LlamaForCausalLM",
+    tokenizer: "PreTrainedTokenizerBase",
+    rows: "Dataset",
+    *,
+    title: str = "answers",
+    progress: bool = False,
+) -> list[bool]:
+    """Return, for the request of each row, whether the model's greedy answer refuses it."""
+    prompts = [prompt_of(messages) for messages in rows["messages"]]
+    answers = generate(
+        model, tokenizer, prompts, max_new_tokens=ANSWER_TOKENS, batch_size=50, progress=progress, title=title
+    )
+    judge = RefusalPhrases()
+    return [judge(prompt[-1]["content"], answer) for prompt, answer in zip(prompts, answers, strict=True)]
+
+
+def _dataset(rows: list[dict[str, Any]]) -> "Dataset":
+    from datasets import Dataset
+
+    return Dataset.from_list(rows)
