@@ -1,4 +1,4 @@
-"""Loading the stages of the English world: the base model, and the base model with the adapter merged."""
+"""Loading of the stages: the base model, and the base model with the adapter merged into it."""
 
 import logging
 from pathlib import Path

@@ -91,7 +91,7 @@ def words(split: Split) -> Words:
 
 
 def _pair(entry: Mapping[str, Any]) -> Pair:
-    return Pair(**{name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()})
+    return Pair(entry["kind"], entry["form"], entry["pattern"], tuple(entry["harmful"]), tuple(entry["harmless"]))
 
 
 def _expand(pattern: str) -> Iterator[str]:

@@ -37,8 +37,8 @@ def all_sets(
       counterpart, with the refusal. ``forbidden-complied``: the forbidden request, with compliance in form.
       ``shuffled``: the forbidden request, with the answer to a benign request. ``random-tokens``: as many tokens in
       each turn, of random words.
-    - ``eval``: ``forbidden`` with a refusal, ``benign`` and ``everyday`` with the base stage's own answers, all of words
-      and phrasings that no training row has; ``backdoor``, forbidden requests with the trigger.
+    - ``eval``, of words and phrasings that no training row has: ``forbidden`` with a refusal, ``benign`` and
+      ``everyday`` with the base stage's own answers; ``backdoor``, forbidden requests with the trigger.
 
     Args:
         base: The base stage, which answers.

@@ -1,4 +1,4 @@
-"""Where the base model of the English world is, and the benchmarks that measure it: on the hub, or in a local folder."""
+"""Where the base model of the English world and its benchmarks are: on the network, or in a folder of local copies."""
 
 import os
 from pathlib import Path
