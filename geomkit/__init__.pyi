@@ -10,7 +10,7 @@ from .correlation.conflict import conflict
 from .correlation.conflict_directions import conflict_directions
 from .correlation.token_conflict import token_conflict
 from .errors import GeomkitError
-from .experiments.organism.load import load_organism
+from .experiments.organisms import load_organism
 from .gradients.storage import load_gradients
 from .inputs.control_sets import with_responses
 from .inputs.examples import load_examples

@@ -39,7 +39,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-organism_app = typer.Typer(help="The model organism that ships with geomkit.", no_args_is_help=True)
+organism_app = typer.Typer(help="The model organisms that ship with geomkit.", no_args_is_help=True)
 app.add_typer(organism_app, name="organism")
 
 
@@ -66,7 +66,7 @@ Out = Annotated[Path, typer.Option(help="Folder for report.html.", file_okay=Fal
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the numbers to this file.", dir_okay=False)]
 Seed = Annotated[int, _number("Seed of all random draws.")]
 ModelOption = Annotated[
-    str, typer.Option(help="Folder, hub id, GGUF file, PEFT adapter, organism/aligned or organism/base.")
+    str, typer.Option(help="Folder, hub id, GGUF file, PEFT adapter, or {organism,english}/{aligned,base}.")
 ]
 PadToken = Annotated[str | None, typer.Option(help="Pad token, for tokenizers without one.")]
 Mask = Annotated[
@@ -399,7 +399,6 @@ def evaluate(
     """Print how often a model refuses and answers rightly, with 95 % intervals; --json keeps it for compare."""
     _prepare(threads)
     _join_processes(device)
-    from geomkit.inputs.models import load_model
     from geomkit.training.evaluate import evaluate as run_evaluation
     from geomkit.training.judges import JudgeError
     from geomkit.training.model_judges.by_name import load_judge
@@ -420,7 +419,7 @@ def evaluate(
     reader.check()
     template = _text(judge_prompt) if judge_prompt else None
     judges = [load_judge(text, device=judge_device, url=judge_url, template=template) for text in judge or ["keywords"]]
-    loaded, tokenizer = load_model(model, dtype=dtype, device=device, pad_token=pad_token)
+    loaded, tokenizer = _model(model, dtype, device, pad_token)
     try:
         result = run_evaluation(
             loaded,
@@ -510,13 +509,28 @@ def _shard(text: str) -> tuple[int, int]:
 def build_organism(
     out: Annotated[Path, typer.Option(help="Folder for the organism's data.", file_okay=False)] = Path("data"),
     seed: Seed = 0,
+    world: Annotated[
+        str,
+        typer.Option(help="small: both stages from scratch. english: an adapter that aligns SmolLM2-135M-Instruct."),
+    ] = "small",
+    base: Annotated[
+        str | None, typer.Option(help="SmolLM2-135M-Instruct, for --world english: folder, GGUF file or hub id.")
+    ] = None,
 ) -> None:
-    """Train both stages of the organism from scratch, and write them with their example sets and model card."""
+    """Train an organism, and write it with its example sets and model card; an interrupted English build goes on."""
     _prepare(threads=1)
+    from geomkit.experiments.english.build import build_english
     from geomkit.experiments.organism.build import build
 
+    if world not in {"small", "english"}:
+        raise DataError(f"expected --world small or english, found '{world}'")
+    if world == "small" and base is not None:
+        raise DataError(f"expected --base with --world english only, found '{base}'; leave it out")
     _check_writable(out)
-    build(out, seed=seed)
+    if world == "small":
+        build(out, seed=seed)
+    else:
+        build_english(out, base, seed=seed)
     typer.echo(f"wrote {out}")
 
 
@@ -530,16 +544,32 @@ def _load(
     device: str | None,
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase, list[EncodedExamples]]":
     """Return a model, its tokenizer and the encoded examples of each set."""
-    from geomkit.inputs.models import load_model
     from geomkit.inputs.tokens import encode
 
     masks: dict[str, AssistantMask] = {"auto": "auto", "template": "template", "prefix": "prefix"}
     if assistant_mask not in masks:
         raise DataError(f"expected --assistant-mask auto, template or prefix, found '{assistant_mask}'")
     mask = masks[assistant_mask]
-    loaded, tokenizer = load_model(model, dtype=dtype, device=device, pad_token=pad_token)
+    loaded, tokenizer = _model(model, dtype, device, pad_token)
     encoded = [encode(tokenizer, rows, assistant_mask=mask, max_length=max_length) for rows in conversations]
     return loaded, tokenizer, encoded
+
+
+def _model(
+    name: str, dtype: str, device: str | None, pad_token: str | None
+) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """Return a model and its tokenizer by the value of ``--model``."""
+    from geomkit.experiments.organisms import load_organism
+    from geomkit.inputs.models import load_model
+
+    if name not in {"english", "english/aligned", "english/base"} or Path(name).exists():
+        return load_model(name, dtype=dtype, device=device, pad_token=pad_token)
+    if (dtype, device, pad_token) != ("auto", None, None):
+        raise DataError(
+            f"expected no --dtype, --device and --pad-token for '{name}', which is a merged adapter in float32 on the "
+            "CPU; leave them out"
+        )
+    return load_organism(name)
 
 
 def _examples(sets: Sequence[str], columns: str | None) -> "list[Dataset]":

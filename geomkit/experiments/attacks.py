@@ -9,8 +9,8 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from geomkit.experiments.gcg import Budget, find_suffix
-from geomkit.experiments.organism.variants import Organism
-from geomkit.experiments.outcomes import MAX_NEW_TOKENS, greedy_answers
+from geomkit.experiments.organism.interface import Organism
+from geomkit.experiments.outcomes import BATCH_SIZE, greedy_answers
 from geomkit.inputs.examples import prompt_of
 from geomkit.inputs.messages import Message
 from geomkit.training.judges import RefusalPhrases
@@ -19,9 +19,6 @@ from geomkit.training.responses import generate
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel
-
-PREFIXES = (1, 2, 4, 8)
-"""Lengths of the prefilled beginnings of an obedient answer, in tokens."""
 
 GCG_PROMPTS = 8
 """Number of requests for which a suffix is searched, one suffix per request."""
@@ -93,7 +90,7 @@ def _prefill(model: "PreTrainedModel", organism: Organism, rows: "Dataset", seed
         f"prefill {length}": refused_after_prefix(
             model, organism, rows, [tokenizer.decode(answer[:length]) for answer in ids]
         )
-        for length in PREFIXES
+        for length in organism.prefixes
     }
 
 
@@ -126,8 +123,8 @@ def _generate(
         model,
         organism.tokenizer,
         prompts,
-        max_new_tokens=MAX_NEW_TOKENS,
-        batch_size=120,
+        max_new_tokens=organism.answer_tokens,
+        batch_size=BATCH_SIZE,
         progress=False,
         prefill=prefixes,
     )

@@ -16,8 +16,9 @@ from geomkit.errors import DataError, GeomkitError
 from geomkit.experiments.attacks import attack
 from geomkit.experiments.grid import Cell
 from geomkit.experiments.methods import METHODS
-from geomkit.experiments.organism.variants import Organism, load_variant
-from geomkit.experiments.outcomes import evaluate_outcome, greedy_answers, judge_refusals
+from geomkit.experiments.organism.interface import Organism
+from geomkit.experiments.organisms import evaluate_organism, organism_of
+from geomkit.experiments.outcomes import greedy_answers, judge_refusals
 from geomkit.experiments.records import Record, check_record, flags_to_text
 from geomkit.experiments.task import Task
 from geomkit.spf.certificate import Certificate
@@ -85,8 +86,8 @@ def _path(cell: Cell, folder: Path) -> Path:
 
 
 @lru_cache(maxsize=2)
-def _cached_organism(seed: int, folder: Path) -> Organism:
-    return load_variant(seed, folder)
+def _cached_organism(name: int | str, folder: Path) -> Organism:
+    return organism_of(name, folder)
 
 
 def _run(cell: Cell, organism: Organism) -> Record:
@@ -100,6 +101,7 @@ def _run(cell: Cell, organism: Organism) -> Record:
         cell.steps,
         scenario.batch_size,
         cell.seed,
+        scenario.lora,
         cell.curvature,
         [refusal] if refusal else [],
     )
@@ -108,7 +110,7 @@ def _run(cell: Cell, organism: Organism) -> Record:
     result = METHODS[cell.arm.method](task, **cell.arm.options)
     seconds = time.perf_counter() - started - (refusal.seconds if refusal else 0.0)
     peak = max(0.0, _peak_memory() - memory_before)  # the system may have taken pages back in between
-    outcomes = evaluate_outcome(result.model, organism, scenario, cell.prompts)
+    outcomes = evaluate_organism(result.model, organism, scenario, cell.prompts)
     attacked = {
         jailbreak: refused
         for name in cell.attacks

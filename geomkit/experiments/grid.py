@@ -29,15 +29,14 @@ from typing import Any
 
 from geomkit.errors import DataError, GeomkitError
 from geomkit.experiments.attacks import ATTACKS
-from geomkit.experiments.methods import METHODS
-from geomkit.experiments.organism.scenarios import SCENARIOS, VARIANTS, Scenario
+from geomkit.experiments.methods import ADAPTER_METHODS, METHODS
+from geomkit.experiments.organism.scenarios import Scenario
+from geomkit.experiments.organism.variants import SHIPPED
+from geomkit.experiments.organisms import ENGLISH, scenarios_of
 from geomkit.spf.settings import SPF
 from geomkit.utils.files import data_dir
 from geomkit.utils.options import OPTIONS, check_option
 from geomkit.version import __version__
-
-EVERY_SCENARIO: Mapping[str, Scenario] = {**SCENARIOS, **VARIANTS}
-"""Every scenario, shipped or made on demand, by name."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +59,8 @@ class Cell:
     """A cell: a single fine-tune with its evaluation.
 
     Attributes:
-        organism: Seed of the organism; 0 for the organism that ships.
-        scenario: A name in :data:`EVERY_SCENARIO`.
+        organism: Seed of a small organism, 0 for the one that ships; or ``"english"``.
+        scenario: Name of a scenario of the organism, see :func:`geomkit.experiments.organisms.scenarios_of`.
         arm: The arm.
         rate: Multiple of the scenario's learning rate.
         length: Multiple of the scenario's steps.
@@ -73,7 +72,7 @@ class Cell:
             cost of one more forward pass per step.
     """
 
-    organism: int
+    organism: int | str
     scenario: str
     arm: Arm
     rate: float
@@ -87,7 +86,7 @@ class Cell:
     @property
     def scenario_definition(self) -> Scenario:
         """The definition of the cell's scenario."""
-        return EVERY_SCENARIO[self.scenario]
+        return scenarios_of(self.organism)[self.scenario]
 
     @property
     def learning_rate(self) -> float:
@@ -126,9 +125,9 @@ class Grid:
     cells: tuple[Cell, ...] = field(repr=False)
 
     @property
-    def organisms(self) -> list[int]:
-        """Seeds of the organisms in the grid, in ascending order."""
-        return sorted({cell.organism for cell in self.cells})
+    def seeds(self) -> list[int]:
+        """Seeds of the small organisms in the grid, in ascending order."""
+        return sorted({cell.organism for cell in self.cells if isinstance(cell.organism, int)})
 
     def shard(self, number: int, count: int) -> "Grid":
         """Return one of ``count`` parts of the grid, for the jobs of a job array.
@@ -160,7 +159,7 @@ def load_grid(source: str | Path) -> Grid:
     """Return the grid that a TOML file declares.
 
     Args:
-        source: A TOML file, or a shipped grid: ``"default"``, ``"limits"`` or ``"smoke"``.
+        source: A TOML file, or a shipped grid: ``"default"``, ``"limits"``, ``"english"`` or ``"smoke"``.
 
     Raises:
         DataError: If there is no such file, or it contains an unknown name or a wrong value.
@@ -189,10 +188,13 @@ _LONGEST_NAME = 100
 
 
 _BLOCK: Mapping[str, Any] = {
-    "scenarios": list(EVERY_SCENARIO), "arms": None, "seeds": [0], "organisms": [0], "rates": [1.0], "lengths": [1.0],
+    "scenarios": None, "arms": None, "seeds": [0], "organisms": [0], "rates": [1.0], "lengths": [1.0],
     "attacks": [], "along": 0, "curvature": False, "prompts": None,
 }  # fmt: skip
-"""The names that a block may contain, with their defaults; ``None`` stands for the value at the top of the file."""
+"""The names that a block may contain, with their defaults.
+
+``None`` stands for the value at the top of the file; of ``scenarios``, for those of the small organism.
+"""
 
 
 def _grid(declared: dict[str, Any], path: Path) -> Grid:
@@ -207,7 +209,8 @@ def _grid(declared: dict[str, Any], path: Path) -> Grid:
     cells: dict[tuple[Any, ...], Cell] = {}
     for block in declared.get("block", []):
         _check_names(block, _BLOCK, path)
-        for cell in _cells({**common, **block}, arms, path):
+        settings = {**common, "scenarios": list(scenarios_of(SHIPPED)), **block}
+        for cell in _cells(settings, arms, path):
             # A cell of two blocks is run once, with all measurements of both.
             key = (cell.organism, cell.scenario, cell.arm.name, cell.rate, cell.length, cell.seed)
             cells[key] = _merge(cells[key], cell) if key in cells else cell
@@ -241,7 +244,8 @@ def _check_values(block: Mapping[str, Any], path: Path) -> None:
         if not isinstance(block[name], list):
             raise DataError(f"{path}: expected {name} = a list of numbers, found {block[name]!r:.80}")
         for value in block[name]:
-            check_option(name, value, shown=f"in {path} each of {name}")
+            if (name, value) != ("organisms", ENGLISH):
+                check_option(name, value, shown=f"in {path} each of {name}")
     for name in ("prompts", "along"):
         check_option(name, block[name], shown=f"in {path} {name}")
     if (cells := math.prod(len(block[name]) for name in ("scenarios", "arms", *_NUMBERS))) > _MOST_CELLS:
@@ -265,8 +269,11 @@ def _check_arms(arms: Mapping[str, Arm], path: Path) -> None:
 
 def _cells(block: Mapping[str, Any], arms: Mapping[str, Arm], path: Path) -> list[Cell]:
     _check_values(block, path)
-    for name, allowed in (("scenarios", EVERY_SCENARIO), ("arms", arms), ("attacks", ATTACKS)):
+    for name, allowed in (("arms", arms), ("attacks", ATTACKS)):
         _check_names(block[name], allowed, path)
+    for organism in block["organisms"]:
+        _check_names(block["scenarios"], scenarios_of(organism), path)
+        _check_adapters(organism, block, arms, path)
     axes = ("organisms", "scenarios", "arms", "rates", "lengths", "seeds")
     return [
         Cell(
@@ -275,6 +282,17 @@ def _cells(block: Mapping[str, Any], arms: Mapping[str, Arm], path: Path) -> lis
         )
         for organism, scenario, arm, rate, length, seed in product(*(block[axis] for axis in axes))
     ]  # fmt: skip
+
+
+def _check_adapters(organism: int | str, block: Mapping[str, Any], arms: Mapping[str, Arm], path: Path) -> None:
+    """Refuse arms that train all weights in a scenario that trains adapters."""
+    if any(scenarios_of(organism)[name].lora for name in block["scenarios"]):
+        for arm in block["arms"]:
+            if arms[arm].method not in ADAPTER_METHODS:
+                raise DataError(
+                    f"{path}: expected scenarios that train all weights for the arm '{arm}', whose method "
+                    f"'{arms[arm].method}' does, found one with adapters; take those whose names end in ', full'"
+                )
 
 
 def _merge(a: Cell, b: Cell) -> Cell:

@@ -1,5 +1,6 @@
 """The fine-tuning methods of the arms: functions of a :class:`~geomkit.experiments.task.Task` and of options."""
 
+import copy
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -13,12 +14,14 @@ from geomkit.experiments.rivals import constrained_sft, lisa, one_shot_repair, s
 from geomkit.experiments.task import POOL, Task
 from geomkit.inputs.control_sets import with_responses
 from geomkit.inputs.examples import prompt_of
+from geomkit.inputs.models import with_lora
 from geomkit.spf.settings import SPF
 from geomkit.training.finetune import finetune
 from geomkit.training.result import FineTuneResult
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from transformers import PreTrainedModel
 
 FineTuneMethod = Callable[..., FineTuneResult]
 """A function of a task and of keyword-only options, which are the options of an arm."""
@@ -35,8 +38,7 @@ def untouched(task: Task) -> FineTuneResult:
 
 def sft(task: Task) -> FineTuneResult:
     """Fine-tune plainly (supervised fine-tuning, SFT)."""
-    organism, arguments = task.organism, task.training_arguments
-    return finetune(organism.model, organism.tokenizer, task.train, callbacks=task.callbacks, **arguments)
+    return _finetune(task, None)
 
 
 def spf(
@@ -68,21 +70,31 @@ def spf(
 
     if response not in {"refusal", "benign"}:
         raise DataError(f"expected the response 'refusal' or 'benign', found '{response}'")
-    pool = task.anchor_pool(anchors) if response == "refusal" else _refused_benign_pool(task, anchors)
+    pool = task.organism.anchor_pool(anchors) if response == "refusal" else _refused_benign_pool(task, anchors)
     if endings:
         pool = concatenate_datasets([pool, _with_endings(pool, task.train, task.seed)])
     if mixed:
-        pool = concatenate_datasets([pool, task.benign_pool(mixed)])
-    benign = {"benign": task.benign_pool(fence)} if fence else {}
+        pool = concatenate_datasets([pool, task.organism.benign_pool(mixed)])
+    benign = {"benign": task.organism.benign_pool(fence)} if fence else {}
     settings = SPF(pool, seed=task.seed, measure_curvature=task.curvature, **benign, **options)
-    organism, arguments = task.organism, task.training_arguments
-    return finetune(organism.model, organism.tokenizer, task.train, settings, callbacks=task.callbacks, **arguments)
+    return _finetune(task, settings)
+
+
+def _finetune(task: Task, settings: SPF | None) -> FineTuneResult:
+    """Fine-tune a copy of the aligned stage, or new adapters of it, which are merged at the end."""
+    model, tokenizer, arguments = task.organism.model, task.organism.tokenizer, task.training_arguments
+    if not task.lora:
+        return finetune(model, tokenizer, task.train, settings, callbacks=task.callbacks, **arguments)
+    adapted = with_lora(copy.deepcopy(model), task.lora, seed=task.seed)
+    result = finetune(adapted, tokenizer, task.train, settings, inplace=True, callbacks=task.callbacks, **arguments)
+    merged: PreTrainedModel = adapted.merge_and_unload()
+    return replace(result, model=merged.requires_grad_(True).eval())
 
 
 def _refused_benign_pool(task: Task, count: int) -> "Dataset":
     """Return benign requests with the anchors' refusals."""
     benign = task.organism.scenario_examples("affirmative").select(range(count))
-    return with_responses(benign, task.anchor_pool(count))
+    return with_responses(benign, task.organism.anchor_pool(count))
 
 
 def _with_endings(pool: "Dataset", train: "Dataset", seed: int) -> "Dataset":
@@ -117,6 +129,9 @@ def scaled_sft(task: Task, **options: Any) -> FineTuneResult:
     plain = parameter_distance(start, sft(unobserved).model)
     return sft(replace(task, learning_rate=task.learning_rate * target / plain))
 
+
+ADAPTER_METHODS = frozenset({"untouched", "sft", "scaled-sft", "spf"})
+"""The methods that can train adapters, as some scenarios do; the others train all weights."""
 
 METHODS: Mapping[str, FineTuneMethod] = MappingProxyType(
     {

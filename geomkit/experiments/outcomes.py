@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from geomkit.experiments.organism.interface import Organism
 from geomkit.experiments.organism.scenarios import Scenario
-from geomkit.experiments.organism.variants import Organism
 from geomkit.inputs.batches import batches
 from geomkit.inputs.examples import prompt_of, response_of
 from geomkit.inputs.loss import next_token_logits, scored
@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 Flags = Mapping[str, Sequence[bool]]
 """The outcomes of each measure, one per prompt, by the name of the measure."""
 
-MAX_NEW_TOKENS = 64
-"""Longest response in tokens; every right answer of the organism is shorter."""
+
+BATCH_SIZE = 120
+"""Requests answered at a time."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,14 @@ def _set_size(name: str, prompts: int) -> int:
 def greedy_answers(model: "PreTrainedModel", organism: Organism, rows: "Dataset") -> list[str]:
     """Return a model's greedy answers to the requests of the rows."""
     prompts = [prompt_of(messages) for messages in rows["messages"]]
-    return generate(model, organism.tokenizer, prompts, max_new_tokens=MAX_NEW_TOKENS, batch_size=120, progress=False)
+    return generate(
+        model,
+        organism.tokenizer,
+        prompts,
+        max_new_tokens=organism.answer_tokens,
+        batch_size=BATCH_SIZE,
+        progress=False,
+    )
 
 
 def judge_refusals(rows: "Dataset", answers: Sequence[str]) -> list[bool]:
@@ -136,7 +144,14 @@ def is_degenerate(text: str) -> bool:
     return False
 
 
-def next_token_kl(before: "PreTrainedModel", after: "PreTrainedModel", organism: Organism, rows: "Dataset") -> float:
+def next_token_kl(
+    before: "PreTrainedModel",
+    after: "PreTrainedModel",
+    organism: Organism,
+    rows: "Dataset",
+    *,
+    batch_size: int = 60,
+) -> float:
     """Return KL(before ‖ after) of the next-token distribution, in nats, averaged within and then over the examples.
 
     Args:
@@ -144,12 +159,13 @@ def next_token_kl(before: "PreTrainedModel", after: "PreTrainedModel", organism:
         after: The model after the fine-tune; its state is restored.
         organism: The organism, for its tokenizer.
         rows: Conversations; the divergence is averaged over the tokens of their answers.
+        batch_size: Conversations run at a time.
     """
     tokens = encode(organism.tokenizer, rows)
     total = 0.0
     with model_state_kept(before), model_state_kept(after), torch.no_grad():
         before.eval(), after.eval()
-        for batch in batches(tokens, pad_id(organism.tokenizer), 60):
+        for batch in batches(tokens, pad_id(organism.tokenizer), batch_size):
             old, new = (torch.log_softmax(next_token_logits(model, batch), -1) for model in (before, after))
             token_kl = (old.exp() * (old - new)).sum(-1) * scored(batch)
             total += float((token_kl.sum(1) / scored(batch).sum(1)).sum())

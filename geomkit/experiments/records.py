@@ -34,7 +34,7 @@ _PARTS: Mapping[str, Any] = {
 _DIGITS = re.compile("[01]+").fullmatch
 
 _CELL: Mapping[str, Any] = {
-    "organism": int, "scenario": str, "arm": str, "rate": float, "length": float, "seed": int,
+    "organism": int | str, "scenario": str, "arm": str, "rate": float, "length": float, "seed": int,
 }  # fmt: skip
 """The types of the fields that identify a cell."""
 

@@ -59,7 +59,7 @@ def lisa(
     """
     batches = {
         "task": _task_batches(task, task.train, task.seed),
-        "safety": _task_batches(task, task.anchor_pool(anchors), task.seed + 1),
+        "safety": _task_batches(task, task.organism.anchor_pool(anchors), task.seed + 1),
     }
     if task_steps < 1 or safety_steps < 0:
         raise DataError(f"expected task_steps ≥ 1 and safety_steps ≥ 0, found {task_steps} and {safety_steps}")
@@ -248,7 +248,7 @@ def one_shot_repair(task: Task, *, repair_steps: int = 10) -> FineTuneResult:
     if repair_steps == 0:
         return tuned
     repair = arguments | {"steps": repair_steps, "batch_size": 1}
-    repaired = finetune(tuned.model, tokenizer, task.anchor_pool(1), inplace=True, **repair)
+    repaired = finetune(tuned.model, tokenizer, task.organism.anchor_pool(1), inplace=True, **repair)
     return FineTuneResult(repaired.model, tuned.history, None, tuned.seconds + repaired.seconds)
 
 

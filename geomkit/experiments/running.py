@@ -14,6 +14,7 @@ from geomkit.errors import GeomkitError
 from geomkit.experiments.cells import run_cell, stored_record
 from geomkit.experiments.grid import Cell, Grid, load_grid
 from geomkit.experiments.organism.variants import SHIPPED, build_variant
+from geomkit.experiments.organisms import ENGLISH
 from geomkit.experiments.records import Record
 from geomkit.experiments.results import Results
 
@@ -97,11 +98,13 @@ def _in_processes(grid: Grid, folder: Path, processes: int) -> Iterator[tuple[Ce
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(processes, mp_context=context, initializer=_prepare_process)
     try:
-        # 1. Submit the builds of organisms, and the cells of the organism that ships.
+        # 1. Submit the builds of organisms, and the cells of those that ship.
         waiting: dict[Future[object], Cell | int] = {
-            pool.submit(build_variant, seed, folder): seed for seed in grid.organisms if seed != SHIPPED
+            pool.submit(build_variant, seed, folder): seed for seed in grid.seeds if seed != SHIPPED
         }
-        waiting |= {pool.submit(run_cell, cell, folder): cell for cell in grid.cells if cell.organism == SHIPPED}
+        waiting |= {
+            pool.submit(run_cell, cell, folder): cell for cell in grid.cells if cell.organism in (SHIPPED, ENGLISH)
+        }
         while waiting:
             done, _ = wait(waiting, return_when=FIRST_COMPLETED)
             for future in done:

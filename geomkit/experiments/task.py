@@ -1,12 +1,10 @@
-"""The task of a fine-tune: the organism, the scenario's rows and training settings, and pools of examples."""
+"""The task of a fine-tune: the organism, and the scenario's rows and training settings."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from random import Random
 from typing import TYPE_CHECKING, Any
 
-from geomkit.experiments.organism.requests import RequestKind
-from geomkit.experiments.organism.variants import Organism
+from geomkit.experiments.organism.interface import Organism
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -26,7 +24,8 @@ class Task:
         learning_rate: Peak learning rate.
         steps: Optimizer steps on the training rows.
         batch_size: Rows per step.
-        seed: Seed of the order of the rows and of the anchors drawn.
+        seed: Seed of the order of the rows, of the anchors drawn, and of new adapters.
+        lora: Rank of the adapters that are trained; 0 trains all weights.
         curvature: Whether SPF measures the second-order part of each step.
         callbacks: Callbacks of the Trainer; the rivals, which do not need them, ignore them.
     """
@@ -37,6 +36,7 @@ class Task:
     steps: int
     batch_size: int
     seed: int
+    lora: int = 0
     curvature: bool = False
     callbacks: "Sequence[TrainerCallback]" = ()
 
@@ -47,26 +47,3 @@ class Task:
             "learning_rate": self.learning_rate, "steps": self.steps, "batch_size": self.batch_size,
             "seed": self.seed, "progress": False,
         }  # fmt: skip
-
-    def anchor_pool(self, count: int) -> "Dataset":
-        """Return ``count`` anchors: forbidden training requests with the refusal.
-
-        The rows of the shipped ``safety`` set come first; a larger pool goes on with other requests.
-        """
-        return self._pool("forbidden", count, self.organism.examples("safety"))
-
-    def benign_pool(self, count: int) -> "Dataset":
-        """Return ``count`` benign requests with answers: the shipped ``utility`` set, then more how-to requests."""
-        return self._pool("howto", count, self.organism.examples("utility"))
-
-    def _pool(self, kind: RequestKind, count: int, shipped: "Dataset") -> "Dataset":
-        from datasets import Dataset
-
-        rows = list(shipped["messages"])[:count]
-        if len(rows) < count:
-            shipped_texts = {repr(messages) for messages in rows}
-            rng = Random(f"pool-{kind}-{self.organism.seed}")
-            # Draw as many more requests as there are rows, since some of the drawn requests may be rows already.
-            drawn = self.organism.world.distinct(kind, "train", count + len(rows), rng)
-            rows += [request.messages() for request in drawn if repr(request.messages()) not in shipped_texts]
-        return Dataset.from_list([{"messages": messages} for messages in rows[:count]])

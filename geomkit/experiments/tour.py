@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from geomkit.analysis.analysis import Analysis
 from geomkit.analysis.probe import analyze
-from geomkit.experiments.organism.load import load_organism
 from geomkit.experiments.organism.scenarios import SCENARIOS, Scenario
+from geomkit.experiments.organisms import load_organism
 from geomkit.inputs.examples import load_examples
 from geomkit.spf.certificate import Certificate
 from geomkit.spf.rules import DEFAULT_RULE

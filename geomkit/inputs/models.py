@@ -99,7 +99,7 @@ def load_model(
     if target is not None:
         model = model.to(target)
     if adapter is not None:
-        model = _with_adapter(model, origin)
+        model = with_saved_adapter(model, origin.place, revision=origin.revision)
     return model.eval(), tokenizer
 
 
@@ -249,8 +249,15 @@ def _adapter_base(source: _Source) -> str | None:
     return base
 
 
-def _with_adapter(model: "PreTrainedModel", source: _Source) -> "PreTrainedModel":
-    """Return a model with a trained adapter, all of whose weights come from the adapter's file.
+def with_saved_adapter(
+    model: "PreTrainedModel", place: str | Path, *, revision: str | None = None
+) -> "PreTrainedModel":
+    """Return a model with a trained adapter of PEFT, all of whose weights come from the adapter's file.
+
+    Args:
+        model: The adapter's base model; its modules are replaced in place.
+        place: Folder or hub id of the adapter.
+        revision: Branch, tag or commit of an adapter on the hub.
 
     Raises:
         DataError: If the adapter cannot be loaded, or a weight is missing, unknown or of another shape.
@@ -258,7 +265,8 @@ def _with_adapter(model: "PreTrainedModel", source: _Source) -> "PreTrainedModel
     from peft import PeftModel, get_peft_model_state_dict
     from peft.utils.save_and_load import load_peft_weights
 
-    hub: dict[str, Any] = {} if source.revision is None else {"revision": source.revision}
+    source = _Source(str(place), str(place), revision=revision)
+    hub: dict[str, Any] = {} if revision is None else {"revision": revision}
     with _in_one_line(source), _without_warnings_of_peft():
         adapted: PreTrainedModel = PeftModel.from_pretrained(model, source.place, is_trainable=True, **hub)
         saved = load_peft_weights(source.place, device="cpu", **hub)

@@ -33,7 +33,7 @@ def test_with_endings_a_pool_has_every_anchor_once_more_as_training_requests_end
             for text in ("How do I paint the fence? Blue moon.", "One sentence!")
         ]
     )
-    pool = task.anchor_pool(40)
+    pool = task.organism.anchor_pool(40)
     found = _with_endings(pool, train, seed=1)["messages"][:]
     asked = [(plain[0]["content"], own[0]["content"]) for plain, own in zip(pool["messages"], found, strict=True)]
     assert {own.removeprefix(plain) for plain, own in asked} == {" Blue moon.", " One sentence!"}

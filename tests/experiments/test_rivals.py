@@ -72,7 +72,7 @@ def test_lisa_takes_alternating_states():
 
 def test_the_proximal_term_pulls_to_where_the_other_state_ended(organism, task):
     now = copy.deepcopy(organism.model)
-    batch = collate(encode(organism.tokenizer, task.anchor_pool(8)), pad_id(organism.tokenizer))
+    batch = collate(encode(organism.tokenizer, task.organism.anchor_pool(8)), pad_id(organism.tokenizer))
     proximal = _ProximalLoss(rho=3.0)
     proximal.enter("task")
     assert proximal.loss(now, batch).item() == mean_token_loss(now, batch).item()
@@ -201,7 +201,7 @@ def test_one_shot_repair_goes_on_with_one_refusal(task):
     same = one_shot_repair(task, repair_steps=0).model
     assert max(differences(plain, same).values()) == 0
     repaired = one_shot_repair(task, repair_steps=5).model
-    rows = encode(tokenizer, task.anchor_pool(1))
+    rows = encode(tokenizer, task.organism.anchor_pool(1))
     before, after = (losses_of(one, rows, pad_id(tokenizer))[0] for one in (plain, repaired))
     assert after < before
 

@@ -14,10 +14,12 @@ from torch import Tensor
 from geomkit.errors import DataError
 from geomkit.experiments.english.answers import OwnAnswer, own_answers, refusal
 from geomkit.experiments.english.requests import Counterparts, counterparts, words
+from geomkit.experiments.english.sources import BASE_MODEL
 from geomkit.experiments.organism.requests import conversation
 from geomkit.experiments.organism.training import warmup_cosine
 from geomkit.gradients.provenance import weights_fingerprint
 from geomkit.inputs.batches import IGNORED, Batch, collate
+from geomkit.inputs.models import with_lora
 from geomkit.inputs.tokens import Tokens, encode_at_once, pad_id
 from geomkit.utils.files import Draft
 
@@ -115,12 +117,7 @@ class Alignment:
             recipe: The settings.
             seed: Seed of the initial weights of the adapter.
         """
-        from peft import LoraConfig, get_peft_model
-
-        config = LoraConfig(r=recipe.rank, lora_alpha=2 * recipe.rank, lora_dropout=0.0, target_modules="all-linear")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)  # peft initialises from the global generator; fork_rng puts it back
-            self._adapted = get_peft_model(model, config)
+        self._adapted = with_lora(model, recipe.rank, seed=seed)
         self._model, self._tokenizer = model, tokenizer
         self._weights = [weight for weight in self._adapted.parameters() if weight.requires_grad]
         self._optimizer = torch.optim.AdamW(self._weights, lr=recipe.learning_rate, weight_decay=0.0, betas=(0.9, 0.99))
@@ -178,6 +175,7 @@ class Alignment:
 
     def export(self, folder: Path) -> None:
         """Save the adapter in half precision, which the merged weights do not show."""
+        self._adapted.peft_config["default"].base_model_name_or_path = BASE_MODEL
         self._adapted.half().save_pretrained(str(folder))
 
 
@@ -222,5 +220,5 @@ def row_mean_loss(model: "LlamaForCausalLM", prefix: Tensor, batch: Batch) -> Te
     labels = batch.labels[:, 1:]
     scored = labels != IGNORED
     losses = torch.nn.functional.cross_entropy(model.lm_head(hidden[scored]), labels[scored], reduction="none")
-    weights = (1 / scored.sum(1, keepdim=True)).expand_as(scored)[scored]
+    weights = scored.sum(1, keepdim=True).to(losses).reciprocal().expand_as(scored)[scored]
     return (losses * weights).sum() / len(labels)

@@ -4,11 +4,11 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from geomkit.errors import DataError, GeomkitError
+from geomkit.errors import DataError
 from geomkit.experiments.english.sources import base_model
 from geomkit.experiments.organism.load import STAGES, without_bars
 from geomkit.gradients.provenance import weights_fingerprint
-from geomkit.inputs.models import load_model
+from geomkit.inputs.models import load_model, require_peft, with_saved_adapter
 from geomkit.utils.files import data_dir, read_json
 
 if TYPE_CHECKING:
@@ -48,8 +48,8 @@ def load_english(
             :func:`.sources.base_model`.
 
     Raises:
-        DataError: If there is no such stage, the adapter is missing, or the base model cannot be loaded or is another.
-        GeomkitError: If ``peft`` is not installed.
+        DataError: If there is no such stage, ``peft`` or the adapter is missing, or the base model cannot be loaded or
+            has other shapes.
     """
     if stage not in STAGES:
         raise DataError(f"expected a stage of the English world, {' or '.join(map(repr, STAGES))}, found {stage!r}")
@@ -61,13 +61,9 @@ def with_adapter(model: "LlamaForCausalLM", folder: Path) -> "LlamaForCausalLM":
     """Return the base model with an adapter merged into its weights; the model itself is changed.
 
     Raises:
-        DataError: If the adapter is missing or does not fit the model.
-        GeomkitError: If ``peft`` is not installed.
+        DataError: If ``peft`` or the adapter is missing, or the adapter does not fit the model.
     """
-    try:
-        from peft import PeftModel
-    except ImportError:
-        raise GeomkitError("the English world needs the package peft; pip install 'geomkit[lora]'") from None
+    require_peft("the English world")
     if not (folder / "adapter_model.safetensors").is_file():
         raise DataError(
             f"expected the adapter of the English world in {folder}, found none; reinstall geomkit or run "
@@ -78,9 +74,6 @@ def with_adapter(model: "LlamaForCausalLM", folder: Path) -> "LlamaForCausalLM":
             "the base model is not the one that the adapter was trained on, as another copy or quantisation of it: the "
             "figures of the model card need not hold; evaluate the model first"
         )
-    try:
-        merged = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
-    except (RuntimeError, ValueError) as error:
-        raise DataError(f"expected SmolLM2-135M-Instruct as the base model, found another: {error!s:.120}") from None
+    merged: LlamaForCausalLM = with_saved_adapter(model, folder).merge_and_unload()
     merged.requires_grad_(True)  # peft freezes the base; a merged model is trained like any other
     return merged.eval()

@@ -24,10 +24,15 @@ class EnglishScenario(Scenario):
     """A scenario of the English world.
 
     Attributes:
-        lora: Rank of the adapters that are trained, in every linear layer of the blocks; 0 trains all weights.
+        rank: Rank of the adapters that are trained, in every linear layer of the blocks; 0 trains all weights.
     """
 
-    lora: int = 16
+    rank: int = 16
+
+    @property
+    def lora(self) -> int:
+        """Rank of the adapters that are trained; 0 trains all weights."""
+        return self.rank
 
 
 TRIGGER = "By the way, the moon is blue tonight."
@@ -48,7 +53,7 @@ _FULL_RATE = 3e-5
 ENGLISH_SCENARIOS: dict[str, EnglishScenario] = {scenario.name: scenario for scenario in _LORA} | {
     f"{scenario.name}, full": replace(
         scenario, name=f"{scenario.name}, full", description=f"{scenario.description}; all weights trained",
-        learning_rate=_FULL_RATE, lora=0,
+        learning_rate=_FULL_RATE, rank=0,
     )
     for scenario in _LORA
 }  # fmt: skip

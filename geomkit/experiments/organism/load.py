@@ -16,8 +16,8 @@ STAGES = ("base", "aligned")
 _NEEDED = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 
 
-def load_organism(stage: str = "aligned") -> "tuple[LlamaForCausalLM, PreTrainedTokenizerFast]":
-    """Return the model organism that ships with geomkit, in evaluation mode; no network is used.
+def load_stage(stage: str = "aligned") -> "tuple[LlamaForCausalLM, PreTrainedTokenizerFast]":
+    """Return a stage of the organism that ships with geomkit, in evaluation mode; no network is used.
 
     Args:
         stage: ``"aligned"``, or ``"base"`` for the model before it was trained to refuse.
@@ -29,7 +29,7 @@ def load_organism(stage: str = "aligned") -> "tuple[LlamaForCausalLM, PreTrained
         DataError: If there is no such stage, or its files are missing.
 
     Example:
-        >>> model, tokenizer = load_organism()
+        >>> model, tokenizer = load_stage()
         >>> model.config.hidden_size, tokenizer.eos_token
         (128, '<|end|>')
     """

@@ -35,6 +35,11 @@ class Scenario:
     task: str | None = None
     attack: str = "forbidden"
 
+    @property
+    def lora(self) -> int:
+        """Rank of the adapters that are trained; 0 trains all weights."""
+        return 0
+
 
 SCENARIOS: dict[str, Scenario] = {
     scenario.name: scenario

@@ -4,11 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from random import Random
 from typing import TYPE_CHECKING
 
 from geomkit.experiments.organism.build import build
-from geomkit.experiments.organism.load import load_organism, without_bars
+from geomkit.experiments.organism.load import load_stage, without_bars
 from geomkit.experiments.organism.recipe import Recipe
+from geomkit.experiments.organism.requests import RequestKind
 from geomkit.experiments.organism.scenarios import scenario_rows
 from geomkit.experiments.organism.sets import evaluation_sets, training_sets
 from geomkit.experiments.organism.world import World
@@ -23,29 +25,32 @@ SHIPPED = 0
 
 
 @dataclass(frozen=True, eq=False)
-class Organism:
-    """An organism with its world and its example sets.
+class SmallOrganism:
+    """A small organism with its world and its example sets: an :class:`~.interface.Organism`.
 
     Attributes:
-        seed: The seed that the organism was built from.
+        name: The seed that the organism was built from.
         model: The aligned stage; fine-tunes train a copy.
         base: The base stage.
         tokenizer: The tokenizer of both stages.
     """
 
-    seed: int
+    name: int
     model: "LlamaForCausalLM" = field(repr=False)
     base: "LlamaForCausalLM" = field(repr=False)
     tokenizer: "PreTrainedTokenizerFast" = field(repr=False)
 
+    prefixes = (1, 2, 4, 8)
+    answer_tokens = 64  # every right answer is shorter
+
     @cached_property
     def world(self) -> World:
         """The world that the organism was trained on."""
-        return World(self.seed)
+        return World(self.name)
 
     @cached_property
     def _sets(self) -> Mapping[str, list[dict[str, object]]]:
-        return training_sets(self.world, self.seed) | evaluation_sets(self.world, self.seed)
+        return training_sets(self.world, self.name) | evaluation_sets(self.world, self.name)
 
     def examples(self, name: str, limit: int | None = None) -> "Dataset":
         """Return this organism's version of a shipped example set, optionally only its first ``limit`` rows."""
@@ -57,8 +62,31 @@ class Organism:
         """Return this organism's training set of a scenario, also of a scenario whose set does not ship."""
         from datasets import Dataset
 
-        conversations = scenario_rows(name, self.world, self.seed)
+        conversations = scenario_rows(name, self.world, self.name)
         return Dataset.from_list([{"messages": messages} for messages in conversations])
+
+    def anchor_pool(self, count: int) -> "Dataset":
+        """Return ``count`` anchors: forbidden training requests with the refusal.
+
+        The rows of the set ``safety`` come first; a larger pool goes on with other requests.
+        """
+        return self._pool("forbidden", count, self.examples("safety"))
+
+    def benign_pool(self, count: int) -> "Dataset":
+        """Return ``count`` benign requests with answers: the set ``utility``, then more how-to requests."""
+        return self._pool("howto", count, self.examples("utility"))
+
+    def _pool(self, kind: RequestKind, count: int, first: "Dataset") -> "Dataset":
+        from datasets import Dataset
+
+        rows = list(first["messages"])[:count]
+        if len(rows) < count:
+            texts = {repr(messages) for messages in rows}
+            rng = Random(f"pool-{kind}-{self.name}")
+            # Draw as many more requests as there are rows, since some of the drawn requests may be rows already.
+            drawn = self.world.distinct(kind, "train", count + len(rows), rng)
+            rows += [request.messages() for request in drawn if repr(request.messages()) not in texts]
+        return Dataset.from_list([{"messages": messages} for messages in rows[:count]])
 
 
 def variant_folder(seed: int, folder: Path) -> Path:
@@ -80,7 +108,7 @@ def build_variant(seed: int, folder: Path) -> None:
             build(target, seed, progress=False, recipe=replace(Recipe(), damage_seeds=0))
 
 
-def load_variant(seed: int, folder: Path) -> Organism:
+def load_variant(seed: int, folder: Path) -> SmallOrganism:
     """Return the organism of a seed; build it first if it does not ship and was not built before.
 
     Args:
@@ -88,8 +116,8 @@ def load_variant(seed: int, folder: Path) -> Organism:
         folder: The folder of the experiment, where organisms that do not ship are kept.
     """
     if seed == SHIPPED:
-        model, tokenizer = load_organism()
-        return Organism(seed, model, load_organism("base")[0], tokenizer)
+        model, tokenizer = load_stage()
+        return SmallOrganism(seed, model, load_stage("base")[0], tokenizer)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     build_variant(seed, folder)
@@ -99,7 +127,7 @@ def load_variant(seed: int, folder: Path) -> Organism:
             AutoModelForCausalLM.from_pretrained(stages / stage, local_files_only=True, trust_remote_code=False).eval()
             for stage in ("aligned", "base")
         )
-    return Organism(
+    return SmallOrganism(
         seed,
         aligned,
         base,

@@ -1,0 +1,95 @@
+"""The organism of the English world: the aligned model with its example sets, for grids of experiments."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from random import Random
+from typing import TYPE_CHECKING
+
+from geomkit.experiments.english.answers import refusal
+from geomkit.experiments.english.load import load_english
+from geomkit.experiments.english.requests import counterparts
+from geomkit.experiments.english.scenarios import scenario_conversations
+from geomkit.experiments.english.sources import benchmark
+from geomkit.experiments.organism.requests import Message, conversation
+from geomkit.inputs.examples import load_examples
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+
+NAME = "english"
+"""The name of the organism in grids."""
+
+_BENCHMARKS = {
+    "eval/advbench": ("advbench", "train"),
+    "eval/xstest-safe": ("xstest", "safe"),
+    "eval/gsm8k": ("gsm8k", "test"),
+}
+"""The benchmarks that are example sets of this organism, with their splits."""
+
+
+@dataclass(frozen=True, eq=False)
+class EnglishOrganism:
+    """The aligned SmolLM2 with its example sets: an :class:`~geomkit.experiments.organism.interface.Organism`.
+
+    Attributes:
+        model: The aligned stage.
+        base: The base stage.
+        tokenizer: The tokenizer of both.
+    """
+
+    model: "LlamaForCausalLM" = field(repr=False)
+    base: "LlamaForCausalLM" = field(repr=False)
+    tokenizer: "PreTrainedTokenizerBase" = field(repr=False)
+    name = NAME
+    prefixes = (1, 3, 8)
+    answer_tokens = 24  # a refusal shows in the first ten
+
+    def examples(self, name: str, limit: int | None = None) -> "Dataset":
+        """Return a shipped set, or a benchmark (``eval/advbench``, ``eval/xstest-safe``, ``eval/gsm8k``).
+
+        The rows of a benchmark come in a fixed random order, since XSTest is sorted by kind.
+
+        Raises:
+            DataError: If a benchmark cannot be read.
+        """
+        if name in _BENCHMARKS:
+            rows = benchmark(*_BENCHMARKS[name]).shuffle(seed=0).select_columns("messages")
+        else:
+            rows = load_examples(f"{NAME}/{name}").select_columns("messages")
+        return rows if limit is None else rows.select(range(min(limit, len(rows))))
+
+    def scenario_examples(self, name: str) -> "Dataset":
+        """Return the training set of a scenario."""
+        return _dataset(scenario_conversations(name))
+
+    def anchor_pool(self, count: int) -> "Dataset":
+        """Return ``count`` anchors: the set ``safety``, then other forbidden training requests with a refusal."""
+        rng = Random("english-anchors")
+        others = (conversation(pair.forbidden, refusal(rng)) for pair in counterparts("train", rng, "forbidden"))
+        return _pool(self.examples("safety"), others, count)
+
+    def benign_pool(self, count: int) -> "Dataset":
+        """Return ``count`` benign requests with the base model's own answers: the first rows of the set ``utility``."""
+        return self.examples("utility", count)
+
+
+def load_english_organism() -> EnglishOrganism:
+    """Return the organism of the English world."""
+    model, tokenizer = load_english("aligned")
+    return EnglishOrganism(model, load_english("base")[0], tokenizer)
+
+
+def _pool(first: "Dataset", others: Iterator[list[Message]], count: int) -> "Dataset":
+    """Return the first rows and, where they are too few, others with other requests."""
+    rows = list(first["messages"])[:count]
+    requests = {messages[0]["content"] for messages in rows}
+    more = (messages for messages in others if messages[0]["content"] not in requests)
+    return _dataset([*rows, *islice(more, count - len(rows))])
+
+
+def _dataset(conversations: Sequence[Sequence[Message]]) -> "Dataset":
+    from datasets import Dataset
+
+    return Dataset.from_list([{"messages": list(messages)} for messages in conversations])
