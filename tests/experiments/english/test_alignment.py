@@ -52,18 +52,19 @@ def test_the_loss_and_its_gradient_are_those_of_each_row_alone():
     weights = list(model.parameters())
     expected = plain_loss(model, rows)
     loss = row_mean_loss(model, prefix, batch)
-    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
     for found, reference in zip(
         torch.autograd.grad(loss, weights), torch.autograd.grad(expected, weights), strict=True
     ):
-        torch.testing.assert_close(found, reference, rtol=1e-9, atol=1e-12)
+        # The norms of Llama compute in single precision, also in a model of double precision.
+        torch.testing.assert_close(found, reference, rtol=1e-5, atol=1e-7)
 
 
 def test_the_shared_prefix_ends_before_the_answer_of_equal_rows():
     tokenizer, model = tiny_tokenizer(), tiny_llama().double()
     rows = encode_rows(tokenizer, ROWS[1:2] * 2)
     loss = row_mean_loss(model, *shared_prefix(rows, tokenizer.pad_token_id))
-    torch.testing.assert_close(loss, plain_loss(model, rows), rtol=1e-12, atol=0)
+    torch.testing.assert_close(loss, plain_loss(model, rows), rtol=1e-6, atol=0)
 
 
 def test_a_step_has_forbidden_and_benign_requests_in_equal_number(monkeypatch):
