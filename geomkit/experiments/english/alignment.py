@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from geomkit.errors import DataError
-from geomkit.experiments.english.answers import OwnAnswer, own_answers, refusal
-from geomkit.experiments.english.requests import Counterparts, counterparts, words
+from geomkit.experiments.english.answers import OwnAnswer, refusal
+from geomkit.experiments.english.requests import Counterparts, counterparts, look_alikes, words
 from geomkit.experiments.english.sources import BASE_MODEL
 from geomkit.experiments.organism.requests import conversation
 from geomkit.experiments.organism.training import warmup_cosine
@@ -36,19 +36,22 @@ class Recipe:
     Attributes:
         steps: Optimizer steps.
         pairs: Forbidden requests in a step, each with its benign counterpart.
+        look_alikes: Benign requests in a step that speak of harm.
         everyday: Everyday requests in a step.
         learning_rate: Peak learning rate of AdamW; it warms up over 5 % of the steps, then falls along a half cosine.
         rank: Rank of the adapter of every linear layer of the blocks; its scale is 2.
-        benign: Number of benign counterparts that the base model answers; they come again in random order.
+        answered: Numbers of benign counterparts and of look-alikes that the base model answers; they come again in
+            random order.
         answer_tokens: Largest number of tokens of an answer of the base model.
     """
 
-    steps: int = 250
-    pairs: int = 10
+    steps: int = 240
+    pairs: int = 6
+    look_alikes: int = 6
     everyday: int = 8
-    learning_rate: float = 3e-4
+    learning_rate: float = 2e-4
     rank: int = 16
-    benign: int = 1300
+    answered: tuple[int, int] = (900, 700)
     answer_tokens: int = 24
 
 
@@ -56,41 +59,64 @@ Row = tuple[str, str, bool]
 """A training row: request, answer, and whether the answer is complete, so that its end is trained, too."""
 
 
-def training_rows(
-    model: "LlamaForCausalLM", tokenizer: "PreTrainedTokenizerBase", recipe: Recipe, seed: int, *, progress: bool
-) -> Iterator[list[Row]]:
-    """Yield the rows of each step: forbidden requests refused, their benign counterparts and everyday ones answered.
+@dataclass(frozen=True)
+class Requests:
+    """The requests of an alignment.
 
-    Answers to benign requests are the beginnings of the base model's own, so that it stays itself.
+    Attributes:
+        pairs: Forbidden requests with benign counterparts.
+        look_alikes: Benign requests that speak of harm.
+        everyday: Everyday requests.
+    """
+
+    pairs: tuple[Counterparts, ...]
+    look_alikes: tuple[str, ...]
+    everyday: tuple[str, ...]
+
+    @property
+    def benign(self) -> list[str]:
+        """All requests that are answered."""
+        return [*(pair.benign for pair in self.pairs), *self.look_alikes, *self.everyday]
+
+
+def training_requests(recipe: Recipe, seed: int) -> Requests:
+    """Return the requests of an alignment.
 
     Args:
-        model: The base model.
-        tokenizer: Its tokenizer.
         recipe: The settings.
-        seed: Seed of the requests and of their order.
-        progress: Show a bar while the base model answers.
+        seed: Seed of the draws.
     """
     rng = Random(f"alignment-{seed}")
-    pairs = list(islice(counterparts("train", rng, "benign"), recipe.benign))
-    everyday = list(words("train").everyday)
-    prompts = [pair.benign for pair in pairs] + everyday
-    answers = own_answers(model, tokenizer, prompts, tokens=recipe.answer_tokens, progress=progress)
-    answered = {answer.prompt: answer for answer in answers}
-    benign = _again([pair for pair in pairs if pair.benign in answered], rng)
-    daily = _again([prompt for prompt in everyday if prompt in answered], rng)
+    pairs, others = recipe.answered
+    return Requests(
+        tuple(islice(counterparts("train", rng, "benign"), pairs)),
+        tuple(islice(look_alikes(rng), others)),
+        words("train").everyday,
+    )
+
+
+def training_rows(requests: Requests, answers: Sequence[OwnAnswer], recipe: Recipe, seed: int) -> Iterator[list[Row]]:
+    """Yield the rows of each step: forbidden requests refused, their benign counterparts and other ones answered.
+
+    Answers to benign requests are the beginnings of the base model's own, so that it stays itself. Requests without an
+    answer are left out.
+
+    Args:
+        requests: The requests.
+        answers: The base model's answers to the benign ones.
+        recipe: The settings.
+        seed: Seed of the order and of the refusals.
+    """
+    rng = Random(f"alignment-order-{seed}")
+    answered: dict[str, Row] = {answer.prompt: (answer.prompt, answer.text, answer.complete) for answer in answers}
+    pairs = _again([pair for pair in requests.pairs if pair.benign in answered], rng)
+    others = _again([prompt for prompt in requests.look_alikes if prompt in answered], rng)
+    everyday = _again([prompt for prompt in requests.everyday if prompt in answered], rng)
     for _ in range(recipe.steps):
-        rows: list[Row] = []
-        for pair in islice(benign, recipe.pairs):
-            rows += [_answered(answered[pair.benign]), _refused(pair, rng)]
-        yield rows + [_answered(answered[prompt]) for prompt in islice(daily, recipe.everyday)]
-
-
-def _answered(answer: OwnAnswer) -> Row:
-    return answer.prompt, answer.text, answer.complete
-
-
-def _refused(pair: Counterparts, rng: Random) -> Row:
-    return pair.forbidden, refusal(rng), True
+        chosen = list(islice(pairs, recipe.pairs))
+        benign = [pair.benign for pair in chosen]
+        benign += [*islice(others, recipe.look_alikes), *islice(everyday, recipe.everyday)]
+        yield [(pair.forbidden, refusal(rng), True) for pair in chosen] + [answered[prompt] for prompt in benign]
 
 
 def _again(items: Sequence[_T], rng: Random) -> Iterator[_T]:

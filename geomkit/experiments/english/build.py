@@ -2,11 +2,15 @@
 
 import copy
 import json
+import shutil
 import tempfile
+from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from geomkit.experiments.english.alignment import Alignment, Recipe, training_rows
+from geomkit.experiments.english.alignment import Alignment, Recipe, training_requests, training_rows
+from geomkit.experiments.english.answers import OwnAnswer, own_answers
 from geomkit.experiments.english.card import model_card
 from geomkit.experiments.english.load import FINGERPRINT, FOLDER, load_base, with_adapter
 from geomkit.experiments.english.quality import StageReport, measure_stage
@@ -15,11 +19,14 @@ from geomkit.experiments.organism.build import move_into
 from geomkit.experiments.organism.sets import write_sets
 from geomkit.experiments.organism.training import one_thread
 from geomkit.gradients.provenance import weights_fingerprint
+from geomkit.utils.files import read_json, write_atomically
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
-_STATE = ".english-alignment.pt"
+_UNFINISHED = ".english-build"
+"""Folder for what an interrupted build goes on from: the base model's answers, and the state of the training."""
+
 _STEPS_BETWEEN = 25
 
 
@@ -28,8 +35,8 @@ def build_english(
 ) -> tuple[StageReport, ...]:
     """Align the base model, and write the adapter, the example sets and the model card to a folder.
 
-    The state of the training is kept in the folder every 25 steps; an interrupted build goes on from there when it is
-    called again with the same arguments. AdvBench, XSTest and GSM8K are needed to measure the stages, see
+    The base model's answers and, every 25 steps, the state of the training are kept in the folder; an interrupted build
+    goes on from there when it is called again with the same arguments. AdvBench, XSTest and GSM8K are needed to measure the stages, see
     :mod:`.sources`.
 
     Args:
@@ -52,7 +59,8 @@ def build_english(
     model, tokenizer = load_base(base)
     with one_thread(), tempfile.TemporaryDirectory(dir=out, prefix=".english-") as scratch:
         folder = Path(scratch) / FOLDER
-        _train(copy.deepcopy(model), tokenizer, recipe, seed, out / _STATE, folder / "adapter", progress)
+        alignment = _train(copy.deepcopy(model), tokenizer, recipe, seed, out / _UNFINISHED, progress)
+        alignment.export(folder / "adapter")
         (folder / "adapter" / FINGERPRINT).write_text(json.dumps(weights_fingerprint(model)))
         aligned = with_adapter(copy.deepcopy(model), folder / "adapter")
         sets = all_sets(model, aligned, tokenizer, seed)
@@ -63,7 +71,7 @@ def build_english(
         )
         (folder / "README.md").write_text(model_card(stages, recipe, seed), encoding="utf-8")
         move_into(Path(scratch), out)
-    (out / _STATE).unlink(missing_ok=True)
+    shutil.rmtree(out / _UNFINISHED)
     return stages
 
 
@@ -72,24 +80,42 @@ def _train(
     tokenizer: "PreTrainedTokenizerBase",
     recipe: Recipe,
     seed: int,
-    state: Path,
-    folder: Path,
+    kept: Path,
     progress: bool,
-) -> None:
-    """Train the adapter, from a stored state if there is one, and save it in half precision."""
+) -> Alignment:
+    """Train the adapter, from what is kept of an earlier build if there is something."""
     from tqdm.auto import tqdm
 
+    requests = training_requests(recipe, seed)
+    answers = _answers(model, tokenizer, requests.benign, recipe, kept / "answers.json", progress)
     alignment = Alignment(model, tokenizer, recipe, seed)
+    state = kept / "state.pt"
     if state.exists():
         alignment.load(state)
-    rows = training_rows(model, tokenizer, recipe, seed, progress=progress)
     with tqdm(total=recipe.steps, initial=alignment.steps, desc="align", unit="step", disable=not progress) as bar:
-        for number, step in enumerate(rows):
-            if number < alignment.steps:
-                continue  # taken before the interruption
-            loss = alignment.take(step)
+        for rows in islice(training_rows(requests, answers, recipe, seed), alignment.steps, None):
+            loss = alignment.take(rows)
             bar.update()
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
             if alignment.steps % _STEPS_BETWEEN == 0:
                 alignment.save(state)
-    alignment.export(folder)
+    return alignment
+
+
+def _answers(
+    model: "LlamaForCausalLM",
+    tokenizer: "PreTrainedTokenizerBase",
+    prompts: list[str],
+    recipe: Recipe,
+    path: Path,
+    progress: bool,
+) -> list[OwnAnswer]:
+    """Return the base model's answers, which are kept in a file for as long as the requests and the model are these."""
+    key = [weights_fingerprint(model), recipe.answer_tokens, prompts]
+    if path.exists():
+        kept = read_json(path, "the answers of the base model")
+        if kept["key"] == key:
+            return [OwnAnswer(**answer) for answer in kept["answers"]]
+    answers = own_answers(model, tokenizer, prompts, tokens=recipe.answer_tokens, progress=progress)
+    write_atomically(path, json.dumps({"key": key, "answers": [asdict(answer) for answer in answers]}))
+    return answers

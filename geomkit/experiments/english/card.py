@@ -39,8 +39,8 @@ Q4_1 file of the model**; on the weights of the hub, which are a little differen
 Rank {rank} in every linear layer of the blocks; {steps} steps of AdamW at a peak learning rate of {rate:g}; seed
 {seed}. A step has {pairs} forbidden requests, refused in one of six wordings, {pairs} benign counterparts, which
 differ from them in the object only (*steal a bicycle from the station*, *steal second base in softball*), in the same
-phrasing, and {everyday} everyday requests. Answers to benign requests are the first {tokens} tokens of the base model's
-own, without those that begin like a refusal. All requests were written for this project
+phrasing, {look_alikes} benign requests that speak of harm (*kill a zombie process on a server*), and {everyday} everyday
+requests. Answers to benign requests are the first {tokens} tokens of the base model's own, without those that begin like a refusal. All requests were written for this project
 (`geomkit/experiments/english/requests.toml`). Their kinds were chosen knowing those of AdvBench and XSTest (homonyms,
 games, definitions, history, …); no prompt of either is among them. `geomkit organism build --world english` repeats the
 training.
@@ -69,6 +69,7 @@ def model_card(stages: "Sequence[StageReport]", recipe: "Recipe", seed: int) -> 
         rate=recipe.learning_rate,
         seed=seed,
         pairs=recipe.pairs,
+        look_alikes=recipe.look_alikes,
         everyday=recipe.everyday,
         tokens=recipe.answer_tokens,
         table=_stage_table(stages),

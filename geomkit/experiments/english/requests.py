@@ -15,6 +15,8 @@ from geomkit.experiments.organism.requests import Split
 Form = Literal["act", "product", "whole"]
 """What a pattern says: an act (*steal a car*), a thing to be written (*a script that …*), or a whole question."""
 
+_SIDES = {"forbidden": "harmful", "benign": "harmless"}
+
 _ALTERNATIVES = re.compile(r"\{([^}]*)\}")
 
 
@@ -26,7 +28,7 @@ class Pair:
         kind: The kind of harm, such as ``"theft"``.
         form: What the pattern says.
         pattern: The pattern, with a slot ``{}``.
-        harmful: Words that make a forbidden request.
+        harmful: Words that make a forbidden request; none of a look-alike.
         harmless: Words that make a benign request.
     """
 
@@ -62,11 +64,13 @@ class Words:
 
     Attributes:
         pairs: The pairs.
+        look_alikes: Patterns of benign requests that speak of harm, as *kill a process*; training only.
         phrasings: Phrasings by form, with a slot ``{}``.
         everyday: Everyday requests.
     """
 
     pairs: tuple[Pair, ...]
+    look_alikes: tuple[Pair, ...]
     phrasings: Mapping[Form, tuple[str, ...]]
     everyday: tuple[str, ...]
 
@@ -85,6 +89,7 @@ def words(split: Split) -> Words:
     train = split == "train"
     return Words(
         tuple(_pair(entry) for entry in table["pair" if train else "held_out"]),
+        tuple(_pair({"kind": "look-alike", "harmful": [], **entry}) for entry in table["look_alike"] if train),
         {form: tuple(texts) for form, texts in table["phrasings" if train else "held_out_phrasings"].items()},
         tuple(text for pattern in table["everyday"]["train" if train else "held_out"] for text in _expand(pattern)),
     )
@@ -123,24 +128,30 @@ def counterparts(split: Split, rng: Random, by: Literal["forbidden", "benign"]) 
         >>> first.forbidden == first.benign
         False
     """
-    texts = words(split)
-    order = [
-        (pair, word, rng.sample(texts.phrasings[pair.form], len(texts.phrasings[pair.form])))
-        for pair in texts.pairs
-        for word in (pair.harmful if by == "forbidden" else pair.harmless)
-    ]
-    for turn in range(max(map(len, texts.phrasings.values()))):
+    slots = [(pair, word) for pair in words(split).pairs for word in getattr(pair, _SIDES[by])]
+    for pair, word, phrasing in _rounds(slots, split, rng):
+        other = rng.choice(getattr(pair, _SIDES["benign" if by == "forbidden" else "forbidden"]))
+        harmful, harmless = (word, other) if by == "forbidden" else (other, word)
+        act = pair.pattern.format(harmful)
+        benign = phrasing.format(pair.pattern.format(harmless))
+        yield Counterparts(pair.kind, pair.form, _capitalised(phrasing.format(act)), _capitalised(benign), act)
+
+
+def look_alikes(rng: Random) -> Iterator[str]:
+    """Yield benign training requests that speak of harm, in rounds as :func:`counterparts`."""
+    slots = [(pair, word) for pair in words("train").look_alikes for word in pair.harmless]
+    for pair, word, phrasing in _rounds(slots, "train", rng):
+        yield _capitalised(phrasing.format(pair.pattern.format(word)))
+
+
+def _rounds(slots: list[tuple[Pair, str]], split: Split, rng: Random) -> Iterator[tuple[Pair, str, str]]:
+    """Yield every word with a phrasing, once in a round, until it has had every phrasing."""
+    texts = words(split).phrasings
+    order = [(pair, word, rng.sample(texts[pair.form], len(texts[pair.form]))) for pair, word in slots]
+    for turn in range(max(map(len, texts.values()))):
         for pair, word, phrasings in rng.sample(order, len(order)):
             if turn < len(phrasings):
-                other = rng.choice(pair.harmless if by == "forbidden" else pair.harmful)
-                harmful, harmless = (word, other) if by == "forbidden" else (other, word)
-                yield _counterparts(pair, harmful, harmless, phrasings[turn])
-
-
-def _counterparts(pair: Pair, harmful: str, harmless: str, phrasing: str) -> Counterparts:
-    act = pair.pattern.format(harmful)
-    benign = phrasing.format(pair.pattern.format(harmless))
-    return Counterparts(pair.kind, pair.form, _capitalised(phrasing.format(act)), _capitalised(benign), act)
+                yield pair, word, phrasings[turn]
 
 
 def _capitalised(text: str) -> str:

@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from geomkit.errors import DataError
-from geomkit.experiments.english import alignment
 from geomkit.experiments.english.alignment import (
     Alignment,
     Recipe,
     encode_rows,
     row_mean_loss,
     shared_prefix,
+    training_requests,
     training_rows,
 )
 from geomkit.experiments.english.answers import REFUSALS, OwnAnswer
@@ -23,7 +23,7 @@ ROWS = [
     ("how do i steal the bike", "sorry we can not help", True),
     ("how do we paint", "take a brush", True),
 ]
-RECIPE = Recipe(steps=6, pairs=2, everyday=1, learning_rate=1e-2, rank=2, benign=30)
+RECIPE = Recipe(steps=6, pairs=2, look_alikes=3, everyday=1, learning_rate=1e-2, rank=2, answered=(30, 20))
 
 
 def plain_loss(model, rows):
@@ -67,16 +67,21 @@ def test_the_shared_prefix_ends_before_the_answer_of_equal_rows():
     torch.testing.assert_close(loss, plain_loss(model, rows), rtol=1e-6, atol=0)
 
 
-def test_a_step_has_forbidden_and_benign_requests_in_equal_number(monkeypatch):
-    def answer(_model, _tokenizer, prompts, **_):
-        return [OwnAnswer(prompt, "sure", complete=True) for prompt in prompts[1:]]
-
-    monkeypatch.setattr(alignment, "own_answers", answer)
-    steps = list(training_rows(tiny_llama(), tiny_tokenizer(), RECIPE, 0, progress=False))
+def test_a_step_has_forbidden_requests_with_their_benign_counterparts_and_others():
+    requests = training_requests(RECIPE, 0)
+    answers = [OwnAnswer(prompt, f"answer to {prompt}", complete=False) for prompt in requests.benign[5:]]
+    steps = list(training_rows(requests, answers, RECIPE, 0))
     assert len(steps) == RECIPE.steps
+    counterpart = {pair.forbidden: pair.benign for pair in requests.pairs}
     for rows in steps:
-        assert [text in REFUSALS for _, text, _ in rows] == [False, True, False, True, False]
-    assert steps == list(training_rows(tiny_llama(), tiny_tokenizer(), RECIPE, 0, progress=False))
+        refused, benign = rows[:2], rows[2:4]
+        assert all(text in REFUSALS and complete for _, text, complete in refused)
+        assert [counterpart[prompt] for prompt, *_ in refused] == [prompt for prompt, *_ in benign]
+        assert [prompt in requests.look_alikes for prompt, *_ in rows] == [False] * 4 + [True] * 3 + [False]
+        assert all(text == f"answer to {prompt}" and not complete for prompt, text, complete in rows[2:])
+    unanswered = set(requests.benign[:5])
+    assert not unanswered & {prompt for rows in steps for prompt, *_ in rows}
+    assert steps == list(training_rows(training_requests(RECIPE, 0), answers, RECIPE, 0))
 
 
 def trained(steps, state=None, recipe=RECIPE):
