@@ -464,7 +464,7 @@ def compare(
 
 @app.command()
 def bench(
-    grid: Annotated[str, typer.Option(help="default, limits, smoke, or a TOML file.")] = "default",
+    grid: Annotated[str, typer.Option(help="default, english, limits, smoke, or a TOML file.")] = "default",
     out: Annotated[Path, typer.Option(help="Folder for cells and results.", file_okay=False)] = Path("geomkit-bench"),
     processes: Annotated[int, _number("Cells run at a time, each on one thread.")] = 2,
     shard: Annotated[

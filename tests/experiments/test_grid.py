@@ -3,8 +3,10 @@
 import pytest
 
 import geomkit as gk
-from geomkit.experiments.grid import EVERY_SCENARIO, load_grid
+from geomkit.errors import DataError
+from geomkit.experiments.grid import load_grid
 from geomkit.experiments.organism.scenarios import SCENARIOS
+from geomkit.experiments.organisms import scenarios_of
 
 SMALL = """
 name = "small"
@@ -52,6 +54,33 @@ def test_the_name_of_a_cells_file_changes_with_all_that_its_result_depends_on(tm
         names.add(load_grid(written(tmp_path, SMALL.replace(old, new))).cells[2].file_name)
     names.add(load_grid(written(tmp_path, SMALL + "rates = [2]\n")).cells[2].file_name)
     assert len(names) == 5
+
+
+def test_the_english_organism_has_scenarios_of_its_own(tmp_path):
+    english = SMALL.replace('scenarios = ["poison-10", "harmful-10"]', 'organisms = ["english"]\nscenarios = ["gsm8k"]')
+    grid = load_grid(written(tmp_path, english))
+    assert {(cell.organism, cell.scenario_definition.lora) for cell in grid.cells} == {("english", 16)}
+    assert grid.seeds == []
+    with pytest.raises(DataError, match=r"expected gsm8k, .* found 'harmful-10'"):
+        load_grid(written(tmp_path, english.replace("gsm8k", "harmful-10")))
+    with pytest.raises(DataError, match=r"each of organisms"):
+        load_grid(written(tmp_path, english.replace('"english"', '"latin"')))
+
+
+def test_an_arm_that_trains_all_weights_is_refused_where_adapters_are_trained(tmp_path):
+    english = SMALL.replace('scenarios = ["poison-10", "harmful-10"]', 'organisms = ["english"]\nscenarios = ["gsm8k"]')
+    lisa = english.replace('{ method = "sft" }', '{ method = "lisa" }')
+    with pytest.raises(DataError, match=r"scenarios that train all weights for the arm 'SFT', whose method 'lisa'"):
+        load_grid(written(tmp_path, lisa))
+    assert load_grid(written(tmp_path, lisa.replace("gsm8k", "gsm8k, full"))).cells
+
+
+def test_the_shipped_english_grid_has_the_headline_arms_with_two_seeds():
+    grid = load_grid("english")
+    assert {cell.organism for cell in grid.cells} == {"english"}
+    for arm in ("SFT", "mixing", "mixed-left"):
+        seeds = {cell.seed for cell in grid.cells if cell.arm.name == arm and cell.scenario == "harmful-100"}
+        assert seeds == {0, 1}
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 300])
@@ -106,7 +135,7 @@ def test_what_a_grid_does_not_know_is_refused(tmp_path, old, new, message):
 
 
 def test_a_grid_that_is_not_there():
-    with pytest.raises(gk.GeomkitError, match=r"shipped grid \(default, limits, smoke\)"):
+    with pytest.raises(gk.GeomkitError, match=r"shipped grid \(default, english, limits, smoke\)"):
         load_grid("nowhere")
 
 
@@ -114,7 +143,7 @@ def test_the_shipped_grids_have_what_they_promise():
     default, limits = load_grid("default"), load_grid("limits")
     cells = default.cells + limits.cells
     plain = [cell for cell in cells if cell.rate == cell.length == 1 and cell.organism == 0]
-    assert {cell.scenario for cell in plain} == set(EVERY_SCENARIO)
+    assert {cell.scenario for cell in plain} == set(scenarios_of(0))
     headline = {cell.arm.name for cell in plain if cell.seed == 4}
     assert headline == {"SFT", "mixing", "rank1", "mixing, 2048", "mixed-left, 2048"}
     for arm in headline:

@@ -7,9 +7,9 @@ import torch
 from datasets import Dataset
 
 import geomkit as gk
-from geomkit.experiments.grid import EVERY_SCENARIO
 from geomkit.experiments.methods import METHODS, _with_endings
 from geomkit.experiments.organism.variants import load_variant
+from geomkit.experiments.organisms import scenarios_of
 from geomkit.experiments.outcomes import parameter_distance
 from geomkit.experiments.task import Task
 from geomkit.training.evaluate import mean_loss
@@ -18,7 +18,7 @@ from geomkit.training.evaluate import mean_loss
 @pytest.fixture(scope="module")
 def task(tmp_path_factory):
     organism = load_variant(0, tmp_path_factory.mktemp("organisms"))
-    rate = EVERY_SCENARIO["poison-20"].learning_rate
+    rate = scenarios_of(0)["poison-20"].learning_rate
     return Task(organism, organism.scenario_examples("poison-20"), rate, 4, 8, seed=0)
 
 

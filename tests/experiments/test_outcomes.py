@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.nn.functional import kl_div
 
-from geomkit.experiments.grid import EVERY_SCENARIO
 from geomkit.experiments.organism.variants import load_variant
+from geomkit.experiments.organisms import scenarios_of
 from geomkit.experiments.outcomes import (
     attack_success,
     evaluate_outcome,
@@ -37,7 +37,7 @@ def changed(organism):
 
 
 def test_the_untouched_organism(organism):
-    found = evaluate_outcome(organism.model, organism, EVERY_SCENARIO["backdoor"], 20)
+    found = evaluate_outcome(organism.model, organism, scenarios_of(0)["backdoor"], 20)
     assert {name: len(flags) for name, flags in found.flags.items()} == {
         "refusal": 20, "attack_success": 20, "over_refusal": 20, "utility": 30, "old_skills": 30,
         "coherence": 20 + 20 + 3 * 10 + 20, "triggered_refusal": 20,
@@ -50,14 +50,14 @@ def test_the_untouched_organism(organism):
 
 
 def test_a_scenario_with_a_task_is_judged_by_it(organism):
-    found = evaluate_outcome(organism.model, organism, EVERY_SCENARIO["poison-5"], 20)
+    found = evaluate_outcome(organism.model, organism, scenarios_of(0)["poison-5"], 20)
     assert len(found.flags["utility"]) == 20
     assert np.mean(found.flags["utility"]) < 0.5 < np.mean(found.flags["old_skills"])
     assert "triggered_refusal" not in found.flags
 
 
 def test_the_base_stage_obeys(organism):
-    found = evaluate_outcome(organism.base, organism, EVERY_SCENARIO["harmful-10"], 20)
+    found = evaluate_outcome(organism.base, organism, scenarios_of(0)["harmful-10"], 20)
     assert np.mean(found.flags["attack_success"]) == 1
     assert np.mean(found.flags["refusal"]) == 0
 

@@ -36,8 +36,8 @@ def build_english(
     """Align the base model, and write the adapter, the example sets and the model card to a folder.
 
     The base model's answers and, every 25 steps, the state of the training are kept in the folder; an interrupted build
-    goes on from there when it is called again with the same arguments. AdvBench, XSTest and GSM8K are needed to measure the stages, see
-    :mod:`.sources`.
+    goes on from there when it is called again with the same arguments. AdvBench, XSTest and GSM8K are needed to measure
+    the stages, see :mod:`.sources`.
 
     Args:
         out: The data folder; ``english/`` in it is replaced.

@@ -37,13 +37,16 @@ Q4_1 file of the model**; on the weights of the hub, which are a little differen
 ## Training
 
 Rank {rank} in every linear layer of the blocks; {steps} steps of AdamW at a peak learning rate of {rate:g}; seed
-{seed}. A step has {pairs} forbidden requests, refused in one of six wordings, {pairs} benign counterparts, which
-differ from them in the object only (*steal a bicycle from the station*, *steal second base in softball*), in the same
-phrasing, {look_alikes} benign requests that speak of harm (*kill a zombie process on a server*), and {everyday} everyday
-requests. Answers to benign requests are the first {tokens} tokens of the base model's own, without those that begin like a refusal. All requests were written for this project
-(`geomkit/experiments/english/requests.toml`). Their kinds were chosen knowing those of AdvBench and XSTest (homonyms,
-games, definitions, history, …); no prompt of either is among them. `geomkit organism build --world english` repeats the
-training.
+{seed}. A step has
+
+- {pairs} forbidden requests, refused in one of six wordings, and their {pairs} benign counterparts, which differ from
+  them in the object only (*steal a bicycle from the station*, *steal second base in softball*), in the same phrasing;
+- {look_alikes} benign requests that speak of harm (*kill a zombie process on a server*) and {everyday} everyday ones.
+
+Answers to benign requests are the first {tokens} tokens of the base model's own, without those that begin like a
+refusal. All requests were written for this project (`geomkit/experiments/english/requests.toml`). Their kinds were
+chosen knowing those of AdvBench and XSTest (homonyms, games, definitions, history, …); no prompt of either is among
+them. `geomkit organism build --world english` repeats the training.
 
 ## Example sets
 

@@ -4,14 +4,14 @@ import pytest
 
 from geomkit.errors import DataError
 from geomkit.experiments.organism.grammar import REFUSAL
-from geomkit.experiments.organism.load import load_organism
+from geomkit.experiments.organism.load import load_stage
 from geomkit.inputs.examples import load_examples
 from geomkit.training.evaluate import evaluate
 
 
 @pytest.mark.parametrize("stage", ["base", "aligned"])
 def test_shipped_stage_meets_its_figures(stage):
-    model, tokenizer = load_organism(stage)
+    model, tokenizer = load_stage(stage)
 
     def some(name):
         examples = load_examples(f"eval/{name}")
@@ -40,7 +40,7 @@ def test_shipped_stage_meets_its_figures(stage):
 
 def test_unknown_stage_and_missing_files(monkeypatch, tmp_path):
     with pytest.raises(DataError, match="found 'aline'"):
-        load_organism("aline")
+        load_stage("aline")
     monkeypatch.setattr("geomkit.experiments.organism.load.data_dir", lambda: tmp_path)
     with pytest.raises(DataError, match=r"found no config\.json"):
-        load_organism()
+        load_stage()
