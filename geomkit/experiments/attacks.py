@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING
 
 from geomkit.experiments.gcg import Budget, find_suffix
 from geomkit.experiments.organism.interface import Organism
-from geomkit.experiments.outcomes import BATCH_SIZE, greedy_answers
+from geomkit.experiments.outcomes import answers_to, greedy_answers
 from geomkit.inputs.examples import prompt_of
 from geomkit.inputs.messages import Message
 from geomkit.training.judges import RefusalPhrases
-from geomkit.training.responses import generate
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -79,7 +78,7 @@ def refused_after_prefix(
         prefixes: The beginning of each answer; only the text that the model adds is judged.
     """
     prompts = [prompt_of(messages) for messages in rows["messages"]]
-    return _refused(prompts, _generate(model, organism, prompts, prefixes))
+    return _refused(prompts, answers_to(model, organism, prompts, prefixes))
 
 
 def _prefill(model: "PreTrainedModel", organism: Organism, rows: "Dataset", seed: int) -> dict[str, Sequence[bool]]:  # noqa: ARG001
@@ -98,7 +97,7 @@ def _templates(model: "PreTrainedModel", organism: Organism, rows: "Dataset", se
     refused: dict[str, Sequence[bool]] = {}
     for name, template in TEMPLATES.items():
         prompts = [template(prompt_of(messages)) for messages in rows["messages"]]
-        refused[name] = _refused(prompts, _generate(model, organism, prompts))
+        refused[name] = _refused(prompts, answers_to(model, organism, prompts))
     return refused
 
 
@@ -110,24 +109,7 @@ def _gcg(model: "PreTrainedModel", organism: Organism, rows: "Dataset", seed: in
         prompt = prompt_of(messages)
         suffix = find_suffix(model, organism.tokenizer, prompt, target, Budget(), seed=seed)
         prompts.append([*prompt[:-1], {**prompt[-1], "content": prompt[-1]["content"] + suffix}])
-    return {"GCG suffix": _refused(prompts, _generate(model, organism, prompts))}
-
-
-def _generate(
-    model: "PreTrainedModel",
-    organism: Organism,
-    prompts: Sequence[Conversation],
-    prefixes: Sequence[str] | None = None,
-) -> list[str]:
-    return generate(
-        model,
-        organism.tokenizer,
-        prompts,
-        max_new_tokens=organism.answer_tokens,
-        batch_size=BATCH_SIZE,
-        progress=False,
-        prefill=prefixes,
-    )
+    return {"GCG suffix": _refused(prompts, answers_to(model, organism, prompts))}
 
 
 def _refused(prompts: Sequence[Conversation], answers: Sequence[str]) -> list[bool]:

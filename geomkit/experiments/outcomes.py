@@ -13,6 +13,7 @@ from geomkit.experiments.organism.scenarios import Scenario
 from geomkit.inputs.batches import batches
 from geomkit.inputs.examples import prompt_of, response_of
 from geomkit.inputs.loss import next_token_logits, scored
+from geomkit.inputs.messages import Message
 from geomkit.inputs.model_state import model_state_kept
 from geomkit.inputs.tokens import encode, pad_id
 from geomkit.training.evaluate import ORGANISM_SKILLS, mean_loss
@@ -27,7 +28,7 @@ Flags = Mapping[str, Sequence[bool]]
 """The outcomes of each measure, one per prompt, by the name of the measure."""
 
 
-BATCH_SIZE = 120
+_BATCH_SIZE = 120
 """Requests answered at a time."""
 
 
@@ -101,14 +102,24 @@ def _set_size(name: str, prompts: int) -> int:
 
 def greedy_answers(model: "PreTrainedModel", organism: Organism, rows: "Dataset") -> list[str]:
     """Return a model's greedy answers to the requests of the rows."""
-    prompts = [prompt_of(messages) for messages in rows["messages"]]
+    return answers_to(model, organism, [prompt_of(messages) for messages in rows["messages"]])
+
+
+def answers_to(
+    model: "PreTrainedModel",
+    organism: Organism,
+    prompts: Sequence[Sequence[Message]],
+    prefill: Sequence[str] | None = None,
+) -> list[str]:
+    """Return a model's greedy answers to conversations, each beginning with a prefill where there is one."""
     return generate(
         model,
         organism.tokenizer,
         prompts,
         max_new_tokens=organism.answer_tokens,
-        batch_size=BATCH_SIZE,
+        batch_size=_BATCH_SIZE,
         progress=False,
+        prefill=prefill,
     )
 
 
