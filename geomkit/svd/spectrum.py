@@ -20,6 +20,7 @@ from geomkit.inputs.parameters import kind_of, layer_index
 from geomkit.stats.jackknife import jackknife_groups, jackknife_interval
 from geomkit.svd.layer_measure import LayerMeasure, measure_layer
 from geomkit.svd.layer_spectrum import SMOOTH_STATISTICS, LayerSpectrum, Unit, statistic_values
+from geomkit.svd.nulls import NullDraws
 from geomkit.utils.arguments import check_confidence, check_draws, check_groups, check_seed
 from geomkit.utils.display import Result
 from geomkit.utils.figures import draw
@@ -258,7 +259,11 @@ def spectrum(
     left_out = example_groups(gradients, groups, seed)
     measures = {
         name: measure_layer(
-            name, gradient, weighted_parts(gradients, name), left_out, null_draws, parameter_generator(seed, name)
+            name,
+            gradient,
+            weighted_parts(gradients, name),
+            left_out,
+            NullDraws(null_draws, parameter_generator(seed, name)),
         )
         for name, gradient in matrices.items()
     }

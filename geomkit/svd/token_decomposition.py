@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from geomkit.gradients.factored import FactoredGradient
-from geomkit.gradients.layer_gradient import row_products
+from geomkit.gradients.layer_gradient import LayerGradient, row_products
 from geomkit.svd.singular_values import gram_error_is_small, rank_tolerance
 from geomkit.utils.arguments import check_finite
 
@@ -45,7 +45,18 @@ class TokenDecomposition:
         return self.parts.new_zeros(len(groups), self.parts.shape[1]).index_add_(0, owners, self.parts)
 
 
-def token_decomposition(gradient: FactoredGradient) -> TokenDecomposition:
+def input_gram(gradient: LayerGradient) -> Tensor | None:
+    """Return the (T, T) fp64 inner products RRᵀ of a factored gradient LᵀR of T tokens, fewer than rows and columns.
+
+    Returns:
+        The inner products; ``None`` for a gradient of another form or of as many tokens or more.
+    """
+    if not isinstance(gradient, FactoredGradient) or gradient.tokens >= min(gradient.shape):
+        return None
+    return row_products(gradient.right, gradient.right)
+
+
+def token_decomposition(gradient: FactoredGradient, inputs: Tensor | None = None) -> TokenDecomposition:
     """Return the singular value decomposition of a factored gradient, with every token's part in the singular values.
 
     Values are exact to 1e-6 of the largest value. They come from Gram matrices, or from two QRs and an SVD where
@@ -53,19 +64,21 @@ def token_decomposition(gradient: FactoredGradient) -> TokenDecomposition:
 
     Args:
         gradient: A gradient of T tokens.
+        inputs: Its :func:`input_gram`; computed when left out.
 
     Raises:
         GeometryError: If the gradient is not finite.
     """
-    if gradient.tokens >= min(gradient.shape):
+    inputs = input_gram(gradient) if inputs is None else inputs
+    if inputs is None:
         return _from_matrix(gradient.left, gradient.right)
-    return _from_token_grams(gradient.left, gradient.right) or _from_triangles(gradient.left, gradient.right)
+    return _from_token_grams(gradient.left, gradient.right, inputs) or _from_triangles(gradient.left, gradient.right)
 
 
-def _from_token_grams(left: Tensor, right: Tensor) -> TokenDecomposition | None:
+def _from_token_grams(left: Tensor, right: Tensor, b: Tensor) -> TokenDecomposition | None:
     """Decompose LᵀR of fewer tokens than rows and columns; ``None`` where the Gram matrices lose too many digits."""
     # 1. Gram matrices A = LLᵀ = CCᵀ and B = RRᵀ of the tokens.
-    a, b = row_products(left, left), row_products(right, right)
+    a = row_products(left, left)
     check_finite(a, "a gradient's left factor")
     check_finite(b, "a gradient's right factor")
     lower, failed = torch.linalg.cholesky_ex(a)
