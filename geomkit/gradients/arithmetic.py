@@ -17,6 +17,7 @@ from geomkit.gradients.factored import FactoredGradient
 from geomkit.gradients.indexed import IndexedGradient
 from geomkit.gradients.layer_gradient import LayerGradient, row_products
 from geomkit.gradients.summed import SumGradient
+from geomkit.utils.precision import no_autocast
 
 _FP64_NUMBERS = 2**21
 """Number of values that are converted to fp64 at a time."""
@@ -239,6 +240,9 @@ def _gram_by_strips(
 
 def _flat_strips(gradients: Sequence[LayerGradient], strip: Tensor | slice, dtype: torch.dtype) -> Tensor:
     """Return one strip of every gradient as a row, (N, rows · columns of the strip)."""
+    factored = factored_of(gradients)
+    if isinstance(strip, slice) and dtype == torch.float32 and len(factored) == len(gradients):
+        return _flat_products(factored, strip)
     taken = dtype if isinstance(strip, Tensor) else torch.float32
     pieces = (gradient.take(strip, taken).flatten() for gradient in gradients)
     first = next(pieces)
@@ -246,3 +250,13 @@ def _flat_strips(gradients: Sequence[LayerGradient], strip: Tensor | slice, dtyp
     for row, piece in zip(flat, chain([first], pieces), strict=True):
         row.copy_(piece)
     return flat
+
+
+def _flat_products(gradients: Sequence[FactoredGradient], strip: slice) -> Tensor:
+    """Return one strip of every factored gradient as a row, fp32, multiplied in its place without a copy."""
+    rows = len(range(*strip.indices(gradients[0].shape[0])))
+    flat = torch.empty(len(gradients), rows, gradients[0].shape[1], device=gradients[0].device)
+    with no_autocast(flat.device):
+        for product, gradient in zip(flat, gradients, strict=True):
+            torch.mm(gradient.left[:, strip].float().T, gradient.right.float(), out=product)
+    return flat.flatten(1)

@@ -4,7 +4,7 @@ The sum without an example differs little from the sum of all, whose leading vec
 of subspace iteration with a few directions to spare reaches the leading vectors without the example.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -25,6 +25,8 @@ _CANCELLED = 1e-7
 """Singular value, relative to ‖L‖‖R‖, below which a gradient LᵀR of fp32 factors is rounding."""
 _SMALL = 64
 """Largest smaller dimension at which the sums without each gradient are decomposed."""
+_PADDING = 1.25
+"""Largest ratio of the longest to the shortest factors of a batch."""
 _NUMBERS = 2**24
 """Largest number of entries of the iterated bases of the sums that are in memory at a time."""
 
@@ -45,21 +47,33 @@ def example_bases(gradients: Sequence[LayerGradient], side: Side, rank: int) -> 
     """
     bases: dict[int, Tensor] = {}
     shape = gradients[0].matrix_shape
-    waiting: list[tuple[int, Factors]] = []
-    longest = 0
+    thin: list[tuple[int, Factors]] = []
     for place, gradient in enumerate(gradients):
         factors = thin_factors(gradient)
         if factors is None:
             bases[place] = _leading(gradient, side, rank).float()
             continue
-        waiting.append((place, factors if side == "left" else factors[::-1]))
-        # Factors of one batch are padded to the longest, which changes nothing.
-        longest = max(longest, len(factors[0]))
-        if len(waiting) * longest * sum(shape) >= _NUMBERS // 4:
-            bases |= _of_batch(waiting, shape, rank)
-            waiting, longest = [], 0
-    bases |= _of_batch(waiting, shape, rank)
+        thin.append((place, factors if side == "left" else factors[::-1]))
+    for batch in _batches_of_like_length(thin, _NUMBERS // 4 // sum(shape)):
+        bases |= _of_batch(batch, shape, rank)
     return [bases[place] for place in range(len(gradients))]
+
+
+def _batches_of_like_length(factors: list[tuple[int, Factors]], most: int) -> Iterator[list[tuple[int, Factors]]]:
+    """Yield factors in batches that padding to the longest changes little.
+
+    Args:
+        factors: Places, and factors.
+        most: Number of tokens of a batch, about.
+    """
+    batch: list[tuple[int, Factors]] = []
+    for place, (left, right) in sorted(factors, key=lambda entry: len(entry[1][0])):
+        if batch and (len(left) > _PADDING * len(batch[0][1][0]) or len(batch) * len(left) >= most):
+            yield batch
+            batch = []
+        batch.append((place, (left, right)))
+    if batch:
+        yield batch
 
 
 def leave_one_out_bases(gradients: Sequence[LayerGradient], side: Side, rank: int) -> list[Tensor]:
@@ -221,10 +235,9 @@ def _of_batch(batch: Sequence[tuple[int, Factors]], shape: tuple[int, int], rank
     sizes = (_traces(inputs) * _traces(outputs)).sqrt()
     values = torch.where(values > _CANCELLED * sizes[:, None], values, 0.0)
     counts = [int((row > rank_tolerance(row, shape)).sum()) for row in values.cpu().numpy()]
-    return {
-        place: (rows.T @ (weights[:, :count] / lengths[:count])).float()
-        for place, rows, weights, lengths, count in zip(places, left, combined, values, counts, strict=True)
-    }
+    scaled = combined / values.clamp(min=torch.finfo(values.dtype).tiny)[:, None]
+    bases = (left.mT @ scaled).float()
+    return {place: basis[:, :count] for place, basis, count in zip(places, bases, counts, strict=True)}
 
 
 def _traces(matrices: Tensor) -> Tensor:
