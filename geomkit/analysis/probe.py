@@ -158,7 +158,8 @@ class Probe:
             DataError: If examples cannot be encoded.
             CollectionError: If a loss or gradient is not finite, or no parameter matches.
         """
-        return (replace(gradients, layers={}) for gradients in self._collected(model, tokenizer, progress))
+        # By map, because the variable of a loop would keep the means of a set while the next set is collected.
+        return map(_without_means, self._collected(model, tokenizer, progress))
 
     def _collected(
         self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", progress: bool
@@ -256,6 +257,11 @@ class Probe:
             progress=progress,
             remark=self.remark,
         )
+
+
+def _without_means(gradients: GradientSet) -> GradientSet:
+    """Return a set with the gradients of its examples only."""
+    return replace(gradients, layers={})
 
 
 def _drawn(total: int, count: int | None, seed: int) -> list[int]:
