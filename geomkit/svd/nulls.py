@@ -123,13 +123,13 @@ def enough_draws(rank_bound: int, largest: int) -> int:
         largest: Number of draws up to a rank bound of 32.
 
     Returns:
-        ``largest`` · 32 / ``rank_bound``, but at least 2 and at most ``largest``.
+        ``largest`` · 32 / ``rank_bound``, but at least 1 and at most ``largest``.
 
     Example:
         >>> [enough_draws(rank_bound, 8) for rank_bound in (30, 128, 576)]
-        [8, 2, 2]
+        [8, 2, 1]
     """
-    return min(largest, max(2, round(largest * 32 / max(rank_bound, 1))))
+    return min(largest, max(1, round(largest * 32 / max(rank_bound, 1))))
 
 
 def _uniform_directions(count: int, size: int, coordinates: int, generator: torch.Generator) -> Tensor:
