@@ -59,7 +59,7 @@ class Probe:
             every example's gradient are kept, so memory grows with this number.
         rank: Number of directions of the subspaces that are compared.
         null_draws: Largest number of draws from the null of each layer's spectrum; large spectra hardly vary and get
-            fewer, at least 2.
+            fewer, at least 1.
         layers: Which parameters to measure, as in :func:`geomkit.collect_gradients`.
         tokens_per_batch: Largest number of token positions in a batch, padding included.
         seed: Seed of all random draws; the same examples are drawn for every model.

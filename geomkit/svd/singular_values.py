@@ -101,7 +101,8 @@ def singular_values_of_gram(gram: Tensor) -> Tensor:
         >>> singular_values_of_gram(torch.diag(torch.tensor([0.0, 9.0, 4.0])))
         tensor([3., 2., 0.], dtype=torch.float64)
     """
-    return torch.linalg.eigvalsh(gram.double()).clamp(min=0).sqrt().flip(-1)
+    values: Tensor = torch.linalg.eigvalsh(gram.double()).clamp(min=0).sqrt().flip(-1)
+    return values
 
 
 def gram_error_is_small(left: Tensor, right: Tensor, values: Tensor) -> bool:

@@ -153,3 +153,15 @@ def test_singular_values_of_the_null_have_its_distribution(tokens: int, rows: in
     assert {len(values) for values in drawn} == {gradient.rank_bound}
     for measure in (lambda s: s[0], lambda s: s[-1], lambda s: s.sum() / s[0]):
         assert ks_2samp([measure(s) for s in drawn], [measure(s) for s in expected]).pvalue > 0.001
+
+
+def test_gradients_of_as_many_tokens_have_the_same_random_directions() -> None:
+    """Whoever draws first: a second gradient has the draws of a generator of its own with the same seed."""
+    first, second = factored(12, 60, 40), factored(12, 60, 40, seed=7)
+    shared = NullDraws(2, torch.Generator().manual_seed(0))
+    shared.singular_values(first)
+    alone = NullDraws(2, torch.Generator().manual_seed(0))
+    inputs = second.right.double() @ second.right.double().T
+    pairs = zip(shared.singular_values(second), alone.singular_values(second, inputs), strict=True)
+    for of_shared, of_alone in pairs:
+        np.testing.assert_allclose(of_shared, of_alone, rtol=1e-9)
