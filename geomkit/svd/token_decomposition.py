@@ -6,6 +6,7 @@ the example's gradient. One decomposition with vectors thus replaces one decompo
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -22,14 +23,21 @@ class TokenDecomposition:
 
     Attributes:
         values: (r,) singular values, descending, fp64.
-        parts: (T, r) part u_iᵀ l_t r_tᵀ v_i of token t in singular value i; the parts of all tokens add up to it. Zero
-            for singular values that are rounding.
+        compute_parts: Function that returns :attr:`parts`.
         left: Function from k to the (rows, k) leading left singular vectors.
     """
 
     values: Tensor
-    parts: Tensor
+    compute_parts: Callable[[], Tensor]
     left: Callable[[int], Tensor]
+
+    @cached_property
+    def parts(self) -> Tensor:
+        """(T, r) part u_iᵀ l_t r_tᵀ v_i of token t in singular value i; the parts of all tokens add up to it.
+
+        The parts are zero for singular values that are rounding.
+        """
+        return self.compute_parts()
 
     def parts_of_groups(self, lengths: Sequence[int], groups: Sequence[Sequence[int]]) -> Tensor:
         """Return the (J, r) parts of J groups of examples in the singular values.
@@ -89,9 +97,11 @@ def _from_token_grams(left: Tensor, right: Tensor, b: Tensor) -> TokenDecomposit
     values = squared.clamp(min=0).sqrt().flip(0)
     if not gram_error_is_small(a, b, values):
         return None
+
     # 3. UᵀLᵀ = EᵀCᵀ, and with v_i = Rᵀ L u_i / σ_i: token t has the part (CE)_ti (BCE)_ti / σ_i.
-    images = lower @ vectors.flip(1)
-    parts = _over(images * (b @ images), values, left.shape[1], right.shape[1])
+    def parts() -> Tensor:
+        images = lower @ vectors.flip(1)
+        return _over(images * (b @ images), values, left.shape[1], right.shape[1])
 
     def leading(k: int) -> Tensor:
         # U = Q E = Lᵀ C⁻ᵀ E.
@@ -105,7 +115,7 @@ def _from_triangles(left: Tensor, right: Tensor) -> TokenDecomposition:
     """Decompose LᵀR = Q_L (S_L S_Rᵀ) Q_Rᵀ from the SVD of its T × T middle."""
     (q_left, s_left), (_, s_right) = (torch.linalg.qr(factor.double().T) for factor in (left, right))
     u, values, v = torch.linalg.svd(s_left @ s_right.T)
-    return TokenDecomposition(values, (s_left.T @ u) * (s_right.T @ v.T), lambda k: q_left @ u[:, :k])
+    return TokenDecomposition(values, lambda: (s_left.T @ u) * (s_right.T @ v.T), lambda k: q_left @ u[:, :k])
 
 
 def _from_matrix(left: Tensor, right: Tensor) -> TokenDecomposition:
@@ -118,12 +128,13 @@ def _from_matrix(left: Tensor, right: Tensor) -> TokenDecomposition:
     check_finite(gram, f"a gradient of shape {tuple(matrix.shape)}")
     squared, vectors = torch.linalg.eigh(gram)
     values, vectors = squared.clamp(min=0).sqrt().flip(0), vectors.flip(1).to(matrix.dtype)
+
     # 2. u_i = G v_i / σ_i, so that token t has the part (l_tᵀ G v_i)(r_tᵀ v_i) / σ_i.
-    images = matrix @ vectors
-    parts = _over((rows @ images) * (columns @ vectors), values, *matrix.shape)
+    def parts() -> Tensor:
+        return _over((rows @ (matrix @ vectors)) * (columns @ vectors), values, *matrix.shape)
 
     def leading(k: int) -> Tensor:
-        basis: Tensor = images[:, :k].double() / values[:k] if tall else vectors[:, :k].double()
+        basis: Tensor = (matrix @ vectors[:, :k]).double() / values[:k] if tall else vectors[:, :k].double()
         return basis
 
     return TokenDecomposition(values, parts, leading)
