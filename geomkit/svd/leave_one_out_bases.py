@@ -4,7 +4,7 @@ The sum without an example differs little from the sum of all, whose leading vec
 of subspace iteration with a few directions to spare reaches the leading vectors without the example.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -47,33 +47,24 @@ def example_bases(gradients: Sequence[LayerGradient], side: Side, rank: int) -> 
     """
     bases: dict[int, Tensor] = {}
     shape = gradients[0].matrix_shape
-    thin: list[tuple[int, Factors]] = []
-    for place, gradient in enumerate(gradients):
-        factors = thin_factors(gradient)
+    batch: list[tuple[int, Factors]] = []
+    # Factors of one batch are padded to the longest, so a batch has factors of like length.
+    for place in sorted(range(len(gradients)), key=lambda place: gradients[place].tokens):
+        factors = thin_factors(gradients[place])
         if factors is None:
-            bases[place] = _leading(gradient, side, rank).float()
+            bases[place] = _leading(gradients[place], side, rank).float()
             continue
-        thin.append((place, factors if side == "left" else factors[::-1]))
-    for batch in _batches_of_like_length(thin, _NUMBERS // 4 // sum(shape)):
-        bases |= _of_batch(batch, shape, rank)
+        if batch and _is_full(batch, len(factors[0]), shape):
+            bases |= _of_batch(batch, shape, rank)
+            batch = []
+        batch.append((place, factors if side == "left" else factors[::-1]))
+    bases |= _of_batch(batch, shape, rank)
     return [bases[place] for place in range(len(gradients))]
 
 
-def _batches_of_like_length(factors: list[tuple[int, Factors]], most: int) -> Iterator[list[tuple[int, Factors]]]:
-    """Yield factors in batches that padding to the longest changes little.
-
-    Args:
-        factors: Places, and factors.
-        most: Number of tokens of a batch, about.
-    """
-    batch: list[tuple[int, Factors]] = []
-    for place, (left, right) in sorted(factors, key=lambda entry: len(entry[1][0])):
-        if batch and (len(left) > _PADDING * len(batch[0][1][0]) or len(batch) * len(left) >= most):
-            yield batch
-            batch = []
-        batch.append((place, (left, right)))
-    if batch:
-        yield batch
+def _is_full(batch: Sequence[tuple[int, Factors]], tokens: int, shape: tuple[int, int]) -> bool:
+    """Return whether a batch has many numbers already, or would be padded much for further factors of some tokens."""
+    return len(batch) * tokens * sum(shape) >= _NUMBERS // 4 or tokens > _PADDING * len(batch[0][1][0])
 
 
 def leave_one_out_bases(gradients: Sequence[LayerGradient], side: Side, rank: int) -> list[Tensor]:
