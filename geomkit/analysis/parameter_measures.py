@@ -11,7 +11,7 @@ from geomkit.gradients.checks import check_enough, check_sets, sample_counts
 from geomkit.gradients.gradient_set import GradientSet, shared_layers
 from geomkit.gradients.layer_gradient import LayerGradient
 from geomkit.svd.layer_measure import LayerMeasure, measure_layer
-from geomkit.svd.nulls import enough_draws
+from geomkit.svd.nulls import NullDraws, enough_draws
 from geomkit.svd.one_sample.pooled import pooled_places
 from geomkit.svd.one_sample.study import ParameterTable, parameter_table
 from geomkit.svd.spectrum import example_groups
@@ -115,6 +115,9 @@ def _measure_spectra(
     matched = matched_parts(list(sets.values()), name, seed)
     if matched is None or min(matched[0][0].matrix_shape) < 2:
         return
+    # The sets have as many tokens each, and so the same random directions.
+    bound = min(*matched[0][0].matrix_shape, sum(part.tokens for part in matched[0]))
+    null = NullDraws(enough_draws(bound, null_draws), parameter_generator(seed, name))
     for (set_name, gradients), parts in zip(sets.items(), matched, strict=True):
         weights = gradients.weights * len(parts)
         mean = weighted_sum(parts, gradients.weights.tolist())
@@ -124,8 +127,7 @@ def _measure_spectra(
             mean,
             scaled,
             example_groups(gradients, _GROUPS, seed),
-            enough_draws(mean.rank_bound, null_draws),
-            parameter_generator(seed, name),
+            null,
             vectors=set_name in measures.subspaces,
         )
         if measure.left is not None and set_name in measures.subspaces:

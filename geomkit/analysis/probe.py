@@ -59,7 +59,7 @@ class Probe:
             every example's gradient are kept, so memory grows with this number.
         rank: Number of directions of the subspaces that are compared.
         null_draws: Largest number of draws from the null of each layer's spectrum; large spectra hardly vary and get
-            fewer, at least 2.
+            fewer, at least 1.
         layers: Which parameters to measure, as in :func:`geomkit.collect_gradients`.
         tokens_per_batch: Largest number of token positions in a batch, padding included.
         seed: Seed of all random draws; the same examples are drawn for every model.
@@ -158,7 +158,8 @@ class Probe:
             DataError: If examples cannot be encoded.
             CollectionError: If a loss or gradient is not finite, or no parameter matches.
         """
-        return (replace(gradients, layers={}) for gradients in self._collected(model, tokenizer, progress))
+        # By map, because the variable of a loop would keep the means of a set while the next set is collected.
+        return map(_without_means, self._collected(model, tokenizer, progress))
 
     def _collected(
         self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", progress: bool
@@ -256,6 +257,11 @@ class Probe:
             progress=progress,
             remark=self.remark,
         )
+
+
+def _without_means(gradients: GradientSet) -> GradientSet:
+    """Return a set with the gradients of its examples only."""
+    return replace(gradients, layers={})
 
 
 def _drawn(total: int, count: int | None, seed: int) -> list[int]:

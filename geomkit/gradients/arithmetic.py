@@ -6,7 +6,6 @@ gradients only T × T Gram matrices of their factors. Sums of gradients are in :
 """
 
 from collections.abc import Iterable, Sequence
-from itertools import chain
 
 import torch
 from torch import Tensor
@@ -17,15 +16,19 @@ from geomkit.gradients.factored import FactoredGradient
 from geomkit.gradients.indexed import IndexedGradient
 from geomkit.gradients.layer_gradient import LayerGradient, row_products
 from geomkit.gradients.summed import SumGradient
+from geomkit.utils.precision import no_autocast
 
 _FP64_NUMBERS = 2**21
 """Number of values that are converted to fp64 at a time."""
 
-_STRIP_NUMBERS = 2**24
+_STRIP_NUMBERS = 2**22
 """Number of entries of all gradients that are formed at a time."""
 
 _BLOCK_TOKENS = 1024
 """Number of tokens of a block: Gram matrices of tokens are computed in blocks of about this many rows and columns."""
+
+_SYMMETRIC = 0.6
+"""Share of the time of a product of tokens that a symmetric product takes."""
 
 _MIN_STRIP_ROWS = 32
 """Smallest number of rows of a strip: with fewer rows, the factors would be read too often."""
@@ -155,8 +158,9 @@ def _token_grams_are_cheaper(rows: Sequence[LayerGradient], columns: Sequence[La
         return False
     height, width = rows[0].matrix_shape
     row_tokens, column_tokens = (sum(gradient.tokens for gradient in side) for side in (rows, columns))
-    formed_tokens = row_tokens if _same_objects(rows, columns) else row_tokens + column_tokens
-    by_tokens = row_tokens * column_tokens * (height + width)
+    symmetric = _same_objects(rows, columns)
+    formed_tokens = row_tokens if symmetric else row_tokens + column_tokens
+    by_tokens = row_tokens * column_tokens * (height + width) * (_SYMMETRIC if symmetric else 1)
     by_forming = (formed_tokens + len(rows) * len(columns)) * height * width
     return by_tokens < by_forming
 
@@ -226,23 +230,30 @@ def _gram_by_strips(
     """
     total = torch.zeros(len(rows), len(columns), dtype=torch.float64, device=rows[0].device)
     height, width = rows[0].matrix_shape
-    symmetric = _same_objects(rows, columns)
-    count = len(rows) + (0 if symmetric else len(columns))
-    step = max(_MIN_STRIP_ROWS, _STRIP_NUMBERS // (count * max(width, 1)))
-    for start in range(0, height if used is None else len(used), step):
-        stop = start + step
+    sides = (rows,) if _same_objects(rows, columns) else (rows, columns)
+    step = max(_MIN_STRIP_ROWS, _STRIP_NUMBERS // (sum(map(len, sides)) * max(width, 1)))
+    length = height if used is None else len(used)
+    # Every strip takes the place of the last one, as fresh memory costs about as much as the products.
+    flats = [total.new_empty(len(side) * min(step, length) * width, dtype=dtype) for side in sides]
+    for start in range(0, length, step):
+        stop = min(start + step, length)
         strip = slice(start, stop) if used is None else used[start:stop]
-        a = _flat_strips(rows, strip, dtype)
-        total += row_products(a, a if symmetric else _flat_strips(columns, strip, dtype), dtype)
+        size = (stop - start) * width
+        filled = [_filled(flat[: len(side) * size], side, strip) for flat, side in zip(flats, sides, strict=True)]
+        total += row_products(filled[0], filled[-1], dtype)
     return total
 
 
-def _flat_strips(gradients: Sequence[LayerGradient], strip: Tensor | slice, dtype: torch.dtype) -> Tensor:
-    """Return one strip of every gradient as a row, (N, rows · columns of the strip)."""
-    taken = dtype if isinstance(strip, Tensor) else torch.float32
-    pieces = (gradient.take(strip, taken).flatten() for gradient in gradients)
-    first = next(pieces)
-    flat = first.new_empty(len(gradients), len(first), dtype=dtype)
-    for row, piece in zip(flat, chain([first], pieces), strict=True):
-        row.copy_(piece)
-    return flat
+def _filled(flat: Tensor, gradients: Sequence[LayerGradient], strip: Tensor | slice) -> Tensor:
+    """Return one strip of every gradient as a row, (N, rows · columns of the strip), written to the numbers of flat."""
+    by_gradient = flat.view(len(gradients), -1)
+    width = gradients[0].matrix_shape[1]
+    taken = flat.dtype if isinstance(strip, Tensor) else torch.float32
+    with no_autocast(flat.device):
+        for row, gradient in zip(by_gradient, gradients, strict=True):
+            if isinstance(gradient, FactoredGradient) and isinstance(strip, slice) and taken == flat.dtype:
+                # Multiplied in its place, without a copy.
+                torch.mm(gradient.left[:, strip].to(taken).T, gradient.right.to(taken), out=row.view(-1, width))
+            else:
+                row.copy_(gradient.take(strip, taken).flatten())
+    return by_gradient

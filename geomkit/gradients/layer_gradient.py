@@ -21,6 +21,9 @@ from geomkit.utils.precision import no_autocast
 _STRIP_ROWS = 4096
 """Number of rows of a matrix that are converted to fp64 at a time, so that no full fp64 copy is made."""
 
+_FEW_ROWS = 128
+"""Number of rows up to which all of a symmetric product costs less than half of it does by numpy."""
+
 Factors = tuple[Tensor, Tensor]
 """Thin factors of a matrix G: left (R, rows) and right (R, columns), with G = leftᵀ right."""
 
@@ -125,14 +128,13 @@ def thin_factors(gradient: LayerGradient) -> Factors | None:
 def row_products(a: Tensor, b: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
     """Return A Bᵀ, the (n, m) inner products between the rows of A (n, d) and of B (m, d), multiplied in ``dtype``.
 
-    On a CPU numpy multiplies: for A = B numpy computes only half of the symmetric product, which torch does not, and
-    numpy is faster for few long rows.
+    On a CPU numpy multiplies many rows by themselves, as it computes only half of the symmetric product.
     """
-    if a.device.type != "cpu":
-        return a.to(dtype) @ b.to(dtype).T
-    left = a.detach().to(dtype).numpy()
-    right = left if a is b else b.detach().to(dtype).numpy()
-    return torch.from_numpy(left @ right.T)
+    if a is b and a.device.type == "cpu" and len(a) > _FEW_ROWS:
+        rows = a.detach().to(dtype).numpy()
+        return torch.from_numpy(rows @ rows.T)
+    left = a.to(dtype)
+    return plain_matmul(left, (left if a is b else b.to(dtype)).T)
 
 
 def plain_matmul(a: Tensor, b: Tensor) -> Tensor:

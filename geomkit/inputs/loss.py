@@ -5,7 +5,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch.nn import functional
 
 from geomkit.errors import CollectionError
 from geomkit.inputs.batches import IGNORED, Batch, batches
@@ -35,11 +35,12 @@ def token_losses(model: nn.Module, batch: Batch) -> Tensor:
     Raises:
         CollectionError: If the model returns logits for another number of tokens.
     """
-    targets = batch.labels[:, 1:]
-    losses = cross_entropy(
-        next_token_logits(model, batch).flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
-    )
-    return losses.view(targets.shape)
+    mask = scored(batch)
+    places = functional.pad(mask, (0, 1)).flatten().nonzero()[:, 0]
+    # Logits are by far the largest tensor: only those of scored tokens are copied and converted.
+    logits = at_least_fp32(_logits(model, batch).flatten(0, 1).index_select(0, places))
+    losses = functional.cross_entropy(logits, batch.labels[:, 1:][mask], reduction="none")
+    return losses.new_zeros(mask.shape).masked_scatter(mask, losses)
 
 
 def next_token_logits(model: nn.Module, batch: Batch) -> Tensor:
@@ -52,13 +53,18 @@ def next_token_logits(model: nn.Module, batch: Batch) -> Tensor:
     Raises:
         CollectionError: If the model returns logits for another number of tokens.
     """
-    logits = model(**batch.inputs(), use_cache=False).logits
+    return at_least_fp32(_logits(model, batch)[:, :-1])
+
+
+def _logits(model: nn.Module, batch: Batch) -> Tensor:
+    """Return the (B, L, vocabulary) logits of one run of the model, in its dtype."""
+    logits: Tensor = model(**batch.inputs(), use_cache=False).logits
     if logits.shape[1] != batch.labels.shape[1]:
         raise CollectionError(
             f"expected logits for {batch.labels.shape[1]} tokens, found {logits.shape[1]}; a model that adds tokens of "
             "its own (prompt tuning) cannot be scored"
         )
-    return at_least_fp32(logits[:, :-1])
+    return logits
 
 
 def scored(batch: Batch) -> Tensor:

@@ -25,6 +25,8 @@ _CANCELLED = 1e-7
 """Singular value, relative to ‖L‖‖R‖, below which a gradient LᵀR of fp32 factors is rounding."""
 _SMALL = 64
 """Largest smaller dimension at which the sums without each gradient are decomposed."""
+_PADDING = 1.25
+"""Largest ratio of the longest to the shortest factors of a batch."""
 _NUMBERS = 2**24
 """Largest number of entries of the iterated bases of the sums that are in memory at a time."""
 
@@ -45,21 +47,24 @@ def example_bases(gradients: Sequence[LayerGradient], side: Side, rank: int) -> 
     """
     bases: dict[int, Tensor] = {}
     shape = gradients[0].matrix_shape
-    waiting: list[tuple[int, Factors]] = []
-    longest = 0
-    for place, gradient in enumerate(gradients):
-        factors = thin_factors(gradient)
+    batch: list[tuple[int, Factors]] = []
+    # Factors of one batch are padded to the longest, so a batch has factors of like length.
+    for place in sorted(range(len(gradients)), key=lambda place: gradients[place].tokens):
+        factors = thin_factors(gradients[place])
         if factors is None:
-            bases[place] = _leading(gradient, side, rank).float()
+            bases[place] = _leading(gradients[place], side, rank).float()
             continue
-        waiting.append((place, factors if side == "left" else factors[::-1]))
-        # Factors of one batch are padded to the longest, which changes nothing.
-        longest = max(longest, len(factors[0]))
-        if len(waiting) * longest * sum(shape) >= _NUMBERS // 4:
-            bases |= _of_batch(waiting, shape, rank)
-            waiting, longest = [], 0
-    bases |= _of_batch(waiting, shape, rank)
+        if batch and _is_full(batch, len(factors[0]), shape):
+            bases |= _of_batch(batch, shape, rank)
+            batch = []
+        batch.append((place, factors if side == "left" else factors[::-1]))
+    bases |= _of_batch(batch, shape, rank)
     return [bases[place] for place in range(len(gradients))]
+
+
+def _is_full(batch: Sequence[tuple[int, Factors]], tokens: int, shape: tuple[int, int]) -> bool:
+    """Return whether a batch has many numbers already, or would be padded much for further factors of some tokens."""
+    return len(batch) * tokens * sum(shape) >= _NUMBERS // 4 or tokens > _PADDING * len(batch[0][1][0])
 
 
 def leave_one_out_bases(gradients: Sequence[LayerGradient], side: Side, rank: int) -> list[Tensor]:
@@ -79,8 +84,8 @@ def leave_one_out_bases(gradients: Sequence[LayerGradient], side: Side, rank: in
     total = add(gradients)
     shape, width = total.matrix_shape, rank + _SPARE
     # 1. The leading vectors of the whole sum on the other side are the start of every iteration.
-    start = _leading(total, "right" if side == "left" else "left", width).float()
-    whole = _leading(total, side, rank).float()
+    vectors, start = (basis.float() for basis in _both_sides(total, side, width))
+    whole = vectors[:, :rank]
     if start.shape[1] < width or min(shape) <= _SMALL:
         # A sum of low rank has no direction to spare; it and a small one are cheap to decompose without each gradient.
         rests = (add([*gradients[:place], *gradients[place + 1 :]]) for place in range(len(gradients)))
@@ -155,21 +160,41 @@ def _left_vectors(images: Tensor, rank: int, shape: tuple[int, int]) -> list[Ten
 
 def _leading(gradient: LayerGradient, side: Side, rank: int) -> Tensor:
     """Return the leading singular vectors of one gradient on one side, fp64."""
-    shape = gradient.matrix_shape
     if factors := thin_factors(gradient):
-        return _of_batch([(0, factors if side == "left" else factors[::-1])], shape, rank)[0].double()
-    # 1. Eigenvectors of the Gram matrix of the smaller side are the singular vectors of that side.
+        return _of_factors(factors, gradient.matrix_shape, side, rank)
+    basis, values, smaller = _on_smaller_side(gradient, rank)
+    return basis if side == smaller else _images(gradient, basis, smaller) / values
+
+
+def _both_sides(gradient: LayerGradient, side: Side, rank: int) -> tuple[Tensor, Tensor]:
+    """Return the leading singular vectors of one gradient on one side, and on the other, from one decomposition."""
+    if factors := thin_factors(gradient):
+        basis = _of_factors(factors, gradient.matrix_shape, side, rank)
+        images = _images(gradient, basis, side)
+        return basis, images / torch.linalg.vector_norm(images, dim=0)
+    basis, values, smaller = _on_smaller_side(gradient, rank)
+    images = _images(gradient, basis, smaller) / values
+    return (basis, images) if side == smaller else (images, basis)
+
+
+def _of_factors(factors: Factors, shape: tuple[int, int], side: Side, rank: int) -> Tensor:
+    return _of_batch([(0, factors if side == "left" else factors[::-1])], shape, rank)[0].double()
+
+
+def _on_smaller_side(gradient: LayerGradient, rank: int) -> tuple[Tensor, Tensor, Side]:
+    """Return the leading singular vectors on the side of the smaller dimension, their singular values, and the side."""
+    shape = gradient.matrix_shape
     gram = gram_of_smaller_side(gradient)
     check_finite(gram, f"a gradient of shape {shape}")
     squared, vectors = largest_eigenpairs(gram[None], rank)
     values = squared[0].clamp(min=0).sqrt()
     count = int((values > rank_tolerance(values.cpu().numpy(), shape)).sum())
-    basis, smaller = vectors[0][:, :count], "left" if shape[0] < shape[1] else "right"
-    if side == smaller:
-        return basis
-    # 2. Those of the other side are the images of the vectors, divided by the singular values.
-    images = gradient.matmul(basis) if side == "left" else gradient.rmatmul(basis.T).T
-    return images / values[:count]
+    return vectors[0][:, :count], values[:count], "left" if shape[0] < shape[1] else "right"
+
+
+def _images(gradient: LayerGradient, basis: Tensor, side: Side) -> Tensor:
+    """Return the images of singular vectors of one side: vectors of the other side times their singular values."""
+    return gradient.rmatmul(basis.T).T if side == "left" else gradient.matmul(basis)
 
 
 def _of_batch(batch: Sequence[tuple[int, Factors]], shape: tuple[int, int], rank: int) -> dict[int, Tensor]:
@@ -201,10 +226,9 @@ def _of_batch(batch: Sequence[tuple[int, Factors]], shape: tuple[int, int], rank
     sizes = (_traces(inputs) * _traces(outputs)).sqrt()
     values = torch.where(values > _CANCELLED * sizes[:, None], values, 0.0)
     counts = [int((row > rank_tolerance(row, shape)).sum()) for row in values.cpu().numpy()]
-    return {
-        place: (rows.T @ (weights[:, :count] / lengths[:count])).float()
-        for place, rows, weights, lengths, count in zip(places, left, combined, values, counts, strict=True)
-    }
+    scaled = combined / values.clamp(min=torch.finfo(values.dtype).tiny)[:, None]
+    bases = (left.mT @ scaled).float()
+    return {place: basis[:, :count] for place, basis, count in zip(places, bases, counts, strict=True)}
 
 
 def _traces(matrices: Tensor) -> Tensor:

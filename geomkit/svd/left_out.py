@@ -1,21 +1,28 @@
 """Spectra of a mean gradient without one group of its examples, exactly if small and to first order if large."""
 
 from collections.abc import Iterator, Sequence
+from math import prod
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from geomkit.gradients.accumulator import add
+from geomkit.gradients.arithmetic import factored_of
 from geomkit.gradients.dense import DenseGradient
-from geomkit.gradients.layer_gradient import LayerGradient
+from geomkit.gradients.factored import FactoredGradient
+from geomkit.gradients.layer_gradient import LayerGradient, plain_matmul
 from geomkit.svd.layer_spectrum import LayerSpectrum
-from geomkit.svd.singular_values import singular_values_of
+from geomkit.svd.singular_values import singular_values_of, singular_values_of_gram
 from geomkit.svd.singular_vectors import exact_vectors
 from geomkit.svd.weighted_sums import without_unused_rows
+from geomkit.utils.arguments import check_finite
 
 EXACT_BOUND = 128
 """Largest rank bound at which the spectrum without each group is computed; larger spectra are taken to first order."""
+
+_NUMBERS = 2**24
+"""Largest number of entries of the sums without a group that are formed at a time."""
 
 
 def exact_spectra(parameter: str, parts: Sequence[LayerGradient], groups: Sequence[np.ndarray]) -> list[LayerSpectrum]:
@@ -26,14 +33,46 @@ def exact_spectra(parameter: str, parts: Sequence[LayerGradient], groups: Sequen
         parts: Gradients of N examples.
         groups: Indices of the examples in every group.
     """
-    sums = list(_sums_without(parts, groups))
-    values = singular_values_of(sums).cpu().numpy()
+    shape = parts[0].matrix_shape
+    tokens = [sum(parts[place].tokens for place in group) for group in groups]
+    remaining = [sum(tokens) - count for count in tokens]
+    if len(factored_of(parts)) == len(parts) and sum(part.floats for part in parts) > prod(shape):
+        values = _spectra_of_formed_sums(factored_of(parts), groups)
+    else:
+        values = singular_values_of(list(_sums_without(parts, groups)))
+    bounds = [min(*shape, count) for count in remaining]
     return [
-        LayerSpectrum(
-            parameter, gradient.matrix_shape, gradient.tokens, gradient.rank_bound, row[: gradient.rank_bound]
-        )
-        for gradient, row in zip(sums, values, strict=True)
+        LayerSpectrum(parameter, shape, count, bound, row[:bound])
+        for count, bound, row in zip(remaining, bounds, values.cpu().numpy(), strict=True)
     ]
+
+
+def _spectra_of_formed_sums(parts: Sequence[FactoredGradient], groups: Sequence[np.ndarray]) -> Tensor:
+    """Return the (J, k) singular values of the sum without one group in turn, of which the matrices are formed.
+
+    Args:
+        parts: Gradients LᵀR of N examples, which together have more numbers than the matrix.
+        groups: J groups of indices of examples.
+    """
+    height, width = parts[0].shape
+    # 1. The sum of every group, and of all, transposed to have at least as many rows as columns.
+    sums = torch.stack([_formed_sum([parts[place] for place in group]) for group in groups])
+    sums = sums if height >= width else sums.mT
+    total = sums.sum(0)
+    # 2. Without a group: the eigenvalues of GᵀG, of several groups side by side.
+    step = max(1, _NUMBERS // total.numel())
+    spectra = []
+    for start in range(0, len(groups), step):
+        rests = (total - sums[start : start + step]).double()
+        grams = rests.mT @ rests
+        check_finite(grams, f"a gradient of shape {(height, width)}")
+        spectra.append(singular_values_of_gram(grams))
+    return torch.cat(spectra)
+
+
+def _formed_sum(parts: Sequence[FactoredGradient]) -> Tensor:
+    left, right = (torch.cat(side) for side in zip(*(part.factors() for part in parts), strict=True))
+    return plain_matmul(left.T, right)
 
 
 def _sums_without(parts: Sequence[LayerGradient], groups: Sequence[np.ndarray]) -> Iterator[LayerGradient]:

@@ -101,7 +101,8 @@ def singular_values_of_gram(gram: Tensor) -> Tensor:
         >>> singular_values_of_gram(torch.diag(torch.tensor([0.0, 9.0, 4.0])))
         tensor([3., 2., 0.], dtype=torch.float64)
     """
-    return _eigenvalues(gram.double()).clamp(min=0).sqrt().flip(-1)
+    values: Tensor = torch.linalg.eigvalsh(gram.double()).clamp(min=0).sqrt().flip(-1)
+    return values
 
 
 def gram_error_is_small(left: Tensor, right: Tensor, values: Tensor) -> bool:
@@ -159,14 +160,6 @@ def energy_rank(values: np.ndarray, energy: float) -> int:
     if not squared.sum():
         return 0
     return int(np.argmax(np.cumsum(squared) / squared.sum() >= energy - _ROUNDING)) + 1
-
-
-def _eigenvalues(gram: Tensor) -> Tensor:
-    """Return eigenvalues, ascending; on a CPU from numpy, which takes half of torch's time for small matrices."""
-    if gram.device.type == "cpu":
-        return torch.from_numpy(np.linalg.eigvalsh(gram.detach().numpy()))
-    eigenvalues: Tensor = torch.linalg.eigvalsh(gram)
-    return eigenvalues
 
 
 def _triangle(factor: Tensor) -> Tensor:

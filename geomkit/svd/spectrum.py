@@ -20,6 +20,7 @@ from geomkit.inputs.parameters import kind_of, layer_index
 from geomkit.stats.jackknife import jackknife_groups, jackknife_interval
 from geomkit.svd.layer_measure import LayerMeasure, measure_layer
 from geomkit.svd.layer_spectrum import SMOOTH_STATISTICS, LayerSpectrum, Unit, statistic_values
+from geomkit.svd.nulls import NullDraws
 from geomkit.utils.arguments import check_confidence, check_draws, check_groups, check_seed
 from geomkit.utils.display import Result
 from geomkit.utils.figures import draw
@@ -83,13 +84,16 @@ class Spectrum(Result):
         return self._interval(self.mean(statistic), self.left_out(statistic).mean(axis=1), largest)
 
     def null_mean(self, statistic: str) -> float:
-        """Return the mean of a statistic over the random spectra of the null, over the same parameters.
+        """Return the mean of a statistic over the random spectra of each parameter, and then over the parameters.
+
+        The parameters are those of :meth:`mean`. They have the same weight, however many spectra were drawn for each.
 
         Raises:
             GeometryError: If there is no such statistic.
         """
-        spectra = [layer for draws in self.null.values() for layer in draws if not layer.is_zero]
-        return _mean(statistic_values(spectra, statistic))
+        drawn = ([layer for layer in draws if not layer.is_zero] for draws in self.null.values())
+        means = [_mean(statistic_values(layers, statistic)) for layers in drawn if layers]
+        return _mean(np.array(means))
 
     def left_out(self, statistic: str, parameters: Sequence[str] | None = None) -> np.ndarray:
         """Return the values of a statistic with one group of examples left out, for every group in turn.
@@ -258,7 +262,11 @@ def spectrum(
     left_out = example_groups(gradients, groups, seed)
     measures = {
         name: measure_layer(
-            name, gradient, weighted_parts(gradients, name), left_out, null_draws, parameter_generator(seed, name)
+            name,
+            gradient,
+            weighted_parts(gradients, name),
+            left_out,
+            NullDraws(null_draws, parameter_generator(seed, name)),
         )
         for name, gradient in matrices.items()
     }

@@ -6,12 +6,13 @@ the example's gradient. One decomposition with vectors thus replaces one decompo
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from geomkit.gradients.factored import FactoredGradient
-from geomkit.gradients.layer_gradient import row_products
+from geomkit.gradients.layer_gradient import LayerGradient, row_products
 from geomkit.svd.singular_values import gram_error_is_small, rank_tolerance
 from geomkit.utils.arguments import check_finite
 
@@ -22,14 +23,21 @@ class TokenDecomposition:
 
     Attributes:
         values: (r,) singular values, descending, fp64.
-        parts: (T, r) part u_iᵀ l_t r_tᵀ v_i of token t in singular value i; the parts of all tokens add up to it. Zero
-            for singular values that are rounding.
+        compute_parts: Function that returns :attr:`parts`.
         left: Function from k to the (rows, k) leading left singular vectors.
     """
 
     values: Tensor
-    parts: Tensor
+    compute_parts: Callable[[], Tensor]
     left: Callable[[int], Tensor]
+
+    @cached_property
+    def parts(self) -> Tensor:
+        """(T, r) part u_iᵀ l_t r_tᵀ v_i of token t in singular value i; the parts of all tokens add up to it.
+
+        The parts are zero for singular values that are rounding.
+        """
+        return self.compute_parts()
 
     def parts_of_groups(self, lengths: Sequence[int], groups: Sequence[Sequence[int]]) -> Tensor:
         """Return the (J, r) parts of J groups of examples in the singular values.
@@ -45,7 +53,18 @@ class TokenDecomposition:
         return self.parts.new_zeros(len(groups), self.parts.shape[1]).index_add_(0, owners, self.parts)
 
 
-def token_decomposition(gradient: FactoredGradient) -> TokenDecomposition:
+def input_gram(gradient: LayerGradient) -> Tensor | None:
+    """Return the (T, T) fp64 inner products RRᵀ of a factored gradient LᵀR of T tokens, fewer than rows and columns.
+
+    Returns:
+        The inner products; ``None`` for a gradient of another form or of as many tokens or more.
+    """
+    if not isinstance(gradient, FactoredGradient) or gradient.tokens >= min(gradient.shape):
+        return None
+    return row_products(gradient.right, gradient.right)
+
+
+def token_decomposition(gradient: FactoredGradient, inputs: Tensor | None = None) -> TokenDecomposition:
     """Return the singular value decomposition of a factored gradient, with every token's part in the singular values.
 
     Values are exact to 1e-6 of the largest value. They come from Gram matrices, or from two QRs and an SVD where
@@ -53,19 +72,21 @@ def token_decomposition(gradient: FactoredGradient) -> TokenDecomposition:
 
     Args:
         gradient: A gradient of T tokens.
+        inputs: Its :func:`input_gram`; computed when left out.
 
     Raises:
         GeometryError: If the gradient is not finite.
     """
-    if gradient.tokens >= min(gradient.shape):
+    inputs = input_gram(gradient) if inputs is None else inputs
+    if inputs is None:
         return _from_matrix(gradient.left, gradient.right)
-    return _from_token_grams(gradient.left, gradient.right) or _from_triangles(gradient.left, gradient.right)
+    return _from_token_grams(gradient.left, gradient.right, inputs) or _from_triangles(gradient.left, gradient.right)
 
 
-def _from_token_grams(left: Tensor, right: Tensor) -> TokenDecomposition | None:
+def _from_token_grams(left: Tensor, right: Tensor, b: Tensor) -> TokenDecomposition | None:
     """Decompose LᵀR of fewer tokens than rows and columns; ``None`` where the Gram matrices lose too many digits."""
     # 1. Gram matrices A = LLᵀ = CCᵀ and B = RRᵀ of the tokens.
-    a, b = row_products(left, left), row_products(right, right)
+    a = row_products(left, left)
     check_finite(a, "a gradient's left factor")
     check_finite(b, "a gradient's right factor")
     lower, failed = torch.linalg.cholesky_ex(a)
@@ -76,9 +97,11 @@ def _from_token_grams(left: Tensor, right: Tensor) -> TokenDecomposition | None:
     values = squared.clamp(min=0).sqrt().flip(0)
     if not gram_error_is_small(a, b, values):
         return None
+
     # 3. UᵀLᵀ = EᵀCᵀ, and with v_i = Rᵀ L u_i / σ_i: token t has the part (CE)_ti (BCE)_ti / σ_i.
-    images = lower @ vectors.flip(1)
-    parts = _over(images * (b @ images), values, left.shape[1], right.shape[1])
+    def parts() -> Tensor:
+        images = lower @ vectors.flip(1)
+        return _over(images * (b @ images), values, left.shape[1], right.shape[1])
 
     def leading(k: int) -> Tensor:
         # U = Q E = Lᵀ C⁻ᵀ E.
@@ -92,7 +115,7 @@ def _from_triangles(left: Tensor, right: Tensor) -> TokenDecomposition:
     """Decompose LᵀR = Q_L (S_L S_Rᵀ) Q_Rᵀ from the SVD of its T × T middle."""
     (q_left, s_left), (_, s_right) = (torch.linalg.qr(factor.double().T) for factor in (left, right))
     u, values, v = torch.linalg.svd(s_left @ s_right.T)
-    return TokenDecomposition(values, (s_left.T @ u) * (s_right.T @ v.T), lambda k: q_left @ u[:, :k])
+    return TokenDecomposition(values, lambda: (s_left.T @ u) * (s_right.T @ v.T), lambda k: q_left @ u[:, :k])
 
 
 def _from_matrix(left: Tensor, right: Tensor) -> TokenDecomposition:
@@ -105,12 +128,13 @@ def _from_matrix(left: Tensor, right: Tensor) -> TokenDecomposition:
     check_finite(gram, f"a gradient of shape {tuple(matrix.shape)}")
     squared, vectors = torch.linalg.eigh(gram)
     values, vectors = squared.clamp(min=0).sqrt().flip(0), vectors.flip(1).to(matrix.dtype)
+
     # 2. u_i = G v_i / σ_i, so that token t has the part (l_tᵀ G v_i)(r_tᵀ v_i) / σ_i.
-    images = matrix @ vectors
-    parts = _over((rows @ images) * (columns @ vectors), values, *matrix.shape)
+    def parts() -> Tensor:
+        return _over((rows @ (matrix @ vectors)) * (columns @ vectors), values, *matrix.shape)
 
     def leading(k: int) -> Tensor:
-        basis: Tensor = images[:, :k].double() / values[:k] if tall else vectors[:, :k].double()
+        basis: Tensor = (matrix @ vectors[:, :k]).double() / values[:k] if tall else vectors[:, :k].double()
         return basis
 
     return TokenDecomposition(values, parts, leading)

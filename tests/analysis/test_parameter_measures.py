@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import geomkit as gk
+from geomkit.analysis import probe as probe_module
 from geomkit.analysis.parameter_measures import measure_parameters
 from geomkit.gradients.gradient_set import GradientSet, layer_grams
 from geomkit.svd.one_sample.study import one_sample_study
@@ -98,6 +99,22 @@ def test_memory_beside_the_factors_is_below_them_and_grows_no_faster(organism) -
     (few, few_factors), (many, many_factors) = (peak_and_factors(organism, examples) for examples in (12, 48))
     assert many <= many_factors
     assert many / few <= 1.3 * many_factors / few_factors
+
+
+def test_the_means_of_a_set_are_freed_before_the_next_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As large as the factors of its examples, they would be held twice."""
+    sets = []
+
+    def spied(*args, **options):
+        assert all(earlier() is None for earlier in sets)
+        result = gk.collect_gradients(*args, **options)
+        sets.append(weakref.ref(result))
+        return result
+
+    monkeypatch.setattr(probe_module, "collect_gradients", spied)
+    collected_sets = list(gk.Probe(SAFETY, UTILITY, CONTROL).collect_samples(tiny_llama(), tiny_tokenizer()))
+    assert len(sets) == 3
+    assert not any(gradients.layers for gradients in collected_sets)
 
 
 def test_a_bar_counts_the_parameters_on_lines_of_80_columns(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,10 +2,13 @@
 
 import numpy as np
 import pytest
+import torch
 
+from geomkit.errors import GeometryError
+from geomkit.gradients.factored import FactoredGradient
 from geomkit.svd import layer_measure
 from geomkit.svd.layer_spectrum import SMOOTH_STATISTICS
-from geomkit.svd.left_out import group_parts
+from geomkit.svd.left_out import exact_spectra, group_parts
 from geomkit.svd.spectrum import spectrum
 from tests.helpers.example_sets import Drawing, drawn_set, heavy, low_rank, power_law
 from tests.helpers.forms import dense, drawn, seeded
@@ -73,3 +76,27 @@ def test_intervals_to_first_order_cover_and_are_cautious(draw: Drawing, monkeypa
     ]
     assert (np.mean(ratios, 0) > 0.8).all()
     assert (np.mean(ratios, 0) < 2.5).all()
+
+
+@pytest.mark.parametrize("shape", [(48, 20), (20, 48)])
+@pytest.mark.parametrize("tokens", [2, 15])
+def test_spectra_without_a_group_are_those_of_dense_matrices(shape: tuple[int, int], tokens: int) -> None:
+    """Of few tokens, and of so many that the sums are formed as matrices; to 1e-6 of the largest value."""
+    generator = seeded()
+    factors = [[torch.randn(tokens, size, generator=generator) for size in shape] for _ in range(6)]
+    parts = [FactoredGradient(left, right) for left, right in factors]
+    groups = [np.array([0, 3]), np.array([1, 2, 4]), np.array([5])]
+    result = exact_spectra("w", parts, groups)
+    for group, without in zip(groups, result, strict=True):
+        rest = sum(dense(part) for place, part in enumerate(parts) if place not in group)
+        values = np.linalg.svd(rest, compute_uv=False)
+        assert without.tokens == tokens * (6 - len(group))
+        assert len(without.singular_values) == without.rank_bound == min(*shape, without.tokens)
+        np.testing.assert_allclose(without.singular_values, values[: without.rank_bound], atol=1e-6 * values[0])
+
+
+def test_a_value_that_is_not_finite_is_refused() -> None:
+    parts = [FactoredGradient(torch.ones(9, 5), torch.ones(9, 4)) for _ in range(3)]
+    parts[1].left[2, 1] = float("inf")
+    with pytest.raises(GeometryError, match="expected finite gradients"):
+        exact_spectra("w", parts, [np.array([0]), np.array([1]), np.array([2])])

@@ -11,7 +11,7 @@ from geomkit.gradients.indexed import IndexedGradient
 from geomkit.gradients.layer_gradient import LayerGradient
 from geomkit.gradients.summed import SumGradient
 from geomkit.svd.layer_spectrum import layer_spectrum
-from geomkit.svd.nulls import null_singular_values, random_factor_null
+from geomkit.svd.nulls import NullDraws, random_factor_null
 from geomkit.utils.seeding import parameter_generator
 
 
@@ -148,8 +148,20 @@ def test_singular_values_of_the_null_have_its_distribution(tokens: int, rows: in
     left = gaussian(tokens, rows) * torch.linspace(0.2, 2, tokens)[:, None]
     gradient = FactoredGradient(left, gaussian(tokens, columns, seed=1) * torch.arange(1.0, columns + 1) ** -0.5)
     generator = torch.Generator().manual_seed(0)
-    drawn = null_singular_values(gradient, 150, generator)
+    drawn = NullDraws(150, generator).singular_values(gradient)
     expected = [layer_spectrum("w", random_factor_null(gradient, generator)).singular_values for _ in range(150)]
     assert {len(values) for values in drawn} == {gradient.rank_bound}
     for measure in (lambda s: s[0], lambda s: s[-1], lambda s: s.sum() / s[0]):
         assert ks_2samp([measure(s) for s in drawn], [measure(s) for s in expected]).pvalue > 0.001
+
+
+def test_gradients_of_as_many_tokens_have_the_same_random_directions() -> None:
+    """Whoever draws first: a second gradient has the draws of a generator of its own with the same seed."""
+    first, second = factored(12, 60, 40), factored(12, 60, 40, seed=7)
+    shared = NullDraws(2, torch.Generator().manual_seed(0))
+    shared.singular_values(first)
+    alone = NullDraws(2, torch.Generator().manual_seed(0))
+    inputs = second.right.double() @ second.right.double().T
+    pairs = zip(shared.singular_values(second), alone.singular_values(second, inputs), strict=True)
+    for of_shared, of_alone in pairs:
+        np.testing.assert_allclose(of_shared, of_alone, rtol=1e-9)

@@ -12,8 +12,8 @@ from geomkit.errors import GeometryError
 from geomkit.gradients.dense import DenseGradient
 from geomkit.gradients.factored import FactoredGradient
 from geomkit.stats.jackknife import jackknife_groups, jackknife_interval
-from geomkit.svd.layer_spectrum import SMOOTH_STATISTICS
-from geomkit.svd.spectrum import spectrum
+from geomkit.svd.layer_spectrum import SMOOTH_STATISTICS, LayerSpectrum
+from geomkit.svd.spectrum import Spectrum, spectrum
 from tests.helpers.example_sets import Drawing, drawn_set, heavy, low_rank, matched_to, power_law
 from tests.helpers.gradients import factored, gaussian, indexed
 from tests.helpers.tiny import UTILITY, tiny_llama, tiny_tokenizer
@@ -230,3 +230,12 @@ def test_misuse_is_explained() -> None:
         result.layers["a"].cer(0)
     with pytest.raises(GeometryError, match="at most 1"):
         result.layers["a"].rank_at(1.5)
+
+
+def test_parameters_have_the_same_weight_in_the_null_however_many_draws_they_have() -> None:
+    def drawn(name: str, *values: float) -> LayerSpectrum:
+        return LayerSpectrum(name, (4, 4), 4, 4, np.array(values))
+
+    null = {"a": (drawn("a", 1.0, 1.0), drawn("a", 1.0, 0.0)), "b": (drawn("b", 1.0, 1.0, 1.0, 1.0),)}
+    result = Spectrum({name: draws[0] for name, draws in null.items()}, null)
+    assert result.null_mean("effective_rank") == pytest.approx((1.5 + 4) / 2)
