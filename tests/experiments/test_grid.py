@@ -149,7 +149,7 @@ def test_the_shipped_grids_have_what_they_promise():
     for arm in headline:
         seeds = {(cell.scenario, cell.seed) for cell in plain if cell.arm.name == arm}
         assert all((scenario, seed) in seeds for scenario in SCENARIOS for seed in range(5))
-    assert len(default.organisms) >= 2
+    assert len(default.seeds) >= 2
     assert {cell.length for cell in limits.cells} >= {1, 10}
     assert len({cell.rate for cell in limits.cells}) >= 3
 
