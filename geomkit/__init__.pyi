@@ -3,12 +3,12 @@ from .analysis.probe import Probe, analyze
 from .analysis.tracking import GeometryCallback
 from .collection.check.check import check_collection
 from .collection.collect import collect_gradients
-from .collection.describe.describe import describe
 from .collection.sample_grams import sample_grams
 from .collection.sample_measures import measure_samples
 from .correlation.conflict import conflict
 from .correlation.conflict_directions import conflict_directions
 from .correlation.token_conflict import token_conflict
+from .describe.describe import describe
 from .errors import GeomkitError
 from .experiments.organism.load import load_organism
 from .gradients.storage import load_gradients

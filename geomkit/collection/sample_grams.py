@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from geomkit.collection.describe.memory import Counts, aliases_by_parameter, most_sample_bytes
 from geomkit.collection.exchange import exchange_samples
+from geomkit.collection.memory import Counts, aliases_by_parameter, most_sample_bytes
 from geomkit.collection.streaming import TOKENS_PER_BATCH, ExampleSink, stream
 from geomkit.errors import GeometryError
 from geomkit.gradients.arithmetic import gram

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from geomkit.collection.describe.memory import total_bytes
-from geomkit.collection.describe.prediction import Prediction
+from geomkit.collection.memory import total_bytes
+from geomkit.describe.prediction import Prediction
 from geomkit.inputs.parameters import Kind
 from geomkit.utils.display import (
     Result,

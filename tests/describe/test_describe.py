@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from geomkit.collection.collect import collect_from_tokens, collect_gradients
-from geomkit.collection.describe.describe import describe
+from geomkit.describe.describe import describe
 from geomkit.errors import CollectionError, DataError
 from geomkit.gradients.indexed import IndexedGradient
 from geomkit.gradients.summed import SumGradient

@@ -6,12 +6,12 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaForCausalLM
 
-from geomkit.collection.describe.describe import describe
-from geomkit.collection.describe.prediction import _expected_longest
-from geomkit.collection.describe.simulation import simulate
-from geomkit.collection.describe.speed import PassSpeed, Speed, measure_speed
+from geomkit.describe.describe import describe
+from geomkit.describe.prediction import _expected_longest
+from geomkit.describe.simulation import simulate
+from geomkit.describe.speed import PassSpeed, Speed, measure_speed
 from geomkit.errors import DataError
-from tests.collection.describe.test_describe import Peak
+from tests.describe.test_describe import Peak
 from tests.helpers.architectures import ARCHITECTURES
 from tests.helpers.tiny import UTILITY, tiny_llama, tiny_tokenizer
 

@@ -1,0 +1,184 @@
+"""What ``describe(…, predict=True)`` predicts of time and memory, beside what is measured.
+
+    python -m tests.benchmarks.predictions                                             # the organism, minutes
+    python -m tests.benchmarks.predictions --models FOLDER --examples 8                # a real model
+    python -m tests.benchmarks.predictions --models 1b --examples 4 --out cells.jsonl  # 1.24B in bf16, 14 GiB
+
+Every task has two processes of its own, one for the prediction and one that does it. Time is CPU time of one thread:
+of a collection and an analysis as a whole, of a fine-tune the median of the steps after the first. Memory is the
+process's peak beyond what it held before the model was there.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from datasets import Dataset, concatenate_datasets
+from rich.console import Console
+from rich.table import Table
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+
+import geomkit as gk
+from tests.benchmarks.memory import resident
+from tests.benchmarks.resumable import Cell, measured_cells
+
+_STEPS = 4
+_TASKS = ("collection", "analysis", "step", "step under SPF", "step of LoRA", "step of LoRA under SPF")
+
+_LLAMA_1B = {
+    "vocab_size": 128_256,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "tie_word_embeddings": True,
+}
+"""The shape of Llama 3.2 1B."""
+
+
+def _loaded(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    if name != "1b":
+        return gk.load_organism() if name == "organism" else gk.load_model(name)
+    tokenizer = gk.load_organism()[1]
+    ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        return LlamaForCausalLM(LlamaConfig(**_LLAMA_1B, **ids)).eval(), tokenizer
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def _with_lora(model: PreTrainedModel) -> PreTrainedModel:
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(model, LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"))
+
+
+def _sets(examples: int) -> tuple[gk.Probe, Dataset]:
+    """Return the probe of the analysis, and as many rows as one of its sets has, every third of them by length."""
+    probe = gk.Probe(gk.load_examples("safety"), gk.load_examples("utility"), examples=examples)
+    rows = concatenate_datasets([rows.select_columns(["messages"]) for rows in probe.drawn_sets()])
+    by_length = sorted(
+        range(len(rows)), key=lambda place: sum(len(turn["content"]) for turn in rows[place]["messages"])
+    )
+    return probe, rows.select(by_length[1::3])
+
+
+class _Clock(TrainerCallback):
+    """CPU time at the beginning of every step and at the end of the last one."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self.times.append(time.process_time())
+
+    on_train_end = on_step_begin
+
+    @property
+    def seconds(self) -> float:
+        return median(after - before for before, after in zip(self.times[1:], self.times[2:], strict=False))
+
+
+def _steps(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Dataset, spf: gk.SPF | None) -> float:
+    clock = _Clock()
+    gk.finetune(model, tokenizer, rows, spf, steps=_STEPS, callbacks=[clock], learning_rate=1e-5, progress=False)
+    return clock.seconds
+
+
+def measured(name: str, task: str, examples: int) -> dict[str, float]:
+    """Do a task in this process, and return its seconds and its peak in bytes."""
+    small = gk.Probe(gk.load_examples("safety"), gk.load_examples("utility"), examples=4, layers=[0])
+    small.analyze(*gk.load_organism())
+    before = resident("VmRSS")
+    model, tokenizer = _loaded(name)
+    probe, rows = _sets(examples)
+    if "LoRA" in task:
+        model = _with_lora(model)
+    Path("/proc/self/clear_refs").write_text("5")
+    start = time.process_time()
+    seconds = None
+    if task == "collection":
+        gk.collect_gradients(model, tokenizer, rows, progress=False)
+    elif task == "analysis":
+        probe.analyze(model, tokenizer)
+    else:
+        seconds = _steps(model, tokenizer, rows, gk.SPF(rows) if "SPF" in task else None)
+    total = time.process_time() - start
+    return {"seconds": total if seconds is None else seconds, "peak": resident("VmHWM") - before}
+
+
+def predicted(name: str, task: str, examples: int) -> dict[str, float]:
+    """Return what is predicted of a task, from the speed that is measured in this process."""
+    from geomkit.describe.speed import measure_speed
+
+    model, tokenizer = _loaded(name)
+    _, rows = _sets(examples)
+    if "LoRA" in task:
+        model = _with_lora(model)
+    start = time.process_time()
+    speed = measure_speed(model, clock=time.process_time)
+    predictions = gk.describe(model, tokenizer, rows, predict=speed).predictions
+    took = time.process_time() - start
+    place = {"collection": 0, "analysis": 1}.get(task, 3 if "SPF" in task else 2)
+    chosen = predictions[place]
+    assert chosen.seconds is not None
+    return {"seconds": chosen.seconds, "peak": chosen.peak, "took": took}
+
+
+def _in_own_process(kind: str, cell: Cell) -> dict[str, float]:
+    command = [sys.executable, "-m", "tests.benchmarks.predictions", "--one", kind, "--models", cell["model"]]
+    command += ["--tasks", cell["task"], "--examples", str(cell["examples"])]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)  # noqa: S603
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def _cell(cell: Cell) -> Cell:
+    return {kind: _in_own_process(kind, cell) for kind in ("predicted", "measured")}
+
+
+def _wanted(options: argparse.Namespace) -> Iterator[Cell]:
+    for model in options.models:
+        for task in options.tasks:
+            yield {"model": model, "task": task, "examples": options.examples}
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["organism"], help="organism, 1b, or a folder")
+    parser.add_argument("--tasks", nargs="+", choices=_TASKS, default=_TASKS)
+    parser.add_argument("--examples", type=int, default=32)
+    parser.add_argument("--out", type=Path, help="file with a cell a line; its cells are not run again")
+    parser.add_argument("--one", choices=("predicted", "measured"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.one:
+        run: Callable[..., dict[str, float]] = predicted if options.one == "predicted" else measured
+        sys.stdout.write(f"{json.dumps(run(options.models[0], options.tasks[0], options.examples))}\n")
+        return
+    columns = ("predicted, s", "measured, s", "ratio", "predicted, GiB", "measured, GiB", "ratio", "describe, s")
+    table = Table("model", "task", *columns)
+    for cell in measured_cells(_wanted(options), _cell, options.out):
+        guess, truth = cell["predicted"], cell["measured"]
+        times, peaks = ([guess[key], truth[key]] for key in ("seconds", "peak"))
+        table.add_row(
+            Path(cell["model"]).name, cell["task"], *(f"{value:.2f}" for value in (*times, times[0] / times[1])),
+            *(f"{size / 2**30:.2f}" for size in peaks), f"{peaks[0] / peaks[1]:.2f}", f"{guess['took']:.1f}",
+        )  # fmt: skip
+    Console(width=160).print(table)
+
+
+if __name__ == "__main__":
+    main()
