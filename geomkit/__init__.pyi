@@ -8,7 +8,6 @@ from .collection.sample_measures import measure_samples
 from .correlation.conflict import conflict
 from .correlation.conflict_directions import conflict_directions
 from .correlation.token_conflict import token_conflict
-from .describe.describe import describe
 from .errors import GeomkitError
 from .experiments.organism.load import load_organism
 from .gradients.storage import load_gradients
@@ -17,6 +16,7 @@ from .inputs.examples import load_examples
 from .inputs.models import load_model
 from .inputs.parameters import select
 from .inputs.tokens import encode
+from .planning.describe import describe
 from .spf.callback import SPFCallback
 from .spf.settings import SPF
 from .svd.example_span import span

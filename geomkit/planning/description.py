@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from geomkit.collection.memory import total_bytes
-from geomkit.describe.prediction import Prediction
 from geomkit.inputs.parameters import Kind
+from geomkit.planning.prediction import Prediction
 from geomkit.utils.display import (
     Result,
     element,

@@ -19,12 +19,12 @@ from torch import nn
 from geomkit.analysis.parameter_measures import measure_parameters
 from geomkit.analysis.probe import Probe
 from geomkit.collection.memory import Amount, Counts, ParameterAlias, aliases_by_parameter
-from geomkit.describe.random_gradients import GradientKind
-from geomkit.describe.speed import Clock, Speed, median_seconds
 from geomkit.errors import GeometryError
 from geomkit.gradients.gradient_set import Coverage, GradientSet
 from geomkit.gradients.layer_gradient import LayerGradient
 from geomkit.inputs.tokens import Tokens
+from geomkit.planning.random_gradients import GradientKind
+from geomkit.planning.speed import Clock, Speed, median_seconds
 from geomkit.spf.anchors import AnchorPool
 from geomkit.spf.constraints import ConstraintMeter
 from geomkit.spf.demands import Demands, Measured

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from geomkit.collection.collect import collect_from_tokens
-from geomkit.describe.simulation import simulate
 from geomkit.inputs.model_state import model_state_kept
 from geomkit.inputs.tokens import Tokens
+from geomkit.planning.simulation import simulate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -1,12 +1,13 @@
 """Time and memory of a collection, an analysis and a step of a fine-tune, before they run.
 
-Passes are simulated (:mod:`geomkit.describe.simulation`): their seconds are operations over the speed that
-:mod:`geomkit.describe.speed` measures on the device. The seconds of the work on gradients are those of
-:mod:`geomkit.describe.rehearsal`.
+Passes are simulated (:mod:`geomkit.planning.simulation`): their seconds are operations over the speed that
+:mod:`geomkit.planning.speed` measures on the device. The seconds of the work on gradients are those of
+:mod:`geomkit.planning.rehearsal`.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import comb
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,10 +16,10 @@ from torch import nn
 from geomkit.analysis.probe import Probe
 from geomkit.collection.memory import Counts, aliases_by_parameter, most_result_bytes, most_sample_bytes
 from geomkit.collection.streaming import padded_length
-from geomkit.describe.rehearsal import Rehearsal
-from geomkit.describe.simulation import PassCost, simulate
-from geomkit.describe.speed import Speed
 from geomkit.inputs.batches import plan_batches
+from geomkit.planning.rehearsal import Rehearsal
+from geomkit.planning.simulation import PassCost, simulate
+from geomkit.planning.speed import Speed
 from geomkit.spf.settings import SPF
 
 if TYPE_CHECKING:
@@ -168,7 +169,8 @@ def _training(model: "PreTrainedModel", counts: Counts, weights: int, pace: Pace
 
     The pass of the longest rows is the peak, unless the gradients with two temporary tensors of the largest are more.
     """
-    longest = simulate(model, _BATCH, max(counts.lengths), weight_gradients=True)
+    batch = min(_BATCH, len(counts.lengths))
+    longest = simulate(model, batch, max(counts.lengths), weight_gradients=True)
     trained = _trained_bytes(model)
     memory = {
         "weights": weights,
@@ -179,9 +181,9 @@ def _training(model: "PreTrainedModel", counts: Counts, weights: int, pace: Pace
     seconds = None
     if pace is not None:
         entries = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        operations = longest.operations * _expected_longest(counts.lengths, _BATCH) / max(counts.lengths)
+        operations = longest.operations * _expected_longest(counts.lengths, batch) / max(counts.lengths)
         seconds = pace.speed.training.seconds(operations) + entries / pace.speed.updates
-    return Prediction(f"a step of a fine-tune on {_BATCH} examples", memory, seconds)
+    return Prediction(f"a step of a fine-tune on {batch} examples", memory, seconds)
 
 
 def _trained_bytes(model: nn.Module) -> list[int]:
@@ -191,9 +193,10 @@ def _trained_bytes(model: nn.Module) -> list[int]:
 
 
 def _expected_longest(lengths: Sequence[int], draws: int) -> float:
-    """Return the expected length of the longest of some examples that are drawn at random."""
-    below = np.arange(len(lengths) + 1) / len(lengths)  # P(a draw is one of the first i in ascending order)
-    return float((np.sort(lengths) * np.diff(below**draws)).sum())
+    """Return the expected length of the longest of some examples that are drawn at random, without replacement."""
+    # P(all draws are among the first i in ascending order)
+    below = [comb(count, draws) / comb(len(lengths), draws) for count in range(len(lengths) + 1)]
+    return float((np.sort(lengths) * np.diff(below)).sum())
 
 
 def _training_under_spf(model: "PreTrainedModel", counts: Counts, plain: Prediction, pace: Pace | None) -> Prediction:

@@ -17,15 +17,15 @@ from geomkit.collection.memory import (
     total_bytes,
 )
 from geomkit.collection.streaming import TOKENS_PER_BATCH, padded_length
-from geomkit.describe.description import Description, Memory, ParameterPlan, Workload
-from geomkit.describe.prediction import Pace, Prediction, analysed, drawn_anchors, predict_tasks
-from geomkit.describe.rehearsal import rehearse
-from geomkit.describe.speed import Speed, measure_speed
 from geomkit.errors import DataError
 from geomkit.inputs.batches import plan_batches
 from geomkit.inputs.fits import refuse_unfit
 from geomkit.inputs.parameters import Layers, as_selection, chosen_parameters, kind_of, layer_index, unwrapped_model
 from geomkit.inputs.tokens import EncodedExamples, as_encoded
+from geomkit.planning.description import Description, Memory, ParameterPlan, Workload
+from geomkit.planning.prediction import Pace, Prediction, analysed, drawn_anchors, predict_tasks
+from geomkit.planning.rehearsal import rehearse
+from geomkit.planning.speed import Speed, measure_speed
 from geomkit.utils.workers import first_process
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def describe(
             sets, and a step of a fine-tune with default settings, plain and under SPF. It needs examples. The model is
             run for some seconds to measure its speed, and the work on gradients is done once for each shape, on random
             ones; on the meta device there is memory only, unless the speed that
-            :func:`geomkit.describe.speed.measure_speed` measured on another model is given in place of ``True``.
+            :func:`geomkit.planning.speed.measure_speed` measured on another model is given in place of ``True``.
         progress: Show bars while speeds are measured.
 
     Returns:
