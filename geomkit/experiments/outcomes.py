@@ -145,7 +145,7 @@ def next_token_kl(before: "PreTrainedModel", after: "PreTrainedModel", organism:
         organism: The organism, for its tokenizer.
         rows: Conversations; the divergence is averaged over the tokens of their answers.
     """
-    tokens = encode(organism.tokenizer, rows)
+    tokens = encode(organism.tokenizer, rows, progress=False)
     total = 0.0
     with model_state_kept(before), model_state_kept(after), torch.no_grad():
         before.eval(), after.eval()

@@ -93,7 +93,7 @@ def describe(
     counts = None
     if tokenizer is not None and examples is not None:
         counts = Counts()
-        rows = as_encoded(tokenizer, examples)
+        rows = as_encoded(tokenizer, examples, shown)
         refuse_unfit(inner, rows)
         for row in rows:
             counts.add(row)
