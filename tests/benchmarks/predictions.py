@@ -2,12 +2,13 @@
 
     python -m tests.benchmarks.predictions                                             # the organism, minutes
     python -m tests.benchmarks.predictions --models FOLDER --examples 8                # a real model
-    python -m tests.benchmarks.predictions --models 1b --examples 4 --out cells.jsonl  # 1.24B in bf16, 14 GiB
+    python -m tests.benchmarks.predictions --models llama-1b --examples 4              # 1.24B in bf16, 14 GiB
+    python -m tests.benchmarks.predictions --models d576 d2048 --tasks step "step under SPF"
 
 Every task has a process of its own, and so have the predictions of a model. Time is CPU time of one thread:
 of a collection and an analysis as a whole, of a fine-tune the median of the steps after the first. Memory is the
 process's peak beyond what it held before the model was there. A busy machine is slow by turns: the ratio of the times
-is that of the predicted and the measured multiple of a pass over 96 tokens, which each process times before and after.
+is that of the predicted and the measured multiple of a pass over 48 tokens, which each process times before and after.
 """
 
 import argparse
@@ -33,6 +34,7 @@ import geomkit as gk
 from geomkit.planning.speed import measure_speed
 from tests.benchmarks.memory import resident
 from tests.benchmarks.resumable import Cell, measured_cells
+from tests.benchmarks.shapes import SHAPES, random_llama
 
 _STEPS = 3
 _TASKS = ("collection", "analysis", "step", "step under SPF", "step of LoRA", "step of LoRA under SPF")
@@ -50,9 +52,11 @@ _LLAMA_1B = {
 
 
 def _loaded(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    if name != "1b":
-        return gk.load_organism() if name == "organism" else gk.load_model(name)
     tokenizer = gk.load_organism()[1]
+    if name in SHAPES:
+        return random_llama(SHAPES[name]), tokenizer
+    if name != "llama-1b":
+        return gk.load_organism() if name == "organism" else gk.load_model(name)
     ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
@@ -77,8 +81,8 @@ def _sets(examples: int) -> tuple[gk.Probe, Dataset]:
 
 
 def _unit(model: PreTrainedModel) -> float:
-    """Return the seconds of a forward and backward pass over 96 tokens."""
-    ids = torch.arange(96).reshape(2, 48)
+    """Return the seconds of a forward and backward pass over 48 tokens."""
+    ids = torch.arange(48).reshape(2, 24)
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     times = []
     for _ in range(3):
@@ -181,7 +185,9 @@ def _wanted(options: argparse.Namespace) -> Iterator[Cell]:
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["organism"], help="organism, 1b, or a folder")
+    parser.add_argument(
+        "--models", nargs="+", default=["organism"], help="organism, llama-1b, a name in shapes, or a folder"
+    )
     parser.add_argument("--tasks", nargs="+", choices=_TASKS, default=_TASKS)
     parser.add_argument("--examples", type=int, default=32)
     parser.add_argument("--out", type=Path, help="file with a cell a line; its cells are not run again")
