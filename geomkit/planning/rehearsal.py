@@ -167,27 +167,35 @@ def _unit(module: nn.Module, aliases: dict[int, list[ParameterAlias]]) -> Unit:
     return Unit(module, {name: GradientKind.of(weight, aliases[id(weight)]) for name, weight in named})
 
 
-def guard_seconds(unit: Unit, amount: Amount, device: torch.device, clock: Clock) -> float:
-    """Return the seconds that the hooks of a guard with the default rule add to a step, on a copy of a unit.
+def guard_seconds(layers: Sequence[Unit], amount: Amount, device: torch.device, clock: Clock) -> float:
+    """Return the seconds that the hooks of a guard with the default rule add to a step of a model of some units.
 
     Weights and gradients are zero and the optimizer moves nothing: what is timed is the measurement of the subspaces,
     the readings, the addition of the safety gradient and the checks. No block conflicts, as is usual after mixing.
 
     Args:
-        unit: A module with trainable weights.
+        layers: Modules with trainable weights.
         amount: Tokens of the anchors of a step.
         device: Where the work is done.
         clock: What tells the time.
     """
-    layer = _zeros_like(unit, device)
-    trained = [weight for weight in layer.parameters() if weight.requires_grad]
+    model = nn.ModuleList(_zeros_like(layer, device) for layer in layers)
+    kind = {f"{place}.{name}": kind for place, layer in enumerate(layers) for name, kind in layer.kinds.items()}
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
     for weight in trained:
         weight.grad = torch.zeros_like(weight)
-    guarded = Guarded(layer, _NoOptimizer(trained), "update")
-    gradients = {name: unit.kinds[name].summed(amount, device) for name in guarded.blocks}
+    guarded = Guarded(model, _NoOptimizer(trained), "update")
+    gradients = {name: kind[name].summed(amount, device) for name in guarded.blocks}
     Guard(guarded, get_rule(DEFAULT_RULE), _KnownGradients(gradients), Options())
     guarded.optimizer.step()  # the first step of anything is slower
     return median_seconds(guarded.optimizer.step, device, clock)
+
+
+def _small_unit() -> Unit:
+    """Return a unit of a single number, whose guard does little but what it does once a step."""
+    layer = nn.Module()
+    layer.register_parameter("weight", nn.Parameter(torch.zeros(1)))
+    return Unit(layer, {"weight": GradientKind((1,), torch.float32, ((None, ""),))})
 
 
 def _zeros_like(unit: Unit, device: torch.device) -> nn.Module:
@@ -253,13 +261,16 @@ def rehearse(
     from tqdm.auto import tqdm
 
     by_kind, by_unit = kinds(model), units(model)
-    amount = anchors.total
-    analysis = guard = 0.0
+    where = (speed.device, speed.clock)
     with tqdm(total=len(by_kind) + len(by_unit), desc="rehearse", unit="shape", disable=not progress) as bar:
+        analysis = 0.0
         for kind, count in by_kind.items():
-            analysis += count * analysis_seconds(kind, analysed, speed.device, speed.clock)
+            analysis += count * analysis_seconds(kind, analysed, *where)
             bar.update()
+        # What a guard does once a step, whatever the number of blocks; the rest is proportional to it.
+        once, twice = (guard_seconds([_small_unit()] * count, anchors.total, *where) for count in (1, 2))
+        guard = fixed = max(2 * once - twice, 0.0)
         for unit, count in by_unit:
-            guard += count * guard_seconds(unit, amount, speed.device, speed.clock)
+            guard += count * max(guard_seconds([unit], anchors.total, *where) - fixed, 0.0)
             bar.update()
     return Rehearsal(analysis, guard)

@@ -11,6 +11,7 @@ from geomkit.collection.collect import collect_gradients
 from geomkit.collection.memory import Counts, aliases_by_parameter
 from geomkit.gradients.summed import SumGradient
 from geomkit.inputs.tokens import as_encoded
+from geomkit.planning import rehearsal
 from geomkit.planning.random_gradients import GradientKind
 from geomkit.planning.rehearsal import analysis_seconds, guard_seconds, kinds, operations, rehearse, units
 from geomkit.planning.speed import PassSpeed, Speed
@@ -88,24 +89,33 @@ def test_the_units_have_the_blocks_of_a_real_guard(make):
 
 @pytest.mark.parametrize("make", [tiny_llama, adapted], ids=["plain", "lora"])
 def test_a_rehearsal_leaves_the_model_alone_and_counts_every_parameter(make):
-    """By a clock on which everything takes a second, the sums are the numbers of parameters and of units."""
+    """By a clock on which everything takes a second, the sums are the numbers of parameters and of guards."""
     model = make()
     before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     one = PassSpeed(1.0, 0.0)
     speed = Speed(one, one, one, products=1.0, updates=1.0, device=CPU, clock=ticks())
     found = rehearse(model, counts(), counts(), speed)
     assert found.analysis == sum(weight.requires_grad for weight in model.parameters())
-    assert found.guard == sum(count for _, count in units(model))
+    assert found.guard == 1.0  # one block takes as long as two: all of it is done once a step
     for name, weight in model.named_parameters():
         assert torch.equal(weight, before[name])
         assert weight.grad is None
+
+
+def test_what_a_guard_does_once_a_step_counts_once(monkeypatch):
+    """With half a second a step and two seconds a block, the whole is what such a guard takes."""
+    monkeypatch.setattr(rehearsal, "guard_seconds", lambda layers, *_: 0.5 + 2.0 * len(layers))
+    model = tiny_llama()
+    one = PassSpeed(1.0, 0.0)
+    speed = Speed(one, one, one, products=1.0, updates=1.0, device=CPU, clock=ticks())
+    assert rehearse(model, counts(), counts(), speed).guard == 0.5 + 2.0 * len(list(model.parameters()))
 
 
 def test_a_rehearsal_needs_shapes_only():
     with torch.device("meta"):
         model = LlamaForCausalLM(tiny_llama().config)
     for unit, _ in units(model):
-        assert guard_seconds(unit, counts().total, CPU, ticks()) == 1.0
+        assert guard_seconds([unit], counts().total, CPU, ticks()) == 1.0
 
 
 def test_fewer_examples_stand_for_those_of_a_large_parameter(monkeypatch):
