@@ -72,8 +72,8 @@ def analysis_seconds(kind: GradientKind, counts: Counts, device: torch.device, c
     few = counts
     while operations(kind, few) > _MOST_OPERATIONS and len(few.lengths) > _FEWEST:
         few = counts.subset(max(len(few.lengths) // 2, _FEWEST))
-    samples = [kind.sample(amount, device) for amount in few.by_example()]
-    sets = {name: _gradient_set(samples) for name in _SETS}
+    generator = torch.Generator(device).manual_seed(0)
+    sets = {name: _gradient_set([kind.sample(amount, generator) for amount in few.by_example()]) for name in _SETS}
 
     def measure() -> None:
         # Alone, a parameter without a spectrum, such as a vector, is an error at the end of its measurements.
@@ -185,7 +185,8 @@ def guard_seconds(layers: Sequence[Unit], amount: Amount, device: torch.device, 
     for weight in trained:
         weight.grad = torch.zeros_like(weight)
     guarded = Guarded(model, _NoOptimizer(trained), "update")
-    gradients = {name: kind[name].summed(amount, device) for name in guarded.blocks}
+    generator = torch.Generator(device).manual_seed(0)
+    gradients = {name: kind[name].summed(amount, generator) for name in guarded.blocks}
     Guard(guarded, get_rule(DEFAULT_RULE), _KnownGradients(gradients), Options())
     guarded.optimizer.step()  # the first step of anything is slower
     return median_seconds(guarded.optimizer.step, device, clock)

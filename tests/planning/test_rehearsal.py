@@ -52,7 +52,7 @@ def test_random_gradients_have_the_forms_and_sizes_of_collected_ones(tied):
     for name, parameter in model.named_parameters():
         kind = GradientKind.of(parameter, aliases[name])
         for real, amount in zip(found.samples, counts().by_example(), strict=True):
-            random = kind.sample(amount, CPU)
+            random = kind.sample(amount, torch.Generator())
             assert type(random) is type(real[name])
             assert random.shape == real[name].shape
             if isinstance(random, SumGradient):
