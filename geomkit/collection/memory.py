@@ -38,12 +38,14 @@ class Counts:
     Attributes:
         lengths: Number of tokens of each example.
         scored: Number of scored tokens of all examples.
+        reaching: Number of tokens of all examples that reach the loss: those before the last scored one.
         ids: Distinct token ids of the set.
         ids_by_example: Number of distinct token ids of an example, summed over the examples.
     """
 
     lengths: list[int] = field(default_factory=list)
     scored: int = 0
+    reaching: int = 0
     ids: set[int] = field(default_factory=set)
     ids_by_example: int = 0
 
@@ -57,18 +59,20 @@ class Counts:
         distinct = set(tokens.input_ids)
         self.lengths.append(len(tokens))
         self.scored += tokens.loss_tokens
+        self.reaching += max((place for place, scored in enumerate(tokens.loss_mask) if scored), default=0)
         self.ids |= distinct
         self.ids_by_example += len(distinct)
 
     @property
     def total(self) -> Amount:
-        """The numbers of all examples together."""
-        return Amount(self.tokens, self.scored, len(self.ids))
+        """The numbers of all examples together, of the tokens that reach the loss."""
+        return Amount(self.reaching, self.scored, len(self.ids))
 
     def by_example(self) -> list[Amount]:
-        """Return the numbers of each example, with the mean shares of scored and of distinct tokens."""
-        scored, distinct = (count / max(self.tokens, 1) for count in (self.scored, self.ids_by_example))
-        return [Amount(length, round(scored * length), round(distinct * length)) for length in self.lengths]
+        """Return the numbers of each example, with the mean shares of reaching, of scored and of distinct tokens."""
+        counts = (self.reaching, self.scored, self.ids_by_example)
+        shares = [count / max(self.tokens, 1) for count in counts]
+        return [Amount(*(round(share * length) for share in shares)) for length in self.lengths]
 
     def subset(self, most: int) -> "Counts":
         """Return counts as if at most so many of the examples had been drawn, with means in place of what is random."""
@@ -77,7 +81,10 @@ class Counts:
         share = most / len(self.lengths)
         lengths = np.quantile(self.lengths, (np.arange(most) + 0.5) / most).round().astype(int).tolist()
         ids = set(sorted(self.ids)[: max(round(share * self.ids_by_example), 1)])
-        return Counts(lengths, round(share * self.scored), ids, round(share * self.ids_by_example))
+        scored, reaching, by_example = (
+            round(share * count) for count in (self.scored, self.reaching, self.ids_by_example)
+        )
+        return Counts(lengths, scored, reaching, ids, by_example)
 
 
 @dataclass(frozen=True, eq=False)

@@ -102,7 +102,7 @@ def operations(kind: GradientKind, counts: Counts) -> float:
         return 1.0
     rows, columns = kind.shape
     examples = len(counts.lengths)
-    tokens = counts.scored if any(role == "output" for _, role in kind.uses) else counts.tokens
+    tokens = counts.scored if any(role == "output" for _, role in kind.uses) else counts.reaching
     pairs = min(2 * tokens**2 * (rows + columns), 2 * (tokens + examples**2) * rows * columns)
     r = min(tokens, rows, columns)
     decomposition = 2 * tokens * r * (rows + columns) + 9 * r**3

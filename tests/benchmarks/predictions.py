@@ -71,13 +71,13 @@ def _with_lora(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _sets(examples: int) -> tuple[gk.Probe, Dataset]:
-    """Return the probe of the analysis, and as many rows as one of its sets has, every third of them by length."""
+    """Return the probe of an analysis of three sets of like lengths, and the second set, for the other tasks."""
     probe = gk.Probe(gk.load_examples("safety"), gk.load_examples("utility"), examples=examples)
     rows = concatenate_datasets([rows.select_columns(["messages"]) for rows in probe.drawn_sets()])
-    by_length = sorted(
-        range(len(rows)), key=lambda place: sum(len(turn["content"]) for turn in rows[place]["messages"])
-    )
-    return probe, rows.select(by_length[1::3])
+    lengths = [sum(len(turn["content"]) for turn in messages) for messages in rows["messages"]]
+    ascending = sorted(range(len(rows)), key=lengths.__getitem__)
+    first, second, third = (rows.select(ascending[start::3]) for start in range(3))
+    return gk.Probe(first, second, third, examples=None), second
 
 
 def _unit(model: PreTrainedModel) -> float:
