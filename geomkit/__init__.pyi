@@ -3,7 +3,6 @@ from .analysis.probe import Probe, analyze
 from .analysis.tracking import GeometryCallback
 from .collection.check.check import check_collection
 from .collection.collect import collect_gradients
-from .collection.describe.describe import describe
 from .collection.sample_grams import sample_grams
 from .collection.sample_measures import measure_samples
 from .correlation.conflict import conflict
@@ -17,6 +16,7 @@ from .inputs.examples import load_examples
 from .inputs.models import load_model
 from .inputs.parameters import select
 from .inputs.tokens import encode
+from .planning.describe import describe
 from .spf.callback import SPFCallback
 from .spf.settings import SPF
 from .svd.example_span import span

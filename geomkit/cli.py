@@ -220,7 +220,7 @@ def check(
     """Print what collecting gradients needs, and check on this model and machine that the gradients are right."""
     _prepare(threads)
     from geomkit.collection.check.check import check_collection
-    from geomkit.collection.describe.describe import describe
+    from geomkit.planning.describe import describe
 
     loaded, tokenizer, [rows] = _load(
         model, _examples([examples], columns), assistant_mask, max_length, pad_token, dtype, device

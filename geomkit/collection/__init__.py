@@ -2,6 +2,6 @@
 
 Reading order: ``hooks`` → ``graph_uses`` → ``closed_form`` → ``passes`` → ``per_example`` (with ``replay``) →
 ``streaming`` → ``collect`` (with ``exchange`` between processes). ``sample_grams`` and ``sample_measures`` (with
-``measures``) reduce the gradients of single examples in one pass. ``describe`` estimates what a collection needs;
-``check`` tests whether it is right on a model.
+``measures``) reduce the gradients of single examples in one pass. ``memory`` bounds what they take; ``check`` tests
+whether a collection is right on a model.
 """

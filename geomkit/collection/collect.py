@@ -87,7 +87,7 @@ def collect_gradients(
     """
     workers = workers_of(model)
     with workers.failing_together():
-        rows, pad = encoded_for(model, tokenizer, examples)
+        rows, pad = encoded_for(model, tokenizer, examples, progress)
     gradients = collect_from_tokens(
         model,
         rows,

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from geomkit.collection.describe.memory import Counts, aliases_by_parameter, most_sample_bytes
 from geomkit.collection.exchange import exchange_samples
+from geomkit.collection.memory import Counts, aliases_by_parameter, most_sample_bytes
 from geomkit.collection.streaming import TOKENS_PER_BATCH, ExampleSink, stream
 from geomkit.errors import GeometryError
 from geomkit.gradients.arithmetic import gram
@@ -24,6 +24,7 @@ from geomkit.inputs.parameters import (
 )
 from geomkit.inputs.tokens import EncodedExamples, Tokens
 from geomkit.utils.precision import no_autocast
+from geomkit.utils.progress import with_bar
 from geomkit.utils.workers import ALONE, Workers
 
 if TYPE_CHECKING:
@@ -83,8 +84,8 @@ def sample_grams(
     """
     workers = workers_of(model)
     with workers.failing_together():
-        rows, pad = encoded_for(model, tokenizer, a)
-        others = None if b is None else encoded_for(model, tokenizer, b)[0]
+        rows, pad = encoded_for(model, tokenizer, a, progress)
+        others = None if b is None else encoded_for(model, tokenizer, b, progress)[0]
     return grams_from_tokens(
         model,
         rows,
@@ -248,7 +249,8 @@ def _grams_within(passes: _Passes, rows: Sequence[Tokens], blocks: Sequence[Sequ
 
     for nth, block in enumerate(blocks):
         in_memory, tables.names = _block_gradients(passes, rows, block)
-        for name, by_example in in_memory.items():
+        by_name = with_bar(in_memory.items(), "inner products", "parameter", passes.progress, total=len(in_memory))
+        for name, by_example in by_name:
             examples, gradients = list(by_example), list(by_example.values())
             own = passes.workers.share([1] * len(examples))
             if part := gradients[own.start : own.stop]:

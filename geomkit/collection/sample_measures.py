@@ -175,7 +175,7 @@ def measure_samples(
     _refuse_bad(measures)
     workers = workers_of(model)
     with workers.failing_together():
-        rows, pad = encoded_for(model, tokenizer, examples)
+        rows, pad = encoded_for(model, tokenizer, examples, progress)
     values = measures_from_tokens(
         model,
         rows,

@@ -107,7 +107,7 @@ def stream(
         loss_tokens: dict[int, int] = {}
         total, hidden = sum(lengths[index] for index in own), not (progress and first_process())
         with (
-            prepared(model, selection) as target,
+            prepared(model, selection, progress) as target,
             tqdm(total=total, desc="gradients", unit="token", unit_scale=True, disable=hidden) as bar,
         ):
             for examples, batch in _batches_of(rows, pad, own, tokens_per_batch):
@@ -155,7 +155,7 @@ def _joined(
 
 
 @contextmanager
-def prepared(model: nn.Module, selection: Selection) -> Iterator[Target]:
+def prepared(model: nn.Module, selection: Selection, progress: bool = False) -> Iterator[Target]:
     """Prepare a model for passes inside the block, and restore its state afterwards.
 
     Inside the block the model is in eval mode, fp32 products are computed in fp32, and only the chosen parameters need
@@ -164,6 +164,7 @@ def prepared(model: nn.Module, selection: Selection) -> Iterator[Target]:
     Args:
         model: A causal language model.
         selection: The choice of parameters.
+        progress: Show a bar while offloaded weights are loaded, if that takes longer than five seconds.
 
     Yields:
         The parameters to collect, for :func:`geomkit.collection.passes.run_pass`.
@@ -172,7 +173,7 @@ def prepared(model: nn.Module, selection: Selection) -> Iterator[Target]:
         CollectionError: If no trainable parameter is chosen, or weights are sharded or on the meta device.
     """
     inner = unwrapped_model(model)
-    with torch.inference_mode(False), one_collection_at_a_time(inner), offloaded_weights_loaded(inner):
+    with torch.inference_mode(False), one_collection_at_a_time(inner), offloaded_weights_loaded(inner, progress):
         target = Target(inner, chosen_parameters(inner, selection))
         refuse_unseen_values(target.parameters, CollectionError)
         with (

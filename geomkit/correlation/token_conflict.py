@@ -206,7 +206,7 @@ def token_conflict(
     """
     check_gradients("safety", safety_gradients)
     check_confidence(confidence)
-    rows, pad = encoded_for(model, tokenizer, utility)
+    rows, pad = encoded_for(model, tokenizer, utility, progress)
     if len(rows) < _MIN_EXAMPLES:
         raise GeometryError(
             f"expected at least {_MIN_EXAMPLES} utility examples to tell their spread, found {len(rows)}; give more"

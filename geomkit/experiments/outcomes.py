@@ -172,7 +172,7 @@ def next_token_kl(
         rows: Conversations; the divergence is averaged over the tokens of their answers.
         batch_size: Conversations run at a time.
     """
-    tokens = encode(organism.tokenizer, rows)
+    tokens = encode(organism.tokenizer, rows, progress=False)
     total = 0.0
     with model_state_kept(before), model_state_kept(after), torch.no_grad():
         before.eval(), after.eval()

@@ -28,7 +28,10 @@ _RESERVED = 2
 
 
 def encoded_for(
-    model: nn.Module, tokenizer: "PreTrainedTokenizerBase", examples: "Dataset | EncodedExamples"
+    model: nn.Module,
+    tokenizer: "PreTrainedTokenizerBase",
+    examples: "Dataset | EncodedExamples",
+    progress: bool = False,
 ) -> tuple[EncodedExamples, int]:
     """Return examples as encoded examples that a model can run, and the id of the token that fills short rows.
 
@@ -36,12 +39,13 @@ def encoded_for(
         model: A causal language model.
         tokenizer: Its tokenizer.
         examples: N rows with a column ``messages``, or the same from :func:`geomkit.encode`.
+        progress: Show a bar, if encoding takes longer than five seconds.
 
     Raises:
         DataError: If the examples cannot be encoded, the tokenizer has no pad token, or a token id or a number of
             tokens is beyond what the model can take.
     """
-    rows, pad = as_encoded(tokenizer, examples), pad_id(tokenizer)
+    rows, pad = as_encoded(tokenizer, examples, progress), pad_id(tokenizer)
     refuse_unfit(model, rows, pad)
     return rows, pad
 

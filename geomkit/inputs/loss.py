@@ -13,6 +13,7 @@ from geomkit.inputs.model_state import model_state_kept
 from geomkit.inputs.offloading import input_device
 from geomkit.inputs.tokens import Tokens, fingerprint_of, lengths_of
 from geomkit.utils.precision import at_least_fp32
+from geomkit.utils.progress import slow_bar
 from geomkit.utils.workers import ALONE, Workers
 
 Reduction = Literal["example", "token"]
@@ -93,6 +94,8 @@ def losses_of(
     batch_size: int = 16,
     token_loss: TokenLoss = token_losses,
     workers: Workers = ALONE,
+    progress: bool = False,
+    title: str = "losses",
 ) -> list[float]:
     """Return the loss of each example, computed without gradients.
 
@@ -105,6 +108,8 @@ def losses_of(
         batch_size: Number of examples in a batch.
         token_loss: Function that gives the loss of each token.
         workers: The workers that divide the examples.
+        progress: Show a bar, if it takes longer than five seconds.
+        title: Title of the bar.
 
     Returns:
         Mean loss over the assistant tokens of each example, in nats.
@@ -119,7 +124,9 @@ def losses_of(
         device = input_device(model)
         own = [rows[index] for index in workers.share(lengths_of(rows))]
         model.eval()
-        for batch in batches(own, pad, batch_size):
-            on_device = batch.to(device)
-            losses.extend(example_losses(token_loss(model, on_device), on_device).tolist())
+        with slow_bar(len(own), title, "example", progress) as bar:
+            for batch in batches(own, pad, batch_size):
+                on_device = batch.to(device)
+                losses.extend(example_losses(token_loss(model, on_device), on_device).tolist())
+                bar.update(len(batch.input_ids))
     return [loss for part in workers.gather(losses) for loss in part]

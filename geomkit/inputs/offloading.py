@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
+from geomkit.utils.progress import with_bar
+
 if TYPE_CHECKING:
     from accelerate.hooks import AlignDevicesHook
     from transformers import PreTrainedModel
@@ -27,15 +29,19 @@ def input_device(model: nn.Module) -> torch.device:
 
 
 @contextmanager
-def offloaded_weights_loaded(model: nn.Module) -> Iterator[None]:
+def offloaded_weights_loaded(model: nn.Module, progress: bool = False) -> Iterator[None]:
     """Load all offloaded weights inside the block, and let them stay loaded while the model runs.
 
     A backward pass needs the weights of all modules after the forward pass, and every parameter to be the same object
     throughout. So the device must have room for the whole model inside the block.
+
+    Args:
+        model: The model.
+        progress: Show a bar, if loading takes longer than five seconds.
     """
     with ExitStack() as stack:
         offloading = [(module, hook) for module in model.modules() for hook in _hooks(module) if hook.offload]
-        for module, hook in offloading:
+        for module, hook in with_bar(offloading, "load weights", "module", progress):
             stack.enter_context(_loaded(module, hook))
         if offloading and hasattr(model, "tie_weights"):
             cast("PreTrainedModel", model).tie_weights()  # the hooks load a tied weight as two parameters

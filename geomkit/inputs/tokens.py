@@ -19,6 +19,7 @@ from geomkit.inputs.messages import Conversation, Message, conversation, convers
 from geomkit.inputs.templates import ChatTemplate
 from geomkit.inputs.token_spans import check_spans, mask_of_spans
 from geomkit.utils.options import check_options
+from geomkit.utils.progress import with_bar
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -111,7 +112,9 @@ class EncodedExamples(Sequence[Tokens]):
 
     def like(self, examples: "Dataset") -> "EncodedExamples":
         """Return other examples, encoded with the tokenizer and the settings of these examples."""
-        return encode(self.tokenizer, examples, assistant_mask=self.assistant_mask, max_length=self.max_length)
+        return encode(
+            self.tokenizer, examples, assistant_mask=self.assistant_mask, max_length=self.max_length, progress=False
+        )
 
     def __getstate__(self) -> dict[str, object]:
         """Return the fields, without the renderer that belongs to this process."""
@@ -128,6 +131,7 @@ def encode(
     *,
     assistant_mask: AssistantMask = "auto",
     max_length: int | None = None,
+    progress: bool = True,
 ) -> EncodedExamples:
     """Return conversations as tokens: rendered with the chat template, with a mask of the assistant's tokens.
 
@@ -144,6 +148,7 @@ def encode(
             conversation, and the scored tokens spell the answer and the end of the turn. ``"auto"`` takes the markers
             where the template has them, else prefixes, and the log says so once.
         max_length: Number of tokens that longer examples are cut to, at their end; ``None`` for no cut.
+        progress: Show a bar, if it takes longer than five seconds.
 
     Returns:
         The N examples as a sequence of :class:`Tokens`.
@@ -170,7 +175,8 @@ def encode(
     lengths = []
 
     def rows() -> Iterator[Tokens]:
-        for index, row in enumerate(conversations(unencoded)):
+        every = with_bar(conversations(unencoded), "encode", "example", progress, total=len(unencoded))
+        for index, row in enumerate(every):
             tokens = encode_one(index, row, check=True)
             lengths.append(len(tokens))
             yield tokens
@@ -230,14 +236,16 @@ def encode_prompts(
     return encoded
 
 
-def as_encoded(tokenizer: "PreTrainedTokenizerBase", examples: "Dataset | EncodedExamples") -> EncodedExamples:
+def as_encoded(
+    tokenizer: "PreTrainedTokenizerBase", examples: "Dataset | EncodedExamples", progress: bool = False
+) -> EncodedExamples:
     """Return examples as encoded examples; a ``Dataset`` is encoded with the defaults of :func:`encode`.
 
     Raises:
         DataError: If the examples cannot be encoded, or were encoded with another vocabulary or chat template.
     """
     if not isinstance(examples, EncodedExamples):
-        return encode(tokenizer, examples)
+        return encode(tokenizer, examples, progress=progress)
     other = examples.tokenizer
     if examples.chat_template != tokenizer.chat_template:
         difference = "another chat template"

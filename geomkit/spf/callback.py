@@ -24,15 +24,16 @@ class SPFCallback(TrainerCallback):
                           callbacks=[gk.SPFCallback(gk.SPF(anchors))])
     """
 
-    def __init__(self, spf: SPF, *, resume: str | Path | None = None) -> None:
+    def __init__(self, spf: SPF, *, resume: str | Path | None = None, progress: bool = True) -> None:
         """Store the settings.
 
         Args:
             spf: The settings of SPF.
             resume: The checkpoint from which training is resumed, if it is not in the output folder.
+            progress: Show a bar while SPF is attached, see :meth:`SPF.attach`.
         """
         self.spf = spf
-        self._resume = resume
+        self._resume, self._progress = resume, progress
         self._guard: Guard | None = None
         self._steps = 0
 
@@ -52,7 +53,9 @@ class SPFCallback(TrainerCallback):
         self.detach()
         folder = self._resume or (_checkpoint(args, state) if state.global_step > 0 else None)
         tokenizer = self.spf.tokenizer or kwargs.get("processing_class")
-        self._guard = self.spf.attach(kwargs["model"], kwargs["optimizer"], tokenizer, resume=folder)
+        self._guard = self.spf.attach(
+            kwargs["model"], kwargs["optimizer"], tokenizer, resume=folder, progress=self._progress
+        )
         self._steps = self._guard.steps
 
     def on_step_begin(

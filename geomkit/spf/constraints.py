@@ -44,6 +44,7 @@ class ConstraintMeter:
         pad: The id that fills short rows.
         fence: Benign examples, if any.
         budget: See :class:`~geomkit.spf.demands.Demands`.
+        progress: Show a bar while losses are measured, if that takes longer than five seconds.
 
     Attributes:
         reference_model: The model before training, for a rule with the KL loss.
@@ -59,6 +60,7 @@ class ConstraintMeter:
         pad: int,
         fence: BenignFence | None = None,
         budget: float = 0.5,
+        progress: bool = False,
     ) -> None:
         """Measure the losses before training that the rule needs."""
         self._model, self._rule, self._pool, self._pad = model, rule, pool, pad
@@ -66,9 +68,12 @@ class ConstraintMeter:
         kl = rule.loss == "kl"
         self.reference_model = ReferenceModel.of(model, pool.rows, pad) if kl else None
         drift = rule.drift_correction
-        before = [0.0] * len(pool.rows) if kl else losses_of(model, pool.rows, pad) if drift else []
+        before: list[float] = [0.0] * len(pool.rows) if kl else []
+        if drift and not kl:
+            before = losses_of(model, pool.rows, pad, progress=progress, title="anchors before")
         self.references = np.array(before)
-        self.benign_references = np.array(losses_of(model, fence.pool.rows, pad) if fence else [])
+        benign = losses_of(model, fence.pool.rows, pad, progress=progress, title="benign before") if fence else []
+        self.benign_references = np.array(benign)
 
     @property
     def fixed(self) -> bool:

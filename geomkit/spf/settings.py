@@ -107,6 +107,7 @@ class SPF:
         tokenizer: "PreTrainedTokenizerBase | None" = None,
         *,
         resume: str | Path | None = None,
+        progress: bool = True,
     ) -> Guard: ...
 
     @overload
@@ -117,6 +118,7 @@ class SPF:
         tokenizer: "PreTrainedTokenizerBase | None" = None,
         *,
         resume: None = None,
+        progress: bool = True,
     ) -> GuardGroup: ...
 
     def attach(
@@ -126,6 +128,7 @@ class SPF:
         tokenizer: "PreTrainedTokenizerBase | None" = None,
         *,
         resume: str | Path | None = None,
+        progress: bool = True,
     ) -> Guard | GuardGroup:
         """Attach SPF to an optimizer; from then on, every step of the optimizer is projected.
 
@@ -136,6 +139,8 @@ class SPF:
             tokenizer: The model's tokenizer; the tokenizer in the settings if left out.
             resume: The checkpoint from which training is resumed, into which :meth:`Guard.save` has written; for one
                 optimizer only.
+            progress: Show a bar while anchors and benign examples are encoded and their losses before training are
+                measured, if that takes longer than five seconds.
 
         Returns:
             A :class:`Guard`, which holds the certificate; as a context manager it ends the projection with the block.
@@ -148,7 +153,7 @@ class SPF:
             DataError: If the anchors cannot be encoded, or do not fit the model's embedding or positions.
         """
         if not isinstance(optimizer, list | tuple):
-            guard = self._attach_one(model, optimizer, tokenizer, resume)
+            guard = self._attach_one(model, optimizer, tokenizer, resume, progress)
             warn_of_unguarded(guard.guarded.model, guard.guarded.parameters)
             return guard
         if not optimizer or resume or self.log:
@@ -158,7 +163,7 @@ class SPF:
             )
         guards: list[Guard] = []
         try:
-            guards.extend(self._attach_one(model, one, tokenizer, None) for one in optimizer)
+            guards.extend(self._attach_one(model, one, tokenizer, None, progress) for one in optimizer)
         except BaseException:
             GuardGroup(guards).release()
             raise
@@ -172,23 +177,25 @@ class SPF:
         optimizer: Any,
         tokenizer: "PreTrainedTokenizerBase | None",
         resume: str | Path | None,
+        progress: bool,
     ) -> Guard:
         """Return the guard of one optimizer; see :meth:`attach`."""
         tokenizer = tokenizer or self.tokenizer
         if tokenizer is None:
             raise SPFError("expected a tokenizer for the anchors, found none; pass SPF(anchors, tokenizer=…)")
         rule = self.checked_rule()
-        pool, pad = self._pool(model, self.anchors, self.anchors_per_step, tokenizer)
+        pool, pad = self._pool(model, self.anchors, self.anchors_per_step, tokenizer, progress)
         fence = None
         if self.benign is not None:
-            fence = BenignFence(self._pool(model, self.benign, self.benign_per_step, tokenizer)[0], self.benign_margin)
+            benign, _ = self._pool(model, self.benign, self.benign_per_step, tokenizer, progress)
+            fence = BenignFence(benign, self.benign_margin)
         guarded = Guarded(model, optimizer, rule.level, master=self.master_weights)
         if rule.closed_subspace and not resume:
             guarded.refuse_open_products(rule.name)
         warn_of_lost_updates(guarded.parameters)
         warn_of_rounding(guarded.without_masters())
         with guarded.collecting():
-            constraint_meter = ConstraintMeter(guarded.model, rule, pool, pad, fence, self.correction_limit)
+            constraint_meter = ConstraintMeter(guarded.model, rule, pool, pad, fence, self.correction_limit, progress)
         options = Options(
             refresh_every=self.refresh_every,
             refresh_energy=self.refresh_energy,
@@ -230,13 +237,20 @@ class SPF:
             )
         return rule
 
-    def encoded_like(self, rows: EncodedExamples) -> "SPF":
-        """Return the settings with anchors and benign examples encoded like ``rows``; encoded examples stay as is."""
+    def encoded_like(self, rows: EncodedExamples, progress: bool = False) -> "SPF":
+        """Return the settings with anchors and benign examples encoded like ``rows``; encoded examples stay as is.
+
+        Args:
+            rows: The encoded examples.
+            progress: Show a bar, if encoding takes longer than five seconds.
+        """
 
         def encoded(examples: "Dataset | EncodedExamples | str | Path") -> EncodedExamples:
             if isinstance(examples, EncodedExamples):
                 return examples
-            return encode(rows.tokenizer, load_examples(examples), assistant_mask=rows.assistant_mask)
+            return encode(
+                rows.tokenizer, load_examples(examples), assistant_mask=rows.assistant_mask, progress=progress
+            )
 
         return replace(
             self, anchors=encoded(self.anchors), benign=None if self.benign is None else encoded(self.benign)
@@ -248,10 +262,11 @@ class SPF:
         examples: "Dataset | EncodedExamples | str | Path",
         per_step: int,
         tokenizer: "PreTrainedTokenizerBase",
+        progress: bool,
     ) -> tuple[AnchorPool, int]:
         """Return a pool of examples that the model can run, and the id of the token that fills short rows."""
         examples = examples if isinstance(examples, EncodedExamples) else load_examples(examples)
-        rows, pad = encoded_for(model, tokenizer, examples)
+        rows, pad = encoded_for(model, tokenizer, examples, progress)
         return AnchorPool(tuple(rows), per_step, self.seed), pad
 
 

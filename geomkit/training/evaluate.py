@@ -117,7 +117,7 @@ def evaluate(
         for name, (_, metric) in chosen.items():
             _check_references(name, metric, cases[name])
         perplexities = [name for name, (_, metric) in chosen.items() if metric is None]
-        scored = {name: encoded_for(model, tokenizer, sets[name]) for name in perplexities}
+        scored = {name: encoded_for(model, tokenizer, sets[name], progress) for name in perplexities}
     for item in judges:
         if isinstance(item, BatchJudge):  # a model that cannot judge is found before the slow part
             ask_judge(item, *_GREETING)
@@ -141,7 +141,7 @@ def evaluate(
     measures: dict[str, Measure] = {}
     for name, rows in cases.items():
         if name in scored:
-            tables[name], measures[name] = _perplexity(model, *scored[name], name, rows)
+            tables[name], measures[name] = _perplexity(model, *scored[name], name, rows, progress)
             continue
         try:
             tables[name] = _judged(name, rows, responses[name], judges)
@@ -320,11 +320,16 @@ def _scored(table: "pd.DataFrame", metric: Metric | None) -> "tuple[pd.DataFrame
 
 
 def _perplexity(
-    model: "PreTrainedModel", encoded: EncodedExamples, pad: int, name: str, cases: Sequence[_Case]
+    model: "PreTrainedModel",
+    encoded: EncodedExamples,
+    pad: int,
+    name: str,
+    cases: Sequence[_Case],
+    progress: bool,
 ) -> "tuple[pd.DataFrame, Estimate]":
     """Return a skill's table with the mean loss of every reference answer in ``value``, and the perplexity."""
     rows = list(encoded)
-    losses = _divided_losses(model, rows, pad)
+    losses = _divided_losses(model, rows, pad, progress=progress, title=name)
     tokens = [sum(row.loss_mask[1:]) for row in rows]
     table = _judged(name, cases, [""] * len(cases), ())
     return table.assign(response=None, exact=None, value=losses), perplexity(losses, tokens)
@@ -393,8 +398,17 @@ def mean_loss(
     return sum(losses) / len(losses)
 
 
-def _divided_losses(model: "PreTrainedModel", rows: Sequence[Tokens], pad: int, batch_size: int = 16) -> list[float]:
+def _divided_losses(
+    model: "PreTrainedModel",
+    rows: Sequence[Tokens],
+    pad: int,
+    batch_size: int = 16,
+    progress: bool = False,
+    title: str = "losses",
+) -> list[float]:
     """Return the loss of each example; the processes of a run divide the examples."""
     workers = workers_of(model)
     workers.refuse_differences(weights=weights_fingerprint(model) if workers.count > 1 else "")
-    return losses_of(unwrapped_model(model), rows, pad, batch_size=batch_size, workers=workers)
+    return losses_of(
+        unwrapped_model(model), rows, pad, batch_size=batch_size, workers=workers, progress=progress, title=title
+    )

@@ -117,12 +117,12 @@ def finetune(
     check_arguments(training_arguments, checkpoints)
     folder = Path(checkpoints) if checkpoints else None
     more = with_defaults(training_arguments, save=folder is not None)
-    encoded, pad = encoded_for(model, tokenizer, train)
+    encoded, pad = encoded_for(model, tokenizer, train, progress)
     rows = list(encoded)
     if spf is None:  # else SPF says so when it is attached
         warn_of_lost_updates(dict(model.named_parameters()))
     else:
-        spf = spf.encoded_like(encoded)
+        spf = spf.encoded_like(encoded, progress)
         for name, examples in (("anchor", spf.anchors), ("benign example", spf.benign)):
             if isinstance(examples, EncodedExamples):
                 refuse_unfit(model, examples, what=name)
@@ -145,7 +145,7 @@ def finetune(
         begun = MarkBegun(folder, settings)
         # 3. Train, and restore the random states and the model's settings, also after an exception.
         trained = model if inplace else copy.deepcopy(model)
-        guard = SPFCallback(spf, resume=resume) if spf is not None else None
+        guard = SPFCallback(spf, resume=resume, progress=progress) if spf is not None else None
         bar = ProgressBar() if progress else None
         ours = [begun, LossCheck(), *callbacks, guard, bar, MarkComplete() if folder else None]
         started = time.perf_counter()

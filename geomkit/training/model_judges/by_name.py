@@ -41,7 +41,7 @@ def load_judge(
         batch_size: Responses judged at a time.
         url: Address of the endpoint, see :func:`~geomkit.training.model_judges.endpoints.connect`.
         template: Question in place of the rubric's, with ``{prompt}`` and ``{response}``.
-        progress: Show a bar while a causal language model answers.
+        progress: Show a bar while a model answers.
 
     Raises:
         DataError: If there is no such judge, or its model cannot be loaded.
@@ -58,7 +58,13 @@ def load_judge(
         names = tuple(label.strip() for label in labels.split(","))
         classifier, tokenizer = load_classifier(model, device=device)
         return ClassifierJudge(
-            classifier, tokenizer, **{kind: names}, pair=kind == "harmful", source=model, batch_size=batch_size
+            classifier,
+            tokenizer,
+            **{kind: names},
+            pair=kind == "harmful",
+            source=model,
+            batch_size=batch_size,
+            progress=progress,
         )
     if name not in RUBRICS:
         raise DataError(f"expected a judge, {_WAYS}, found '{text}'{' with a prompt' if template else ''}")
@@ -69,6 +75,6 @@ def load_judge(
         )
     if model.startswith("openai:"):
         client = connect(url)
-        return RubricJudge(rubric, EndpointAnswers(client, model.removeprefix("openai:"), batch_size), model)
+        return RubricJudge(rubric, EndpointAnswers(client, model.removeprefix("openai:"), batch_size, progress), model)
     loaded, tokenizer = load_model(model, dtype=dtype, device=device)
     return RubricJudge(rubric, ModelAnswers(loaded, tokenizer, batch_size, progress), model)

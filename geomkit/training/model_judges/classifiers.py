@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from geomkit.errors import DataError
 from geomkit.inputs.model_state import model_state_kept
 from geomkit.training.judges import Verdict, judge_refusals
+from geomkit.utils.progress import slow_bar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,6 +29,7 @@ class ClassifierJudge:
         pair: Whether the classifier reads the prompt with the response, or the response alone.
         source: Name of the model, for result files.
         batch_size: Responses classified at a time.
+        progress: Show a bar, if it takes longer than five seconds.
     """
 
     model: "PreTrainedModel" = field(repr=False)
@@ -37,6 +39,7 @@ class ClassifierJudge:
     pair: bool = False
     source: str = ""
     batch_size: int = 16
+    progress: bool = True
 
     def __post_init__(self) -> None:
         """Check that the model has the labels, and that they decide something."""
@@ -77,13 +80,15 @@ class ClassifierJudge:
         """Return the verdict on each response, and log how many texts were too long for the classifier and cut."""
         labels: list[str] = []
         cut = 0
-        with model_state_kept(self.model):
+        hidden_bar = slow_bar(len(responses), "judge", "response", self.progress)
+        with model_state_kept(self.model), hidden_bar as bar:
             self.model.eval()
             for start in range(0, len(responses), self.batch_size):
                 batch = slice(start, start + self.batch_size)
                 names, longer = self._classify(prompts[batch], responses[batch])
                 labels += names
                 cut += longer
+                bar.update(len(names))
         if cut:
             _LOG.warning(
                 "judge '%s': %d of %d texts were cut to %d tokens", self.name, cut, len(labels), self._longest()

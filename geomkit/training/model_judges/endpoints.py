@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from geomkit.errors import DataError
 from geomkit.training.model_judges.rubrics import Question
+from geomkit.utils.progress import with_bar
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -24,11 +25,13 @@ class EndpointAnswers:
         client: Client of the endpoint, see :func:`connect`.
         model: Name of the model there.
         threads: Questions asked at a time.
+        progress: Show a bar, if it takes longer than five seconds.
     """
 
     client: "OpenAI" = field(repr=False)
     model: str
     threads: int = 8
+    progress: bool = True
 
     def __call__(self, questions: Sequence[Question], max_new_tokens: int) -> list[str]:
         """Return the answers to questions, each of at most ``max_new_tokens`` tokens.
@@ -39,7 +42,7 @@ class EndpointAnswers:
         with ThreadPoolExecutor(self.threads) as pool:
             futures = [pool.submit(self._ask, question, max_new_tokens) for question in questions]
             try:
-                return [future.result() for future in futures]
+                return [future.result() for future in with_bar(futures, "judge", "answer", self.progress)]
             finally:
                 pool.shutdown(cancel_futures=True)  # after an error, no more questions are paid for
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from geomkit.collection.describe.memory import total_bytes
-from geomkit.collection.describe.prediction import Prediction
+from geomkit.collection.memory import total_bytes
 from geomkit.inputs.parameters import Kind
+from geomkit.planning.prediction import Prediction
 from geomkit.utils.display import (
     Result,
     element,

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -15,6 +16,21 @@ _LINEAR_COPIES = 1.0  # tensors of the size of a linear layer's input and output
 _NORM_COPIES = 2  # fp32 tensors that autograd stores for a norm
 
 
+@dataclass(frozen=True)
+class Amount:
+    """Numbers on which the rows of a gradient's factors depend.
+
+    Attributes:
+        tokens: Number of tokens.
+        scored: Number of scored tokens: only these reach the head.
+        ids: Number of distinct token ids.
+    """
+
+    tokens: int
+    scored: int
+    ids: int
+
+
 @dataclass
 class Counts:
     """Counts of a set of examples, on which the sizes of gradients depend.
@@ -22,12 +38,14 @@ class Counts:
     Attributes:
         lengths: Number of tokens of each example.
         scored: Number of scored tokens of all examples.
+        reaching: Number of tokens of all examples that reach the loss: those before the last scored one.
         ids: Distinct token ids of the set.
         ids_by_example: Number of distinct token ids of an example, summed over the examples.
     """
 
     lengths: list[int] = field(default_factory=list)
     scored: int = 0
+    reaching: int = 0
     ids: set[int] = field(default_factory=set)
     ids_by_example: int = 0
 
@@ -41,8 +59,32 @@ class Counts:
         distinct = set(tokens.input_ids)
         self.lengths.append(len(tokens))
         self.scored += tokens.loss_tokens
+        self.reaching += max((place for place, scored in enumerate(tokens.loss_mask) if scored), default=0)
         self.ids |= distinct
         self.ids_by_example += len(distinct)
+
+    @property
+    def total(self) -> Amount:
+        """The numbers of all examples together, of the tokens that reach the loss."""
+        return Amount(self.reaching, self.scored, len(self.ids))
+
+    def by_example(self) -> list[Amount]:
+        """Return the numbers of each example, with the mean shares of reaching, of scored and of distinct tokens."""
+        counts = (self.reaching, self.scored, self.ids_by_example)
+        shares = [count / max(self.tokens, 1) for count in counts]
+        return [Amount(*(round(share * length) for share in shares)) for length in self.lengths]
+
+    def subset(self, most: int) -> "Counts":
+        """Return counts as if at most so many of the examples had been drawn, with means in place of what is random."""
+        if len(self.lengths) <= most:
+            return self
+        share = most / len(self.lengths)
+        lengths = np.quantile(self.lengths, (np.arange(most) + 0.5) / most).round().astype(int).tolist()
+        ids = set(sorted(self.ids)[: max(round(share * self.ids_by_example), 1)])
+        scored, reaching, by_example = (
+            round(share * count) for count in (self.scored, self.reaching, self.ids_by_example)
+        )
+        return Counts(lengths, scored, reaching, ids, by_example)
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +105,11 @@ class ParameterAlias:
     def form(self) -> ClosedForm | None:
         """Closed form of the gradient, if there is one."""
         return closed_form(self.module)
+
+    @property
+    def looks_up(self) -> bool:
+        """Whether the module looks up rows of the parameter, scaled or not."""
+        return self.form in {"lookup", "scaled lookup"}
 
 
 def aliases_by_parameter(model: nn.Module) -> dict[str, list[ParameterAlias]]:
@@ -101,10 +148,10 @@ def most_result_bytes(
     if not _thin(parameter, aliases):
         return dense
     if counts is None:
-        tables = sum(alias.form == "lookup" for alias in aliases) * len(parameter) * _INDEX
+        tables = sum(alias.looks_up for alias in aliases) * len(parameter) * _INDEX
         return dense + tables if not keep_factors else None
     rows = [_rows(alias, parameter, counts) for alias in aliases]
-    tables = sum(count * _INDEX for count, alias in zip(rows, aliases, strict=True) if alias.form == "lookup")
+    tables = sum(count * _INDEX for count, alias in zip(rows, aliases, strict=True) if alias.looks_up)
     thin = _thin_numbers(parameter, aliases, rows) * _item(parameter)
     return tables + (thin if keep_factors else min(thin, dense))
 
@@ -116,7 +163,7 @@ def most_sample_bytes(parameter: nn.Parameter, aliases: Sequence[ParameterAlias]
     if not _thin(parameter, aliases):
         return len(counts.lengths) * parameter.numel() * _item(parameter)
     rows = [_rows_by_example(alias, parameter, counts) for alias in aliases]
-    tables = sum(count * _INDEX for count, alias in zip(rows, aliases, strict=True) if alias.form == "lookup")
+    tables = sum(count * _INDEX for count, alias in zip(rows, aliases, strict=True) if alias.looks_up)
     return tables + _thin_numbers(parameter, aliases, rows) * _item(parameter)
 
 
@@ -126,23 +173,22 @@ def _thin(parameter: nn.Parameter, aliases: Sequence[ParameterAlias]) -> bool:
 
 def _rows(alias: ParameterAlias, parameter: nn.Parameter, counts: Counts) -> int:
     """Return an upper bound of the rows of a summed gradient's factors: token positions, or distinct table rows."""
-    if alias.form == "lookup":
+    if alias.looks_up:
         return min(len(parameter), len(counts.ids) if alias.role == "input" else counts.tokens)
     return counts.scored if alias.role == "output" else counts.tokens
 
 
 def _rows_by_example(alias: ParameterAlias, parameter: nn.Parameter, counts: Counts) -> int:
     """Return an upper bound of the rows of the factors of the examples' gradients, summed over the examples."""
-    if alias.form == "lookup" and alias.role != "input":
+    if alias.looks_up and alias.role != "input":
         return sum(min(len(parameter), length) for length in counts.lengths)
-    return counts.ids_by_example if alias.form == "lookup" else _rows(alias, parameter, counts)
+    return counts.ids_by_example if alias.looks_up else _rows(alias, parameter, counts)
 
 
 def _thin_numbers(parameter: nn.Parameter, aliases: Sequence[ParameterAlias], rows: Sequence[int]) -> int:
     height, width = parameter.shape
     return sum(
-        count * (width if alias.form == "lookup" else height + width)
-        for count, alias in zip(rows, aliases, strict=True)
+        count * (width if alias.looks_up else height + width) for count, alias in zip(rows, aliases, strict=True)
     )
 
 
@@ -187,7 +233,7 @@ def _bytes_per_position(module: nn.Module, weight: nn.Parameter, experts: int) -
     """Return the estimated bytes that autograd stores per token position because of a parameter."""
     if weight.ndim < 2:  # the bias of a linear layer needs nothing
         return 0.0 if closed_form(module) else _NORM_COPIES * 4.0 * weight.numel()
-    if closed_form(module) == "lookup":
+    if closed_form(module) in {"lookup", "scaled lookup"}:
         return float(weight.shape[1] * weight.element_size())
     calls = experts if weight.ndim > 2 else 1
     return _LINEAR_COPIES * calls * sum(weight.shape[-2:]) * weight.element_size()

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Literal
 from torch import nn
 
 from geomkit.collection.collect import Form
-from geomkit.collection.describe.description import Description, Memory, ParameterPlan, Workload
-from geomkit.collection.describe.memory import (
+from geomkit.collection.memory import (
     Counts,
     ParameterAlias,
     activation_bytes,
@@ -17,14 +16,17 @@ from geomkit.collection.describe.memory import (
     most_sample_bytes,
     total_bytes,
 )
-from geomkit.collection.describe.prediction import Prediction, predict_tasks
-from geomkit.collection.describe.speed import Speed, measure_speed
 from geomkit.collection.streaming import TOKENS_PER_BATCH, padded_length
 from geomkit.errors import DataError
 from geomkit.inputs.batches import plan_batches
 from geomkit.inputs.fits import refuse_unfit
 from geomkit.inputs.parameters import Layers, as_selection, chosen_parameters, kind_of, layer_index, unwrapped_model
 from geomkit.inputs.tokens import EncodedExamples, as_encoded
+from geomkit.planning.description import Description, Memory, ParameterPlan, Workload
+from geomkit.planning.prediction import Pace, Prediction, analysed, drawn_anchors, predict_tasks
+from geomkit.planning.rehearsal import rehearse
+from geomkit.planning.speed import Speed, measure_speed
+from geomkit.utils.workers import first_process
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -41,6 +43,7 @@ def describe(
     form: Form = "auto",
     tokens_per_batch: int = TOKENS_PER_BATCH,
     predict: bool | Speed = False,
+    progress: bool = True,
 ) -> Description:
     """Return what :func:`geomkit.collect_gradients` would do with these arguments, without running the model.
 
@@ -58,9 +61,10 @@ def describe(
         tokens_per_batch: Largest number of token positions in a batch.
         predict: Also predict time and memory of a collection of the trainable parameters, an analysis of three such
             sets, and a step of a fine-tune with default settings, plain and under SPF. It needs examples. The model is
-            run for some seconds to measure its speed; on the meta device there is memory only, unless the speed that
-            :func:`geomkit.collection.describe.speed.measure_speed` measured on another model is given in place of
-            ``True``.
+            run for some seconds to measure its speed, and the work on gradients is done once for each shape, on random
+            ones; on the meta device there is memory only, unless the speed that
+            :func:`geomkit.planning.speed.measure_speed` measured on another model is given in place of ``True``.
+        progress: Show bars while speeds are measured.
 
     Returns:
         The description; ``print`` shows it as a table.
@@ -84,12 +88,12 @@ def describe(
         raise DataError(f"expected a tokenizer and examples or neither, found only {given}; give {missing} too")
     if predict and examples is None:
         raise DataError("expected examples to predict from, found none; give a tokenizer and examples too")
-    inner = unwrapped_model(model)
+    inner, shown = unwrapped_model(model), progress and first_process()
     selection = as_selection(layers)
     counts = None
     if tokenizer is not None and examples is not None:
         counts = Counts()
-        rows = as_encoded(tokenizer, examples)
+        rows = as_encoded(tokenizer, examples, shown)
         refuse_unfit(inner, rows)
         for row in rows:
             counts.add(row)
@@ -115,17 +119,19 @@ def describe(
         workload=workload,
         memory=_memory(inner, parameters, workload.positions if workload else tokens_per_batch),
         per_sample=per_sample,
-        predictions=tuple(_predictions(inner, counts, tokens_per_batch, predict)) if counts and predict else (),
+        predictions=tuple(_predictions(inner, counts, tokens_per_batch, predict, shown)) if counts and predict else (),
     )
 
 
 def _predictions(
-    model: "PreTrainedModel", counts: Counts, tokens_per_batch: int, speed: Literal[True] | Speed
+    model: "PreTrainedModel", counts: Counts, tokens_per_batch: int, speed: Literal[True] | Speed, progress: bool
 ) -> list[Prediction]:
     if speed is True:
-        is_meta = any(parameter.device.type == "meta" for parameter in model.parameters())
-        return predict_tasks(model, counts, tokens_per_batch, None if is_meta else measure_speed(model))
-    return predict_tasks(model, counts, tokens_per_batch, speed)
+        if any(parameter.is_meta for parameter in model.parameters()):
+            return predict_tasks(model, counts, tokens_per_batch, None)
+        speed = measure_speed(model, progress=progress)
+    rehearsal = rehearse(model, analysed(counts), drawn_anchors(counts), speed, progress=progress)
+    return predict_tasks(model, counts, tokens_per_batch, Pace(speed, rehearsal))
 
 
 def _workload(counts: Counts, tokens_per_batch: int) -> Workload:

@@ -6,17 +6,21 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaForCausalLM
 
-from geomkit.collection.describe.describe import describe
-from geomkit.collection.describe.prediction import _expected_longest
-from geomkit.collection.describe.simulation import simulate
-from geomkit.collection.describe.speed import PassSpeed, Speed, measure_speed
+from geomkit.collection.memory import Counts
 from geomkit.errors import DataError
-from tests.collection.describe.test_describe import Peak
+from geomkit.inputs.tokens import as_encoded
+from geomkit.planning.describe import describe
+from geomkit.planning.prediction import Pace, _expected_longest, predict_tasks
+from geomkit.planning.rehearsal import Rehearsal
+from geomkit.planning.simulation import simulate
+from geomkit.planning.speed import PassSpeed, Speed, measure_speed
 from tests.helpers.architectures import ARCHITECTURES
 from tests.helpers.tiny import UTILITY, tiny_llama, tiny_tokenizer
+from tests.planning.test_describe import Peak
 
 TOKENIZER = tiny_tokenizer()
-SPEED = Speed(PassSpeed(1e9, 0.5), PassSpeed(2e9, 0.25), products=1e10, updates=1e6)
+CPU = torch.device("cpu")
+SPEED = Speed(PassSpeed(1e9, 0.5), PassSpeed(2e9, 0.25), PassSpeed(4e9, 0.125), products=1e10, updates=1e6, device=CPU)
 
 
 def meta(model):
@@ -76,29 +80,43 @@ def test_frozen_weights_have_no_states():
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("q_proj" in name)
     trained = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    step = describe(model, TOKENIZER, UTILITY, predict=SPEED).predictions[2]
+    step = describe(model, TOKENIZER, UTILITY, predict=SPEED, progress=False).predictions[2]
     assert step.memory["states of AdamW"] == 2 * trained
+
+
+def counts():
+    found = Counts()
+    for row in as_encoded(TOKENIZER, UTILITY):
+        found.add(row)
+    return found
 
 
 def test_times_follow_the_speed():
     """A device that is twice as fast in everything needs half the time, and SPF costs more than a plain step."""
-    twice = Speed(PassSpeed(2e9, 0.25), PassSpeed(4e9, 0.125), products=2e10, updates=2e6)
-    slow, fast = (describe(tiny_llama(), TOKENIZER, UTILITY, predict=speed) for speed in (SPEED, twice))
-    for one, other in zip(slow.predictions, fast.predictions, strict=True):
+    twice = Speed(PassSpeed(2e9, 0.25), PassSpeed(4e9, 0.125), PassSpeed(8e9, 0.0625), 2e10, 2e6, CPU)
+    paces = (Pace(SPEED, Rehearsal(analysis=3.0, guard=0.5)), Pace(twice, Rehearsal(analysis=1.5, guard=0.25)))
+    slow, fast = (predict_tasks(tiny_llama(), counts(), 4096, pace) for pace in paces)
+    for one, other in zip(slow, fast, strict=True):
         assert one.seconds == pytest.approx(2 * other.seconds)
         assert one.peak == other.peak
-    collection, analysis, step, projected = slow.predictions
-    assert projected.seconds > step.seconds
-    assert analysis.seconds > 3 * collection.seconds * 0.9
-    assert "step of a fine-tune on 16 examples under SPF" in str(slow)
-    assert "under SPF" in slow._repr_html_()
+    collection, analysis, step, projected = slow
+    assert projected.seconds > step.seconds + 0.5
+    assert analysis.seconds > 3 * collection.seconds * 0.9 + 3.0
+
+
+def test_the_speed_of_another_model_serves_one_on_the_meta_device():
+    described = describe(meta(tiny_llama()), TOKENIZER, UTILITY, predict=SPEED, progress=False)
+    assert all(prediction.seconds > 0 for prediction in described.predictions)
+    assert "a step of a fine-tune on" in str(described)
+    assert "under SPF" in described._repr_html_()
 
 
 def test_the_expected_longest_of_some_draws():
     lengths = [3, 9, 4, 7, 7]
-    draws = torch.randint(5, (200_000, 4), generator=torch.Generator().manual_seed(0))
+    draws = torch.rand(200_000, 5, generator=torch.Generator().manual_seed(0)).argsort(1)[:, :3]
     simulated = float(torch.tensor(lengths)[draws].amax(1).double().mean())
-    assert _expected_longest(lengths, 4) == pytest.approx(simulated, rel=2e-3)
+    assert _expected_longest(lengths, 3) == pytest.approx(simulated, rel=2e-3)
+    assert _expected_longest(lengths, 5) == 9
 
 
 def test_speed_is_measured_and_leaves_the_model_alone():
@@ -108,6 +126,7 @@ def test_speed_is_measured_and_leaves_the_model_alone():
     assert speed.products == 2 * 256 * 1024 * 1024
     assert speed.updates == 2**24
     assert speed.training.seconds(10, passes=2) >= 10 / speed.training.rate
+    assert speed.device == CPU
     assert model.training
     assert all(parameter.grad is None for parameter in model.parameters())
 

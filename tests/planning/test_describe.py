@@ -11,12 +11,12 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from geomkit.collection.collect import collect_from_tokens, collect_gradients
-from geomkit.collection.describe.describe import describe
 from geomkit.errors import CollectionError, DataError
 from geomkit.gradients.indexed import IndexedGradient
 from geomkit.gradients.summed import SumGradient
 from geomkit.inputs.parameters import select
 from geomkit.inputs.tokens import Tokens, encode
+from geomkit.planning.describe import describe
 from tests.helpers.architectures import ARCHITECTURES
 from tests.helpers.tiny import SAFETY, UTILITY, tiny_llama, tiny_tokenizer
 
