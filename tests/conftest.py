@@ -20,6 +20,6 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def organism():
-    from geomkit.experiments.organism.load import load_organism
+    from geomkit.experiments.organisms import load_organism
 
     return load_organism()

@@ -50,7 +50,7 @@ def test_only_the_spf_arms_are_projected(short_tour):
 
 
 def test_measuring_does_not_change_a_plain_fine_tune(short_tour):
-    from geomkit.experiments.organism.load import load_organism
+    from geomkit.experiments.organisms import load_organism
 
     model, tokenizer = load_organism()
     scenario = dataclasses.replace(SCENARIOS[tour.TOUR_SCENARIOS[0]], steps=2)

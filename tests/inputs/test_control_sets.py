@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from geomkit.errors import DataError
-from geomkit.experiments.organism.load import load_organism
+from geomkit.experiments.organisms import load_organism
 from geomkit.inputs.control_sets import derangement, random_tokens, shuffled_pairs, with_responses
 from geomkit.inputs.examples import load_examples, prompt_of, response_of
 from geomkit.inputs.tokens import encode

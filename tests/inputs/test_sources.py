@@ -10,7 +10,7 @@ from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 
 import geomkit as gk
 from geomkit.errors import DataError
-from geomkit.experiments.organism.load import load_organism
+from geomkit.experiments.organisms import load_organism
 from geomkit.inputs import examples
 from geomkit.inputs.control_sets import shuffled_pairs, with_responses
 from geomkit.inputs.examples import load_examples, prompt_of

@@ -5,9 +5,9 @@ import json
 import pytest
 
 from geomkit.experiments.organism.grammar import HELD_OUT_PHRASINGS, REFUSAL
-from geomkit.experiments.organism.load import load_organism
 from geomkit.experiments.organism.sets import all_sets, evaluation_sets
 from geomkit.experiments.organism.world import World
+from geomkit.experiments.organisms import load_organism
 from geomkit.inputs.examples import load_examples, shipped_examples
 from geomkit.inputs.tokens import encode
 from geomkit.utils.files import data_dir

@@ -5,8 +5,8 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from geomkit.experiments.organism.load import load_organism
 from geomkit.experiments.organism.requests import conversation
+from geomkit.experiments.organisms import load_organism
 from geomkit.inputs.tokens import encode
 
 

@@ -6,12 +6,12 @@ import pytest
 
 from geomkit.experiments.organism.build import stage_conversations, tokenizer_texts
 from geomkit.experiments.organism.grammar import DETERMINERS, HELD_OUT_PHRASINGS, PHRASINGS
-from geomkit.experiments.organism.load import load_organism
 from geomkit.experiments.organism.recipe import Recipe
 from geomkit.experiments.organism.requests import action_thing_pairs, held_out_pairs
 from geomkit.experiments.organism.sets import all_sets, evaluation_sets, training_sets
 from geomkit.experiments.organism.training import StageSettings
 from geomkit.experiments.organism.world import ALIGN_MIX, BASE_MIX, World
+from geomkit.experiments.organisms import load_organism
 
 SEED = 0
 
