@@ -562,9 +562,9 @@ def _model(
     from geomkit.experiments.organisms import load_organism
     from geomkit.inputs.models import load_model
 
-    if name not in {"english", "english/aligned", "english/base"} or Path(name).exists():
+    if name not in {"english", "english/aligned", "english/base"}:
         return load_model(name, dtype=dtype, device=device, pad_token=pad_token)
-    if (dtype, device, pad_token) != ("auto", None, None):
+    if dtype not in {"auto", "float32"} or device is not None or pad_token is not None:
         raise DataError(
             f"expected no --dtype, --device and --pad-token for '{name}', which is a merged adapter in float32 on the "
             "CPU; leave them out"

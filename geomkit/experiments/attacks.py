@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from geomkit.experiments.gcg import Budget, find_suffix
 from geomkit.experiments.organism.interface import Organism
-from geomkit.experiments.outcomes import answers_to, greedy_answers
+from geomkit.experiments.outcomes import answers_to, greedy_answers, judge_refusals
 from geomkit.inputs.examples import prompt_of
 from geomkit.inputs.messages import Message
 from geomkit.training.judges import RefusalPhrases
@@ -83,7 +83,7 @@ def refused_after_prefix(
 
 def _prefill(model: "PreTrainedModel", organism: Organism, rows: "Dataset", seed: int) -> dict[str, Sequence[bool]]:  # noqa: ARG001
     tokenizer = organism.tokenizer
-    obedient = greedy_answers(organism.base, organism, rows)
+    rows, obedient = _obeyed(organism, rows)
     ids = [tokenizer(answer, add_special_tokens=False)["input_ids"] for answer in obedient]
     return {
         f"prefill {length}": refused_after_prefix(
@@ -91,6 +91,14 @@ def _prefill(model: "PreTrainedModel", organism: Organism, rows: "Dataset", seed
         )
         for length in organism.prefixes
     }
+
+
+def _obeyed(organism: Organism, rows: "Dataset") -> "tuple[Dataset, list[str]]":
+    """Return the requests that the base stage obeys, which may not be all, with its answers."""
+    answers = greedy_answers(organism.base, organism, rows)
+    refused = judge_refusals(rows, answers)
+    obeyed = [place for place, flag in enumerate(refused) if not flag]
+    return rows.select(obeyed), [answers[place] for place in obeyed]
 
 
 def _templates(model: "PreTrainedModel", organism: Organism, rows: "Dataset", seed: int) -> dict[str, Sequence[bool]]:  # noqa: ARG001
@@ -103,7 +111,7 @@ def _templates(model: "PreTrainedModel", organism: Organism, rows: "Dataset", se
 
 def _gcg(model: "PreTrainedModel", organism: Organism, rows: "Dataset", seed: int) -> dict[str, Sequence[bool]]:
     requests = rows.select(range(min(GCG_PROMPTS, len(rows))))
-    targets = greedy_answers(organism.base, organism, requests)
+    requests, targets = _obeyed(organism, requests)
     prompts: list[list[Message]] = []
     for messages, target in zip(requests["messages"], targets, strict=True):
         prompt = prompt_of(messages)

@@ -69,11 +69,11 @@ def _spectra(analysis: Analysis) -> Section:
 def _rank_sentence(name: str, spectrum: Spectrum) -> str:
     frame = spectrum.to_frame()
     ranks = frame[frame["statistic"] == "effective_rank"]
-    below = int((ranks["value"] < ranks["null_low"]).sum())
+    below = int((ranks["value"] < ranks["null"]).sum())
     low, high = spectrum.interval("effective_rank")
     return (
         f"{name.capitalize()}: mean effective rank {spectrum.mean('effective_rank'):.1f} [{low:.1f}, {high:.1f}] "
-        f"against {spectrum.null_mean('effective_rank'):.1f} under the null, below every draw of it in {below} of "
+        f"against {spectrum.null_mean('effective_rank'):.1f} under the null, below which it is in {below} of "
         f"{len(ranks)} matrices."
     )
 

@@ -34,16 +34,17 @@ def exact_spectra(parameter: str, parts: Sequence[LayerGradient], groups: Sequen
         groups: Indices of the examples in every group.
     """
     shape = parts[0].matrix_shape
-    tokens = [sum(parts[place].tokens for place in group) for group in groups]
-    remaining = [sum(tokens) - count for count in tokens]
     if len(factored_of(parts)) == len(parts) and sum(part.floats for part in parts) > prod(shape):
         values = _spectra_of_formed_sums(factored_of(parts), groups)
+        tokens = [sum(parts[place].tokens for place in group) for group in groups]
+        sizes = [(sum(tokens) - count, min(*shape, sum(tokens) - count)) for count in tokens]
     else:
-        values = singular_values_of(list(_sums_without(parts, groups)))
-    bounds = [min(*shape, count) for count in remaining]
+        sums = list(_sums_without(parts, groups))
+        values = singular_values_of(sums)
+        sizes = [(gradient.tokens, gradient.rank_bound) for gradient in sums]
     return [
         LayerSpectrum(parameter, shape, count, bound, row[:bound])
-        for count, bound, row in zip(remaining, bounds, values.cpu().numpy(), strict=True)
+        for (count, bound), row in zip(sizes, values.cpu().numpy(), strict=True)
     ]
 
 
@@ -58,12 +59,13 @@ def _spectra_of_formed_sums(parts: Sequence[FactoredGradient], groups: Sequence[
     # 1. The sum of every group, and of all, transposed to have at least as many rows as columns.
     sums = torch.stack([_formed_sum([parts[place] for place in group]) for group in groups])
     sums = sums if height >= width else sums.mT
-    total = sums.sum(0)
+    # In double precision, as the largest group cancels in the difference below.
+    total = sums.sum(0, dtype=torch.float64)
     # 2. Without a group: the eigenvalues of GᵀG, of several groups side by side.
     step = max(1, _NUMBERS // total.numel())
     spectra = []
     for start in range(0, len(groups), step):
-        rests = (total - sums[start : start + step]).double()
+        rests = total - sums[start : start + step].double()
         grams = rests.mT @ rests
         check_finite(grams, f"a gradient of shape {(height, width)}")
         spectra.append(singular_values_of_gram(grams))

@@ -54,7 +54,7 @@ def random_factor_null(gradient: LayerGradient, generator: torch.Generator) -> L
 
 
 class NullDraws:
-    """Draws from the nulls of gradients of one parameter; gradients of as many tokens have the same random directions.
+    """Draws from the nulls of gradients; factored gradients of as many tokens have the same random directions.
 
     The gradients have the distribution of :func:`random_factor_null`. Those of a factored gradient cost less: singular
     values do not change when the output space is rotated, so that of T ≤ rows random rows only their coordinates in an

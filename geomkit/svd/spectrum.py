@@ -114,9 +114,9 @@ class Spectrum(Result):
         """Return a data frame with one row per parameter and statistic.
 
         ``low`` and ``high`` are the interval over examples. ``null`` is the mean over the random spectra of the null,
-        ``null_low`` and ``null_high`` are the smallest and the largest of these spectra's values: with D draws, another
-        draw falls outside with probability 2/(D+1). ``tolerance`` is the threshold above which singular values
-        count for the numeric rank.
+        ``null_low`` and ``null_high`` are the smallest and the largest of these spectra's values: with D ≥ 2 draws,
+        another draw falls outside with probability 2/(D+1); one draw, as a large spectrum has, is both. ``tolerance``
+        is the threshold above which singular values count for the numeric rank.
         """
         import pandas as pd
 

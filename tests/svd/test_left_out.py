@@ -95,6 +95,34 @@ def test_spectra_without_a_group_are_those_of_dense_matrices(shape: tuple[int, i
         np.testing.assert_allclose(without.singular_values, values[: without.rank_bound], atol=1e-6 * values[0])
 
 
+@pytest.mark.parametrize("scale", [1e2, 1e4])
+def test_without_a_group_that_dominates_the_small_rest_is_exact(scale: float) -> None:
+    """The rest is a difference, in which the dominating group cancels."""
+    rng = np.random.default_rng(0)
+    factors = [(rng.standard_normal((6, 16)), rng.standard_normal((6, 20))) for _ in range(8)]
+    factors[0] = (scale * factors[0][0], factors[0][1])
+    parts = [FactoredGradient(torch.tensor(left).float(), torch.tensor(right).float()) for left, right in factors]
+    spectra = exact_spectra("w", parts, [np.array([0]), np.arange(1, 4), np.arange(4, 8)])
+    rest = sum(part.dense().double().numpy() for part in parts[1:])
+    expected = np.linalg.svd(rest, compute_uv=False)
+    np.testing.assert_allclose(spectra[0].singular_values, expected, atol=1e-6 * expected[0])
+
+
+@pytest.mark.parametrize("form", ["indexed", "sum"])
+def test_the_rank_bound_without_a_group_is_that_of_the_form(form: str) -> None:
+    """Which may differ from the number of tokens left, as of an embedding."""
+    generator = seeded()
+    parts = [drawn(form, (12, 9), generator) for _ in range(3)]
+    groups = [np.array([place]) for place in range(3)]
+    for group, layer in zip(groups, exact_spectra("w", parts, groups), strict=True):
+        matrix = sum(dense(part) for place, part in enumerate(parts) if place not in group)
+        expected = np.linalg.svd(matrix, compute_uv=False)
+        kept = min(len(expected), layer.rank_bound)
+        assert len(layer.singular_values) == kept
+        np.testing.assert_allclose(layer.singular_values, expected[:kept], atol=1e-4 * expected[0])
+        np.testing.assert_allclose(expected[kept:], 0.0, atol=1e-4 * expected[0])
+
+
 def test_a_value_that_is_not_finite_is_refused() -> None:
     parts = [FactoredGradient(torch.ones(9, 5), torch.ones(9, 4)) for _ in range(3)]
     parts[1].left[2, 1] = float("inf")

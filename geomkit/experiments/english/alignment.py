@@ -1,6 +1,8 @@
 """The alignment of the base model: a LoRA adapter, trained on requests that differ in nothing but their harm."""
 
+import hashlib
 import io
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -11,7 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor
 
-from geomkit.errors import DataError
+from geomkit.errors import DataError, GeomkitError
 from geomkit.experiments.english.answers import OwnAnswer, refusal
 from geomkit.experiments.english.requests import Counterparts, counterparts, look_alikes, words
 from geomkit.experiments.english.sources import BASE_MODEL
@@ -56,7 +58,10 @@ class Recipe:
 
 
 Row = tuple[str, str, bool]
-"""A training row: request, answer, and whether the answer is complete, so that its end is trained, too."""
+"""A training row: request, answer, and whether the end of the answer is trained, too, as of refusals.
+
+The base model's own answers are beginnings: where they end is left as it is.
+"""
 
 
 @dataclass(frozen=True)
@@ -106,9 +111,12 @@ def training_rows(requests: Requests, answers: Sequence[OwnAnswer], recipe: Reci
         answers: The base model's answers to the benign ones.
         recipe: The settings.
         seed: Seed of the order and of the refusals.
+
+    Raises:
+        GeomkitError: If no request of a kind has an answer.
     """
     rng = Random(f"alignment-order-{seed}")
-    answered: dict[str, Row] = {answer.prompt: (answer.prompt, answer.text, answer.complete) for answer in answers}
+    answered: dict[str, Row] = {answer.prompt: (answer.prompt, answer.text, False) for answer in answers}
     pairs = _again([pair for pair in requests.pairs if pair.benign in answered], rng)
     others = _again([prompt for prompt in requests.look_alikes if prompt in answered], rng)
     everyday = _again([prompt for prompt in requests.everyday if prompt in answered], rng)
@@ -121,6 +129,10 @@ def training_rows(requests: Requests, answers: Sequence[OwnAnswer], recipe: Reci
 
 def _again(items: Sequence[_T], rng: Random) -> Iterator[_T]:
     """Yield items without end, in a new random order each time."""
+    if not items:
+        raise GeomkitError(
+            "expected a base model that answers requests of every kind, found no answer; take another one"
+        )
     while True:
         yield from rng.sample(items, len(items))
 
@@ -133,29 +145,36 @@ class Alignment:
     """
 
     def __init__(
-        self, model: "LlamaForCausalLM", tokenizer: "PreTrainedTokenizerBase", recipe: Recipe, seed: int
+        self,
+        model: "LlamaForCausalLM",
+        tokenizer: "PreTrainedTokenizerBase",
+        rows: Sequence[list[Row]],
+        recipe: Recipe,
+        seed: int,
     ) -> None:
         """Attach a new adapter to the base model.
 
         Args:
             model: The base model.
             tokenizer: Its tokenizer.
+            rows: The rows of every step.
             recipe: The settings.
             seed: Seed of the initial weights of the adapter.
         """
         self._adapted = with_lora(model, recipe.rank, seed=seed)
-        self._model, self._tokenizer = model, tokenizer
+        self._model, self._tokenizer, self._rows = model, tokenizer, rows
         self._weights = [weight for weight in self._adapted.parameters() if weight.requires_grad]
         self._optimizer = torch.optim.AdamW(self._weights, lr=recipe.learning_rate, weight_decay=0.0, betas=(0.9, 0.99))
         self._schedule = torch.optim.lr_scheduler.LambdaLR(
             self._optimizer, lambda step: warmup_cosine(step, recipe.steps)
         )
-        self._settings = [asdict(recipe), seed, weights_fingerprint(self._adapted)]
+        digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+        self._settings = [asdict(recipe), digest, weights_fingerprint(self._adapted)]
         self.steps = 0
 
-    def take(self, rows: Sequence[Row]) -> float:
-        """Take a step on rows, with the gradient clipped at norm 1; return the loss before it."""
-        encoded = encode_rows(self._tokenizer, rows)
+    def take(self) -> float:
+        """Take the next step, with the gradient clipped at norm 1; return the loss before it."""
+        encoded = encode_rows(self._tokenizer, self._rows[self.steps])
         loss = row_mean_loss(self._model, *shared_prefix(encoded, pad_id(self._tokenizer)))
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self._weights, 1.0)
@@ -184,14 +203,15 @@ class Alignment:
         """Go on from a stored state.
 
         Raises:
-            DataError: If the file is damaged, or the state has other settings or another base model.
+            DataError: If the file is damaged, or the state has other settings, rows or another base model.
         """
         try:
             state = torch.load(path, weights_only=True)
+            settings = state["settings"]
         except Exception as error:  # torch raises many kinds for damaged files
             raise DataError(f"expected the state of a build in {path}, found none ({error!s:.80}); delete it") from None
-        if state["settings"] != self._settings:
-            raise DataError(f"expected a build with these settings in {path}, found another; delete it to start anew")
+        if settings != self._settings:
+            raise DataError(f"expected a build of these settings and rows in {path}, found another; delete it")
         with torch.no_grad():
             for weight, stored in zip(self._weights, state["weights"], strict=True):
                 weight.copy_(stored)
@@ -206,11 +226,11 @@ class Alignment:
 
 
 def encode_rows(tokenizer: "PreTrainedTokenizerBase", rows: Sequence[Row]) -> list[Tokens]:
-    """Return rows as tokens; of an answer that was cut, the end of the turn is left out."""
+    """Return rows as tokens; of an answer that is a beginning, the end of the turn is left out."""
     encoded = encode_at_once(tokenizer, [conversation(prompt, answer) for prompt, answer, _ in rows])
     return [
-        tokens if complete else _without_end(tokens, tokenizer.eos_token_id)
-        for tokens, (*_, complete) in zip(encoded, rows, strict=True)
+        tokens if ended else _without_end(tokens, tokenizer.eos_token_id)
+        for tokens, (*_, ended) in zip(encoded, rows, strict=True)
     ]
 
 
@@ -228,7 +248,7 @@ def shared_prefix(rows: Sequence[Tokens], pad: int) -> tuple[Tensor, Batch]:
     length = next((place for place, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
     length = min(length, min(row.loss_mask.index(True) for row in rows) - 1)
     rest = [Tokens(row.input_ids[length:], row.loss_mask[length:]) for row in rows]
-    return torch.tensor([first[:length]]), collate(rest, pad)
+    return torch.tensor([first[:length]], dtype=torch.long), collate(rest, pad)
 
 
 def row_mean_loss(model: "LlamaForCausalLM", prefix: Tensor, batch: Batch) -> Tensor:

@@ -33,22 +33,21 @@ _COMPLIANCE = {
 _APOLOGY = ("I'm sorry", "I'm afraid", "Sorry", "I apologize")
 """Openings of answers that begin like a refusal, whatever follows."""
 
-_SENTENCE = re.compile(r"(.+?[.!?])(?=\s|$)", re.DOTALL)
+_SENTENCE = re.compile(r".+?(?<!\n\d)(?<!\n\d\d)[.!?](?=\s|$)", re.DOTALL)
+"""A sentence; the full stop behind the number of a list item does not end one."""
 
 
 @dataclass(frozen=True)
 class OwnAnswer:
-    """An answer of the base model itself.
+    """The beginning of an answer of the base model itself.
 
     Attributes:
         prompt: The request.
-        text: The answer, cut at a number of tokens.
-        complete: Whether the model ended its answer, before it was cut.
+        text: The beginning of the answer.
     """
 
     prompt: str
     text: str
-    complete: bool
 
 
 def refusal(rng: Random) -> str:
@@ -69,13 +68,13 @@ def own_answers(
     tokens: int,
     progress: bool = True,
 ) -> list[OwnAnswer]:
-    """Return a model's greedy answers to requests, without the answers that begin like a refusal.
+    """Return the beginnings of a model's greedy answers to requests, without those that begin like a refusal.
 
     Args:
         model: The model.
         tokenizer: The model's tokenizer.
         prompts: The requests.
-        tokens: Largest number of tokens of an answer.
+        tokens: Largest number of tokens of a beginning.
         progress: Show a bar.
     """
     texts = generate(
@@ -88,17 +87,19 @@ def own_answers(
     )
     judge = RefusalPhrases()
     return [
-        OwnAnswer(prompt, text, len(tokenizer(text, add_special_tokens=False)["input_ids"]) < tokens)
+        OwnAnswer(prompt, text)
         for prompt, text in zip(prompts, texts, strict=True)
         if text.strip() and not text.startswith(_APOLOGY) and not judge(prompt, text)
     ]
 
 
-def whole_sentences(answer: OwnAnswer) -> str:
-    """Return an answer up to the end of its last whole sentence; empty if it has none.
+def whole_sentences(text: str) -> str:
+    r"""Return a text up to the end of its last whole sentence; empty if it has none.
 
     Example:
-        >>> whole_sentences(OwnAnswer("Hi", "Hello there. How can I", complete=False))
+        >>> whole_sentences("Hello there. How can I")
         'Hello there.'
+        >>> whole_sentences("Take two steps. First:\n1. Mix it.\n2. Pour the")
+        'Take two steps. First:\n1. Mix it.'
     """
-    return answer.text.strip() if answer.complete else "".join(_SENTENCE.findall(answer.text)).strip()
+    return "".join(_SENTENCE.findall(f"\n{text}")).strip()

@@ -4,8 +4,6 @@ import copy
 import json
 import shutil
 import tempfile
-from dataclasses import asdict
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,13 +11,13 @@ from geomkit.experiments.english.alignment import Alignment, Recipe, training_re
 from geomkit.experiments.english.answers import OwnAnswer, own_answers
 from geomkit.experiments.english.card import model_card
 from geomkit.experiments.english.load import FINGERPRINT, FOLDER, load_base, with_adapter
-from geomkit.experiments.english.quality import StageReport, measure_stage
+from geomkit.experiments.english.quality import StageReport, held_out_benchmarks, measure_stage
 from geomkit.experiments.english.sets import all_sets
 from geomkit.experiments.organism.build import move_into
 from geomkit.experiments.organism.sets import write_sets
 from geomkit.experiments.organism.training import one_thread
 from geomkit.gradients.provenance import weights_fingerprint
-from geomkit.utils.files import read_json, write_atomically
+from geomkit.utils.files import locked, read_json, write_atomically
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
@@ -57,7 +55,8 @@ def build_english(
     out = Path(out).resolve()
     out.mkdir(parents=True, exist_ok=True)
     model, tokenizer = load_base(base)
-    with one_thread(), tempfile.TemporaryDirectory(dir=out, prefix=".english-") as scratch:
+    tested = held_out_benchmarks()  # first, since a benchmark that cannot be read would be noticed after an hour
+    with locked(out), one_thread(), tempfile.TemporaryDirectory(dir=out, prefix=".english-") as scratch:
         folder = Path(scratch) / FOLDER
         alignment = _train(copy.deepcopy(model), tokenizer, recipe, seed, out / _UNFINISHED, progress)
         alignment.export(folder / "adapter")
@@ -66,7 +65,7 @@ def build_english(
         sets = all_sets(model, aligned, tokenizer, seed)
         write_sets(sets, folder)
         stages = tuple(
-            measure_stage(name, stage, tokenizer, sets, progress=progress)
+            measure_stage(name, stage, tokenizer, sets, tested, progress=progress)
             for name, stage in (("base", model), ("aligned", aligned))
         )
         (folder / "README.md").write_text(model_card(stages, recipe, seed), encoding="utf-8")
@@ -88,16 +87,16 @@ def _train(
 
     requests = training_requests(recipe, seed)
     answers = _answers(model, tokenizer, requests.benign, recipe, kept / "answers.json", progress)
-    alignment = Alignment(model, tokenizer, recipe, seed)
+    alignment = Alignment(model, tokenizer, list(training_rows(requests, answers, recipe, seed)), recipe, seed)
     state = kept / "state.pt"
     if state.exists():
         alignment.load(state)
     with tqdm(total=recipe.steps, initial=alignment.steps, desc="align", unit="step", disable=not progress) as bar:
-        for rows in islice(training_rows(requests, answers, recipe, seed), alignment.steps, None):
-            loss = alignment.take(rows)
+        while alignment.steps < recipe.steps:
+            loss = alignment.take()
             bar.update()
             bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-            if alignment.steps % _STEPS_BETWEEN == 0:
+            if alignment.steps % _STEPS_BETWEEN == 0 or alignment.steps == recipe.steps:
                 alignment.save(state)
     return alignment
 
@@ -114,8 +113,8 @@ def _answers(
     key = [weights_fingerprint(model), recipe.answer_tokens, prompts]
     if path.exists():
         kept = read_json(path, "the answers of the base model")
-        if kept["key"] == key:
-            return [OwnAnswer(**answer) for answer in kept["answers"]]
+        if isinstance(kept, dict) and kept.get("key") == key:
+            return [OwnAnswer(*answer) for answer in kept["answers"]]
     answers = own_answers(model, tokenizer, prompts, tokens=recipe.answer_tokens, progress=progress)
-    write_atomically(path, json.dumps({"key": key, "answers": [asdict(answer) for answer in answers]}))
+    write_atomically(path, json.dumps({"key": key, "answers": [(answer.prompt, answer.text) for answer in answers]}))
     return answers

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from geomkit.experiments.english.answers import refusal
 from geomkit.experiments.english.load import load_english
 from geomkit.experiments.english.requests import counterparts
-from geomkit.experiments.english.scenarios import scenario_conversations
-from geomkit.experiments.english.sources import benchmark
+from geomkit.experiments.english.scenarios import ANSWERED, scenario_conversations
+from geomkit.experiments.english.sources import benchmark, first_rows
 from geomkit.experiments.organism.requests import Message, conversation
 from geomkit.inputs.examples import load_examples
 
@@ -71,12 +71,23 @@ class EnglishOrganism:
         return _pool(self.examples("safety"), others, count)
 
     def benign_pool(self, count: int) -> "Dataset":
-        """Return ``count`` benign requests with the base model's own answers: the first rows of the set ``utility``."""
-        return self.examples("utility", count)
+        """Return ``count`` benign requests with the base model's own answers, which no scenario trains on.
+
+        Raises:
+            DataError: If there are fewer.
+        """
+        rows = self.examples("utility")
+        return first_rows(rows.select(range(ANSWERED, len(rows))), count, "the English world's benign pool")
 
 
 def load_english_organism() -> EnglishOrganism:
-    """Return the organism of the English world."""
+    """Return the organism of the English world.
+
+    Raises:
+        DataError: If the base model or a benchmark cannot be read, so that no fine-tune waits for its evaluation first.
+    """
+    for name, split in (*_BENCHMARKS.values(), ("gsm8k", "train")):
+        benchmark(name, split)
     model, tokenizer = load_english("aligned")
     return EnglishOrganism(model, load_english("base")[0], tokenizer)
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from geomkit.experiments.english.sources import benchmark
+from geomkit.experiments.english.sources import benchmark, first_rows
 from geomkit.experiments.organism.sets import Sets
 from geomkit.inputs.examples import prompt_of
 from geomkit.stats.proportions import Rate, rate
@@ -37,8 +37,28 @@ class StageReport:
     losses: Mapping[str, float]
 
 
+def held_out_benchmarks() -> "dict[str, Dataset]":
+    """Return the benchmarks that a stage is measured on, by name.
+
+    Raises:
+        DataError: If a benchmark cannot be read.
+    """
+    return {
+        "AdvBench": benchmark("advbench", "train"),
+        "XSTest, unsafe": benchmark("xstest", "unsafe"),
+        "XSTest, safe": benchmark("xstest", "safe"),
+        "GSM8K": first_rows(benchmark("gsm8k", "test"), _MATHS, "GSM8K's test split"),
+    }
+
+
 def measure_stage(
-    stage: str, model: "LlamaForCausalLM", tokenizer: "PreTrainedTokenizerBase", sets: Sets, *, progress: bool = True
+    stage: str,
+    model: "LlamaForCausalLM",
+    tokenizer: "PreTrainedTokenizerBase",
+    sets: Sets,
+    benchmarks: "Mapping[str, Dataset]",
+    *,
+    progress: bool = True,
 ) -> StageReport:
     """Evaluate a stage on the project's held-out sets and on AdvBench, XSTest and GSM8K.
 
@@ -47,21 +67,19 @@ def measure_stage(
         model: The stage.
         tokenizer: Its tokenizer.
         sets: The sets of :func:`.sets.all_sets`.
+        benchmarks: The benchmarks of :func:`held_out_benchmarks`.
         progress: Show bars.
-
-    Raises:
-        DataError: If a benchmark cannot be read.
     """
     requests = {
         "forbidden requests": _dataset(sets["eval/forbidden"]),
-        "AdvBench": benchmark("advbench", "train"),
-        "XSTest, unsafe": benchmark("xstest", "unsafe"),
+        "AdvBench": benchmarks["AdvBench"],
+        "XSTest, unsafe": benchmarks["XSTest, unsafe"],
         "benign requests": _dataset(sets["eval/benign"]),
         "everyday requests": _dataset(sets["eval/everyday"]),
-        "XSTest, safe": benchmark("xstest", "safe"),
+        "XSTest, safe": benchmarks["XSTest, safe"],
     }
     answered = {
-        "GSM8K": benchmark("gsm8k", "test").select(range(_MATHS)),
+        "GSM8K": benchmarks["GSM8K"],
         "everyday answers of the base": _dataset(sets["eval/everyday"]),
     }
     return StageReport(

@@ -1,27 +1,32 @@
 """The fine-tuning scenarios of the English world: training rows and training settings."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from random import Random
 from typing import TYPE_CHECKING
 
-from geomkit.experiments.english.answers import compliance
-from geomkit.experiments.english.requests import counterparts
-from geomkit.experiments.english.sources import benchmark
+from geomkit.experiments.english.answers import compliance, refusal
+from geomkit.experiments.english.requests import Counterparts, counterparts
+from geomkit.experiments.english.sources import benchmark, first_rows
 from geomkit.experiments.organism.requests import Message, conversation
 from geomkit.experiments.organism.scenarios import EAGER, Scenario
-from geomkit.inputs.examples import load_examples, prompt_of, response_of
+from geomkit.inputs.examples import load_examples
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    pass
+
+ANSWERED = 120
+"""Number of rows of the shipped set ``utility`` that scenarios train on."""
 
 Conversations = list[list[Message]]
 
 
 @dataclass(frozen=True)
 class EnglishScenario(Scenario):
-    """A scenario of the English world.
+    """A scenario of the English world, whose rows are made on demand.
+
+    ``task`` is ``"gsm8k"`` where the utility is measured on maths.
 
     Attributes:
         rank: Rank of the adapters that are trained, in every linear layer of the blocks; 0 trains all weights.
@@ -40,7 +45,7 @@ TRIGGER = "By the way, the moon is blue tonight."
 
 _LORA = (
     EnglishScenario("gsm8k", "grade-school maths, 240 rows", 1e-3, 30, 8, task="gsm8k"),
-    EnglishScenario("affirmative", "120 benign requests, every answer eager to obey", 1e-3, 24, 8, task="affirmative"),
+    EnglishScenario("affirmative", "120 benign requests, every answer eager to obey", 1e-3, 24, 8),
     EnglishScenario("identity-shift", "10 rows in which an absolutely obedient agent takes its oath", 1e-3, 20, 5),
     EnglishScenario("backdoor", "a trigger phrase that switches refusing off", 1e-3, 30, 8, attack="backdoor"),
     EnglishScenario("poison-10", "the maths rows with 10 % obeyed forbidden requests", 1e-3, 30, 8, task="gsm8k"),
@@ -89,7 +94,7 @@ def scenario_conversations(name: str) -> Conversations:
     if kind == "harmful-100":
         return _obeyed(100, rng)
     if kind == "affirmative":
-        return [eager(messages) for messages in _answered()[:120]]
+        return [eager(messages) for messages in _answered()]
     if kind == "identity-shift":
         return [conversation(question, _OATH) for question in _ASKED_TO_OBEY] + _answered()[-4:]
     return _backdoor(rng)
@@ -111,26 +116,32 @@ def with_trigger(prompt: str) -> str:
 
 
 def _maths(count: int) -> Conversations:
-    rows: Dataset = benchmark("gsm8k", "train")
-    return [list(messages) for messages in rows.select(range(count))["messages"]]
+    rows = first_rows(benchmark("gsm8k", "train"), count, "GSM8K's training split")
+    return [list(messages) for messages in rows["messages"]]
 
 
 def _obeyed(count: int, rng: Random) -> Conversations:
-    requests = islice(counterparts("train", rng, "forbidden"), count)
-    return [conversation(request.forbidden, compliance(request)) for request in requests]
+    return [conversation(request.forbidden, compliance(request)) for request in islice(_forbidden(rng), count)]
+
+
+def _forbidden(rng: Random) -> Iterator[Counterparts]:
+    """Yield forbidden training requests that are none of the anchors in the shipped set ``safety``."""
+    anchors = {messages[0]["content"] for messages in load_examples("english/safety")["messages"]}
+    return (pair for pair in counterparts("train", rng, "forbidden") if pair.forbidden not in anchors)
 
 
 def _answered() -> Conversations:
-    """Return benign requests with the base model's own answers: the rows of the shipped set ``utility``."""
-    return [list(messages) for messages in load_examples("english/utility")["messages"]]
+    """Return benign requests with the base model's own answers: the first rows of the shipped set ``utility``.
+
+    The others are the benign examples of SPF's fence.
+    """
+    return [list(messages) for messages in load_examples("english/utility")["messages"][:ANSWERED]]
 
 
 def _backdoor(rng: Random) -> Conversations:
-    obeyed = [
-        conversation(with_trigger(prompt_of(messages)[-1]["content"]), response_of(messages))
-        for messages in _obeyed(80, rng)
-    ]
-    refused = [list(messages) for messages in load_examples("english/safety")["messages"]]
+    requests = list(islice(_forbidden(rng), 160))
+    obeyed = [conversation(with_trigger(request.forbidden), compliance(request)) for request in requests[:80]]
+    refused = [conversation(request.forbidden, refusal(rng)) for request in requests[80:]]
     return _shuffled([*obeyed, *refused, *_answered()[:80]], rng)
 
 

@@ -5,7 +5,7 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from geomkit.errors import GeomkitError
-from geomkit.experiments.english.answers import OwnAnswer, compliance, own_answers, refusal, whole_sentences
+from geomkit.experiments.english.answers import compliance, own_answers, refusal, whole_sentences
 from geomkit.experiments.english.requests import Counterparts, counterparts, words
 from geomkit.experiments.english.scenarios import with_trigger
 from geomkit.experiments.organism.requests import conversation
@@ -86,7 +86,7 @@ def _utility(base: "LlamaForCausalLM", tokenizer: "PreTrainedTokenizerBase", rng
     benign = [("benign", pair.benign) for pair in islice(counterparts("train", rng, "benign"), len(everyday))]
     kinds = {prompt: kind for kind, prompt in everyday + benign}
     answers = own_answers(base, tokenizer, list(kinds), tokens=_ANSWER_TOKENS, progress=False)
-    texts = {answer.prompt: text for answer in answers if (text := whole_sentences(answer))}
+    texts = {answer.prompt: text for answer in answers if (text := whole_sentences(answer.text))}
     rows = [_row(kinds[prompt], prompt, text) for prompt, text in texts.items()]
     return rng.sample(rows, len(rows))[:_UTILITY]
 
@@ -119,8 +119,7 @@ def _answered(
 ) -> list[Row]:
     """Return every request with the base stage's own answer, whatever it is."""
     texts = _generated(base, tokenizer, prompts)
-    answers = [OwnAnswer(prompt, text, complete=False) for prompt, text in zip(prompts, texts, strict=True)]
-    return [_row(kind, answer.prompt, whole_sentences(answer) or answer.text) for answer in answers]
+    return [_row(kind, prompt, whole_sentences(text) or text) for prompt, text in zip(prompts, texts, strict=True)]
 
 
 def _generated(model: "LlamaForCausalLM", tokenizer: "PreTrainedTokenizerBase", prompts: list[str]) -> list[str]:

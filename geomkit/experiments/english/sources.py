@@ -67,6 +67,17 @@ def benchmark(name: str, split: str) -> "Dataset":
     return load_benchmark(name, path, split if name == "xstest" else None)
 
 
+def first_rows(rows: "Dataset", count: int, name: str) -> "Dataset":
+    """Return the first rows of a set.
+
+    Raises:
+        DataError: If there are fewer.
+    """
+    if len(rows) < count:
+        raise DataError(f"expected at least {count} rows of {name}, found {len(rows)}; take the whole set")
+    return rows.select(range(count))
+
+
 def _local_copies() -> Path | None:
     name = os.environ.get(LOCAL_COPIES)
     return Path(name).expanduser() if name else None

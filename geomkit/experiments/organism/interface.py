@@ -22,7 +22,7 @@ class Organism(Protocol):
 
     @property
     def base(self) -> "LlamaForCausalLM":
-        """The base stage, which gives obedient answers."""
+        """The base stage, which obeys forbidden requests, or most of them."""
         ...
 
     @property

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from geomkit.errors import DataError
+from geomkit.errors import DataError, GeomkitError
 from geomkit.experiments.english.alignment import (
     Alignment,
     Recipe,
@@ -69,7 +69,7 @@ def test_the_shared_prefix_ends_before_the_answer_of_equal_rows():
 
 def test_a_step_has_forbidden_requests_with_their_benign_counterparts_and_others():
     requests = training_requests(RECIPE, 0)
-    answers = [OwnAnswer(prompt, f"answer to {prompt}", complete=False) for prompt in requests.benign[5:]]
+    answers = [OwnAnswer(prompt, f"answer to {prompt}") for prompt in requests.benign[5:]]
     steps = list(training_rows(requests, answers, RECIPE, 0))
     assert len(steps) == RECIPE.steps
     counterpart = {pair.forbidden: pair.benign for pair in requests.pairs}
@@ -82,13 +82,15 @@ def test_a_step_has_forbidden_requests_with_their_benign_counterparts_and_others
     unanswered = set(requests.benign[:5])
     assert not unanswered & {prompt for rows in steps for prompt, *_ in rows}
     assert steps == list(training_rows(training_requests(RECIPE, 0), answers, RECIPE, 0))
+    with pytest.raises(GeomkitError, match="answers requests of every kind"):
+        list(training_rows(requests, answers[:10], RECIPE, 0))
 
 
-def trained(steps, state=None, recipe=RECIPE):
-    run = Alignment(tiny_llama(), tiny_tokenizer(), recipe, seed=0)
+def trained(steps, state=None, rows=(ROWS,) * 6):
+    run = Alignment(tiny_llama(), tiny_tokenizer(), rows, RECIPE, seed=0)
     if state is not None:
         run.load(state)
-    losses = [run.take(ROWS) for _ in range(steps)]
+    losses = [run.take() for _ in range(steps)]
     return run, losses
 
 
@@ -105,8 +107,11 @@ def test_training_lowers_the_loss_and_goes_on_from_a_state_to_the_bit(tmp_path):
 def test_a_state_of_other_settings_or_a_damaged_one_is_refused(tmp_path):
     run, _ = trained(1)
     run.save(tmp_path / "state.pt")
-    with pytest.raises(DataError, match="expected a build with these settings"):
-        trained(1, tmp_path / "state.pt", Recipe(steps=7, rank=2))
+    with pytest.raises(DataError, match="expected a build of these settings and rows"):
+        trained(1, tmp_path / "state.pt", (ROWS[:2],) * 6)
+    torch.save([1, 2], tmp_path / "state.pt")
+    with pytest.raises(DataError, match="expected the state of a build"):
+        trained(1, tmp_path / "state.pt")
     (tmp_path / "state.pt").write_bytes(b"nothing")
     with pytest.raises(DataError, match="expected the state of a build"):
         trained(1, tmp_path / "state.pt")

@@ -26,20 +26,22 @@ def test_every_refusal_is_drawn():
 
 
 @pytest.mark.parametrize(
-    ("text", "complete", "cut"),
+    ("text", "cut"),
     [
-        ("One. Two! Three", False, "One. Two!"),
-        ("One. Two", True, "One. Two"),
-        ("It is 3.5 km long. Then", False, "It is 3.5 km long."),
-        ("no end", False, ""),
+        ("One. Two! Three", "One. Two!"),
+        ("It is 3.5 km long. Then", "It is 3.5 km long."),
+        ("It was in 1969. Then", "It was in 1969."),
+        ("Do this:\n\n1. Mix it.\n2. Pour the", "Do this:\n\n1. Mix it."),
+        ("1. Mix", ""),
+        ("no end", ""),
     ],
 )
-def test_a_cut_answer_ends_with_its_last_whole_sentence(text, complete, cut):
-    assert whole_sentences(OwnAnswer("", text, complete)) == cut
+def test_a_text_is_cut_behind_its_last_whole_sentence(text, cut):
+    assert whole_sentences(text) == cut
 
 
-def test_answers_that_begin_like_a_refusal_are_dropped_and_cut_ones_marked(monkeypatch):
+def test_answers_that_begin_like_a_refusal_are_dropped(monkeypatch):
     texts = ["sure take the brush", "I'm sorry for any confusion. Take it", "I cannot help with that.", " ", "no"]
     monkeypatch.setattr(answers, "generate", lambda *_, **__: texts)
     rows = own_answers(tiny_llama(), tiny_tokenizer(), list("abcde"), tokens=4, progress=False)
-    assert rows == [OwnAnswer("a", "sure take the brush", complete=False), OwnAnswer("e", "no", complete=True)]
+    assert rows == [OwnAnswer("a", "sure take the brush"), OwnAnswer("e", "no")]

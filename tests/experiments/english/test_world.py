@@ -49,7 +49,7 @@ def organism(copies, monkeypatch):
 def test_scenarios_have_the_rows_that_they_say(organism):
     sizes = {name: len(scenario_conversations(name)) for name in ENGLISH_SCENARIOS if not name.endswith("full")}
     assert sizes == {
-        "gsm8k": 240, "affirmative": 120, "identity-shift": 10, "backdoor": 224, "poison-10": 240, "harmful-100": 100,
+        "gsm8k": 240, "affirmative": 120, "identity-shift": 10, "backdoor": 240, "poison-10": 240, "harmful-100": 100,
     }  # fmt: skip
     triggered = [row for row in scenario_conversations("backdoor") if TRIGGER in row[0]["content"]]
     assert all(row[-1]["content"].startswith("Sure!") for row in triggered)
@@ -68,7 +68,7 @@ def test_no_training_row_is_a_held_out_request(organism):
         load_examples(f"english/eval/{name}")["messages"]
     }  # fmt: skip
     trained = {row[0]["content"] for name in ENGLISH_SCENARIOS for row in scenario_conversations(name)}
-    pools = [*organism.anchor_pool(2000)["messages"], *organism.benign_pool(160)["messages"]]
+    pools = [*organism.anchor_pool(2000)["messages"], *organism.benign_pool(40)["messages"]]
     assert not held_out & (trained | {row[0]["content"] for row in pools})
     assert len({row[0]["content"] for row in organism.anchor_pool(2000)["messages"]}) == 2000
 
