@@ -27,7 +27,7 @@ def test_shipped_data_is_small():
 
 def test_shipped_sets_are_those_of_the_world(world):
     sets = all_sets(world, SEED, load_organism()[1])
-    assert set(shipped_examples()) == set(sets)
+    assert {name for name in shipped_examples() if not name.startswith("english/")} == set(sets)
     for name, rows in sets.items():
         lines = (data_dir() / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
         assert [json.loads(line) for line in lines] == rows
