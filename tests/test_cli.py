@@ -188,7 +188,9 @@ def test_bench_runs_a_grid_and_goes_on_with_it(monkeypatch, capfd):
     assert load_results("out/results.jsonl.gz").name == "mine"
     status, said, problem = run(monkeypatch, capfd, "bench", "--grid", "other", "--out", "out")
     assert (status, said) == (1, "")
-    assert problem.startswith("geomkit: expected a TOML file or a shipped grid (default, english, limits, smoke), found 'other'")
+    assert problem.startswith(
+        "geomkit: expected a TOML file or a shipped grid (default, english, limits, smoke), found 'other'"
+    )
 
 
 def test_bench_in_shards(monkeypatch, capfd):

@@ -223,6 +223,8 @@ class Alignment:
         """Save the adapter in half precision, which the merged weights do not show."""
         self._adapted.peft_config["default"].base_model_name_or_path = BASE_MODEL
         self._adapted.half().save_pretrained(str(folder))
+        (folder / "README.md").unlink(missing_ok=True)  # peft's empty card; the world has its own
+        (folder / "adapter_model.safetensors").chmod(0o644)  # safetensors writes for the owner only
 
 
 def encode_rows(tokenizer: "PreTrainedTokenizerBase", rows: Sequence[Row]) -> list[Tokens]:
