@@ -128,8 +128,9 @@ def _lengths(
     model: "PreTrainedModel", run: "Callable[[PreTrainedModel, list[int]], None]", weight_gradients: bool
 ) -> list[Run]:
     """Return a pass over short examples and one over longer ones, with their operations."""
-    vocabulary = len(model.get_input_embeddings().weight)
-    rows = [[place % vocabulary for place in range(length)] for length in _LENGTHS]
+    # Without the pad token: its embedding may be zero, and through the norms its gradient grows beyond all bounds.
+    words = [word for word in range(len(model.get_input_embeddings().weight)) if word != model.config.pad_token_id]
+    rows = [[words[place % len(words)] for place in range(length)] for length in _LENGTHS]
     costs = [simulate(model, _EXAMPLES, length, weight_gradients=weight_gradients) for length in _LENGTHS]
     return [(cost.operations, partial(run, model, ids)) for cost, ids in zip(costs, rows, strict=True)]
 

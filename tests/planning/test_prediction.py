@@ -28,6 +28,13 @@ def meta(model):
         return LlamaForCausalLM(model.config)
 
 
+def test_a_deep_model_whose_pad_token_has_a_zero_embedding_is_measured():
+    """Behind a zero embedding all activations are zero, and every norm multiplies the gradient by a thousand."""
+    deep = tiny_llama(num_hidden_layers=16)
+    assert not deep.get_input_embeddings().weight[deep.config.pad_token_id].any()
+    assert measure_speed(deep, progress=False).collecting.rate > 0
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma 2", "gpt-2", "opt", "qwen3"])
 def test_a_simulated_pass_is_the_real_one(name):
     """Operations equal those of a pass on real tensors, and the peak does up to a tensor of the logits' size."""
