@@ -99,8 +99,9 @@ def test_layers_with_one_input_share_its_memory(several, alone):
     """Where they do in one process, so that the gradients of the examples need no more memory than there."""
     for found in (alone, *several):
         for sample in found["collections"]["llama, batches of one"].samples:
-            query, key = (sample[f"model.layers.0.self_attn.{name}_proj.weight"] for name in "qk")
-            assert query.right.data_ptr() == key.right.data_ptr()
+            # Not the query: attention to a single token has no gradient, up to rounding, so that it may lack a token.
+            key, value = (sample[f"model.layers.0.self_attn.{name}_proj.weight"] for name in "kv")
+            assert key.right.data_ptr() == value.right.data_ptr()
 
 
 @pytest.mark.parametrize("examples", ["all", "one example"])

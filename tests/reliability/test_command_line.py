@@ -181,5 +181,5 @@ def test_a_folder_in_place_of_a_cell_is_one_line(cell, monkeypatch):
 
 
 def test_a_grid_that_is_a_folder_names_the_shipped_grids(tmp_path):
-    with pytest.raises(DataError, match=r"a shipped grid \(default, limits, smoke\), found"):
+    with pytest.raises(DataError, match=r"a shipped grid \(default, english, limits, smoke\), found"):
         load_grid(tmp_path)
