@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from geomkit.errors import DataError
-from geomkit.experiments.english.sources import base_model
+from geomkit.experiments.english.sources import BASE_MODEL, LOCAL_COPIES, base_model
 from geomkit.experiments.organism.load import STAGES, without_bars
 from geomkit.gradients.provenance import weights_fingerprint
 from geomkit.inputs.models import load_model, require_peft, with_saved_adapter
@@ -32,8 +32,14 @@ def load_base(source: str | Path | None = None) -> "tuple[LlamaForCausalLM, PreT
     Raises:
         DataError: If the model cannot be loaded.
     """
-    with without_bars():
-        model, tokenizer = load_model(source or base_model(), dtype="float32", device="cpu")
+    place = str(source or base_model())
+    try:
+        with without_bars():
+            model, tokenizer = load_model(place, dtype="float32", device="cpu")
+    except DataError as error:
+        if place != BASE_MODEL:
+            raise
+        raise DataError(f"{error} Without the hub, name a folder of local copies in {LOCAL_COPIES}.") from None
     return model, tokenizer
 
 
