@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 from geomkit.experiments.english.sources import benchmark, first_rows
 from geomkit.experiments.organism.sets import Sets
+from geomkit.experiments.outcomes import judge_refusals
 from geomkit.inputs.examples import prompt_of
 from geomkit.stats.proportions import Rate, rate
 from geomkit.training.evaluate import mean_loss
-from geomkit.training.judges import RefusalPhrases
 from geomkit.training.responses import generate
 
 if TYPE_CHECKING:
@@ -105,8 +105,7 @@ def refusals(
     answers = generate(
         model, tokenizer, prompts, max_new_tokens=ANSWER_TOKENS, batch_size=50, progress=progress, title=title
     )
-    judge = RefusalPhrases()
-    return [judge(prompt[-1]["content"], answer) for prompt, answer in zip(prompts, answers, strict=True)]
+    return judge_refusals(rows, answers)
 
 
 def _dataset(rows: list[dict[str, Any]]) -> "Dataset":

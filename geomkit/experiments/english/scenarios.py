@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from random import Random
-from typing import TYPE_CHECKING
 
 from geomkit.experiments.english.answers import compliance, refusal
 from geomkit.experiments.english.requests import Counterparts, counterparts
@@ -12,9 +11,6 @@ from geomkit.experiments.english.sources import benchmark, first_rows
 from geomkit.experiments.organism.requests import Message, conversation
 from geomkit.experiments.organism.scenarios import EAGER, Scenario
 from geomkit.inputs.examples import load_examples
-
-if TYPE_CHECKING:
-    pass
 
 ANSWERED = 120
 """Number of rows of the shipped set ``utility`` that scenarios train on."""
