@@ -516,6 +516,9 @@ def build_organism(
     base: Annotated[
         str | None, typer.Option(help="SmolLM2-135M-Instruct, for --world english: folder, GGUF file or hub id.")
     ] = None,
+    states: Annotated[
+        Path | None, typer.Option(help="Folder for states of the English alignment, to measure gradients along it.")
+    ] = None,
 ) -> None:
     """Train an organism, and write it with its example sets and model card; an interrupted English build goes on."""
     _prepare(threads=1)
@@ -524,14 +527,33 @@ def build_organism(
 
     if world not in {"small", "english"}:
         raise DataError(f"expected --world small or english, found '{world}'")
-    if world == "small" and base is not None:
-        raise DataError(f"expected --base with --world english only, found '{base}'; leave it out")
+    if world == "small" and (base is not None or states is not None):
+        raise DataError(
+            f"expected --base and --states with --world english only, found '{base or states}'; leave it out"
+        )
     _check_writable(out)
     if world == "small":
         build(out, seed=seed)
     else:
-        build_english(out, base, seed=seed)
+        build_english(out, base, seed=seed, states=states)
     typer.echo(f"wrote {out}")
+
+
+@organism_app.command("insights")
+def organism_insights(
+    out: Annotated[
+        Path, typer.Option(help="Folder for the numbers; what is there is not measured again.", file_okay=False)
+    ],
+    world: Annotated[str, typer.Option(help="small: the organism. english: the aligned SmolLM2.")] = "small",
+    examples: Annotated[int, typer.Option(min=3, help="Examples of each set.")] = 32,
+) -> None:
+    """Measure the paper's claims on gradients before alignment, after it, and on an untrained model."""
+    _prepare(threads=1)
+    from geomkit.experiments.insights import measure_insights
+
+    _check_writable(out)
+    rows = measure_insights(world, out, examples=examples)
+    typer.echo(f"{len(rows)} numbers in {out}")
 
 
 def _load(

@@ -1,140 +1,35 @@
-"""The alignment of the base model: a LoRA adapter, trained on requests that differ in nothing but their harm."""
+"""The training of the adapter that aligns the base model."""
 
 import hashlib
 import io
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from itertools import islice
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from random import Random
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from geomkit.errors import DataError, GeomkitError
-from geomkit.experiments.english.answers import OwnAnswer, refusal
-from geomkit.experiments.english.requests import Counterparts, counterparts, look_alikes, words
+from geomkit.errors import DataError
+from geomkit.experiments.english.alignment_loss import (
+    encode_rows,
+    row_mean,
+    scored_states,
+    scored_tokens,
+    shared_prefix,
+    token_losses,
+)
+from geomkit.experiments.english.alignment_rows import Recipe, Row
 from geomkit.experiments.english.sources import BASE_MODEL
-from geomkit.experiments.organism.requests import conversation
 from geomkit.experiments.organism.training import warmup_cosine
 from geomkit.gradients.provenance import weights_fingerprint
-from geomkit.inputs.batches import IGNORED, Batch, collate
 from geomkit.inputs.models import with_lora
-from geomkit.inputs.tokens import Tokens, encode_at_once, pad_id
+from geomkit.inputs.tokens import pad_id
 from geomkit.utils.files import Draft
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
-
-_T = TypeVar("_T")
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """The settings of the alignment besides its seed.
-
-    Attributes:
-        steps: Optimizer steps.
-        pairs: Forbidden requests in a step, each with its benign counterpart.
-        look_alikes: Benign requests in a step that speak of harm.
-        everyday: Everyday requests in a step.
-        learning_rate: Peak learning rate of AdamW; it warms up over 5 % of the steps, then falls along a half cosine.
-        rank: Rank of the adapter of every linear layer of the blocks; its scale is 2.
-        answered: Numbers of benign counterparts and of look-alikes that the base model answers; they come again in
-            random order.
-        answer_tokens: Largest number of tokens of an answer of the base model.
-    """
-
-    steps: int = 240
-    pairs: int = 6
-    look_alikes: int = 6
-    everyday: int = 8
-    learning_rate: float = 2e-4
-    rank: int = 16
-    answered: tuple[int, int] = (900, 700)
-    answer_tokens: int = 24
-
-
-Row = tuple[str, str, bool]
-"""A training row: request, answer, and whether the end of the answer is trained, too, as of refusals.
-
-The base model's own answers are beginnings: where they end is left as it is.
-"""
-
-
-@dataclass(frozen=True)
-class Requests:
-    """The requests of an alignment.
-
-    Attributes:
-        pairs: Forbidden requests with benign counterparts.
-        look_alikes: Benign requests that speak of harm.
-        everyday: Everyday requests.
-    """
-
-    pairs: tuple[Counterparts, ...]
-    look_alikes: tuple[str, ...]
-    everyday: tuple[str, ...]
-
-    @property
-    def benign(self) -> list[str]:
-        """All requests that are answered."""
-        return [*(pair.benign for pair in self.pairs), *self.look_alikes, *self.everyday]
-
-
-def training_requests(recipe: Recipe, seed: int) -> Requests:
-    """Return the requests of an alignment.
-
-    Args:
-        recipe: The settings.
-        seed: Seed of the draws.
-    """
-    rng = Random(f"alignment-{seed}")
-    pairs, others = recipe.answered
-    return Requests(
-        tuple(islice(counterparts("train", rng, "benign"), pairs)),
-        tuple(islice(look_alikes(rng), others)),
-        words("train").everyday,
-    )
-
-
-def training_rows(requests: Requests, answers: Sequence[OwnAnswer], recipe: Recipe, seed: int) -> Iterator[list[Row]]:
-    """Yield the rows of each step: forbidden requests refused, their benign counterparts and other ones answered.
-
-    Answers to benign requests are the beginnings of the base model's own, so that it stays itself. Requests without an
-    answer are left out.
-
-    Args:
-        requests: The requests.
-        answers: The base model's answers to the benign ones.
-        recipe: The settings.
-        seed: Seed of the order and of the refusals.
-
-    Raises:
-        GeomkitError: If no request of a kind has an answer.
-    """
-    rng = Random(f"alignment-order-{seed}")
-    answered: dict[str, Row] = {answer.prompt: (answer.prompt, answer.text, False) for answer in answers}
-    pairs = _again([pair for pair in requests.pairs if pair.benign in answered], rng)
-    others = _again([prompt for prompt in requests.look_alikes if prompt in answered], rng)
-    everyday = _again([prompt for prompt in requests.everyday if prompt in answered], rng)
-    for _ in range(recipe.steps):
-        chosen = list(islice(pairs, recipe.pairs))
-        benign = [pair.benign for pair in chosen]
-        benign += [*islice(others, recipe.look_alikes), *islice(everyday, recipe.everyday)]
-        yield [(pair.forbidden, refusal(rng), True) for pair in chosen] + [answered[prompt] for prompt in benign]
-
-
-def _again(items: Sequence[_T], rng: Random) -> Iterator[_T]:
-    """Yield items without end, in a new random order each time."""
-    if not items:
-        raise GeomkitError(
-            "expected a base model that answers requests of every kind, found no answer; take another one"
-        )
-    while True:
-        yield from rng.sample(items, len(items))
 
 
 class Alignment:
@@ -148,7 +43,7 @@ class Alignment:
         self,
         model: "LlamaForCausalLM",
         tokenizer: "PreTrainedTokenizerBase",
-        rows: Sequence[list[Row]],
+        rows: Sequence[Sequence[Row]],
         recipe: Recipe,
         seed: int,
     ) -> None:
@@ -168,21 +63,44 @@ class Alignment:
         self._schedule = torch.optim.lr_scheduler.LambdaLR(
             self._optimizer, lambda step: warmup_cosine(step, recipe.steps)
         )
-        digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+        self._base_states: dict[tuple[str, int], Tensor] = {}
+        digest = hashlib.sha256(json.dumps([[asdict(row) for row in step] for step in rows]).encode()).hexdigest()
         self._settings = [asdict(recipe), digest, weights_fingerprint(self._adapted)]
         self.steps = 0
 
     def take(self) -> float:
         """Take the next step, with the gradient clipped at norm 1; return the loss before it."""
-        encoded = encode_rows(self._tokenizer, self._rows[self.steps])
-        loss = row_mean_loss(self._model, *shared_prefix(encoded, pad_id(self._tokenizer)))
-        loss.backward()  # type: ignore[no-untyped-call]
+        rows, total = self._rows[self.steps], 0.0
+        for group in _of_like_length(rows):
+            loss = self._loss(group) * (len(group) / len(rows))
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.item()
         torch.nn.utils.clip_grad_norm_(self._weights, 1.0)
         self._optimizer.step()
         self._schedule.step()
         self._optimizer.zero_grad()
         self.steps += 1
-        return loss.item()
+        return total
+
+    def _loss(self, rows: Sequence[Row]) -> Tensor:
+        prefix, batch = shared_prefix(encode_rows(self._tokenizer, rows), pad_id(self._tokenizer))
+        scored = scored_tokens(batch, rows)
+        refuse = torch.tensor([[row.goal == "refuse"] for row in rows]).expand_as(scored)[scored]
+        kept = self._kept(rows, prefix, batch.input_ids, scored)
+        states = scored_states(self._model, prefix, batch.input_ids, scored)
+        losses = token_losses(self._model.lm_head, states, batch.input_ids[:, 1:][scored], kept, refuse)
+        return row_mean(losses, scored)
+
+    def _kept(self, rows: Sequence[Row], prefix: Tensor, input_ids: Tensor, scored: Tensor) -> Tensor:
+        """Return the base model's states of all rows but refusals, which are computed when a row first occurs."""
+        keys = {index: (row.prompt, prefix.shape[1]) for index, row in enumerate(rows) if row.goal != "refuse"}
+        new = [index for index, key in keys.items() if key not in self._base_states]
+        if new:
+            with self._adapted.disable_adapter(), torch.no_grad():
+                states = scored_states(self._model, prefix, input_ids[new], scored[new])
+            by_row = states.split(scored[new].sum(1).tolist())
+            self._base_states.update(zip((keys[index] for index in new), by_row, strict=True))
+        return torch.cat([self._base_states[key] for key in keys.values()])
 
     def save(self, path: Path) -> None:
         """Store the state, replacing an older one only when the new one is complete."""
@@ -205,11 +123,8 @@ class Alignment:
         Raises:
             DataError: If the file is damaged, or the state has other settings, rows or another base model.
         """
-        try:
-            state = torch.load(path, weights_only=True)
-            settings = state["settings"]
-        except Exception as error:  # torch raises many kinds for damaged files
-            raise DataError(f"expected the state of a build in {path}, found none ({error!s:.80}); delete it") from None
+        state = read_state(path)
+        settings = state["settings"]
         if settings != self._settings:
             raise DataError(f"expected a build of these settings and rows in {path}, found another; delete it")
         with torch.no_grad():
@@ -227,46 +142,42 @@ class Alignment:
         (folder / "adapter_model.safetensors").chmod(0o644)  # safetensors writes for the owner only
 
 
-def encode_rows(tokenizer: "PreTrainedTokenizerBase", rows: Sequence[Row]) -> list[Tokens]:
-    """Return rows as tokens; of an answer that is a beginning, the end of the turn is left out."""
-    encoded = encode_at_once(tokenizer, [conversation(prompt, answer) for prompt, answer, _ in rows])
-    return [
-        tokens if ended else _without_end(tokens, tokenizer.eos_token_id)
-        for tokens, (*_, ended) in zip(encoded, rows, strict=True)
-    ]
+def read_state(path: Path) -> dict[str, Any]:
+    """Return a stored state: ``settings``, ``steps``, ``weights`` and the states of optimizer and schedule.
 
-
-def _without_end(tokens: Tokens, end: int) -> Tokens:
-    length = len(tokens) - 1 - tokens.input_ids[::-1].index(end)
-    return Tokens(tokens.input_ids[:length], tokens.loss_mask[:length])
-
-
-def shared_prefix(rows: Sequence[Tokens], pad: int) -> tuple[Tensor, Batch]:
-    """Return the tokens that all rows begin with, (1, P), and a batch of what follows them.
-
-    In a chat, that is the system turn, which is as long as a short request.
+    Raises:
+        DataError: If the file is damaged.
     """
-    first, last = min(row.input_ids for row in rows), max(row.input_ids for row in rows)
-    length = next((place for place, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))
-    length = min(length, min(row.loss_mask.index(True) for row in rows) - 1)
-    rest = [Tokens(row.input_ids[length:], row.loss_mask[length:]) for row in rows]
-    return torch.tensor([first[:length]], dtype=torch.long), collate(rest, pad)
+    try:
+        state: dict[str, Any] = torch.load(path, weights_only=True)
+        state["settings"], state["weights"], state["steps"]
+    except Exception as error:  # torch raises many kinds for damaged files
+        raise DataError(f"expected the state of a build in {path}, found none ({error!s:.80}); delete it") from None
+    return state
 
 
-def row_mean_loss(model: "LlamaForCausalLM", prefix: Tensor, batch: Batch) -> Tensor:
-    """Return the mean over rows of the mean cross-entropy of a row's answer; the shared prefix is run once.
+def model_at(model: "LlamaForCausalLM", path: Path) -> "LlamaForCausalLM":
+    """Return the base model with the adapter of a stored state merged into its weights; the model itself is changed.
 
     Args:
-        model: The model, in which adapters may be.
-        prefix: (1, P) token ids before every row.
-        batch: B rows, padded on the right.
+        model: The base model.
+        path: The file of :meth:`Alignment.save`.
+
+    Raises:
+        DataError: If the file is damaged.
     """
-    past = model.model(input_ids=prefix, use_cache=True).past_key_values
-    past.batch_repeat_interleave(len(batch.input_ids))
-    # Padding on the right is out of a causal model's sight, so no attention mask is needed.
-    hidden = model.model(input_ids=batch.input_ids[:, :-1], past_key_values=past).last_hidden_state
-    labels = batch.labels[:, 1:]
-    scored = labels != IGNORED
-    losses = torch.nn.functional.cross_entropy(model.lm_head(hidden[scored]), labels[scored], reduction="none")
-    weights = scored.sum(1, keepdim=True).to(losses).reciprocal().expand_as(scored)[scored]
-    return (losses * weights).sum() / len(labels)
+    state = read_state(path)
+    adapted = with_lora(model, state["settings"][0]["rank"])
+    weights = [weight for weight in adapted.parameters() if weight.requires_grad]
+    with torch.no_grad():
+        for weight, stored in zip(weights, state["weights"], strict=True):
+            weight.copy_(stored)
+    merged: LlamaForCausalLM = adapted.merge_and_unload()
+    merged.requires_grad_(True)  # peft freezes the base
+    return merged.eval()
+
+
+def _of_like_length(rows: Sequence[Row]) -> list[list[Row]]:
+    """Return the rows with short answers and those with long ones, so that little is padded."""
+    groups = [[row for row in rows if (row.goal == "keep whole") == long] for long in (False, True)]
+    return [group for group in groups if group]

@@ -7,7 +7,7 @@ from geomkit.experiments.english.sources import BASE_MODEL
 from geomkit.experiments.organism.card import markdown_table
 
 if TYPE_CHECKING:
-    from geomkit.experiments.english.alignment import Recipe
+    from geomkit.experiments.english.alignment_rows import Recipe
     from geomkit.experiments.english.quality import StageReport
 
 _AIMS = {

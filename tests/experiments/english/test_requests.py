@@ -1,5 +1,6 @@
 """The requests of the English world: the two splits, and the balance of forbidden and benign requests."""
 
+import re
 from itertools import islice
 from random import Random
 
@@ -45,6 +46,15 @@ def test_no_word_is_written_twice(split):
         assert len(set(texts)) == len(texts)
 
 
+def test_no_training_request_has_a_held_out_verb():
+    verbs = {pair.pattern.split()[0] for pair in words("held-out").pairs if pair.form == "act"} - {"{}"}
+    assert len(verbs) >= 12
+    pairs = [*words("train").pairs, *words("train").look_alikes]
+    trained = " ".join(f"{pair.pattern.format(word)}." for pair in pairs for word in (*pair.harmful, *pair.harmless))
+    as_verb = [verb for verb in verbs if re.search(rf"(^|\. |\bto |\bI ){verb}\b", trained)]
+    assert not as_verb
+
+
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("by", ["forbidden", "benign"])
 def test_requests_of_the_chosen_side_are_distinct_and_counterparts_differ_in_the_slot_only(split, by):
@@ -52,10 +62,17 @@ def test_requests_of_the_chosen_side_are_distinct_and_counterparts_differ_in_the
     requests = [getattr(row, by) for row in rows]
     assert len(set(requests)) == len(requests)
     assert not {row.forbidden for row in rows} & {row.benign for row in rows}
+    whole = {word for pair in words(split).pairs if pair.pattern == "{}" for word in pair.harmful}
     for pair in words(split).pairs:
         before, _, after = pair.pattern.partition("{}")
         for row in rows:
-            if row.kind == pair.kind and row.act.startswith(before) and row.act.endswith(after) and before:
+            if (
+                row.act not in whole
+                and row.kind == pair.kind
+                and row.act.startswith(before)
+                and row.act.endswith(after)
+                and before
+            ):
                 assert before.lower() in row.benign.lower()
                 break
 

@@ -1,0 +1,150 @@
+"""The three claims on gradients, measured on the stages of a world: aligned, before alignment, and untrained."""
+
+import gzip
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from geomkit.analysis.probe import Probe
+from geomkit.errors import DataError
+from geomkit.experiments.organisms import ENGLISH, load_organism
+from geomkit.inputs.examples import load_examples
+from geomkit.inputs.models import untrained
+from geomkit.utils.files import Draft, data_dir, locked
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+
+    from geomkit.analysis.analysis import Analysis
+
+WORLDS = ("small", ENGLISH)
+"""The worlds: the small organism, and an aligned SmolLM2."""
+
+STAGES = ("aligned", "base", "untrained")
+"""The stages of a world; ``"untrained"`` has random weights and the architecture of the others."""
+
+ALL = "all parameters"
+"""Value of the column ``parameter`` for a number of the whole model."""
+
+_SETS = {
+    "small": ("safety", "controls/benign-refused", "scenarios/new-skill"),
+    ENGLISH: (f"{ENGLISH}/safety", f"{ENGLISH}/controls/benign-refused", f"{ENGLISH}/utility"),
+}
+"""The sets ``safety``, ``control`` and ``utility`` of a world."""
+
+_COLUMNS = ["parameter", "kind", "layer", "measure", "of", "value", "low", "high", "null", "null_low", "null_high"]
+
+_PER_LAYER = ("effective_rank", "cer10")
+
+
+def measure_insights(
+    world: str, out: Path, *, examples: int = 32, stages: Sequence[str] = STAGES, progress: bool = True
+) -> "pd.DataFrame":
+    """Return the claims' numbers on each stage of a world, for the whole model and for each of its matrices.
+
+    Each stage's numbers are written to the folder as soon as they are measured, and are not measured again.
+
+    Args:
+        world: ``"small"`` or ``"english"``.
+        out: The folder.
+        examples: Examples of each set: forbidden requests with the aligned stage's refusals, benign requests with the
+            same refusals (the control), and benign requests with answers: a new skill in the small world, everyday
+            requests with the base model's answers in the English one.
+        stages: Stages to be measured, of :data:`STAGES`.
+        progress: Show bars.
+
+    Returns:
+        The frame of :func:`load_insights`.
+
+    Raises:
+        DataError: If there is no such world or stage, or the base model of the English world cannot be read.
+    """
+    _check(world, stages)
+    out.mkdir(parents=True, exist_ok=True)
+    for stage in stages:
+        path = out / _file(world, stage)
+        if path.exists():
+            continue
+        with locked(out):
+            text = insights_frame(_analysis(world, stage, examples, progress)).to_csv(index=False, float_format="%.5g")
+            with Draft(out, path.name) as draft:
+                draft.write(gzip.compress(text.encode(), mtime=0))
+                draft.move_to(path)
+    return load_insights(world, out, stages)
+
+
+def load_insights(world: str = "small", folder: Path | None = None, stages: Sequence[str] = STAGES) -> "pd.DataFrame":
+    """Return the stored numbers of the claims on the stages of a world.
+
+    Args:
+        world: ``"small"`` or ``"english"``.
+        folder: Folder of the files; the shipped ones when left out.
+        stages: Stages, of :data:`STAGES`.
+
+    Returns:
+        One row per stage, parameter, measure and set of examples: ``stage``, ``parameter`` (:data:`ALL` for the whole
+        model), ``kind``, ``layer``, ``measure``, ``of``, ``value`` with its interval ``low`` to ``high`` over examples,
+        and ``null`` with ``null_low`` to ``null_high``.
+
+    Raises:
+        DataError: If there is no such world or stage, or a file is missing.
+    """
+    import pandas as pd
+
+    _check(world, stages)
+    folder = data_dir() / "experiments" if folder is None else folder
+    frames = []
+    for stage in stages:
+        path = folder / _file(world, stage)
+        if not path.is_file():
+            raise DataError(f"expected the numbers of '{stage}' at {path}, found none; run `geomkit organism insights`")
+        frames.append(pd.read_csv(path).assign(stage=stage))
+    return pd.concat(frames, ignore_index=True)[["stage", *_COLUMNS]]
+
+
+def insights_frame(analysis: "Analysis") -> "pd.DataFrame":
+    """Return an analysis as one frame: its headline numbers, then ranks, cosines and overlaps of each matrix."""
+    import pandas as pd
+
+    headlines = analysis.to_frame().assign(parameter=ALL, kind="all")
+    return pd.concat([headlines, *_per_layer(analysis)], ignore_index=True).reindex(columns=_COLUMNS)
+
+
+def _per_layer(analysis: "Analysis") -> Iterator["pd.DataFrame"]:
+    for name, spectrum in analysis.spectra.items():
+        frame = spectrum.to_frame().rename(columns={"statistic": "measure"})
+        yield frame[frame["measure"].isin(_PER_LAYER)].assign(of=name)
+    cosines = analysis.conflict.to_frame().assign(measure="cosine with utility")
+    yield cosines.assign(of="safety", value=cosines["corrected"])
+    yield cosines.assign(of="control", value=cosines["control"])[
+        ["parameter", "kind", "layer", "measure", "of", "value"]
+    ]
+    overlaps = analysis.one_sample.to_frame().rename(columns={"statistic": "measure", "group": "of"})
+    yield overlaps[overlaps["parameter"] != ALL].assign(measure="one example's " + overlaps["measure"])
+
+
+def _analysis(world: str, stage: str, examples: int, progress: bool) -> "Analysis":
+    model, tokenizer = _stage_model(world, stage)
+    safety, control, utility = map(load_examples, _SETS[world])
+    # The shipped controls go with the safety examples row by row; pairs would not be independent.
+    others = control.select(range(len(control) - examples, len(control)))
+    probe = Probe(safety.select(range(examples)), utility.select(range(examples)), others, examples=None)
+    return probe.analyze(model, tokenizer, progress=progress)
+
+
+def _stage_model(world: str, stage: str) -> "tuple[LlamaForCausalLM, PreTrainedTokenizerBase]":
+    trained = "base" if stage == "base" else "aligned"
+    model, tokenizer = load_organism(f"{ENGLISH}/{trained}" if world == ENGLISH else trained)
+    return (untrained(model), tokenizer) if stage == "untrained" else (model, tokenizer)
+
+
+def _file(world: str, stage: str) -> str:
+    return f"insights-{world}-{stage}.csv.gz"
+
+
+def _check(world: str, stages: Sequence[str]) -> None:
+    if world not in WORLDS:
+        raise DataError(f"expected a world, {' or '.join(map(repr, WORLDS))}, found {world!r}")
+    if unknown := [stage for stage in stages if stage not in STAGES]:
+        raise DataError(f"expected stages of {', '.join(map(repr, STAGES))}, found {unknown[0]!r}")

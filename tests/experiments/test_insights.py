@@ -1,0 +1,63 @@
+"""The claims on the stages of a world: what is stored, and that it is the analysis."""
+
+import pytest
+
+import geomkit as gk
+from geomkit.errors import DataError
+from geomkit.experiments.insights import ALL, load_insights, measure_insights
+from geomkit.inputs.models import untrained
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    out = tmp_path_factory.mktemp("insights")
+    measure_insights("small", out, examples=6, stages=("base", "untrained"), progress=False)
+    return out
+
+
+@pytest.fixture(scope="module")
+def frame(folder):
+    return load_insights("small", folder, ("base", "untrained"))
+
+
+def test_the_numbers_are_those_of_the_analysis(frame):
+    model, tokenizer = gk.load_organism()
+    names = ("safety", "scenarios/new-skill", "controls/benign-refused")
+    safety, utility, control = (gk.load_examples(name) for name in names)
+    analysis = gk.analyze(
+        untrained(model),
+        tokenizer,
+        safety.select(range(6)),
+        utility.select(range(6)),
+        control=control.select(range(len(control) - 6, len(control))),
+        examples=None,
+        progress=False,
+    )
+    stored = frame.query(f"stage == 'untrained' and parameter == '{ALL}'")
+    expected = analysis.to_frame()
+    assert list(stored["measure"]) == list(expected["measure"])
+    assert stored["value"].to_numpy() == pytest.approx(expected["value"].to_numpy(), rel=6e-5, abs=1e-6, nan_ok=True)
+    ranks = frame.query("stage == 'untrained' and measure == 'effective_rank' and of == 'control'")
+    of_layers = analysis.spectra["control"].to_frame().query("statistic == 'effective_rank'")
+    assert list(ranks["parameter"]) == list(of_layers["parameter"])
+    assert ranks["value"].to_numpy() == pytest.approx(of_layers["value"].to_numpy(), rel=6e-5)
+    cosines = frame.query(f"stage == 'untrained' and measure == 'cosine with utility' and parameter != '{ALL}'")
+    assert set(cosines["of"]) == {"safety", "control"}
+    overlaps = frame.query("measure == \"one example's overlap\" and of == 'safety'")
+    assert overlaps["layer"].notna().any()
+
+
+def test_a_stage_is_measured_once(folder):
+    before = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.gz")}
+    assert set(before) == {"insights-small-base.csv.gz", "insights-small-untrained.csv.gz"}
+    measure_insights("small", folder, examples=6, stages=("base", "untrained"), progress=False)
+    assert before == {path.name: path.stat().st_mtime_ns for path in folder.glob("*.gz")}
+
+
+def test_wrong_names_and_missing_files_are_named(tmp_path):
+    with pytest.raises(DataError, match="expected a world, 'small' or 'english', found 'large'"):
+        load_insights("large", tmp_path)
+    with pytest.raises(DataError, match="expected stages of 'aligned', 'base', 'untrained', found 'tuned'"):
+        measure_insights("small", tmp_path, stages=("tuned",))
+    with pytest.raises(DataError, match="expected the numbers of 'aligned'"):
+        load_insights("small", tmp_path)
