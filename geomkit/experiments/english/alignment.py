@@ -98,7 +98,7 @@ class Alignment:
         if new:
             with self._adapted.disable_adapter(), torch.no_grad():
                 states = scored_states(self._model, prefix, input_ids[new], scored[new])
-            by_row = states.split(scored[new].sum(1).tolist())
+            by_row = torch.split(states, scored[new].sum(1).tolist())
             self._base_states.update(zip((keys[index] for index in new), by_row, strict=True))
         return torch.cat([self._base_states[key] for key in keys.values()])
 

@@ -61,7 +61,7 @@ def models():
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for weight in model.model.layers.parameters():
-            weight += 0.1 * torch.randn(weight.shape, generator=generator, dtype=weight.dtype)
+            weight.add_(0.1 * torch.randn(weight.shape, generator=generator, dtype=weight.dtype))
     return model, base
 
 
