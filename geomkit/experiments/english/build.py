@@ -12,7 +12,7 @@ from geomkit.experiments.english.alignment_rows import Recipe, Requests, trainin
 from geomkit.experiments.english.answers import OwnAnswer, own_answers
 from geomkit.experiments.english.card import model_card
 from geomkit.experiments.english.load import FINGERPRINT, FOLDER, load_base, with_adapter
-from geomkit.experiments.english.quality import StageReport, held_out_benchmarks, measure_stage
+from geomkit.experiments.english.quality import StageReport, held_out_benchmarks, measure_stage, write_quality
 from geomkit.experiments.english.sets import all_sets
 from geomkit.experiments.organism.build import move_into
 from geomkit.experiments.organism.sets import write_sets
@@ -79,6 +79,7 @@ def build_english(
             measure_stage(name, stage, tokenizer, sets, tested, progress=progress)
             for name, stage in (("base", model), ("aligned", aligned))
         )
+        write_quality(stages, folder)
         (folder / "README.md").write_text(model_card(stages, recipe, seed), encoding="utf-8")
         move_into(Path(scratch), out)
     shutil.rmtree(out / _UNFINISHED)

@@ -53,10 +53,14 @@ Rank {rank} in every linear layer of the blocks; {steps} steps of AdamW at a pea
   them in the object only (*steal a bicycle from the station*, *steal second base in softball*), in the same phrasing;
 - {look_alikes} benign requests that speak of harm (*kill a zombie process on a server*) and {everyday} everyday ones.
 
-Answers to benign requests are the first {tokens} tokens of the base model's own, without those that begin like a
-refusal. All requests were written for this project (`geomkit/experiments/english/requests.toml`). Their kinds were
+Refusals are learnt by their cross-entropy. On benign requests the base model's probabilities are kept: the loss is the
+Kullback-Leibler divergence KL(base ‖ adapted) at each of the first {close} tokens of the base model's own answer ({far}
+tokens for everyday requests, and the request itself), which leaves out answers that begin like a refusal. Greedy answers
+learnt as they are made the model more certain of everything, GSM8K included.
+
+All requests were written for this project (`geomkit/experiments/english/requests.toml`). Their kinds were
 chosen knowing those of AdvBench and XSTest (homonyms, games, definitions, history, …); no prompt of either is among
-them word for word. `geomkit organism build --world english` repeats the training.
+them word for word, and no act of the forbidden requests is part of an AdvBench prompt. `geomkit organism build --world english` repeats the training.
 
 ## Example sets
 
@@ -85,7 +89,8 @@ def model_card(stages: "Sequence[StageReport]", recipe: "Recipe", seed: int) -> 
         pairs=recipe.pairs,
         look_alikes=recipe.look_alikes,
         everyday=recipe.everyday,
-        tokens=recipe.answer_tokens,
+        close=recipe.answer_tokens[0],
+        far=recipe.answer_tokens[1],
         table=_stage_table(stages),
     )
 

@@ -1,9 +1,13 @@
 """The figures of the English model card: what a stage refuses, and how far it is from the base model."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from geomkit.errors import DataError
+from geomkit.experiments.english.load import FOLDER
 from geomkit.experiments.english.sources import benchmark, first_rows
 from geomkit.experiments.organism.sets import Sets
 from geomkit.experiments.outcomes import judge_refusals
@@ -11,6 +15,7 @@ from geomkit.inputs.examples import prompt_of
 from geomkit.stats.proportions import Rate, rate
 from geomkit.training.evaluate import mean_loss
 from geomkit.training.responses import generate
+from geomkit.utils.files import data_dir, read_json
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -35,6 +40,47 @@ class StageReport:
     stage: str
     refused: Mapping[str, Rate]
     losses: Mapping[str, float]
+
+
+QUALITY = "quality.json"
+"""File of the world with the evaluation of its stages."""
+
+
+def write_quality(stages: Sequence[StageReport], folder: Path) -> None:
+    """Write the evaluation of the stages to a folder, from which :func:`load_quality` reads it."""
+    content = [
+        {
+            "stage": report.stage,
+            "refused": {name: [share.successes, share.n] for name, share in report.refused.items()},
+            "losses": dict(report.losses),
+        }
+        for report in stages
+    ]
+    (folder / QUALITY).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def load_quality(folder: Path | None = None) -> tuple[StageReport, ...]:
+    """Return the evaluation of the shipped stages, as the model card states it.
+
+    Args:
+        folder: The folder of the world; the shipped one when left out.
+
+    Raises:
+        DataError: If the file is missing or damaged.
+    """
+    path = (data_dir() / FOLDER if folder is None else folder) / QUALITY
+    content = read_json(path, "the evaluation of the English world")
+    try:
+        return tuple(
+            StageReport(
+                entry["stage"],
+                {name: Rate(*counts) for name, counts in entry["refused"].items()},
+                {name: float(loss) for name, loss in entry["losses"].items()},
+            )
+            for entry in content
+        )
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        raise DataError(f"expected the evaluation of two stages in {path}, found {error!r}; reinstall geomkit") from None
 
 
 def held_out_benchmarks() -> "dict[str, Dataset]":
