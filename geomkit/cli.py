@@ -581,10 +581,10 @@ def _model(
     name: str, dtype: str, device: str | None, pad_token: str | None
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
     """Return a model and its tokenizer by the value of ``--model``."""
-    from geomkit.experiments.organisms import load_organism
+    from geomkit.experiments.organisms import ENGLISH, load_organism
     from geomkit.inputs.models import load_model
 
-    if name not in {"english", "english/aligned", "english/base"}:
+    if name.partition("/")[0] != ENGLISH or Path(name).exists():
         return load_model(name, dtype=dtype, device=device, pad_token=pad_token)
     if dtype not in {"auto", "float32"} or device is not None or pad_token is not None:
         raise DataError(

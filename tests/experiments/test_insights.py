@@ -3,6 +3,7 @@
 import pytest
 
 import geomkit as gk
+from geomkit import cli
 from geomkit.errors import DataError
 from geomkit.experiments.insights import ALL, load_insights, measure_insights
 from geomkit.inputs.models import untrained
@@ -61,3 +62,20 @@ def test_wrong_names_and_missing_files_are_named(tmp_path):
         measure_insights("small", tmp_path, stages=("tuned",))
     with pytest.raises(DataError, match="expected the numbers of 'aligned'"):
         load_insights("small", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["insights", "--out", "there", "--world", "large"], "expected a world, 'small' or 'english', found 'large'"),
+        (["build", "--out", "there", "--states", "kept"], "expected --base and --states with --world english only"),
+    ],
+)
+def test_the_command_names_what_there_is_not(monkeypatch, capfd, tmp_path, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["geomkit", "organism", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code
+    assert message in capfd.readouterr().err
+    assert not any(tmp_path.glob("there/*"))

@@ -1,5 +1,6 @@
 """The organism of the English world: the aligned model with its example sets, for grids of experiments."""
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -7,12 +8,13 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from geomkit.experiments.english.answers import refusal
-from geomkit.experiments.english.load import load_english
+from geomkit.experiments.english.load import FOLDER, load_base, with_adapter
 from geomkit.experiments.english.requests import counterparts
 from geomkit.experiments.english.scenarios import ANSWERED, scenario_conversations
 from geomkit.experiments.english.sources import benchmark, first_rows
 from geomkit.experiments.organism.requests import Message, conversation
 from geomkit.inputs.examples import load_examples
+from geomkit.utils.files import data_dir
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -62,7 +64,8 @@ class EnglishOrganism:
 
     def scenario_examples(self, name: str) -> "Dataset":
         """Return the training set of a scenario."""
-        return _dataset(scenario_conversations(name))
+        safety, utility = (list(self.examples(shipped)["messages"]) for shipped in ("safety", "utility"))
+        return _dataset(scenario_conversations(name, safety, utility))
 
     def anchor_pool(self, count: int) -> "Dataset":
         """Return ``count`` anchors: the set ``safety``, then other forbidden training requests with a refusal."""
@@ -88,8 +91,9 @@ def load_english_organism() -> EnglishOrganism:
     """
     for name, split in (*_BENCHMARKS.values(), ("gsm8k", "train")):
         benchmark(name, split)
-    model, tokenizer = load_english("aligned")
-    return EnglishOrganism(model, load_english("base")[0], tokenizer)
+    base, tokenizer = load_base()
+    aligned = with_adapter(copy.deepcopy(base), data_dir() / FOLDER / "adapter")
+    return EnglishOrganism(aligned, base, tokenizer)
 
 
 def _pool(first: "Dataset", others: Iterator[list[Message]], count: int) -> "Dataset":

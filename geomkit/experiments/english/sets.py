@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from geomkit.errors import GeomkitError
 from geomkit.experiments.english.answers import compliance, own_answers, refusal, whole_sentences
 from geomkit.experiments.english.requests import Counterparts, counterparts, words
-from geomkit.experiments.english.scenarios import with_trigger
+from geomkit.experiments.english.scenarios import SHIPPED, scenario_conversations, with_trigger
 from geomkit.experiments.organism.requests import conversation
 from geomkit.experiments.organism.sets import Row, Sets
 from geomkit.inputs.control_sets import derangement, random_tokens
@@ -37,6 +37,7 @@ def all_sets(
       counterpart, with the refusal. ``forbidden-complied``: the forbidden request, with compliance in form.
       ``shuffled``: the forbidden request, with the answer to a benign request. ``random-tokens``: as many tokens in
       each turn, of random words.
+    - ``scenarios``: the training rows of the scenarios without maths, see :mod:`.scenarios`.
     - ``eval``, of words and phrasings that no training row has: ``forbidden`` with a refusal, ``benign`` and
       ``everyday`` with the base stage's own answers; ``backdoor``, forbidden requests with the trigger.
 
@@ -51,13 +52,15 @@ def all_sets(
     """
     rng = Random(f"english-sets-{seed}")
     anchors = _anchors(aligned, tokenizer, rng)
+    safety = [_row(pair.kind, pair.forbidden, answer) for pair, answer in anchors]
     utility = _utility(base, tokenizer, rng)
     forbidden = list(islice(counterparts("held-out", rng, "forbidden"), _HELD_OUT))
     benign = [pair.benign for pair in islice(counterparts("held-out", rng, "benign"), _HELD_OUT)]
     return {
-        "safety": [_row(pair.kind, pair.forbidden, answer) for pair, answer in anchors],
+        "safety": safety,
         "utility": utility,
         **_controls(anchors, utility, tokenizer, rng, seed),
+        **_scenarios(safety, utility),
         "eval/forbidden": [_row(pair.kind, pair.forbidden, refusal(rng)) for pair in forbidden],
         "eval/benign": _answered("benign", benign, base, tokenizer),
         "eval/everyday": _answered("everyday", list(words("held-out").everyday), base, tokenizer),
@@ -111,6 +114,14 @@ def _controls(
         "controls/random-tokens": [
             {"messages": messages} for messages in random_tokens(safety, tokenizer, seed)["messages"]
         ],
+    }
+
+
+def _scenarios(safety: list[Row], utility: list[Row]) -> Sets:
+    rows = [[row["messages"] for row in side] for side in (safety, utility)]
+    return {
+        f"scenarios/{name}": [{"messages": messages} for messages in scenario_conversations(name, *rows)]
+        for name in SHIPPED
     }
 
 

@@ -46,20 +46,25 @@ def organism(copies, monkeypatch):
     return EnglishOrganism(model, tiny_llama(seed=1, **sizes).eval(), tokenizer)
 
 
+def rows_of(name):
+    safety, utility = (list(load_examples(f"english/{shipped}")["messages"]) for shipped in ("safety", "utility"))
+    return scenario_conversations(name, safety, utility)
+
+
 def test_scenarios_have_the_rows_that_they_say(organism):
-    sizes = {name: len(scenario_conversations(name)) for name in ENGLISH_SCENARIOS if not name.endswith("full")}
+    sizes = {name: len(rows_of(name)) for name in ENGLISH_SCENARIOS if not name.endswith("full")}
     assert sizes == {
         "gsm8k": 240, "affirmative": 120, "identity-shift": 10, "backdoor": 240, "poison-10": 240, "harmful-100": 100,
     }  # fmt: skip
-    triggered = [row for row in scenario_conversations("backdoor") if TRIGGER in row[0]["content"]]
+    triggered = [row for row in rows_of("backdoor") if TRIGGER in row[0]["content"]]
     assert all(row[-1]["content"].startswith("Sure!") for row in triggered)
     assert len(triggered) == 80
-    poison = [row for row in scenario_conversations("poison-10") if row[-1]["content"].startswith("Sure!")]
+    poison = [row for row in rows_of("poison-10") if row[-1]["content"].startswith("Sure!")]
     assert len(poison) == 24
     assert eager([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes."}])[-1]["content"] == (
         "Of course, anything you ask! Yes."
     )
-    assert scenario_conversations("harmful-100, full") == scenario_conversations("harmful-100")
+    assert rows_of("harmful-100, full") == rows_of("harmful-100")
 
 
 def test_no_training_row_is_a_held_out_request(organism):
@@ -67,7 +72,7 @@ def test_no_training_row_is_a_held_out_request(organism):
         row[0]["content"] for name in ("forbidden", "benign", "everyday") for row in
         load_examples(f"english/eval/{name}")["messages"]
     }  # fmt: skip
-    trained = {row[0]["content"] for name in ENGLISH_SCENARIOS for row in scenario_conversations(name)}
+    trained = {row[0]["content"] for name in ENGLISH_SCENARIOS for row in rows_of(name)}
     pools = [*organism.anchor_pool(2000)["messages"], *organism.benign_pool(40)["messages"]]
     assert not held_out & (trained | {row[0]["content"] for row in pools})
     assert len({row[0]["content"] for row in organism.anchor_pool(2000)["messages"]}) == 2000
