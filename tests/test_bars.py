@@ -25,7 +25,26 @@ def fine_tuned(progress):
     gk.finetune(tiny_llama(), TOKENIZER, UTILITY, gk.SPF(SAFETY), steps=1, progress=progress)
 
 
+def sets():
+    return [
+        gk.collect_gradients(tiny_llama(), TOKENIZER, rows, per_sample=True, form="factored", progress=False)
+        for rows in (SAFETY, UTILITY)
+    ]
+
+
+def measured(progress):
+    safety, utility = sets()
+    gk.spectrum(safety, progress=progress)
+    gk.subspace(safety, rank=1, progress=progress)
+    gk.one_sample_study(safety, utility, rank=1, progress=progress)
+    gk.overlaps({"safety": safety, "utility": utility}, rank=1, progress=progress)
+    four = gk.load_examples([*SAFETY.to_list(), UTILITY[0]])
+    gradients = gk.collect_gradients(tiny_llama(), TOKENIZER, four, per_sample=True, form="factored", progress=False)
+    gk.anchor_curve(gradients, rank=1, draws=2, progress=progress)
+
+
 CALLS = {
+    "geometry": (measured, ["spectra", "subspaces", "one sample", "overlaps", "anchor curve"]),
     "attach": (attached, ["encode", "anchors before", "benign before"]),
     "encode": (lambda progress: gk.encode(TOKENIZER, UTILITY, progress=progress), ["encode"]),
     "evaluate": (evaluated, ["encode", "skill"]),

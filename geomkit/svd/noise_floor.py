@@ -26,6 +26,7 @@ from geomkit.svd.weighted_sums import weighted_spectra
 from geomkit.utils.arguments import check_confidence, check_draws, check_seed
 from geomkit.utils.display import Result, counted
 from geomkit.utils.figures import draw
+from geomkit.utils.progress import with_bar
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -183,7 +184,9 @@ def _row(layer: LayerNoiseFloor) -> dict[str, object]:
     }
 
 
-def noise_floor(gradients: GradientSet, *, draws: int = 99, seed: int = 0, confidence: float = 0.95) -> NoiseFloor:
+def noise_floor(
+    gradients: GradientSet, *, draws: int = 99, seed: int = 0, confidence: float = 0.95, progress: bool = True
+) -> NoiseFloor:
     """Measure how many singular values of the mean gradient exceed the sampling noise of its examples.
 
     The same random signs ε answer two questions. *Is there a mean at all?* compares the largest singular value of the
@@ -198,6 +201,7 @@ def noise_floor(gradients: GradientSet, *, draws: int = 99, seed: int = 0, confi
         draws: Number of draws of random signs, which all parameters share.
         seed: Seed of the signs.
         confidence: Confidence level of the floors, between 0 and 1.
+        progress: Show a bar, in parameters, once the work has taken five seconds.
 
     Returns:
         The spectrum of the mean and its noise floor, for every matrix parameter.
@@ -227,7 +231,8 @@ def noise_floor(gradients: GradientSet, *, draws: int = 99, seed: int = 0, confi
     names = [name for name in shared_layers(*samples) if min(samples[0][name].matrix_shape) > 1]
     signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=(draws, len(samples)))
     layers = {
-        name: _layer_floor(name, [sample[name] for sample in samples], signs, exceeding, confidence) for name in names
+        name: _layer_floor(name, [sample[name] for sample in samples], signs, exceeding, confidence)
+        for name in with_bar(names, "noise floors", "parameter", progress)
     }
     return NoiseFloor(layers, len(samples), draws, confidence)
 

@@ -24,6 +24,7 @@ from geomkit.svd.nulls import NullDraws
 from geomkit.utils.arguments import check_confidence, check_draws, check_groups, check_seed
 from geomkit.utils.display import Result
 from geomkit.utils.figures import draw
+from geomkit.utils.progress import with_bar
 from geomkit.utils.seeding import parameter_generator
 
 if TYPE_CHECKING:
@@ -201,6 +202,7 @@ def spectrum(
     groups: int = 16,
     seed: int = 0,
     confidence: float = 0.95,
+    progress: bool = True,
 ) -> Spectrum:
     """Measure the singular spectrum of every matrix gradient, with intervals and a null with the same token count.
 
@@ -226,6 +228,7 @@ def spectrum(
         groups: Largest number of groups of examples, of which one is left out at a time; 0 for no intervals.
         seed: Seed of the null and of the groups; the draws of a parameter do not depend on the other parameters.
         confidence: Nominal coverage of the intervals, between 0 and 1.
+        progress: Show a bar, in parameters, once the work has taken five seconds.
 
     Returns:
         The spectra. Singular values are exact to 1e-7 of the largest, and no gradient of few tokens is formed.
@@ -268,7 +271,7 @@ def spectrum(
             left_out,
             NullDraws(null_draws, parameter_generator(seed, name)),
         )
-        for name, gradient in matrices.items()
+        for name, gradient in with_bar(matrices.items(), "spectra", "parameter", progress)
     }
     return spectrum_of(measures, confidence)
 

@@ -20,6 +20,7 @@ from geomkit.svd.singular_values import energy_rank, rank_tolerance
 from geomkit.svd.singular_vectors import Side, Sides, SingularVectors, exact_vectors, randomized_vectors
 from geomkit.utils.arguments import check_rank, check_seed
 from geomkit.utils.display import Result, counted
+from geomkit.utils.progress import with_bar
 from geomkit.utils.saved_files import damaged
 from geomkit.utils.saving import load, save, saveable
 from geomkit.utils.seeding import parameter_generator
@@ -252,6 +253,7 @@ def subspace(
     side: Sides = "left",
     method: Method = "exact",
     seed: int = 0,
+    progress: bool = True,
 ) -> Subspace:
     """Return the leading singular subspace of every matrix gradient.
 
@@ -266,6 +268,7 @@ def subspace(
         method: ``"exact"``, or ``"randomized"`` for large gradients of many tokens: eleven thin products per gradient,
             and a ``residual``, the distance of the result from singular vectors.
         seed: Seed of the random projections; the projections of a parameter do not depend on other parameters.
+        progress: Show a bar, in parameters, once the work has taken five seconds.
 
     Returns:
         The subspace of every matrix parameter.
@@ -279,10 +282,10 @@ def subspace(
     """
     check_gradients("given", gradients)
     check_seed(seed)
+    matrices = {name: gradient for name, gradient in gradients.items() if min(gradient.matrix_shape) > 1}
     layers = {
         name: layer_subspace(gradient, rank=rank, energy=energy, side=side, method=method, seed=seed, parameter=name)
-        for name, gradient in gradients.items()
-        if min(gradient.matrix_shape) > 1
+        for name, gradient in with_bar(matrices.items(), "subspaces", "parameter", progress)
     }
     short = [layer for layer in layers.values() if rank is not None and layer.rank < rank]
     if short:

@@ -55,12 +55,13 @@ Rank {rank} in every linear layer of the blocks; {steps} steps of AdamW at a pea
 
 Refusals are learnt by their cross-entropy. On benign requests the base model's probabilities are kept: the loss is the
 Kullback-Leibler divergence KL(base ‖ adapted) at each of the first {close} tokens of the base model's own answer ({far}
-tokens for everyday requests, and the request itself), which leaves out answers that begin like a refusal. Greedy answers
+tokens for everyday requests, and the request itself). Answers that begin like a refusal are left out. Greedy answers
 learnt as they are made the model more certain of everything, GSM8K included.
 
-All requests were written for this project (`geomkit/experiments/english/requests.toml`). Their kinds were
-chosen knowing those of AdvBench and XSTest (homonyms, games, definitions, history, …); no prompt of either is among
-them word for word, and no act of the forbidden requests is part of an AdvBench prompt. `geomkit organism build --world english` repeats the training.
+All requests were written for this project (`geomkit/experiments/english/requests.toml`). Their kinds were chosen knowing
+those of AdvBench and XSTest (homonyms, games, definitions, history, …); no prompt of either is among them word for word,
+and no act of the forbidden requests is part of an AdvBench prompt. `geomkit organism build --world english` repeats the
+training.
 
 ## Example sets
 

@@ -80,7 +80,7 @@ def load_quality(folder: Path | None = None) -> tuple[StageReport, ...]:
             for entry in content
         )
     except (TypeError, KeyError, ValueError, AttributeError) as error:
-        raise DataError(f"expected the evaluation of two stages in {path}, found {error!r}; reinstall geomkit") from None
+        raise DataError(f"expected an evaluation of stages in {path}, found {error!r}; reinstall geomkit") from None
 
 
 def held_out_benchmarks() -> "dict[str, Dataset]":

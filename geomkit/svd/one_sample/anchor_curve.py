@@ -25,6 +25,7 @@ from geomkit.svd.singular_vectors import Side
 from geomkit.utils.arguments import check_draws, check_rank, check_seed, is_whole
 from geomkit.utils.display import Result
 from geomkit.utils.figures import draw
+from geomkit.utils.progress import with_bar
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -163,6 +164,7 @@ def anchor_curve(
     side: Side = "left",
     draws: int = 20,
     seed: int = 0,
+    progress: bool = True,
 ) -> AnchorCurve:
     """Measure how the mean gradient of n anchors approaches the mean gradient of a disjoint reference as n grows.
 
@@ -180,6 +182,7 @@ def anchor_curve(
         side: ``"left"`` for the output space, ``"right"`` for the input space.
         draws: Number of random splits.
         seed: Seed of the splits.
+        progress: Show a bar, in parameters, once the work has taken five seconds.
 
     Returns:
         The overlaps of every draw, by group and number of anchors.
@@ -212,7 +215,7 @@ def anchor_curve(
     splits = [_split(sets, half, generator) for _ in range(draws)]
     # 2. Overlaps of every draw in every matrix in which all examples have a gradient.
     layers = {}
-    for name, gradients in pooled_gradients(sets).items():
+    for name, gradients in with_bar(pooled_gradients(sets).items(), "anchor curve", "parameter", progress):
         if is_matrix(gradients[0]):
             layer_rank, overlaps = _layer_overlaps(to_common_basis(gradients, side), splits, steps, rank)
             if layer_rank:

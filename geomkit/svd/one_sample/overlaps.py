@@ -34,6 +34,7 @@ from geomkit.svd.singular_vectors import Side
 from geomkit.utils.arguments import check_confidence, check_draws, check_rank, check_seed
 from geomkit.utils.display import Result
 from geomkit.utils.figures import draw
+from geomkit.utils.progress import with_bar
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -132,6 +133,7 @@ def overlaps(
     draws: int = 2000,
     seed: int = 0,
     confidence: float = 0.95,
+    progress: bool = True,
 ) -> Overlaps:
     """Compare the leading subspaces of every two examples, within and between several sets.
 
@@ -148,6 +150,7 @@ def overlaps(
         draws: Number of permutations of the labels, for each pair of sets.
         seed: Seed of the permutations.
         confidence: Nominal coverage of all intervals, between 0 and 1.
+        progress: Show a bar, in parameters, once the work has taken five seconds.
 
     Returns:
         The overlaps within and between sets, and the contrasts.
@@ -177,7 +180,7 @@ def overlaps(
     check_enough(sample_counts(sets), _MIN_EXAMPLES)
     check_different_samples(sets, _MIN_EXAMPLES)
     # 1. Overlaps of every two examples, mean over parameters, and the place of every set among the examples.
-    pairs, expected = _pair_overlaps(sets, rank, side)
+    pairs, expected = _pair_overlaps(sets, rank, side, progress)
     names, counts = tuple(sets), sample_counts(sets)
     places = pooled_places(counts)
     # 2. Mean overlap of two different examples: a block of the pairs for every set a, and for every two sets a and b.
@@ -210,7 +213,9 @@ def overlaps(
     )
 
 
-def _pair_overlaps(sets: Mapping[str, GradientSet], rank: int, side: Side) -> tuple[np.ndarray, dict[str, float]]:
+def _pair_overlaps(
+    sets: Mapping[str, GradientSet], rank: int, side: Side, progress: bool
+) -> tuple[np.ndarray, dict[str, float]]:
     """Return (N, N) overlaps of single examples, mean over parameters, and each parameter's expected overlap.
 
     The expected overlap is the overlap of uniformly random subspaces. Parameters in which an example has no gradient
@@ -218,7 +223,7 @@ def _pair_overlaps(sets: Mapping[str, GradientSet], rank: int, side: Side) -> tu
     """
     examples = sum(sample_counts(sets).values())
     total, expected = np.zeros((examples, examples)), {}
-    for name, gradients in pooled_gradients(sets).items():
+    for name, gradients in with_bar(pooled_gradients(sets).items(), "overlaps", "parameter", progress):
         if is_matrix(gradients[0]):
             bases = to_common_basis(gradients, side).bases_of_gradients(rank)
             pairs, common_rank = common_rank_overlaps(bases, bases)

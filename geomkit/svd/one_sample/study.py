@@ -42,6 +42,7 @@ from geomkit.svd.one_sample.results import Group, LayerOneSample, OneSample
 from geomkit.svd.singular_vectors import Side, check_side
 from geomkit.svd.weighted_sums import without_unused_rows
 from geomkit.utils.arguments import check_confidence, check_rank
+from geomkit.utils.progress import with_bar
 
 _LOGGER = logging.getLogger(__name__)
 _MIN_EXAMPLES = 3  # examples: the mean of the other anchors must be over at least two
@@ -54,6 +55,7 @@ def one_sample_study(
     rank: int = 10,
     side: Side = "left",
     confidence: float = 0.95,
+    progress: bool = True,
 ) -> OneSample:
     """Compare every single safety example with the mean of the others, and control examples with the same means.
 
@@ -74,6 +76,7 @@ def one_sample_study(
         rank: Largest number of directions to compare.
         side: ``"left"`` for the output space, ``"right"`` for the input space.
         confidence: Nominal coverage of all intervals, between 0 and 1.
+        progress: Show a bar, in parameters, once the work has taken five seconds.
 
     Returns:
         Overlaps, cosines and contrasts of the anchors and of each control.
@@ -103,7 +106,7 @@ def one_sample_study(
     gradients, places = pooled_gradients(sets), pooled_places(sample_counts(sets))
     tables = {
         name: parameter_table(layer, len(safety.samples), rank, side, gram(layer[places["safety"]], layer))
-        for name, layer in gradients.items()
+        for name, layer in with_bar(gradients.items(), "one sample", "parameter", progress)
     }
     return study_of(tables, places, rank, side, confidence)
 

@@ -29,5 +29,5 @@ def test_the_card_states_every_figure_beside_its_aim():
 @pytest.mark.parametrize("text", ["[]]", '[{"stage": "base"}]', '{"a": 1}', "[1]"])
 def test_a_damaged_file_is_named(tmp_path, text):
     (tmp_path / QUALITY).write_text(text)
-    with pytest.raises(DataError, match=r"expected .*quality\.json|expected the evaluation"):
+    with pytest.raises(DataError, match=r"expected .*quality\.json|expected an evaluation"):
         load_quality(tmp_path)
