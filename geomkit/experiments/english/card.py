@@ -58,10 +58,10 @@ Kullback-Leibler divergence KL(base ‖ adapted) at each of the first {close} to
 tokens for everyday requests, and the request itself). Answers that begin like a refusal are left out. Greedy answers
 learnt as they are made the model more certain of everything, GSM8K included.
 
-All requests were written for this project (`geomkit/experiments/english/requests.toml`). Their kinds were chosen knowing
-those of AdvBench and XSTest (homonyms, games, definitions, history, …); no prompt of either is among them word for word,
-and no act of the forbidden requests is part of an AdvBench prompt. `geomkit organism build --world english` repeats the
-training.
+All requests were written for this project (`geomkit/experiments/english/requests.toml`). Their kinds were chosen
+knowing those of AdvBench and XSTest (homonyms, games, definitions, history, …); no prompt of either is among them word
+for word, and no act of the forbidden requests is part of an AdvBench prompt. `geomkit organism build --world english`
+repeats the training.
 
 ## Example sets
 
