@@ -546,14 +546,22 @@ def organism_insights(
     ],
     world: Annotated[str, typer.Option(help="small: the organism. english: the aligned SmolLM2.")] = "small",
     examples: Annotated[int, typer.Option(min=3, help="Examples of each set.")] = 32,
+    states: Annotated[
+        Path | None, typer.Option(help="States that `organism build --states` kept, to measure along the alignment.")
+    ] = None,
 ) -> None:
     """Measure the paper's claims on gradients before alignment, after it, and on an untrained model."""
     _prepare(threads=1)
-    from geomkit.experiments.insights import measure_insights
+    from geomkit.experiments.insights import measure_alignment, measure_insights
+    from geomkit.experiments.organisms import ENGLISH
 
+    if states is not None and world != ENGLISH:
+        raise DataError(f"expected --states with --world english only, found '{states}'; leave it out")
     _check_writable(out)
-    rows = measure_insights(world, out, examples=examples)
-    typer.echo(f"{len(rows)} numbers in {out}")
+    rows = len(measure_insights(world, out, examples=examples))
+    if states is not None:
+        rows += len(measure_alignment(states, out, examples=examples))
+    typer.echo(f"{rows} numbers in {out}")
 
 
 def _load(

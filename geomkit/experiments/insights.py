@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from geomkit.analysis.probe import Probe
 from geomkit.errors import DataError
+from geomkit.experiments.english.course import measure_course
 from geomkit.experiments.organisms import ENGLISH, load_organism
 from geomkit.inputs.examples import load_examples
 from geomkit.inputs.models import untrained
@@ -32,6 +33,8 @@ _SETS = {
     ENGLISH: (f"{ENGLISH}/safety", f"{ENGLISH}/controls/benign-refused", f"{ENGLISH}/utility"),
 }
 """The sets ``safety``, ``control`` and ``utility`` of a world."""
+
+_ALIGNMENT = f"alignment-{ENGLISH}.csv.gz"
 
 _COLUMNS = ["parameter", "kind", "layer", "measure", "of", "value", "low", "high", "null", "null_low", "null_high"]
 
@@ -67,10 +70,7 @@ def measure_insights(
         if path.exists():
             continue
         with locked(out):
-            text = insights_frame(_analysis(world, stage, examples, progress)).to_csv(index=False, float_format="%.5g")
-            with Draft(out, path.name) as draft:
-                draft.write(gzip.compress(text.encode(), mtime=0))
-                draft.move_to(path)
+            write_numbers(insights_frame(_analysis(world, stage, examples, progress)), path)
     return load_insights(world, out, stages)
 
 
@@ -94,13 +94,60 @@ def load_insights(world: str = "small", folder: Path | None = None, stages: Sequ
 
     _check(world, stages)
     folder = data_dir() / "experiments" if folder is None else folder
-    frames = []
-    for stage in stages:
-        path = folder / _file(world, stage)
-        if not path.is_file():
-            raise DataError(f"expected the numbers of '{stage}' at {path}, found none; run `geomkit organism insights`")
-        frames.append(pd.read_csv(path).assign(stage=stage))
+    frames = [read_numbers(folder / _file(world, stage)).assign(stage=stage) for stage in stages]
     return pd.concat(frames, ignore_index=True)[["stage", *_COLUMNS]]
+
+
+def read_numbers(path: Path) -> "pd.DataFrame":
+    """Return a frame that :func:`write_numbers` wrote.
+
+    Raises:
+        DataError: If there is none.
+    """
+    import pandas as pd
+
+    if not path.is_file():
+        raise DataError(f"expected stored numbers at {path}, found none; run `geomkit organism insights`")
+    return pd.read_csv(path)
+
+
+def write_numbers(frame: "pd.DataFrame", path: Path) -> None:
+    """Write a frame to a file, in five digits; the file is there when it is complete."""
+    with Draft(path.parent, path.name) as draft:
+        draft.write(gzip.compress(frame.to_csv(index=False, float_format="%.5g").encode(), mtime=0))
+        draft.move_to(path)
+
+
+def measure_alignment(states: Path, out: Path, *, examples: int = 32, progress: bool = True) -> "pd.DataFrame":
+    """Return the claims' numbers along the alignment of the English world, and write them to a folder.
+
+    Args:
+        states: The folder in which the build kept states of the training.
+        out: The folder for the numbers.
+        examples: Examples of each set.
+        progress: Show bars.
+
+    Returns:
+        The frame of :meth:`geomkit.analysis.tracking.Trajectory.to_frame`; ``at`` is the number of steps.
+
+    Raises:
+        DataError: If there is no state, or the base model cannot be read.
+    """
+    frame = measure_course(states, world_probe(ENGLISH, examples), progress=progress).to_frame()
+    write_numbers(frame, out / _ALIGNMENT)
+    return frame
+
+
+def load_alignment(folder: Path | None = None) -> "pd.DataFrame":
+    """Return the stored numbers along the alignment of the English world, see :func:`measure_alignment`.
+
+    Args:
+        folder: Folder of the file; the shipped one when left out.
+
+    Raises:
+        DataError: If there is none.
+    """
+    return read_numbers((data_dir() / "experiments" if folder is None else folder) / _ALIGNMENT)
 
 
 def insights_frame(analysis: "Analysis") -> "pd.DataFrame":
@@ -126,11 +173,15 @@ def _per_layer(analysis: "Analysis") -> Iterator["pd.DataFrame"]:
 
 def _analysis(world: str, stage: str, examples: int, progress: bool) -> "Analysis":
     model, tokenizer = _stage_model(world, stage)
+    return world_probe(world, examples).analyze(model, tokenizer, progress=progress)
+
+
+def world_probe(world: str, examples: int) -> Probe:
+    """Return the probe of a world: the first safety and utility examples, and the last of the control set."""
     safety, control, utility = map(load_examples, _SETS[world])
     # The shipped controls go with the safety examples row by row; pairs would not be independent.
     others = control.select(range(len(control) - examples, len(control)))
-    probe = Probe(safety.select(range(examples)), utility.select(range(examples)), others, examples=None)
-    return probe.analyze(model, tokenizer, progress=progress)
+    return Probe(safety.select(range(examples)), utility.select(range(examples)), others, examples=None)
 
 
 def _stage_model(world: str, stage: str) -> "tuple[LlamaForCausalLM, PreTrainedTokenizerBase]":

@@ -1,10 +1,14 @@
 """The claims on the stages of a world: what is stored, and that it is the analysis."""
 
+from types import SimpleNamespace
+
+import pandas as pd
 import pytest
 
 import geomkit as gk
 from geomkit import cli
 from geomkit.errors import DataError
+from geomkit.experiments import insights
 from geomkit.experiments.insights import ALL, load_insights, measure_insights
 from geomkit.inputs.models import untrained
 
@@ -60,14 +64,23 @@ def test_wrong_names_and_missing_files_are_named(tmp_path):
         load_insights("large", tmp_path)
     with pytest.raises(DataError, match="expected stages of 'aligned', 'base', 'untrained', found 'tuned'"):
         measure_insights("small", tmp_path, stages=("tuned",))
-    with pytest.raises(DataError, match="expected the numbers of 'aligned'"):
+    with pytest.raises(DataError, match="expected stored numbers at"):
         load_insights("small", tmp_path)
+
+
+def test_numbers_along_the_alignment_are_stored(tmp_path, monkeypatch):
+    rows = pd.DataFrame({"at": [0, 480], "measure": ["loss"] * 2, "value": [1 / 3, 2.0]})
+    monkeypatch.setattr(insights, "measure_course", lambda *_, **__: SimpleNamespace(to_frame=lambda: rows))
+    monkeypatch.setattr(insights, "world_probe", lambda *_: None)
+    insights.measure_alignment(tmp_path / "states", tmp_path, progress=False)
+    pd.testing.assert_frame_equal(insights.load_alignment(tmp_path), rows, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["insights", "--out", "there", "--world", "large"], "expected a world, 'small' or 'english', found 'large'"),
+        (["insights", "--out", "there", "--states", "kept"], "expected --states with --world english only"),
         (["build", "--out", "there", "--states", "kept"], "expected --base and --states with --world english only"),
     ],
 )
