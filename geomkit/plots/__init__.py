@@ -1,9 +1,10 @@
 """One function per figure: each takes a finished result and returns a plotly figure, which it does not show.
 
-All figures share a template, registered with plotly as ``"geomkit"``, and fixed colours for safety, utility, control
-and null, plain fine-tuning and SPF. The modules of figures rest on ``style`` (colours, template), ``labels`` (texts),
-``axes``, ``traces`` and ``panels``, and figures of experiments also on ``arms``; ``report`` and ``report_pages`` put
-figures, tables and text on an HTML page.
+All figures share a theme, light or dark (``theme``), whose templates are registered with plotly as ``"geomkit"`` and
+``"geomkit_dark"``, and fixed colours for safety, utility, control and null, plain fine-tuning and SPF. The modules of
+figures rest on ``themes`` (colours, templates), ``style`` (looks of series, titles, room), ``labels`` (texts), ``axes``,
+``traces`` and ``panels``, and figures of experiments also on ``arms``; ``report`` and ``report_pages`` put figures,
+tables and text on an HTML page.
 """
 
 from geomkit.plots.breakdown import plot_breakdown
@@ -18,7 +19,7 @@ from geomkit.plots.principal_angles import plot_angles
 from geomkit.plots.ranks import plot_effective_rank, plot_spectrum_contrast
 from geomkit.plots.runs import plot_evaluation, plot_history
 from geomkit.plots.spectra import plot_cer, plot_spectrum
-from geomkit.plots.style import COLOURS, TEMPLATE
+from geomkit.plots.themes import COLOURS, TEMPLATE, theme
 from geomkit.plots.tokens import plot_token_conflict
 from geomkit.plots.training_curves import plot_certificate_outcome, plot_drift, plot_refusal_during_training
 from geomkit.plots.trajectory import plot_trajectory
@@ -27,6 +28,7 @@ __all__ = [  # noqa: RUF022 - grouped by the result that is drawn
     # The look of all figures.
     "COLOURS",
     "TEMPLATE",
+    "theme",
     # Spectrum, one or several.
     "plot_spectrum",
     "plot_cer",

@@ -3,11 +3,15 @@
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
+from numpy.typing import NDArray
 
 from geomkit.errors import SPFError
+from geomkit.inputs.parameters import layer_index
 from geomkit.plots.axes import whole_ticks
 from geomkit.plots.certificates import NATS, check_recorded
-from geomkit.plots.style import TEMPLATE, title
+from geomkit.plots.labels import place_labels
+from geomkit.plots.style import colour_bar, fitted, title
+from geomkit.plots.themes import palette, template
 from geomkit.spf.certificate import Certificate
 
 _COLUMNS = 200
@@ -16,10 +20,10 @@ _COLUMNS = 200
 _FEW = 60
 """Up to this many rows or columns are separated by gaps, and each has a label."""
 
-_SHOWN = 0.98
-"""Share of the cells whose value lies within the scale of colours."""
+_TICKS_OF_SCALE = 3
+"""Number of powers of ten in the scale of colours, to either side of zero."""
 
-_LABEL = 38
+_LABEL = 26
 """The most characters of a block's label."""
 
 
@@ -32,8 +36,9 @@ def plot_certificate_blocks(certificate: Certificate, name: str = "") -> go.Figu
 
     Returns:
         A heat map of ⟨Δθ, g_s⟩ with a row per block in the model's order and a column per step: red where a block's
-        update raises the safety loss, which a rule that constrains every block excludes. The last colour may stand for
-        the largest 2 %. Of a run of many steps a column shows, for each block, the largest of several values.
+        update raises the safety loss, which a rule that constrains every block excludes. The scale of colours is
+        logarithmic on both sides of zero, since a few blocks have most of the change. Of a run of many steps a column
+        shows, for each block, the largest of several values.
 
     Raises:
         SPFError: If no step was recorded, or there is no block.
@@ -52,29 +57,25 @@ def plot_certificate_blocks(certificate: Certificate, name: str = "") -> go.Figu
         worst.pivot(index="block", columns="column", values=column).reindex(frame["block"].unique())
         for column in ("first_order", "step", "first_order_raw")
     )
-    limit, clipped = _limit(applied)
+    ticks, labels, smallest = _scale(applied)
     steps = np.asarray(applied.columns) * stretch + first
     few_rows, few_columns = len(applied) <= _FEW, len(steps) <= _FEW
     figure = go.Figure(
         go.Heatmap(
-            z=applied.to_numpy(),
+            z=_log_places(applied.to_numpy(), smallest),
             x=steps,
             y=applied.index,
-            customdata=np.dstack([step.to_numpy(), proposed.to_numpy()]),
-            colorscale="RdBu_r",
+            customdata=np.dstack([step.to_numpy(), proposed.to_numpy(), applied.to_numpy()]),
+            colorscale=palette().diverging(rising="against"),
             zmid=0,
-            zmin=-limit,
-            zmax=limit,
+            zmin=ticks[0],
+            zmax=ticks[-1],
             xgap=1 if few_columns else 0,
             ygap=1 if few_rows else 0,
-            colorbar={
-                "title": {"text": NATS.replace(" ", "<br>", 1), "side": "top", "font": {"size": 12}},
-                "exponentformat": "power",
-                "thickness": 14,
-            },
+            colorbar=colour_bar(NATS, tickvals=ticks, ticktext=labels),
             hoverongaps=False,
             hovertemplate=(
-                "%{y}, step %{customdata[0]}<br>applied <b>%{z:.2e}</b> nats per token<br>proposed "
+                "%{y}, step %{customdata[0]}<br>applied <b>%{customdata[2]:.2e}</b> nats per token<br>proposed "
                 "%{customdata[1]:.2e}<extra></extra>"
             ),
         )
@@ -82,10 +83,10 @@ def plot_certificate_blocks(certificate: Certificate, name: str = "") -> go.Figu
     highest = frame["first_order"].max()
     raised = f"red raises it, by {highest:.2g} at most" if highest > 0 else "no block raises it"
     figure.update_layout(
-        template=TEMPLATE,
+        template=template(),
         title=title(
-            f"{name}{': f' if name else 'F'}irst-order change of the safety loss, block by block",
-            f"rule {certificate.rule}, applied updates; {raised}{f'; colours end at ±{limit:.2g}' if clipped else ''}",
+            f"{name}{': c' if name else 'C'}hange of the safety loss by block",
+            f"to first order; rule {certificate.rule}, applied updates; {raised}{'; SPF was idle' if certificate.is_idle else ''}",
         ),
         xaxis={
             "title": "optimizer step",
@@ -94,17 +95,25 @@ def plot_certificate_blocks(certificate: Certificate, name: str = "") -> go.Figu
             "range": [steps[0] - 0.5 * stretch, steps[-1] + 0.5 * stretch],
         },
         yaxis=_axis_of_blocks(list(applied.index)),
-        height=170 + (max(150, 15 * len(applied)) if few_rows else min(1100, 3 * len(applied) + 720)),
-        margin_b=56,
     )
-    return figure
+    return fitted(figure, max(150, 15 * len(applied)) if few_rows else min(1100, 3 * len(applied) + 720))
 
 
-def _limit(changes: pd.DataFrame) -> tuple[float, bool]:
-    """Return the end of the scale of colours, and whether a value is larger."""
-    magnitudes = np.abs(changes.to_numpy()[np.isfinite(changes)])
-    limit = float(np.quantile(magnitudes, _SHOWN, method="higher")) or float(magnitudes.max()) or 1.0
-    return limit, limit < magnitudes.max()
+def _scale(changes: pd.DataFrame) -> tuple[list[float], list[str], float]:
+    """Return the ticks of the scale of colours, their labels, and the change at which the scale becomes logarithmic."""
+    largest = float(np.nanmax(np.abs(changes.to_numpy()))) or 1.0
+    powers = 10.0 ** np.arange(-_TICKS_OF_SCALE, 1) * largest
+    smallest = float(powers[0])
+    magnitudes = _log_places(powers, smallest)
+    ticks = [*-magnitudes[::-1], 0.0, *magnitudes]
+    labels = [*(f"−{power:.0e}" for power in powers[::-1]), "0", *(f"{power:.0e}" for power in powers)]
+    return list(map(float, ticks)), labels, smallest
+
+
+def _log_places(changes: NDArray[np.float64], smallest: float) -> NDArray[np.float64]:
+    """Return the places of changes on a scale that is linear up to ``smallest`` and logarithmic beyond."""
+    places: NDArray[np.float64] = np.arcsinh(changes / smallest)
+    return places
 
 
 def _axis_of_blocks(names: list[str]) -> dict[str, object]:
@@ -120,6 +129,13 @@ def _axis_of_blocks(names: list[str]) -> dict[str, object]:
 
 
 def _label(name: str) -> str:
-    """Return the end of a block's name, without the beginning that all names share."""
-    label = name.removeprefix("base_model.model.").removeprefix("model.").removesuffix(".weight")
+    """Return a block's decoder layer and its place in it, or the end of a long name.
+
+    Example:
+        >>> _label("base_model.model.model.layers.2.self_attn.q_proj.weight"), _label("lm_head.weight")
+        ('2 attention q_proj', 'head')
+    """
+    (words,) = place_labels([name]).values()
+    index = layer_index(name)
+    label = words if index is None else f"{index} {words}"
     return label if len(label) <= _LABEL else f"…{label[-_LABEL:]}"

@@ -20,8 +20,9 @@ from geomkit.plots.arms import (
     scenario_labels,
 )
 from geomkit.plots.axes import name_rows
-from geomkit.plots.panels import lay_out, narrow_panels, wide_panels
-from geomkit.plots.style import TEMPLATE, Look, legend_room, title, translucent
+from geomkit.plots.panels import panels, wide_panels
+from geomkit.plots.style import Look, title, translucent
+from geomkit.plots.themes import palette
 from geomkit.plots.traces import error_bars, side_by_side
 from geomkit.stats.proportions import wilson_interval
 
@@ -75,8 +76,7 @@ def plot_frontier(results: Results, *, arms: Sequence[str] | None = None) -> go.
     drawn.figure.update_xaxes(**axis, ticktext=["" if label == "99%" else label for label in labels])
     drawn.figure.update_yaxes(**axis, ticktext=labels)
     subtitle = "mean over seeds, 95 % Wilson intervals; hollow: over-refusal above one point; axes widen towards 100 %"
-    lay_out(drawn, names, title("Refusal against utility", subtitle), "utility", "refusal")
-    return drawn.figure
+    return drawn.finished(title("Refusal against utility", subtitle), "utility", "refusal")
 
 
 def plot_attacks(results: Results, *, arms: Sequence[str] | None = None) -> go.Figure:
@@ -106,8 +106,8 @@ def plot_attacks(results: Results, *, arms: Sequence[str] | None = None) -> go.F
     frame = frame[frame["arm"].isin(names)]
     attacks = list(dict.fromkeys(frame["attack"]))
     scenarios = list(dict.fromkeys(frame["scenario"]))
-    inner = len(attacks) * (14 + 10 * len(names)) + 75
-    drawn = narrow_panels(scenario_labels(results, scenarios), inner, gap=75)
+    inner = len(attacks) * (14 + 10 * len(names))
+    drawn = panels(scenario_labels(results, scenarios), height=inner, shared_yaxes=True)
     figure = drawn.figure
     for number, scenario in enumerate(scenarios):
         shifts = side_by_side(len(names), 0.68)
@@ -118,15 +118,8 @@ def plot_attacks(results: Results, *, arms: Sequence[str] | None = None) -> go.F
     name_rows(figure, attacks)
     add_legend(figure, names)
     figure.update_xaxes(range=[-0.05, 1.05], tickformat=".0%", dtick=0.5 if drawn.columns > 1 else 0.2)
-    figure.update_annotations(font_size=13)
-    drawn.name_lowest("still refused")
-    figure.update_layout(
-        template=TEMPLATE,
-        title=title("Refusal under jailbreaks", "share of held-out requests, with 95 % Wilson intervals"),
-        height=120 + inner * drawn.rows + (room := legend_room(names)),
-        margin={"t": 104, "b": 90 + room},
-    )
-    return figure
+    heading = title("Refusal under jailbreaks", "share of held-out requests, with 95 % Wilson intervals")
+    return drawn.finished(heading, "still refused", "")
 
 
 # ------------------------------------------------------------------------------------------------ refusal and utility
@@ -170,7 +163,7 @@ def _mean(
             "color": look.colour,
             "symbol": f"{look.symbol}-open" if hollow else look.symbol,
             # A white rim separates markers that overlap, as most do at the top right.
-            "line": {"width": 2, "color": look.colour} if hollow else {"width": 1, "color": "white"},
+            "line": {"width": 2, "color": look.colour} if hollow else {"width": 1, "color": palette().paper},
         },
         error_x=_interval(utility, look),
         error_y=_interval(refusal, look),
