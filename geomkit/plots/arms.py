@@ -14,6 +14,7 @@ from geomkit.plots.traces import LEGEND_ONLY
 FEW_ARMS = 9
 """The most arms that fit into one panel."""
 
+
 def _fixed_looks() -> dict[str, Look]:
     """Return the fixed looks of frequent arms, which are the same in all figures, whichever other arms are drawn."""
     return {

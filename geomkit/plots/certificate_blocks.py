@@ -82,11 +82,12 @@ def plot_certificate_blocks(certificate: Certificate, name: str = "") -> go.Figu
     )
     highest = frame["first_order"].max()
     raised = f"red raises it, by {highest:.2g} at most" if highest > 0 else "no block raises it"
+    raised += "; SPF was idle" if certificate.is_idle else ""
     figure.update_layout(
         template=template(),
         title=title(
             f"{name}{': c' if name else 'C'}hange of the safety loss by block",
-            f"to first order; rule {certificate.rule}, applied updates; {raised}{'; SPF was idle' if certificate.is_idle else ''}",
+            f"to first order; rule {certificate.rule}, applied updates; {raised}",
         ),
         xaxis={
             "title": "optimizer step",

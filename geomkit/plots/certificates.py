@@ -206,9 +206,7 @@ def _violations(frame: pd.DataFrame, name: str) -> go.Scatter:
         mode="markers",
         marker={"symbol": "x", "size": 8 if len(frame) <= 2 * _BINS else 4, "color": palette().ink},
         customdata=frame[["worst", "tolerance"]].to_numpy(),
-        hovertemplate=(
-            "step %{x}<br>worst <b>%{customdata[0]:.2e}</b>, tolerance %{customdata[1]:.2e}<extra></extra>"
-        ),
+        hovertemplate=("step %{x}<br>worst <b>%{customdata[0]:.2e}</b>, tolerance %{customdata[1]:.2e}<extra></extra>"),
     )
 
 

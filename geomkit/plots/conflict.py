@@ -235,7 +235,8 @@ def plot_conflict_examples(conflict: Conflict) -> go.Figure:
         template=template(),
         title=title(
             "Cosines of single utility examples",
-            f"with the mean {' and '.join(cosines)} gradient{'s' * (len(cosines) > 1)}; with safety {conflict.negative} of {counted(conflict.negative.n, 'example')} are negative",
+            f"with the mean {' and '.join(cosines)} gradient{'s' * (len(cosines) > 1)}; with safety "
+            f"{conflict.negative} of {counted(conflict.negative.n, 'example')} are negative",
         ),
         showlegend=len(cosines) > 1,
     )

@@ -52,7 +52,10 @@ def plot_conflict_directions(directions: ConflictDirections) -> go.Figure:
 
 
 def _subtitle(directions: ConflictDirections) -> str:
-    energy = f"of the mean safety gradient: the first {directions.rank} of each matrix hold {directions.energy:.1%} of the safety energy"
+    energy = (
+        f"of the mean safety gradient: the first {directions.rank} of each matrix hold {directions.energy:.1%} of the "
+        "safety energy"
+    )
     low, high = directions.share_interval
     if np.isinf([low, high]).any():
         return f"{energy}; the cosine, {directions.cosine:+.3f}, may be zero"

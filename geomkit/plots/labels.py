@@ -56,9 +56,7 @@ def place_labels(parameters: Iterable[str]) -> dict[str, str]:
     """
     places = list(dict.fromkeys(map(place_of, parameters)))
     labels = [_in_words(place) for place in places]
-    return {
-        place: label if labels.count(label) == 1 else place for place, label in zip(places, labels, strict=True)
-    }
+    return {place: label if labels.count(label) == 1 else place for place, label in zip(places, labels, strict=True)}
 
 
 def _in_words(place: str) -> str:

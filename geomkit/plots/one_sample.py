@@ -46,9 +46,9 @@ def plot_one_sample(study: OneSample) -> go.Figure:
     contrasts = [_contrast(study.groups[name].overlap, name) for name in study.controls]
     figure.update_layout(
         title=title(
-            "One example and the mean safety gradient",
-            f"overlap of their subspaces, rank at most {study.rank}, mean over parameters; below each control: safety − control with its "
-            f"{per_cent(study.confidence)} interval",
+            "One example against the mean gradient",
+            f"overlap of their subspaces, rank at most {study.rank}, mean over parameters; below each control: safety "
+            f"− control with its {per_cent(study.confidence)} interval",
         ),
         xaxis={"title": _OVERLAP_AXIS, "rangemode": "tozero"},
         yaxis={"tickvals": names, "ticktext": [wrapped(name, 14) for name in names], "showgrid": False, "ticks": ""},
@@ -131,8 +131,8 @@ def plot_anchor_curve(curve: AnchorCurve) -> go.Figure:
     figure.update_layout(
         title=title(
             "Mean of n anchors against a reference",
-            f"overlap of their subspaces; reference: {curve.reference} other safety examples; rank at most {curve.rank}, mean over "
-            f"{counted(len(curve.layers), 'parameter')}; band: 90 % of {len(curve.draws['safety'])} random splits",
+            f"overlap of their subspaces; reference: {curve.reference} other safety examples; rank at most "
+            f"{curve.rank}, mean over {counted(len(curve.layers), 'parameter')}; band: 90 % of {len(curve.draws['safety'])} random splits",
         ),
         xaxis={"type": "log", "tickvals": curve.counts, "ticktext": list(map(str, curve.counts)), "title": "anchors n"},
         yaxis={"title": _OVERLAP_AXIS, "rangemode": "tozero"},

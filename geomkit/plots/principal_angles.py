@@ -53,7 +53,8 @@ def plot_angles(angles: Angles) -> go.Figure:
         template=template(),
         title=title(
             "Principal angles between two subspaces",
-            f"of {angles.side} singular vectors; mean overlap {angles.mean_overlap:.3g}; {control}random subspaces: {angles.mean_expected_overlap:.3g}",
+            f"of {angles.side} singular vectors; mean overlap {angles.mean_overlap:.3g}; {control}random subspaces: "
+            f"{angles.mean_expected_overlap:.3g}",
         ),
         yaxis={"range": [-2, 92], "dtick": 15, "ticksuffix": "°", "title": "principal angle, degrees"},
         xaxis={

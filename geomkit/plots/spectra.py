@@ -123,9 +123,7 @@ def named(spectra: Sequence[Spectrum], names: Sequence[str] | None) -> Sequence[
     return names
 
 
-def chosen_names(
-    layers: Layers, names: Iterable[str], kinds: Kind | Collection[Kind] | None = None
-) -> list[str]:
+def chosen_names(layers: Layers, names: Iterable[str], kinds: Kind | Collection[Kind] | None = None) -> list[str]:
     """Return the parameter names that belong to a choice of layers and, if given, to a choice of kinds.
 
     Raises:
@@ -292,9 +290,7 @@ def _quantiles(quantity: _Quantity, layers: Iterable[LayerSpectrum], indices: _I
     return np.quantile(values, _QUANTILES, axis=0) if values else None
 
 
-def _null_range(
-    quantity: _Quantity, draws: Sequence[Sequence[LayerSpectrum]], indices: _Indices
-) -> _Values | None:
+def _null_range(quantity: _Quantity, draws: Sequence[Sequence[LayerSpectrum]], indices: _Indices) -> _Values | None:
     """Return the (3, n) smallest, middle and largest median over parameters of the draws of a null, ``None`` if none.
 
     The median of random gradients is what the median of the gradients is to be compared with. A parameter with fewer

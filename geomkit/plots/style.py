@@ -12,7 +12,7 @@ from geomkit.plots.themes import palette
 _LEGEND_WIDTH = 420
 """Width of one line of the legend in a narrow figure, in pixels."""
 
-_TITLE_WIDTH, _SUBTITLE_WIDTH = 42, 54
+_TITLE_WIDTH, _SUBTITLE_WIDTH = 41, 54
 """The most characters of a line of the title and of the subtitle: these fit into a figure of 360 pixels."""
 
 _DASHES = ("solid", "dash", "dashdot", "longdash", "dot")
@@ -108,7 +108,8 @@ def fitted(figure: go.Figure, inner: float, *, panel_titles: int = 0) -> go.Figu
     """
     heading = figure.layout.title
     title_lines, subtitle_lines = (_lines(text) for text in (heading.text, heading.subtitle.text))
-    top = 24 + 22 * title_lines + 17 * subtitle_lines + 20 * panel_titles
+    # plotly places a subtitle of one line lower than one of several.
+    top = 24 + 22 * title_lines + 17 * subtitle_lines + 14 * (subtitle_lines == 1) + 20 * panel_titles
     entries = [trace.name for trace in figure.data if _is_in_legend(trace)]
     is_shown = figure.layout.showlegend or (figure.layout.showlegend is None and len(entries) > 1)
     bottom = 56 + (34 + legend_room(entries) if is_shown else 0)

@@ -103,7 +103,7 @@ _PALETTES = {
         unknown="#4A4A4A",
         against="#F4694F",
         agreeing="#5AA9E6",
-        dense="#6BB3F0",
+        dense="#2F6DB5",
     ),
 }
 
