@@ -12,6 +12,7 @@ from geomkit.plots.certificate_blocks import plot_certificate_blocks
 from geomkit.plots.certificates import plot_certificate, plot_certificates
 from geomkit.plots.conflict import plot_conflict, plot_conflict_examples
 from geomkit.plots.directions import plot_conflict_directions
+from geomkit.plots.explorer import explore
 from geomkit.plots.noise_floor import plot_noise_floor
 from geomkit.plots.one_sample import plot_anchor_curve, plot_gradient_map, plot_one_sample, plot_overlaps
 from geomkit.plots.outcomes import plot_attacks, plot_frontier
@@ -29,6 +30,8 @@ __all__ = [  # noqa: RUF022 - grouped by the result that is drawn
     "COLOURS",
     "TEMPLATE",
     "theme",
+    # Any of these results, with menus.
+    "explore",
     # Spectrum, one or several.
     "plot_spectrum",
     "plot_cer",

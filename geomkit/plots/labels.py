@@ -79,6 +79,20 @@ def column_name(parameter: str) -> str:
     return "outside the layers" if index is None else f"layer {index}"
 
 
+def statistic_words(statistic: str) -> str:
+    """Return the name of a statistic as text.
+
+    Example:
+        >>> statistic_words("stable_rank"), statistic_words("cer10"), statistic_words("rank95")
+        ('stable rank', 'CER(10)', 'rank at 95 % of the energy')
+    """
+    if statistic.startswith("cer"):
+        return f"CER({statistic.removeprefix('cer')})"
+    if statistic.removeprefix("rank").isdigit():
+        return f"rank at {statistic.removeprefix('rank')} % of the energy"
+    return statistic.replace("_", " ")
+
+
 def per_cent(share: float) -> str:
     """Return a share, such as a confidence level, in per cent.
 

@@ -132,7 +132,8 @@ def plot_anchor_curve(curve: AnchorCurve) -> go.Figure:
         title=title(
             "Mean of n anchors against a reference",
             f"overlap of their subspaces; reference: {curve.reference} other safety examples; rank at most "
-            f"{curve.rank}, mean over {counted(len(curve.layers), 'parameter')}; band: 90 % of {len(curve.draws['safety'])} random splits",
+            f"{curve.rank}, mean over {counted(len(curve.layers), 'parameter')}; band: 90 % of "
+            f"{len(curve.draws['safety'])} random splits",
         ),
         xaxis={"type": "log", "tickvals": curve.counts, "ticktext": list(map(str, curve.counts)), "title": "anchors n"},
         yaxis={"title": _OVERLAP_AXIS, "rangemode": "tozero"},

@@ -7,7 +7,7 @@ import plotly.graph_objects as go
 
 from geomkit.errors import GeometryError
 from geomkit.plots.axes import whole_ticks
-from geomkit.plots.labels import per_cent, place_labels, place_of, short
+from geomkit.plots.labels import per_cent, place_labels, place_of, short, statistic_words
 from geomkit.plots.panels import Panels, panels
 from geomkit.plots.spectra import named
 from geomkit.plots.style import Look, looks, title, translucent
@@ -52,7 +52,7 @@ def plot_effective_rank(
         for number, place in enumerate(drawn.names):
             rows = frame[frame["place"] == place]
             _add(drawn, number, _rank_traces(rows, name, spectrum.unit, look, float(shift)))
-    words = _in_words(statistic)
+    words = statistic_words(statistic)
     intervals = any(frame["low"].notna().any() for frame in frames)
     lines = f"lines: {per_cent(spectra[0].confidence)} intervals over examples; " if intervals else ""
     if any(frame["null"].notna().any() for frame in frames):
@@ -82,7 +82,7 @@ def plot_spectrum_contrast(contrast: SpectrumContrast, statistic: str = "effecti
         _add(drawn, number, _contrast_traces(contrast, frame[frame["place"] == place]))
     difference, (low, high) = contrast.mean(statistic)
     heading = title(
-        _capitalised(f"{_in_words(statistic)}: {' − '.join(map(short, contrast.names))}"),
+        _capitalised(f"{statistic_words(statistic)}: {' − '.join(map(short, contrast.names))}"),
         f"by layer and matrix; mean {difference:+.3g} [{low:+.3g}, {high:+.3g}]; lines: "
         f"{per_cent(contrast.confidence)} intervals over examples",
     )
@@ -228,20 +228,6 @@ def _name_outside(drawn: Panels, frame: pd.DataFrame) -> None:
         title="",
         **drawn.at(len(drawn.names) - 1),
     )
-
-
-def _in_words(statistic: str) -> str:
-    """Return the name of a statistic as text.
-
-    Example:
-        >>> _in_words("stable_rank"), _in_words("cer10"), _in_words("rank95")
-        ('stable rank', 'CER(10)', 'rank at 95 % of the energy')
-    """
-    if statistic.startswith("cer"):
-        return f"CER({statistic.removeprefix('cer')})"
-    if statistic.removeprefix("rank").isdigit():
-        return f"rank at {statistic.removeprefix('rank')} % of the energy"
-    return statistic.replace("_", " ")
 
 
 def _capitalised(text: str) -> str:
