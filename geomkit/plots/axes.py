@@ -2,8 +2,11 @@
 
 from collections.abc import Iterable, Sequence
 from itertools import count
+from typing import NamedTuple
 
+import numpy as np
 import plotly.graph_objects as go
+from numpy.typing import ArrayLike, NDArray
 
 from geomkit.inputs.parameters import layer_index
 from geomkit.plots.labels import OUTSIDE
@@ -48,6 +51,44 @@ def whole_ticks(values: Iterable[float], most: int = 6) -> list[int]:
         if not ticks or place - ticks[-1] >= step:
             ticks.append(place)
     return ticks
+
+
+class SignedLog(NamedTuple):
+    """A scale that is logarithmic on both sides of zero, over some powers of ten, and linear between these.
+
+    Attributes:
+        smallest: The value up to which the scale is linear.
+        ticks: The places of its ticks.
+        labels: Their labels.
+    """
+
+    smallest: float
+    ticks: list[float]
+    labels: list[str]
+
+    def places(self, values: ArrayLike) -> NDArray[np.float64]:
+        """Return the places of values on the scale."""
+        places: NDArray[np.float64] = np.arcsinh(np.asarray(values, dtype=float) / self.smallest)
+        return places
+
+
+def signed_log(values: ArrayLike, decades: int = 3) -> SignedLog:
+    """Return a scale that holds all values, with ticks at zero and at powers of ten, the largest beyond all values.
+
+    Example:
+        >>> signed_log([-2e-3, 0.3]).labels
+        ['−1', '−0.1', '−0.01', '−0.001', '0', '0.001', '0.01', '0.1', '1']
+    """
+    magnitudes = np.abs(np.asarray(values, dtype=float))
+    largest = float(np.max(magnitudes, initial=0.0, where=np.isfinite(magnitudes))) or 1.0
+    powers = [10.0 ** (np.ceil(np.log10(largest)) - down) for down in range(decades, -1, -1)]
+    labels = [f"{power:.0e}" if power < 1e-4 else f"{power:g}" for power in powers]
+    places = np.arcsinh(np.array(powers) / powers[0]).tolist()
+    return SignedLog(
+        float(powers[0]),
+        [*(-place for place in places[::-1]), 0.0, *places],
+        [*(f"−{label}" for label in labels[::-1]), "0", *labels],
+    )
 
 
 def ending_at(first: float, last: float) -> dict[str, object]:

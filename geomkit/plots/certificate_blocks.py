@@ -1,13 +1,11 @@
 """The figure of a certificate block by block: the change of the safety loss by each block's update."""
 
 import numpy as np
-import pandas as pd
 import plotly.graph_objects as go
-from numpy.typing import NDArray
 
 from geomkit.errors import SPFError
 from geomkit.inputs.parameters import layer_index
-from geomkit.plots.axes import whole_ticks
+from geomkit.plots.axes import signed_log, whole_ticks
 from geomkit.plots.certificates import NATS, check_recorded
 from geomkit.plots.labels import place_labels
 from geomkit.plots.style import colour_bar, fitted, title
@@ -19,9 +17,6 @@ _COLUMNS = 200
 
 _FEW = 60
 """Up to this many rows or columns are separated by gaps, and each has a label."""
-
-_TICKS_OF_SCALE = 3
-"""Number of powers of ten in the scale of colours, to either side of zero."""
 
 _LABEL = 26
 """The most characters of a block's label."""
@@ -57,22 +52,23 @@ def plot_certificate_blocks(certificate: Certificate, name: str = "") -> go.Figu
         worst.pivot(index="block", columns="column", values=column).reindex(frame["block"].unique())
         for column in ("first_order", "step", "first_order_raw")
     )
-    ticks, labels, smallest = _scale(applied)
+    scale = signed_log(applied)
+    end = float(np.nanmax(np.abs(scale.places(applied)))) or 1.0
     steps = np.asarray(applied.columns) * stretch + first
     few_rows, few_columns = len(applied) <= _FEW, len(steps) <= _FEW
     figure = go.Figure(
         go.Heatmap(
-            z=_log_places(applied.to_numpy(), smallest),
+            z=scale.places(applied),
             x=steps,
             y=applied.index,
             customdata=np.dstack([step.to_numpy(), proposed.to_numpy(), applied.to_numpy()]),
             colorscale=palette().diverging(rising="against"),
             zmid=0,
-            zmin=ticks[0],
-            zmax=ticks[-1],
+            zmin=-end,
+            zmax=end,
             xgap=1 if few_columns else 0,
             ygap=1 if few_rows else 0,
-            colorbar=colour_bar(NATS, tickvals=ticks, ticktext=labels),
+            colorbar=colour_bar(NATS, tickvals=scale.ticks, ticktext=scale.labels),
             hoverongaps=False,
             hovertemplate=(
                 "%{y}, step %{customdata[0]}<br>applied <b>%{customdata[2]:.2e}</b> nats per token<br>proposed "
@@ -98,23 +94,6 @@ def plot_certificate_blocks(certificate: Certificate, name: str = "") -> go.Figu
         yaxis=_axis_of_blocks(list(applied.index)),
     )
     return fitted(figure, max(150, 15 * len(applied)) if few_rows else min(1100, 3 * len(applied) + 720))
-
-
-def _scale(changes: pd.DataFrame) -> tuple[list[float], list[str], float]:
-    """Return the ticks of the scale of colours, their labels, and the change at which the scale becomes logarithmic."""
-    largest = float(np.nanmax(np.abs(changes.to_numpy()))) or 1.0
-    powers = 10.0 ** np.arange(-_TICKS_OF_SCALE, 1) * largest
-    smallest = float(powers[0])
-    magnitudes = _log_places(powers, smallest)
-    ticks = [*-magnitudes[::-1], 0.0, *magnitudes]
-    labels = [*(f"−{power:.0e}" for power in powers[::-1]), "0", *(f"{power:.0e}" for power in powers)]
-    return list(map(float, ticks)), labels, smallest
-
-
-def _log_places(changes: NDArray[np.float64], smallest: float) -> NDArray[np.float64]:
-    """Return the places of changes on a scale that is linear up to ``smallest`` and logarithmic beyond."""
-    places: NDArray[np.float64] = np.arcsinh(changes / smallest)
-    return places
 
 
 def _axis_of_blocks(names: list[str]) -> dict[str, object]:

@@ -165,7 +165,7 @@ def _of_angles(angles: Angles, name: str) -> Iterator[Series]:
     yield from _rows(control, f"{name} control".strip(), statistics.__getitem__)
 
 
-_ANGLES = Statistic("principal angles, degrees", "index of the angle")
+_ANGLES = Statistic("angles, degrees", "index of the angle")
 
 
 def _of_conflict(conflict: Conflict, name: str) -> Iterator[Series]:

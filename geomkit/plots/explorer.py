@@ -37,8 +37,8 @@ _INNER = 330
 _ROW = 36
 """Height of a row of menus, in pixels."""
 
-_NARROW = (0.9999, 1.0)
-"""The place of an axis whose set is not chosen: too narrow for a point to be seen or hovered over."""
+_NARROW = (0.9997, 1.0)
+"""The place of an axis whose set is not chosen: a quarter of a pixel. plotly takes what is narrower for the whole."""
 
 
 class _Segment(NamedTuple):
@@ -143,6 +143,8 @@ def explore(results: object) -> go.Figure:
     parts = _Parts(series)
     figure = go.Figure(parts.drawn())
     figure.update_layout(template=template(), showlegend=True, **parts.axes())
+    # The axes of the sets lie over one another: a background would hide those below.
+    figure.update_layout(plot_bgcolor="rgba(0,0,0,0)")
     menus = [
         ("statistic", parts.statistic_buttons()),
         ("matrices", parts.matrix_buttons()),
@@ -156,7 +158,7 @@ def explore(results: object) -> go.Figure:
         title=title(
             f"Explore {short(', '.join(parts.sets), 32)}", "choose in the menus; hover over points for numbers"
         ),
-        updatemenus=[_menu(name, buttons, number) for number, (name, buttons) in enumerate(shown)],
+        updatemenus=[_menu(name, buttons, number, rows) for number, (name, buttons) in enumerate(shown)],
     )
     figure.add_annotation(
         name="abscissa", x=0.5, xref="paper", y=0, yref="paper", yshift=-38, yanchor="middle", showarrow=False,
@@ -167,7 +169,7 @@ def explore(results: object) -> go.Figure:
     return figure.update_layout(margin_t=figure.layout.margin.t + room, height=figure.layout.height + room)
 
 
-def _menu(name: str, buttons: list[dict[str, Any]], number: int) -> dict[str, Any]:
+def _menu(name: str, buttons: list[dict[str, Any]], number: int, rows: int) -> dict[str, Any]:
     """Return a drop-down menu in one of two columns above the panel."""
     row, column = divmod(number, 2)
     return {
@@ -177,7 +179,7 @@ def _menu(name: str, buttons: list[dict[str, Any]], number: int) -> dict[str, An
         "showactive": True,
         "x": 0.5 * column,
         "xanchor": "left",
-        "y": 1 + (12 + _ROW * row) / _INNER,
+        "y": 1 + (12 + _ROW * (rows - 1 - row)) / _INNER,
         "yanchor": "bottom",
         "pad": {"t": 0, "b": 0},
         # plotly's background of the chosen entry is light in every theme, so the text is dark in every theme.
@@ -259,6 +261,7 @@ class _Parts:
             **options,
             name="null of the same colour" if trace.is_null else trace.of,
             legendgroup=trace.of,
+            legendrank=1001 if trace.is_null else 1000,
             showlegend=not trace.is_null or trace.of == self.sets[0],
             xaxis=self._axis(trace.of, over_layers=not trace.statistic.abscissa),
             hoverinfo="skip" if trace.is_null else None,
@@ -286,7 +289,8 @@ class _Parts:
             axes[free] = {**common, **self._free_range(self.statistics[0])}
             axes[layers]["visible"] = not self.statistics[0].abscissa
             axes[free]["visible"] = bool(self.statistics[0].abscissa)
-        return {**axes, "yaxis": {"anchor": "free", "position": 0, **_vertical(self.statistics[0])}}
+        # Its grid would be drawn once for each set, over the points of the sets before.
+        return {**axes, "yaxis": {"anchor": "free", "position": 0, "showgrid": False, **_vertical(self.statistics[0])}}
 
     def _layer_ticks(self) -> dict[str, Any]:
         numbers = whole_ticks([number for number, column in enumerate(self.columns) if column != OUTSIDE] or [0], 12)
@@ -388,7 +392,7 @@ def _button(
 
 def _curve_segment(place: str, members: Sequence[Series], number: int) -> _Segment:
     """Return the curve of one matrix, or of all matrices, which is the first and is shown where all are chosen."""
-    longest = max((one.x for one in members), key=lambda places: float(places[-1]))
+    longest = max((one.x for one in members), key=lambda places: float(places.max()))
     x = [*longest.tolist(), None]
     return _Segment(place, x, x if number == 0 else [None] * len(x), members)
 
@@ -415,7 +419,7 @@ def _vertical(statistic: Statistic) -> dict[str, Any]:
     """Return the vertical axis of a statistic."""
     scale = "log" if statistic.is_log else "linear"
     text = {"title": {"text": statistic.name}, "tickformat": statistic.form, "exponentformat": "power"}
-    return {"type": scale, "autorange": True, **text}
+    return {"type": scale, "autorange": True, "dtick": 1 if statistic.is_log else None, **text}
 
 
 def _as_first(is_first: bool) -> dict[str, Any]:

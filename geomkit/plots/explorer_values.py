@@ -99,9 +99,16 @@ def _where_known(rows: _Values, combine: Callable[..., _Values]) -> _Values:
 
 
 def _at(members: Sequence[Series], x: _Values, name: str) -> _Values:
-    """Return (series, n) values at the places ``x``, of the series that have them, straight between their places."""
-    beyond = members[0].statistic.beyond
-    rows = [np.interp(x, one.x, values, right=beyond) for one in members if len(values := getattr(one, name))]
+    """Return (series, n) values at the places ``x``, of the series that have them, straight between their places.
+
+    The places of markers, in a map of examples, need not ascend: they are the only ones, and stay as they are.
+    """
+    statistic = members[0].statistic
+    rows = [
+        np.interp(x, one.x, values, right=statistic.beyond) if statistic.is_line else values
+        for one in members
+        if len(values := getattr(one, name))
+    ]
     return np.array(rows).reshape(len(rows), len(x))
 
 

@@ -124,4 +124,5 @@ def _lines(text: str | None) -> int:
 
 
 def _is_in_legend(trace: BaseTraceType) -> bool:
-    return bool(trace.name) and trace.showlegend is not False and not isinstance(trace, go.Heatmap)
+    is_shown = trace.showlegend is not False and trace.visible is not False
+    return bool(trace.name) and is_shown and not isinstance(trace, go.Heatmap)

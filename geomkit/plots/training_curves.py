@@ -1,11 +1,12 @@
 """Figures of experiments over the training steps: refusal, the drift of the safety loss, and certificates."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
+from numpy.typing import ArrayLike
 from plotly.subplots import make_subplots
 
 from geomkit.errors import DataError
@@ -22,6 +23,7 @@ from geomkit.plots.arms import (
     scenario_labels,
     spare_look,
 )
+from geomkit.plots.axes import ending_at, signed_log
 from geomkit.plots.panels import wide_panels
 from geomkit.plots.style import Look, fitted, title, translucent
 from geomkit.plots.themes import COLOURS, palette, template
@@ -32,6 +34,9 @@ _NATS = "nats per token"
 
 _RUN = ["organism", "scenario", "rate", "length", "seed"]
 """Columns that identify a run of one arm."""
+
+_LABELLED = (0, 2, 5, 8, 10)
+"""Of the ticks of the drift's scale, which has four powers of ten: zero, the largest, and every hundredth of it."""
 
 _FEW_STEPS = 12
 """Up to this many points of a line in a panel have markers."""
@@ -90,6 +95,7 @@ def plot_drift(results: Results, *, arms: Sequence[str] | None = None) -> go.Fig
 
     Returns:
         The figure: in each panel the mean over the runs of a scenario, and a thin line per run if there are several.
+        All panels have the same scale, which is logarithmic on both sides of zero.
 
     Raises:
         DataError: If no cell measured curvature, or an arm is unknown.
@@ -100,21 +106,24 @@ def plot_drift(results: Results, *, arms: Sequence[str] | None = None) -> go.Fig
         raise DataError("expected cells that measured curvature, found none; give the grid's block curvature = true")
     frame = frame.assign(drift=frame["first_order"] + frame["curvature"])
     names = chosen_arms(list(dict.fromkeys(frame["arm"])), arms)
+    scale = signed_log(frame.loc[frame["arm"].isin(names), [column for column, *_ in _PARTS]], decades=4)
     drawn = wide_panels(names)
     figure = drawn.figure
     for number, name in enumerate(names):
         for _, runs in frame[frame["arm"] == name].groupby(["scenario", "rate", "length"], sort=False):
             where = at_strength(*runs[["scenario", "rate", "length"]].iloc[0])
             for column, words, colour, dash in _PARTS:
-                hover = f"{where}, step %{{x}}<br>{words}<br><b>%{{y:.3g}}</b> nats"
+                hover = f"{where}, step %{{x}}<br>{words}<br><b>%{{customdata:.3g}}</b> nats"
                 look = Look(COLOURS[colour], dash, "circle")
-                drawn.add(number, *_curves(runs, column, look, column, hover))
+                drawn.add(number, *_curves(runs, column, look, column, hover, scale.places))
     for column, words, colour, dash in _PARTS:
         line = {"color": COLOURS[colour], "dash": dash, "width": 2}
         figure.add_trace(go.Scatter(**LEGEND_ONLY, name=words, legendgroup=column, mode="lines", line=line))
-    figure.update_yaxes(zeroline=True, zerolinecolor=palette().frame, exponentformat="power", nticks=6)
+    ticks = {"tickvals": [scale.ticks[at] for at in _LABELLED], "ticktext": [scale.labels[at] for at in _LABELLED]}
+    figure.update_yaxes(zeroline=True, zerolinecolor=palette().frame, **ticks)
+    figure.update_yaxes(range=ending_at(scale.ticks[0], scale.ticks[-1])["range"])
     figure.update_xaxes(rangemode="tozero")
-    subtitle = "sums over the steps, each on its own anchors; every panel has its own scale"
+    subtitle = "sums over the steps, each on its own anchors; one scale for all arms, logarithmic on both sides of zero"
     return drawn.finished(title("What the safety loss's drift is made of", subtitle), "optimizer step", _NATS)
 
 
@@ -168,13 +177,29 @@ def plot_certificate_outcome(results: Results) -> go.Figure:
     return fitted(figure, 290, panel_titles=2)
 
 
-def _curves(frame: pd.DataFrame, column: str, look: Look, group: str, hover: str) -> list[go.Scatter]:
-    """Return the mean of the runs as a line with hover, and before it a thin line per run if there are several."""
+def _curves(
+    frame: pd.DataFrame,
+    column: str,
+    look: Look,
+    group: str,
+    hover: str,
+    places: Callable[["pd.Series[float]"], ArrayLike] = np.asarray,
+) -> list[go.Scatter]:
+    """Return the mean of the runs as a line with hover, and before it a thin line per run if there are several.
+
+    ``places`` returns the places of values along the vertical axis.
+    """
     runs = [run for _, run in frame.groupby(_RUN, sort=False)]
     thin = {"color": translucent(look.colour, 0.35), "width": 1}
     lines = [
         go.Scatter(
-            x=run["step"], y=run[column], mode="lines", line=thin, legendgroup=group, showlegend=False, hoverinfo="skip"
+            x=run["step"],
+            y=places(run[column]),
+            mode="lines",
+            line=thin,
+            legendgroup=group,
+            showlegend=False,
+            hoverinfo="skip",
         )
         for run in runs
         if len(runs) > 1
@@ -183,7 +208,7 @@ def _curves(frame: pd.DataFrame, column: str, look: Look, group: str, hover: str
         mean = frame.groupby("step")[column].mean()
         lines.append(
             go.Scatter(
-                x=mean.index, y=mean, name=group, mode=line_mode(len(mean), _FEW_STEPS),
+                x=mean.index, y=places(mean), customdata=mean, name=group, mode=line_mode(len(mean), _FEW_STEPS),
                 legendgroup=group, showlegend=False, marker={"symbol": look.symbol, "size": 7},
                 line={"color": look.colour, "dash": look.dash, "width": 2}, hovertemplate=f"{hover}<extra></extra>",
             )
