@@ -24,10 +24,15 @@ def columns_of(parameters: Iterable[str]) -> list[str]:
     return [*map(str, indices), *outside]
 
 
-def layer_axis(columns: list[str], most: int = 16) -> dict[str, object]:
-    """Return an axis with one category per decoder layer, of which about ``most`` have a label."""
+def labelled_columns(columns: Sequence[str], most: int = 16) -> list[str]:
+    """Return the columns of an axis of decoder layers that have a label, about ``most``."""
+    return [label for label in columns if label == OUTSIDE or int(label) % (len(columns) // most + 1) == 0]
+
+
+def layer_axis(columns: list[str]) -> dict[str, object]:
+    """Return an axis with one category per decoder layer, of which some have a label."""
     text = f"layer ({OUTSIDE}: outside the layers)" if OUTSIDE in columns else "layer"
-    labelled = [label for label in columns if label == OUTSIDE or int(label) % (len(columns) // most + 1) == 0]
+    labelled = labelled_columns(columns)
     order = {"categoryorder": "array", "categoryarray": columns, "tickvals": labelled, "tickangle": 0}
     return {"type": "category", "title": text, **order}
 

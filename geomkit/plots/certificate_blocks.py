@@ -117,5 +117,5 @@ def _label(name: str) -> str:
     """
     (words,) = place_labels([name]).values()
     index = layer_index(name)
-    label = words if index is None else f"{index} {words}"
-    return label if len(label) <= _LABEL else f"…{label[-_LABEL:]}"
+    end = words if len(words) <= _LABEL else f"…{words[-_LABEL:]}"
+    return end if index is None else f"{index} {end}"

@@ -11,6 +11,9 @@ from geomkit.plots.explored import Series
 
 _Values = NDArray[np.float64]
 
+_COMBINED: dict[str, Callable[..., Any]] = {"median": np.nanmedian, "sum": np.nansum, "mean": np.nanmean}
+"""What stands for several series, by :attr:`geomkit.plots.explored.Statistic.combined`."""
+
 
 def has_null(series: Series) -> bool:
     """Return whether a series has a null, or a range of one."""
@@ -70,7 +73,7 @@ def curve_values(members: Sequence[Series], x: _Values, *, is_null: bool) -> dic
     if not members:
         return {"y": [None] * len(x), "text": [""] * len(x)}
     statistic = members[0].statistic
-    combine = {"median": np.nanmedian, "sum": np.nansum, "mean": np.nanmean}[statistic.combined]
+    combine = _COMBINED[statistic.combined]
     values, nulls = (_at(members, x, name) for name in ("values", "null"))
     middle, null = (_where_known(rows, combine) for rows in (values, nulls))
     y = null if is_null else middle
@@ -90,7 +93,7 @@ def curve_values(members: Sequence[Series], x: _Values, *, is_null: bool) -> dic
     return {"y": _plain_numbers(y), "text": [""] * len(x) if is_null else texts}
 
 
-def _where_known(rows: _Values, combine: Callable[..., _Values]) -> _Values:
+def _where_known(rows: _Values, combine: Callable[..., Any]) -> _Values:
     """Return (n,) values that stand for the (series, n) rows, NaN where no row has a value."""
     known = np.isfinite(rows).any(axis=0)
     combined = np.full(rows.shape[1], np.nan)

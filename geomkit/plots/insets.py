@@ -53,7 +53,7 @@ def add_inset(figure: go.Figure, place: dict[str, int], points: Sequence[go.Scat
             "linecolor": palette().faint,
         }
     # 2. The markers of the spot side by side, at their heights, and in the panel a frame around them.
-    for slot, at in enumerate(np.flatnonzero(on_spot)):
+    for slot, at in enumerate(np.flatnonzero(on_spot).tolist()):
         copy = go.Scatter(points[at]).update(x=[slot], xaxis=f"x{number}", yaxis=f"y{number}", marker_size=10)
         figure.add_trace(copy.update(error_x={"visible": False}))
     line = {"color": palette().faint, "width": 1, "dash": "dot"}
@@ -62,9 +62,8 @@ def add_inset(figure: go.Figure, place: dict[str, int], points: Sequence[go.Scat
 
 def _spot(places: NDArray[np.float64]) -> NDArray[np.bool_]:
     """Return which of (n, 2) places lie near the place that has most others near it."""
-    near = (np.abs(places[:, None] - places[None]) < _NEAR).all(axis=2)
-    chosen: NDArray[np.bool_] = near[near.sum(axis=1).argmax()]
-    return chosen
+    near = np.all(np.abs(places[:, None] - places[None]) < _NEAR, axis=2)
+    return np.asarray(near)[int(np.argmax(np.sum(near, axis=1)))]
 
 
 def _free_corner(

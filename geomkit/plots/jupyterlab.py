@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 _SAVED = "@jupyterlab/apputils-extension/themes.jupyterlab-settings"
-_COMMENT = re.compile(r"^\s*//.*$|/\*.*?\*/", re.MULTILINE | re.DOTALL)
+_COMMENT = re.compile(r"^\s*//[^\n]*$|/\*.*?\*/", re.MULTILINE | re.DOTALL)
 
 
 def jupyterlab_is_dark(environment: Mapping[str, str]) -> bool:

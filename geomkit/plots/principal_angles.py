@@ -9,7 +9,7 @@ from plotly.subplots import make_subplots
 
 from geomkit.errors import GeometryError
 from geomkit.inputs.parameters import kind_of
-from geomkit.plots.axes import columns_of, ending_at, layer_axis, whole_ticks
+from geomkit.plots.axes import columns_of, ending_at, labelled_columns, layer_axis, whole_ticks
 from geomkit.plots.labels import column_of
 from geomkit.plots.style import Look, fitted, looks, title
 from geomkit.plots.themes import COLOURS, palette, template
@@ -49,6 +49,7 @@ def plot_angles(angles: Angles) -> go.Figure:
         figure.add_traces(_control_overlaps(layers, places), rows=2, cols=1)
         control = f"control (open circles): {angles.mean_control:.3g}; "
     columns = columns_of(layers)
+    labelled = labelled_columns(columns)
     figure.update_layout(
         template=template(),
         title=title(
@@ -64,8 +65,8 @@ def plot_angles(angles: Angles) -> go.Figure:
         },
         xaxis2={
             "title": layer_axis(columns)["title"],
-            "tickvals": [columns.index(label) for label in layer_axis(columns)["tickvals"]],
-            "ticktext": layer_axis(columns)["tickvals"],
+            "tickvals": [columns.index(label) for label in labelled],
+            "ticktext": labelled,
             "range": [-0.5, len(columns) - 0.5],
             "showgrid": False,
         },

@@ -242,7 +242,7 @@ def _curves(
             trace.showlegend = number == 0 and trace.showlegend is not False
             drawn.add(number, trace)
     # 3. One entry in the legend for the nulls of all spectra, which have the colours of their spectra.
-    has_null = any(spectrum.null for spectrum in spectra)
+    has_null = any(draws for spectrum in spectra for draws in spectrum.null.values())
     if has_null:
         line = {"color": palette().ink, "dash": "dot", "width": 1.5}
         drawn.figure.add_trace(go.Scatter(**LEGEND_ONLY, name="null: random gradients", mode="lines", line=line))
@@ -306,9 +306,9 @@ def _null_range(quantity: _Quantity, draws: Sequence[Sequence[LayerSpectrum]], i
 
 
 def _marks(indices: _Indices, place: int, series: int) -> _Indices:
-    """Return the places in ``indices`` at which one of several series has the range of its null."""
-    at = np.linspace(0, len(indices) - 1, _MARKS * series + 1)[1:].round().astype(np.int64)
-    return np.unique(at[place::series])
+    """Return the places in ``indices`` at which one of several series has the range of its null, and no other has."""
+    step = max(series, len(indices) // _MARKS)
+    return np.arange(place * step // series, len(indices), step)
 
 
 def _line(x: _Indices, values: _Values, null: _Values | None, name: str, look: Look, hover: str) -> go.Scatter:

@@ -89,7 +89,7 @@ def legend_room(names: Iterable[str]) -> int:
 
     Example:
         >>> legend_room(["safety", "utility"]), legend_room(["a very long name of a set"] * 4)
-        (0, 22)
+        (0, 66)
     """
     lines, line_width = 1, 0
     for width in (50 + 7 * len(name) for name in names):

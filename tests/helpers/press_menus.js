@@ -1,15 +1,16 @@
 // Presses every entry of every menu of the page's figure, and writes what is drawn after each as JSON into the page:
-// [[[label, text of the points and lines that are drawn], …], …], menu by menu. The first entry is pressed again at the end.
+// [[[label, number of characters that draw points and lines, their hash], …], …], menu by menu. After a menu, its first
+// entry is pressed again.
 const pause = (milliseconds) => new Promise((resolve) => setTimeout(resolve, milliseconds));
 const click = (element) => element.dispatchEvent(new MouseEvent("click", { bubbles: true }));
 
 async function press(figure, menu, entry) {
   click(figure.querySelectorAll(".updatemenu-header")[menu]);
-  await pause(600);
+  await pause(300);
   const buttons = figure.querySelectorAll(".updatemenu-dropdown-button");
   const label = buttons[entry].textContent;
   click(buttons[entry]);
-  await pause(600);
+  await pause(300);
   return [label, buttons.length];
 }
 
