@@ -63,7 +63,8 @@ def add_inset(figure: go.Figure, place: dict[str, int], points: Sequence[go.Scat
 def _spot(places: NDArray[np.float64]) -> NDArray[np.bool_]:
     """Return which of (n, 2) places lie near the place that has most others near it."""
     near = np.all(np.abs(places[:, None] - places[None]) < _NEAR, axis=2)
-    return np.asarray(near)[int(np.argmax(np.sum(near, axis=1)))]
+    chosen: NDArray[np.bool_] = np.asarray(near)[int(np.argmax(np.sum(near, axis=1)))]
+    return chosen
 
 
 def _free_corner(
