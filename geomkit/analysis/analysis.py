@@ -1,8 +1,8 @@
 """Analysis of safety, control and utility gradients: rank, conflict and one-sample overlap, with nulls and controls."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from geomkit.analysis.headlines import Headline, Headlines, headlines, paper_cla
 from geomkit.analysis.parameter_measures import measure_parameters
 from geomkit.correlation.conflict import Conflict, conflict
 from geomkit.gradients.gradient_set import Coverage, GradientSet
+from geomkit.inputs.parameters import Kind, Layers
 from geomkit.stats.proportions import Rate
 from geomkit.svd.example_span import span
 from geomkit.svd.one_sample.results import OneSample
@@ -23,8 +24,8 @@ from geomkit.svd.principal_angles import Angles, principal_angles
 from geomkit.svd.spectrum import Spectrum, spectrum_of
 from geomkit.svd.spectrum_contrast import SpectrumContrast, compare_spectra
 from geomkit.svd.subspaces import Subspace
-from geomkit.utils.display import Result, html_table, joined, text_table
-from geomkit.utils.figures import draw
+from geomkit.utils.display import html_table, joined, text_table
+from geomkit.utils.figures import DrawnResult, draw
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,7 +36,7 @@ _UNEVEN = 0.2
 
 
 @dataclass(frozen=True, eq=False)
-class Analysis(Result):
+class Analysis(DrawnResult):
     """Spectra of safety, control and utility gradients, their conflict, and the overlap of single examples.
 
     Mappings have the keys ``"safety"``, ``"control"`` and ``"utility"``.
@@ -190,9 +191,15 @@ class Analysis(Result):
 
         return pd.DataFrame(self.headlines().values(), columns=list(Headline._fields))
 
-    def plot(self) -> "Figure":
-        """Draw the normalised spectra of the three sets with their nulls."""
-        return draw("plot_spectrum", *self.spectra.values(), names=tuple(self.spectra))
+    def plot(
+        self,
+        layers: Layers = "*",
+        kinds: Kind | Collection[Kind] | None = None,
+        facet: Literal["layer", "matrix"] | None = None,
+    ) -> "Figure":
+        """Draw the spectra of the three sets with their nulls; the arguments are those of :meth:`Spectrum.plot`."""
+        options = {"layers": layers, "kinds": kinds, "facet": facet}
+        return draw("plot_spectrum", *self.spectra.values(), names=tuple(self.spectra), **options)
 
     def __str__(self) -> str:
         """Return the table of the paper's claims, under lines on refusals, tokens, coverage and cautions."""

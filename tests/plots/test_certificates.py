@@ -8,7 +8,7 @@ import pytest
 from geomkit import plots
 from geomkit.errors import SPFError
 from geomkit.spf.certificate import Certificate
-from tests.helpers.figures import certificate, trace
+from tests.helpers.figures import certificate, subtitle, trace
 
 
 def measured(*changes: tuple[float, float, float]) -> Certificate:
@@ -67,8 +67,8 @@ def test_certificate_of_a_resumed_run_keeps_its_steps() -> None:
 
 def test_certificate_marks_violations() -> None:
     figure = certificate(violated=True).plot()
-    assert list(trace(figure, "violation").x) == [1, 2]
-    assert "2 of 2 steps break the constraint" in figure.layout.title.subtitle.text
+    assert list(trace(figure, "breaks the constraint").x) == [1, 2]
+    assert "2 of 2 steps break the constraint" in subtitle(figure)
 
 
 @pytest.mark.parametrize("bound", [0.0, np.inf])
@@ -90,7 +90,7 @@ def test_a_long_certificate_is_thinned_and_keeps_its_extremes_and_violations() -
     figure = plots.plot_certificate(long)
     assert len(trace(figure, "applied update").x) < 3000
     assert max(trace(figure, "applied update").y) == 0.5
-    assert list(trace(figure, "violation").x) == [1235]
+    assert list(trace(figure, "breaks the constraint").x) == [1235]
     assert trace(figure, "sum of first-order parts").y[-1] == pytest.approx(
         sum(record.first_order for record in records)
     )
@@ -116,3 +116,23 @@ def test_empty_certificate_is_refused() -> None:
     bare = replace(certificate().records[0], blocks={})
     with pytest.raises(SPFError, match="expected a block"):
         plots.plot_certificate_blocks(Certificate("test", "nothing", [bare]))
+
+
+def test_a_certificate_in_which_nothing_was_projected_says_that_spf_was_idle() -> None:
+    idle = [replace(record, fired=0.0) for record in certificate().records]
+    figure = Certificate("monitor", "nothing", [replace(record, violated=True) for record in idle]).plot()
+    assert subtitle(figure).startswith(
+        "SPF was idle, nothing was projected: rule monitor only measures; 2 of 2 updates"
+    )
+    assert "blocks projected" not in {drawn.name for drawn in figure.data}
+    assert list(trace(figure, "raises the safety loss").x) == [1, 2]
+    found = Certificate("test", "every block", idle).plot()
+    assert "rule test found no conflict; 0 of 2 updates raised" in subtitle(found)
+    assert "idle" not in subtitle(certificate().plot())
+
+
+def test_runs_that_are_compared_have_one_scale() -> None:
+    other = Certificate("demo", "nothing", [replace(record, first_order=0.3) for record in certificate().records])
+    layout = plots.plot_certificates({"SPF": certificate(), "demo": other}).layout
+    assert layout.yaxis.range == layout.yaxis2.range
+    assert layout.yaxis.range[1] > 0.6
