@@ -199,7 +199,7 @@ def tour(out: Out = Path("geomkit-tour"), json_file: Json = None, seed: Seed = 0
     _check_writable(out, json_file and json_file.parent)
     result = run_tour(seed=seed)
     _show(result.to_frame(), "What fine-tuning did, with and without SPF")
-    _show_claims(result.analysis, "What the gradients look like, and what survives its controls")
+    _show_analysis(result.analysis, "What the gradients look like")
     _write(out, json_file, "A tour of geomkit", tour_sections(result), result.to_dict())
 
 
@@ -279,11 +279,7 @@ def analyze(
         tokens_per_batch=tokens_per_batch,
         seed=seed,
     )
-    typer.echo(f"{result.alignment}.")
-    _show(result.to_frame(), f"{model}: {result.coverage}")
-    _show_claims(result, "What survives its controls")
-    if result.caution:
-        typer.echo(f"caution: {result.caution}")
+    _show_analysis(result, f"{model}, gradients of {result.coverage}")
     _write(out, json_file, f"Gradient geometry of {model}", analysis_sections(result), result.to_dict())
 
 
@@ -664,28 +660,46 @@ def _check_writable(*folders: Path | None) -> None:
             ) from None
 
 
-def _show_claims(analysis: "Analysis", title: str) -> None:
-    from geomkit.analysis.claims import claims_table
+def _show_analysis(analysis: "Analysis", title: str) -> None:
+    """Print the summary, the numbers, the claims with their verdicts, and the caution."""
+    from geomkit.analysis.claims import VERDICTS, claims_table
 
-    _show(claims_table(analysis.claims()), title)
+    _say(" ".join(analysis.summary))
+    _show(analysis.numbers(), f"{title}; 95 % intervals over examples in brackets")
+    _show(claims_table(analysis.claims()), "What survives its controls")
+    _say(f"{VERDICTS}.")
+    if analysis.caution:
+        _say(f"Caution: {analysis.caution}.")
+
+
+def _say(text: str) -> None:
+    """Print a text, wrapped between words."""
+    from rich.console import Console
+
+    Console(highlight=False, markup=False, emoji=False).print(text)
 
 
 def _show(frame: "pd.DataFrame", title: str) -> None:
+    """Print a table that fits the terminal, with lines that are broken between words only."""
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=title, title_justify="left")
-    for column in frame.columns:
-        table.add_column(str(column))
-    for row in frame.itertuples(index=False):
-        table.add_row(*(_cell(value) for value in row))
-    Console().print(table)
+    from geomkit.utils.display import verdict_colour
+    from geomkit.utils.readable import is_numeric, readable, wrapped_cells
 
-
-def _cell(value: object) -> str:
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return "–"
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    shown = readable(frame)
+    rows = [tuple(map(str, shown.columns)), *shown.itertuples(index=False, name=None)]
+    console = Console(highlight=False, markup=False, emoji=False)
+    lines = wrapped_cells(rows, console.width - 2 * len(shown.columns))
+    heads, *cells = [[Text("\n".join(cell), style=verdict_colour(" ".join(cell))) for cell in row] for row in lines]
+    table = Table(title=Text(title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for head, name in zip(heads, shown.columns, strict=True):
+        table.add_column(head, no_wrap=True, justify="right" if is_numeric(shown[name].tolist()) else "left")
+    for row in cells:
+        table.add_row(*row)
+    console.print(table)
 
 
 def _strict(value: object) -> object:

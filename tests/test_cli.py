@@ -175,6 +175,18 @@ def test_analyze_writes_a_report_and_the_promised_numbers(files, monkeypatch, ca
     assert names("c") == ["numbers.json"]
 
 
+@pytest.mark.parametrize("columns", [80, 120])
+def test_tables_fit_the_terminal_and_cut_no_word(files, monkeypatch, capfd, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    status, out, err = run(monkeypatch, capfd, *analysis(files))
+    assert status == 0, err
+    assert max(map(len, out.splitlines())) <= columns
+    words = out.split()
+    assert not any(word.endswith("…") and word != "…" for word in words)
+    for whole in ("effective", "dimensions,", "control", "verdict", "measured", "not"):
+        assert whole in words
+
+
 def test_bench_runs_a_grid_and_goes_on_with_it(monkeypatch, capfd):
     Path("mine.toml").write_text(
         'name = "mine"\nprompts = 6\n[arms]\nuntouched = { method = "untouched" }\n'

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from geomkit.analysis import headlines as names
 from geomkit.analysis.alignment import Alignment
-from geomkit.analysis.claims import Claim, claims_frame, claims_table
+from geomkit.analysis.claims import VERDICTS, Claim, claims_frame, claims_table
 from geomkit.analysis.headlines import Headline, Headlines, headlines, paper_claims
 from geomkit.analysis.parameter_measures import measure_parameters
+from geomkit.analysis.summary import QUESTIONS, numbers_table, summary_of
 from geomkit.correlation.conflict import Conflict, conflict
 from geomkit.gradients.gradient_set import Coverage, GradientSet
 from geomkit.stats.proportions import Rate
@@ -23,8 +24,9 @@ from geomkit.svd.principal_angles import Angles, principal_angles
 from geomkit.svd.spectrum import Spectrum, spectrum_of
 from geomkit.svd.spectrum_contrast import SpectrumContrast, compare_spectra
 from geomkit.svd.subspaces import Subspace
-from geomkit.utils.display import Result, html_table, joined, text_table
+from geomkit.utils.display import Result, element, html_table, joined
 from geomkit.utils.figures import draw
+from geomkit.utils.readable import text_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -194,6 +196,19 @@ class Analysis(Result):
         """Draw the normalised spectra of the three sets with their nulls."""
         return draw("plot_spectrum", *self.spectra.values(), names=tuple(self.spectra))
 
+    def numbers(self, *questions: str) -> "pd.DataFrame":
+        """Return the headline numbers as texts to read, with a column per set of examples.
+
+        Args:
+            *questions: Any of ``"loss"``, ``"low rank?"``, ``"conflict?"`` and ``"one sample?"``; all when left out.
+        """
+        return numbers_table(self.headlines(), questions or QUESTIONS)
+
+    @property
+    def summary(self) -> tuple[str, str, str]:
+        """Three sentences: whether the model refuses, which claims on the control set hold, and which do not."""
+        return summary_of(self.alignment, self.claims())
+
     def __str__(self) -> str:
         """Return the table of the paper's claims, under lines on refusals, tokens, coverage and cautions."""
         rows = claims_table(self.claims())
@@ -205,9 +220,11 @@ class Analysis(Result):
         return f"Gradient geometry at {self.tokens} tokens; {self.coverage}{caution}"
 
     def _repr_html_(self) -> str:
-        head = f"{self.alignment}. {self._head()}"
         return joined(
-            html_table(head, self.to_frame(), rows=40), html_table("What survives", claims_table(self.claims()))
+            element("p", " ".join(self.summary)),
+            html_table("What survives its controls", claims_table(self.claims())),
+            element("p", f"{VERDICTS}."),
+            html_table(self._head(), self.numbers(), rows=40),
         )
 
 

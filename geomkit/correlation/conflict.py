@@ -110,6 +110,29 @@ class Conflict(Result):
             frame = frame.assign(contrast_q_value=benjamini_hochberg(frame["contrast_p_value"].to_numpy()))
         return frame
 
+    def shown_frame(self) -> "pd.DataFrame":
+        """Return a data frame of the numbers over all parameters, with those of the control and the differences."""
+        import pandas as pd
+
+        rows: list[dict[str, object]] = [
+            {
+                "over all parameters": "cosine of the mean gradients",
+                "value": self.cosine,
+                "null_low": self.null_interval[0],
+                "null_high": self.null_interval[1],
+            }
+        ]
+        for words, part in (("expected gradients", self), ("expected gradients, equal weights", self.unweighted)):
+            rows.append(_shown(f"cosine of the {words}", part.corrected, part.interval, part.contrast))
+        for words, share in (
+            ("utility examples that oppose safety", self.negative),
+            ("parameters with a negative cosine", self.negative_parameters),
+        ):
+            rows.append(_shown(f"share of {words}", share.value, share.interval, None))
+        columns = ["over all parameters", "value", "low", "high", "null_low", "null_high", "control"]
+        columns += [f"control_{end}" for end in ("low", "high")]
+        return pd.DataFrame(rows, columns=[*columns, "difference", "difference_low", "difference_high"])
+
     def plot(self) -> "go.Figure":
         """Draw the cosine of every parameter, see :func:`geomkit.plots.conflict.plot_conflict`."""
         return draw("plot_conflict", self)
@@ -126,6 +149,22 @@ class Conflict(Result):
             f"against safety: utility examples {self.negative}, parameters {self.negative_parameters}",
         ]
         return "; ".join(parts)
+
+
+def _shown(
+    words: str, value: float, interval: tuple[float, float], contrast: ControlDifference | None
+) -> dict[str, object]:
+    row: dict[str, object] = {"over all parameters": words, "value": value, "low": interval[0], "high": interval[1]}
+    if contrast is None:
+        return row
+    return row | {
+        "control": contrast.control,
+        "control_low": contrast.control_interval[0],
+        "control_high": contrast.control_interval[1],
+        "difference": contrast.value,
+        "difference_low": contrast.interval[0],
+        "difference_high": contrast.interval[1],
+    }
 
 
 def _cosine_text(value: float, interval: tuple[float, float]) -> str:

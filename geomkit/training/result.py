@@ -38,6 +38,15 @@ class FineTuneResult(Result):
         """Return the history."""
         return self.history
 
+    def shown_frame(self) -> "pd.DataFrame":
+        """Return ten rows of the history, evenly spaced, with the first and the last step."""
+        import numpy as np
+
+        count = len(self.history)
+        places = np.unique(np.linspace(0, count - 1, min(count, 10)).round().astype(int))
+        first = [name for name in ("step", "loss") if name in self.history]
+        return self.history.iloc[places][[*first, *(name for name in self.history if name not in first)]]
+
     def plot(self) -> "Figure":
         """Draw the training loss by step."""
         return draw("plot_history", self)
