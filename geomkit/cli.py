@@ -19,10 +19,10 @@ import typer
 from geomkit.errors import DataError, GeomkitError
 from geomkit.utils.files import write_atomically
 from geomkit.utils.options import check_option
+from geomkit.utils.terminal import say, show_table
 from geomkit.version import __version__
 
 if TYPE_CHECKING:
-    import pandas as pd
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -198,7 +198,7 @@ def tour(out: Out = Path("geomkit-tour"), json_file: Json = None, seed: Seed = 0
 
     _check_writable(out, json_file and json_file.parent)
     result = run_tour(seed=seed)
-    _show(result.to_frame(), "What fine-tuning did, with and without SPF")
+    show_table(result.to_frame(), "What fine-tuning did, with and without SPF")
     _show_analysis(result.analysis, "What the gradients look like")
     _write(out, json_file, "A tour of geomkit", tour_sections(result), result.to_dict())
 
@@ -354,7 +354,7 @@ def finetune(
         save_steps=save_steps,
     )
     if result.certificate:
-        typer.echo(str(result.certificate))
+        say(f"{result.certificate}.")
     typer.echo(f"wrote {result.save(out, tokenizer)}")
 
 
@@ -432,7 +432,7 @@ def evaluate(
         file = (json_file or Path("evaluation.json")).with_suffix(".responses.jsonl")
         write_atomically(file, error.responses.to_json(orient="records", lines=True, force_ascii=False))
         raise DataError(f"{error}; the model's responses are in {file}") from error
-    _show(result.to_frame(), f"{model}, judged by {', '.join(result.settings['judges'])}; 95 % intervals")
+    show_table(result.to_frame(), f"{model}, judged by {', '.join(result.settings['judges'])}; 95 % intervals")
     if json_file is not None and first_process():
         typer.echo(f"wrote {result.save(json_file)}")
 
@@ -451,7 +451,7 @@ def compare(
         raise DataError(f"expected different files, found {', '.join(map(str, files))}")
     result = compare_evaluations({str(path): load_evaluation(path) for path in files})
     shown = result.to_frame() if len(files) > 2 else result.to_frame().drop(columns="evaluation")
-    _show(shown, f"{result}" if len(files) > 2 else f"{files[1]}: {result}")
+    show_table(shown, f"{result}" if len(files) > 2 else f"{files[1]}: {result}")
     if json_file is not None:
         rows = result.to_frame().to_dict("records")
         write_atomically(json_file, json.dumps(_strict({"baseline": result.baseline, "rows": rows}), indent=2) + "\n")
@@ -484,7 +484,7 @@ def bench(
         )
         return
     title = f"{len(results)} cells of the grid '{results.name}': 95 % Wilson intervals over prompts in brackets"
-    _show(results.table(), title)
+    show_table(results.table(), title)
     typer.echo(f"wrote {results.save(out / 'results.jsonl.gz')}")
     if failures := results.failures:
         named = "; ".join(f"{cell}: {error}" for cell, error in failures.items())
@@ -664,42 +664,12 @@ def _show_analysis(analysis: "Analysis", title: str) -> None:
     """Print the summary, the numbers, the claims with their verdicts, and the caution."""
     from geomkit.analysis.claims import VERDICTS, claims_table
 
-    _say(" ".join(analysis.summary))
-    _show(analysis.numbers(), f"{title}; 95 % intervals over examples in brackets")
-    _show(claims_table(analysis.claims()), "What survives its controls")
-    _say(f"{VERDICTS}.")
+    say(" ".join(analysis.summary))
+    show_table(analysis.numbers(), f"{title}; 95 % intervals over examples in brackets")
+    show_table(claims_table(analysis.claims()), "What survives its controls")
+    say(f"{VERDICTS}.")
     if analysis.caution:
-        _say(f"Caution: {analysis.caution}.")
-
-
-def _say(text: str) -> None:
-    """Print a text, wrapped between words."""
-    from rich.console import Console
-
-    Console(highlight=False, markup=False, emoji=False).print(text)
-
-
-def _show(frame: "pd.DataFrame", title: str) -> None:
-    """Print a table that fits the terminal, with lines that are broken between words only."""
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    from geomkit.utils.display import verdict_colour
-    from geomkit.utils.readable import is_numeric, readable, wrapped_cells
-
-    shown = readable(frame)
-    rows = [tuple(map(str, shown.columns)), *shown.itertuples(index=False, name=None)]
-    console = Console(highlight=False, markup=False, emoji=False)
-    lines = wrapped_cells(rows, console.width - 2 * len(shown.columns))
-    heads, *cells = [[Text("\n".join(cell), style=verdict_colour(" ".join(cell))) for cell in row] for row in lines]
-    table = Table(title=Text(title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    for head, name in zip(heads, shown.columns, strict=True):
-        table.add_column(head, no_wrap=True, justify="right" if is_numeric(shown[name].tolist()) else "left")
-    for row in cells:
-        table.add_row(*row)
-    console.print(table)
+        say(f"Caution: {analysis.caution}.")
 
 
 def _strict(value: object) -> object:
