@@ -93,6 +93,9 @@ TrainingDtype = Annotated[
 ]
 
 
+_INTERRUPTED = 130
+"""Exit status after Ctrl-C."""
+
 _OF_FILES = {errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EIO, errno.EMFILE}
 """Errors of a disk, which need not name a file."""
 
@@ -353,9 +356,13 @@ def finetune(
         checkpoints=checkpoints,
         save_steps=save_steps,
     )
-    if result.certificate:
-        say(f"{result.certificate}.")
-    typer.echo(f"wrote {result.save(out, tokenizer)}")
+    say(f"{result}.")
+    if result.interrupted and checkpoints is not None:
+        say("The same command goes on from the last checkpoint.")
+    else:
+        typer.echo(f"wrote {result.save(out, tokenizer)}")
+    if result.interrupted:
+        raise typer.Exit(_INTERRUPTED)
 
 
 @app.command()
