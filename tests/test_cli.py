@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -141,10 +143,26 @@ def test_finetune_writes_a_checkpoint_that_loads(files, monkeypatch, capfd):
 def test_finetune_takes_pairs_prefixes_a_pad_token_and_no_anchors(files, monkeypatch, capfd):
     bare = [*finetuning(files, model="unmarked", train="pairs.jsonl", anchors=None), "--assistant-mask", "prefix"]
     status, out, err = run(monkeypatch, capfd, *bare, "--epochs", 1, "--pad-token", "[end]")
-    assert (status, out) == (0, "wrote run\n"), err
+    assert status == 0, err
+    assert out.startswith("Fine-tune of ")
+    assert out.endswith(" s.\nwrote run\n")
     assert "Map:" not in err
     assert AutoTokenizer.from_pretrained("run").pad_token == "[end]"  # noqa: S105
     assert "spf.jsonl" not in names("run")
+
+
+@pytest.mark.parametrize("checkpoints", [(), ("--checkpoints", "kept")])
+def test_an_interrupted_finetune_writes_what_was_trained_or_goes_on_later(files, monkeypatch, capfd, checkpoints):
+    def press(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr("geomkit.training.callbacks.LossCheck.on_log", press)
+    status, out, err = run(monkeypatch, capfd, *finetuning(files), "--steps", 4, *checkpoints)
+    assert status == 130, err
+    assert "Fine-tune of 3 steps" in " ".join(out.split())  # logs are written after a step
+    assert Path("run").exists() is not bool(checkpoints)
+    assert ("goes on from the last checkpoint" in out) is bool(checkpoints)
 
 
 def test_analyze_writes_a_report_and_the_promised_numbers(files, monkeypatch, capfd):
