@@ -1,12 +1,12 @@
 """The command line: ``geomkit tour``, ``check``, ``analyze``, ``finetune``, ``evaluate``, ``compare``, ``bench``."""
 
 import atexit
-import datetime as dt
 import errno
 import json
 import logging
 import math
 import os
+import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from geomkit.analysis.analysis import Analysis
+    from geomkit.experiments.tour import Tour
     from geomkit.inputs.parameters import Layers
     from geomkit.inputs.tokens import AssistantMask, EncodedExamples
-    from geomkit.plots.report import Section
 
 Read = TypeVar("Read")
 
@@ -197,13 +197,12 @@ def tour(out: Out = Path("geomkit-tour"), json_file: Json = None, seed: Seed = 0
     """Run every stage once on the shipped organism, and write report.html."""
     _prepare(threads=1)
     from geomkit.experiments.tour import run_tour
-    from geomkit.plots.report_pages import tour_sections
 
     _check_writable(out, json_file and json_file.parent)
     result = run_tour(seed=seed)
     show_table(result.to_frame(), "What fine-tuning did, with and without SPF")
     _show_analysis(result.analysis, "What the gradients look like")
-    _write(out, json_file, "A tour of geomkit", tour_sections(result), result.to_dict())
+    _write(out, json_file, result)
 
 
 @app.command()
@@ -264,7 +263,6 @@ def analyze(
     _join_processes(device)
     from geomkit.analysis.probe import Probe
     from geomkit.analysis.probe import analyze as run_analysis
-    from geomkit.plots.report_pages import analysis_sections
 
     _check_writable(out, json_file and json_file.parent)
     names = [name for name in (safety, utility, control) if name is not None]
@@ -283,7 +281,7 @@ def analyze(
         seed=seed,
     )
     _show_analysis(result, f"{model}, gradients of {result.coverage}")
-    _write(out, json_file, f"Gradient geometry of {model}", analysis_sections(result), result.to_dict())
+    _write(out, json_file, result, f"Gradient geometry of {model}")
 
 
 @app.command()
@@ -688,18 +686,16 @@ def _strict(value: object) -> object:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _write(
-    out: Path, json_file: Path | None, title: str, sections: "list[Section]", numbers: Mapping[str, object]
-) -> None:
+def _write(out: Path, json_file: Path | None, result: "Analysis | Tour", title: str = "") -> None:
     """Write the report, and the numbers as JSON if there is a file for them; one of several processes does."""
     from geomkit.utils.workers import first_process
 
     if not first_process():
         return
-    from geomkit.plots.report import write_report
+    from geomkit.plots.report_pages import write_result
 
-    page = write_report(out / "report.html", title, sections, date=dt.datetime.now(tz=dt.UTC).date())
-    typer.echo(f"wrote {page}")
+    command = shlex.join(["geomkit", *sys.argv[1:]])
+    typer.echo(f"wrote {write_result(result, out / 'report.html', title, {'command': command})}")
     if json_file is not None:
-        write_atomically(json_file, json.dumps(_strict(numbers), indent=2, allow_nan=False) + "\n")
+        write_atomically(json_file, json.dumps(_strict(result.to_dict()), indent=2, allow_nan=False) + "\n")
         typer.echo(f"wrote {json_file}")

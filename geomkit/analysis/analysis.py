@@ -1,7 +1,8 @@
 """Analysis of safety, control and utility gradients: rank, conflict and one-sample overlap, with nulls and controls."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -56,6 +57,7 @@ class Analysis(Result):
         largest: The largest share of a single example in the sum of the squared gradient norms of its set.
         refusal: Share of the safety requests that the model refuses; ``None`` if it was not asked.
         remark: How many rows are copies of others, and how many rows two sets share, in words.
+        facts: Model, data, settings and versions, in words, for the head of a report.
     """
 
     spectra: Mapping[str, Spectrum]
@@ -69,6 +71,7 @@ class Analysis(Result):
     largest: Mapping[str, float]
     refusal: Rate | None = None
     remark: str = ""
+    facts: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @property
     def safety(self) -> Spectrum:
@@ -285,7 +288,27 @@ def analysis_of(
         largest={name: _largest_share(gram) for name, gram in grams.items()},
         refusal=refusal,
         remark=remark,
+        facts=_facts(sets, seed),
     )
+
+
+def _facts(sets: Mapping[str, GradientSet], seed: int) -> dict[str, str]:
+    """Return with which model, data, settings and versions gradients were collected."""
+    origins = {name: gradients.provenance for name, gradients in sets.items() if gradients.provenance}
+    facts = {
+        f"{name} set": f"{origin.examples} examples, fingerprint {origin.data[:8]}" for name, origin in origins.items()
+    }
+    if safety := origins.get("safety"):
+        commit = f", commit {safety.revision}" if safety.revision else ""
+        facts = {"model": f"{_short(safety.model)}{commit}, {safety.dtype}, weights {safety.weights[:8]}", **facts}
+        facts["parameters"] = "all" if safety.layers == "layers=['*']" else safety.layers.removeprefix("layers=")
+        facts["libraries"] = f"torch {safety.torch}, transformers {safety.transformers}"
+    return {**facts, "seed": str(seed)}
+
+
+def _short(name: str) -> str:
+    """Return the last two folders of a path, and a hub id as it is."""
+    return "/".join(Path(name).parts[-2:])
 
 
 def _largest_share(grams: Mapping[str, Tensor]) -> float:

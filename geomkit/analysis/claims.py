@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 Verdict = Literal["holds", "reversed", "not shown"]
 
 VERDICTS = (
-    "holds: the whole 95 % interval over examples lies on the claimed side of the bound; reversed: it lies on the "
-    "other side; not shown: it contains the bound"
+    "A claim holds if the whole 95 % interval of its number over examples lies on the claimed side of the bound, is "
+    "reversed if it lies on the other side, and is not shown if it contains the bound"
 )
 """What the verdicts mean, for under a table."""
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from geomkit.errors import DataError
 from geomkit.spf.certificate import Certificate
 from geomkit.training.card import model_card
-from geomkit.utils.display import Result
+from geomkit.utils.display import Result, counted
 from geomkit.utils.figures import draw
 from geomkit.version import __version__
 
@@ -141,7 +141,7 @@ class FineTuneResult(Result):
         steps = int(self.history["step"].iloc[-1]) if len(self.history) else 0
         certificate = f"; {self.certificate}" if self.certificate else ""
         interrupted = ", interrupted" if self.interrupted else ""
-        return f"Fine-tune of {steps} steps, {self.seconds:.0f} s{interrupted}{certificate}"
+        return f"Fine-tune of {counted(steps, 'step')}, {self.seconds:.0f} s{interrupted}{certificate}"
 
 
 def new_or_empty_folder(folder: str | Path) -> Path:

@@ -6,7 +6,9 @@ and files come from elsewhere, and a notebook or a browser runs what is written 
 
 from abc import ABC, abstractmethod
 from html import escape
-from typing import TYPE_CHECKING
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
 
 from geomkit.utils.readable import is_numeric, readable
 
@@ -25,6 +27,23 @@ class Result(ABC):
         """Return the numbers that a notebook shows, which are those of a conclusion; often a part of the frame."""
         return self.to_frame()
 
+    def report(self, path: str | Path, *, title: str = "") -> Path:
+        """Write the result as one HTML page that needs no network: figures, tables, and what they say in sentences.
+
+        Args:
+            path: The file, replaced if it exists; missing folders are made.
+            title: The title of the page; made from the result when left out.
+
+        Returns:
+            The path of the file.
+
+        Raises:
+            OSError: If the file cannot be written.
+        """
+        # Reports are above results, which cannot import them.
+        pages = import_module("geomkit.plots.report_pages")
+        return cast("Path", pages.write_result(self, path, title))
+
     def _repr_html_(self) -> str:
         return html_table(str(self), self.shown_frame())
 
@@ -41,14 +60,14 @@ def element(tag: str, *children: str, **attributes: str) -> Html:
     Args:
         tag: Name of the element, such as ``"p"``.
         *children: Texts, and :class:`Html`.
-        **attributes: Attributes by name; an underscore at the end, as in ``class_``, is left out, and so is an
-            attribute without text.
+        **attributes: Attributes by name; an underscore at the end, as in ``class_``, is left out, another one is a
+            hyphen, and an attribute without text is left out.
 
     Example:
         >>> print(element("p", "1 < 2, ", element("b", "surely"), class_="note"))
         <p class="note">1 &lt; 2, <b>surely</b></p>
     """
-    texts = (f' {name.rstrip("_")}="{escape(text)}"' for name, text in attributes.items() if text)
+    texts = (f' {name.rstrip("_").replace("_", "-")}="{escape(text)}"' for name, text in attributes.items() if text)
     return Html(f"<{tag}{''.join(texts)}>{joined(*children)}</{tag}>")
 
 
