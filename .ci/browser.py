@@ -35,7 +35,8 @@ RUN = """(async () => {
   const panel = app.shell.currentWidget;
   await panel.sessionContext.ready;
   window.ended = "";
-  app.commands.execute("notebook:run-all-cells").then(() => { window.ended = "ended"; }, error => { window.ended = `${error}`; });
+  app.commands.execute("notebook:run-all-cells").then(
+    () => { window.ended = "ended"; }, error => { window.ended = `${error}`; });
   return "running";
 })()"""
 """Start all cells of the notebook that is open."""
@@ -128,7 +129,7 @@ async def keep(tab: Any, folder: Path) -> None:
 def main() -> None:
     """Run the check, or say why not."""
     if Chromium.find_browser(skip_local=False) is None:
-        print("skipped: no Chrome or Chromium is installed")
+        sys.stdout.write("skipped: no Chrome or Chromium is installed\n")
         return
     folder = Path(tempfile.mkdtemp(prefix="geomkit-browser-"))
     notebook = nbformat.read(NOTEBOOK, as_version=4)
@@ -143,7 +144,7 @@ def main() -> None:
     if wrong:
         raise SystemExit("\n".join([*wrong, f"the page is kept in {folder}"]))
     shutil.rmtree(folder)
-    print(f"{NOTEBOOK.name} ran in JupyterLab: {figures} figures drawn, no error, and its bars moved")
+    sys.stdout.write(f"{NOTEBOOK.name} ran in JupyterLab: {figures} figures drawn, no error, and its bars moved\n")
 
 
 if __name__ == "__main__":
