@@ -17,6 +17,7 @@ from .inputs.models import load_model
 from .inputs.parameters import select
 from .inputs.tokens import encode
 from .planning.describe import describe
+from .plots.explorer import explore
 from .spf.callback import SPFCallback
 from .spf.settings import SPF
 from .svd.example_span import span
@@ -52,6 +53,7 @@ __all__ = [
     "describe",
     "encode",
     "evaluate",
+    "explore",
     "finetune",
     "gradient_map",
     "load_examples",

@@ -1,9 +1,9 @@
 """Analysis of safety, control and utility gradients: rank, conflict and one-sample overlap, with nulls and controls."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from geomkit.analysis.parameter_measures import measure_parameters
 from geomkit.analysis.summary import QUESTIONS, numbers_table, summary_of
 from geomkit.correlation.conflict import Conflict, conflict
 from geomkit.gradients.gradient_set import Coverage, GradientSet
+from geomkit.inputs.parameters import Kind, Layers
 from geomkit.stats.proportions import Rate
 from geomkit.svd.example_span import span
 from geomkit.svd.one_sample.results import OneSample
@@ -25,8 +26,8 @@ from geomkit.svd.principal_angles import Angles, principal_angles
 from geomkit.svd.spectrum import Spectrum, spectrum_of
 from geomkit.svd.spectrum_contrast import SpectrumContrast, compare_spectra
 from geomkit.svd.subspaces import Subspace
-from geomkit.utils.display import Result, element, html_table, joined
-from geomkit.utils.figures import draw
+from geomkit.utils.display import element, html_table, joined
+from geomkit.utils.figures import DrawnResult, draw
 from geomkit.utils.readable import text_table
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ _UNEVEN = 0.2
 
 
 @dataclass(frozen=True, eq=False)
-class Analysis(Result):
+class Analysis(DrawnResult):
     """Spectra of safety, control and utility gradients, their conflict, and the overlap of single examples.
 
     Mappings have the keys ``"safety"``, ``"control"`` and ``"utility"``.
@@ -195,9 +196,18 @@ class Analysis(Result):
 
         return pd.DataFrame(self.headlines().values(), columns=list(Headline._fields))
 
-    def plot(self) -> "Figure":
-        """Draw the normalised spectra of the three sets with their nulls."""
-        return draw("plot_spectrum", *self.spectra.values(), names=tuple(self.spectra))
+    def plot(
+        self,
+        layers: Layers = "*",
+        kinds: Kind | Collection[Kind] | None = None,
+        facet: Literal["layer", "matrix"] | None = None,
+    ) -> "Figure":
+        """Draw the normalised spectra of the three sets with their nulls; the arguments are those of `Spectrum.plot`.
+
+        See :func:`geomkit.plots.spectra.plot_spectrum`.
+        """
+        options = {"layers": layers, "kinds": kinds, "facet": facet}
+        return draw("plot_spectrum", *self.spectra.values(), names=tuple(self.spectra), **options)
 
     def numbers(self, *questions: str) -> "pd.DataFrame":
         """Return the headline numbers as texts to read, with a column per set of examples.

@@ -15,8 +15,8 @@ from geomkit.inputs.models import load_model
 from geomkit.svd.principal_angles import principal_angles
 from geomkit.svd.subspaces import Subspace, layer_subspace
 from geomkit.utils.arguments import is_whole, type_in_words
-from geomkit.utils.display import Result, counted, html_table
-from geomkit.utils.figures import draw
+from geomkit.utils.display import counted, html_table
+from geomkit.utils.figures import DrawnResult, draw
 from geomkit.utils.readable import with_interval
 from geomkit.utils.workers import first_process
 
@@ -57,7 +57,7 @@ class TrajectoryPoint:
 
 
 @dataclass(frozen=True, eq=False)
-class Trajectory(Result):
+class Trajectory(DrawnResult):
     """The results of a probe at several moments of training.
 
     Attributes:

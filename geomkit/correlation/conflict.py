@@ -35,8 +35,8 @@ from geomkit.stats.multiple_testing import benjamini_hochberg
 from geomkit.stats.permutation import permuted_labels
 from geomkit.stats.proportions import Rate
 from geomkit.utils.arguments import check_confidence, check_draws, check_seed
-from geomkit.utils.display import Result, signed
-from geomkit.utils.figures import draw
+from geomkit.utils.display import signed
+from geomkit.utils.figures import DrawnResult, draw
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class Conflict(Result):
+class Conflict(DrawnResult):
     """Conflict between the safety and the utility gradient of a model, over all parameters and in each parameter.
 
     Attributes:

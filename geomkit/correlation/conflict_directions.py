@@ -34,8 +34,8 @@ from geomkit.stats.ratio import Ratio
 from geomkit.svd.singular_vectors import Side
 from geomkit.svd.subspaces import layer_subspace
 from geomkit.utils.arguments import check_confidence, check_finite, check_rank
-from geomkit.utils.display import Result, counted, html_table, signed
-from geomkit.utils.figures import draw
+from geomkit.utils.display import counted, html_table, signed
+from geomkit.utils.figures import DrawnResult, draw
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -93,7 +93,7 @@ class DirectionParts:
 
 
 @dataclass(frozen=True, eq=False)
-class ConflictDirections(Result):
+class ConflictDirections(DrawnResult):
     """Contributions of the singular directions of the mean safety gradient to the conflict.
 
     Attributes:

@@ -20,8 +20,8 @@ from geomkit.inputs.fits import encoded_for
 from geomkit.inputs.tokens import EncodedExamples
 from geomkit.stats.jackknife import jackknife_interval, leave_one_out_means
 from geomkit.utils.arguments import check_confidence
-from geomkit.utils.display import Html, Result, element, joined
-from geomkit.utils.figures import draw
+from geomkit.utils.display import Html, element, joined
+from geomkit.utils.figures import DrawnResult, draw
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -59,7 +59,7 @@ class ExampleTokens:
 
 
 @dataclass(frozen=True, eq=False)
-class TokenConflict(Result):
+class TokenConflict(DrawnResult):
     """Contributions of single tokens to the conflict, in nats per unit length along the safety gradient.
 
     To first order, learning a token with a *positive* contribution also lowers the safety loss, and learning a token

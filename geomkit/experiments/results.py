@@ -22,9 +22,8 @@ from geomkit.experiments.records import (
     text_to_flags,
 )
 from geomkit.stats.proportions import Rate, summarize_runs
-from geomkit.utils.display import Result
 from geomkit.utils.field_types import fits
-from geomkit.utils.figures import draw
+from geomkit.utils.figures import DrawnResult, draw, is_figure_file
 from geomkit.utils.files import Draft, data_dir, parse_json
 
 if TYPE_CHECKING:
@@ -36,7 +35,7 @@ _SUFFIX = ".jsonl.gz"
 
 
 @dataclass(frozen=True, eq=False)
-class Results(Result):
+class Results(DrawnResult):
     """The results of the cells of a grid.
 
     Attributes:
@@ -236,7 +235,13 @@ class Results(Result):
     # ------------------------------------------------------------------------------------------ files and display
 
     def save(self, path: str | Path) -> Path:
-        """Write the results to a compressed file of JSON lines; the same results give the same bytes."""
+        """Write the results to a compressed file of JSON lines; the same results give the same bytes.
+
+        Args:
+            path: The file; the figure is written where it ends in ``.png``, ``.svg``, ``.pdf`` or ``.html``.
+        """
+        if is_figure_file(path):
+            return super().save(path)
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         lines = [{"format": _FORMAT, "name": self.name}, *self.records]

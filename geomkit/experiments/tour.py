@@ -17,8 +17,7 @@ from geomkit.training.evaluate import ORGANISM_SKILLS, evaluate
 from geomkit.training.evaluation import Evaluation
 from geomkit.training.finetune import finetune
 from geomkit.training.result import FineTuneResult
-from geomkit.utils.display import Result
-from geomkit.utils.figures import draw
+from geomkit.utils.figures import DrawnResult, draw
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -68,7 +67,7 @@ class TourArm:
 
 
 @dataclass(frozen=True, eq=False)
-class Tour(Result):
+class Tour(DrawnResult):
     """The measurements of the tour.
 
     Attributes:

@@ -2,37 +2,40 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from types import MappingProxyType
 
 import plotly.graph_objects as go
 
 from geomkit.errors import DataError
 from geomkit.experiments.results import Results
-from geomkit.plots.style import COLOURS, Look
+from geomkit.plots.style import Look
+from geomkit.plots.themes import COLOURS, palette
 from geomkit.plots.traces import LEGEND_ONLY
 
 FEW_ARMS = 9
 """The most arms that fit into one panel."""
 
-_LOOKS: Mapping[str, Look] = MappingProxyType(
-    {
-        "untouched": Look("#444444", "solid", "circle"),
+
+def _fixed_looks() -> dict[str, Look]:
+    """Return the fixed looks of frequent arms, which are the same in all figures, whichever other arms are drawn."""
+    return {
+        "untouched": Look(palette().others[0], "solid", "circle"),
         "SFT": Look(COLOURS["SFT"], "dash", "square"),
-        "mixing": Look("#E69F00", "dashdot", "diamond"),
-        "mixing + benign": Look("#8A8A8A", "dot", "pentagon"),
+        "mixing": Look(palette().others[2], "dashdot", "diamond"),
+        "mixing + benign": Look(palette().frame, "dot", "pentagon"),
         "paper": Look(COLOURS["utility"], "longdash", "x"),
         "rank1": Look(COLOURS["SPF"], "solid", "triangle-up"),
-        "mixing, 2048": Look("#7A5C00", "longdashdot", "diamond-wide"),
+        "mixing, 2048": Look(palette().others[5], "longdashdot", "diamond-wide"),
         "mixed-left": Look(COLOURS["safety"], "dot", "cross"),
         "mixed-left, 2048": Look(COLOURS["safety"], "solid", "star"),
         "left": Look(COLOURS["control"], "dashdot", "triangle-down"),
-        "left + fence": Look("#56B4E9", "longdash", "hourglass"),
+        "left + fence": Look(palette().others[1], "longdash", "hourglass"),
     }
-)
-"""The fixed looks of frequent arms, which are the same in all figures, whichever other arms are drawn."""
 
-SPARE = Look(COLOURS["null"], "dot", "hexagon")
-"""The look of arms without a fixed look when all fixed looks are taken."""
+
+def spare_look() -> Look:
+    """Return the look of arms without a fixed look when all fixed looks are taken."""
+    return Look(COLOURS["null"], "dot", "hexagon")
+
 
 _OWN_STRENGTH = (1.0, 1.0)
 """The rate and the length of a scenario's own strength, as multiples of the values in its definition."""
@@ -140,10 +143,11 @@ def at_most_nine(names: list[str]) -> list[str]:
 
 def arm_looks(names: Sequence[str]) -> dict[str, Look]:
     """Return the look of each arm: its fixed look if it has one, else the next look that no arm in ``names`` has."""
-    free = [look for name, look in _LOOKS.items() if name not in names] + [SPARE]
-    unnamed = [name for name in names if name not in _LOOKS]
+    fixed = _fixed_looks()
+    free = [look for name, look in fixed.items() if name not in names] + [spare_look()]
+    unnamed = [name for name in names if name not in fixed]
     drawn = {name: free[number % len(free)] for number, name in enumerate(unnamed)}
-    return {name: _LOOKS.get(name) or drawn[name] for name in names}
+    return {name: fixed.get(name) or drawn[name] for name in names}
 
 
 def add_legend(

@@ -9,8 +9,8 @@ import plotly.graph_objects as go
 from geomkit.errors import DataError
 from geomkit.experiments.results import Results
 from geomkit.plots.arms import chosen_arms, multiple_text, of_one_organism
-from geomkit.plots.panels import Panels, narrow_panels
-from geomkit.plots.style import TEMPLATE, title
+from geomkit.plots.panels import Panels, panels
+from geomkit.plots.style import colour_bar, title
 
 _MEASURES = {"refusal": "refusal", "over_refusal": "over-refusal", "utility": "utility"}
 
@@ -41,34 +41,26 @@ def plot_breakdown(
     names = chosen_arms(list(strengths.index), arms) if arms is not None else list(strengths[strengths > 1].index)
     means = summary[summary["arm"].isin(names)]
     rates, lengths = (sorted(set(means[axis])) for axis in ("rate", "length"))
-    inner = 46 * len(rates) + 85
-    drawn = narrow_panels(names, inner, gap=85)
+    drawn = panels(names, height=46 * len(rates), shared_yaxes=True)
     figure = drawn.figure
     for number, name in enumerate(names):
         drawn.add(number, _map(name, means[means["arm"] == name], rates, lengths))
-    figure.update_annotations(font_size=13)
     _mark_broken(drawn, means)
     figure.update_xaxes(type="category", showgrid=False)
     figure.update_yaxes(type="category", showgrid=False)
-    figure.update_yaxes(title="learning rate", col=1)
-    drawn.name_lowest("steps")
     figure.update_layout(
-        template=TEMPLATE,
-        title=title(
-            f"{_MEASURES[measure].capitalize()} after {scenario}", "by multiples of its own rate and steps; dark is bad"
-        ),
         coloraxis={
             # Cividis looks the same to colour-blind readers, and its lightness alone tells the order.
             "colorscale": "Cividis",
             "reversescale": measure == "over_refusal",
             "cmin": 0,
             "cmax": 1,
-            "colorbar": {"tickformat": ".0%", "thickness": 14},
+            "colorbar": colour_bar(_MEASURES[measure], tickformat=".0%"),
         },
-        height=120 + inner * drawn.rows,
-        margin={"t": 104, "b": 56},
     )
-    return figure
+    subtitle = "by multiples of the scenario's own rate and steps; dark is bad"
+    heading = title(f"{_MEASURES[measure].capitalize()} after {scenario}", subtitle)
+    return drawn.finished(heading, "steps", "learning rate")
 
 
 def _map(name: str, means: pd.DataFrame, rates: list[float], lengths: list[float]) -> go.Heatmap:

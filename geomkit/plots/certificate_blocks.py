@@ -1,13 +1,15 @@
 """The figure of a certificate block by block: the change of the safety loss by each block's update."""
 
 import numpy as np
-import pandas as pd
 import plotly.graph_objects as go
 
 from geomkit.errors import SPFError
-from geomkit.plots.axes import whole_ticks
+from geomkit.inputs.parameters import layer_index
+from geomkit.plots.axes import signed_log, whole_ticks
 from geomkit.plots.certificates import NATS, check_recorded
-from geomkit.plots.style import TEMPLATE, title
+from geomkit.plots.labels import place_labels
+from geomkit.plots.style import colour_bar, fitted, title
+from geomkit.plots.themes import palette, template
 from geomkit.spf.certificate import Certificate
 
 _COLUMNS = 200
@@ -16,10 +18,7 @@ _COLUMNS = 200
 _FEW = 60
 """Up to this many rows or columns are separated by gaps, and each has a label."""
 
-_SHOWN = 0.98
-"""Share of the cells whose value lies within the scale of colours."""
-
-_LABEL = 38
+_LABEL = 26
 """The most characters of a block's label."""
 
 
@@ -32,8 +31,9 @@ def plot_certificate_blocks(certificate: Certificate, name: str = "") -> go.Figu
 
     Returns:
         A heat map of ⟨Δθ, g_s⟩ with a row per block in the model's order and a column per step: red where a block's
-        update raises the safety loss, which a rule that constrains every block excludes. The last colour may stand for
-        the largest 2 %. Of a run of many steps a column shows, for each block, the largest of several values.
+        update raises the safety loss, which a rule that constrains every block excludes. The scale of colours is
+        logarithmic on both sides of zero, since a few blocks have most of the change. Of a run of many steps a column
+        shows, for each block, the largest of several values.
 
     Raises:
         SPFError: If no step was recorded, or there is no block.
@@ -52,40 +52,38 @@ def plot_certificate_blocks(certificate: Certificate, name: str = "") -> go.Figu
         worst.pivot(index="block", columns="column", values=column).reindex(frame["block"].unique())
         for column in ("first_order", "step", "first_order_raw")
     )
-    limit, clipped = _limit(applied)
+    scale = signed_log(applied)
+    end = float(np.nanmax(np.abs(scale.places(applied)))) or 1.0
     steps = np.asarray(applied.columns) * stretch + first
     few_rows, few_columns = len(applied) <= _FEW, len(steps) <= _FEW
     figure = go.Figure(
         go.Heatmap(
-            z=applied.to_numpy(),
+            z=scale.places(applied),
             x=steps,
             y=applied.index,
-            customdata=np.dstack([step.to_numpy(), proposed.to_numpy()]),
-            colorscale="RdBu_r",
+            customdata=np.dstack([step.to_numpy(), proposed.to_numpy(), applied.to_numpy()]),
+            colorscale=palette().diverging(rising="against"),
             zmid=0,
-            zmin=-limit,
-            zmax=limit,
+            zmin=-end,
+            zmax=end,
             xgap=1 if few_columns else 0,
             ygap=1 if few_rows else 0,
-            colorbar={
-                "title": {"text": NATS.replace(" ", "<br>", 1), "side": "top", "font": {"size": 12}},
-                "exponentformat": "power",
-                "thickness": 14,
-            },
+            colorbar=colour_bar(NATS, tickvals=scale.ticks, ticktext=scale.labels),
             hoverongaps=False,
             hovertemplate=(
-                "%{y}, step %{customdata[0]}<br>applied <b>%{z:.2e}</b> nats per token<br>proposed "
+                "%{y}, step %{customdata[0]}<br>applied <b>%{customdata[2]:.2e}</b> nats per token<br>proposed "
                 "%{customdata[1]:.2e}<extra></extra>"
             ),
         )
     )
     highest = frame["first_order"].max()
     raised = f"red raises it, by {highest:.2g} at most" if highest > 0 else "no block raises it"
+    raised += "; SPF was idle" if certificate.is_idle else ""
     figure.update_layout(
-        template=TEMPLATE,
+        template=template(),
         title=title(
-            f"{name}{': f' if name else 'F'}irst-order change of the safety loss, block by block",
-            f"rule {certificate.rule}, applied updates; {raised}{f'; colours end at ±{limit:.2g}' if clipped else ''}",
+            f"{name}{': c' if name else 'C'}hange of the safety loss by block",
+            f"to first order; rule {certificate.rule}, applied updates; {raised}",
         ),
         xaxis={
             "title": "optimizer step",
@@ -94,17 +92,8 @@ def plot_certificate_blocks(certificate: Certificate, name: str = "") -> go.Figu
             "range": [steps[0] - 0.5 * stretch, steps[-1] + 0.5 * stretch],
         },
         yaxis=_axis_of_blocks(list(applied.index)),
-        height=170 + (max(150, 15 * len(applied)) if few_rows else min(1100, 3 * len(applied) + 720)),
-        margin_b=56,
     )
-    return figure
-
-
-def _limit(changes: pd.DataFrame) -> tuple[float, bool]:
-    """Return the end of the scale of colours, and whether a value is larger."""
-    magnitudes = np.abs(changes.to_numpy()[np.isfinite(changes)])
-    limit = float(np.quantile(magnitudes, _SHOWN, method="higher")) or float(magnitudes.max()) or 1.0
-    return limit, limit < magnitudes.max()
+    return fitted(figure, max(150, 15 * len(applied)) if few_rows else min(1100, 3 * len(applied) + 720))
 
 
 def _axis_of_blocks(names: list[str]) -> dict[str, object]:
@@ -120,6 +109,13 @@ def _axis_of_blocks(names: list[str]) -> dict[str, object]:
 
 
 def _label(name: str) -> str:
-    """Return the end of a block's name, without the beginning that all names share."""
-    label = name.removeprefix("base_model.model.").removeprefix("model.").removesuffix(".weight")
-    return label if len(label) <= _LABEL else f"…{label[-_LABEL:]}"
+    """Return a block's decoder layer and its place in it, or the end of a long name.
+
+    Example:
+        >>> _label("base_model.model.model.layers.2.self_attn.q_proj.weight"), _label("lm_head.weight")
+        ('2 attention q_proj', 'head')
+    """
+    (words,) = place_labels([name]).values()
+    index = layer_index(name)
+    end = words if len(words) <= _LABEL else f"…{words[-_LABEL:]}"
+    return end if index is None else f"{index} {end}"

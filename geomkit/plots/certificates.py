@@ -9,8 +9,9 @@ from numpy.typing import NDArray
 from plotly.subplots import make_subplots
 
 from geomkit.errors import SPFError
-from geomkit.plots.axes import step_ticks
-from geomkit.plots.style import COLOURS, INK, TEMPLATE, legend_room, looks, title, translucent
+from geomkit.plots.axes import ending_at, step_ticks
+from geomkit.plots.style import fitted, looks, title, translucent
+from geomkit.plots.themes import COLOURS, palette, template
 from geomkit.plots.traces import line_mode
 from geomkit.spf.certificate import Certificate
 
@@ -23,7 +24,10 @@ NATS = "nats per token"
 _BINS = 500
 """A long run is cut into this many stretches, of which the extremes are drawn."""
 
-_ZERO = {"color": INK, "width": 1}
+
+def _zero() -> dict[str, object]:
+    """Return the line at zero."""
+    return {"color": palette().ink, "width": 1}
 
 
 def plot_certificate(certificate: Certificate, name: str = "") -> go.Figure:
@@ -34,8 +38,7 @@ def plot_certificate(certificate: Certificate, name: str = "") -> go.Figure:
         name: Name of the run, for the title.
 
     Returns:
-        The figure, three panels over the optimizer steps. Of a run of many steps the extremes of short stretches are
-        drawn.
+        The figure, panels over the optimizer steps. Of a run of many steps the extremes of short stretches are drawn.
 
         Top: ⟨Δθ, g_s⟩ of the optimizer's own update and of the applied update, positive where it raises the safety
         loss, with the bound if it is not zero, and a mark at violations.
@@ -44,7 +47,7 @@ def plot_certificate(certificate: Certificate, name: str = "") -> go.Figure:
         Their distance is curvature; if each step draws other anchors, it is also the difference between anchors. In
         this case the sum of each step's change on its own anchors is drawn too, if it was measured.
 
-        Bottom: the share of blocks whose update was projected.
+        Bottom: the share of blocks whose update was projected; left out where the title says that SPF was idle.
 
     Raises:
         SPFError: If no step was recorded.
@@ -52,30 +55,37 @@ def plot_certificate(certificate: Certificate, name: str = "") -> go.Figure:
     check_recorded(certificate)
     all_steps = certificate.to_frame()
     frame = _thinned(all_steps)
-    figure = make_subplots(3, 1, shared_xaxes=True, row_heights=[0.42, 0.38, 0.2], vertical_spacing=0.06)
+    heights = [200, 180] if certificate.is_idle else [200, 180, 90]
+    figure = make_subplots(len(heights), 1, shared_xaxes=True, row_heights=heights, vertical_spacing=0.06)
     figure.add_traces(list(_changes(frame, certificate)), rows=1, cols=1)
     figure.add_traces(list(_drift(all_steps)), rows=2, cols=1)
-    figure.add_trace(_projected(frame, len(frame) == len(all_steps)), row=3, col=1)
     for row in (1, 2):
-        figure.add_hline(y=0, line=_ZERO, row=row, col=1)
-    promise = "" if certificate.guaranteed else " (not promised by this rule)"
+        figure.add_hline(y=0, line=_zero(), row=row, col=1)
+    if not certificate.is_idle:
+        figure.add_trace(_projected(frame, len(frame) == len(all_steps)), row=3, col=1)
+        figure.update_yaxes(title="blocks<br>projected", tickformat=".0%", range=[0, 1.05], row=3, col=1)
     figure.update_layout(
-        template=TEMPLATE,
-        title=title(
-            f"{name}{': w' if name else 'W'}hat each update does to the safety loss",
-            f"rule {certificate.rule}: {certificate.violations} of {certificate.steps} steps break the "
-            f"constraint{promise}; largest change {certificate.max_first_order_change:.2g}",
-        ),
-        yaxis={"title": f"⟨Δθ, g<sub>s</sub>⟩, {NATS}", "exponentformat": "power"},
-        yaxis2={"title": f"drift of L<sub>s</sub>, {NATS}", "exponentformat": "power"},
-        yaxis3={"title": "projected", "tickformat": ".0%", "range": [0, 1.05]},
-        xaxis3_title="optimizer step",
-        height=700 + (room := legend_room([trace.name for trace in figure.data])),
-        margin_b=84 + room,
+        template=template(),
+        title=title(f"{name}{': w' if name else 'W'}hat each update does to the safety loss", _verdict(certificate)),
+        yaxis={"title": "change by a step,<br>nats per token", "exponentformat": "power"},
+        yaxis2={"title": "change since the start,<br>nats per token", "exponentformat": "power"},
         bargap=0.1,
     )
     figure.update_xaxes(**step_ticks([all_steps["step"].iloc[0] - 1, *all_steps["step"]]))
-    return figure
+    figure.update_xaxes(title="optimizer step", row=len(heights), col=1)
+    return fitted(figure, 80 + sum(heights))
+
+
+def _verdict(certificate: Certificate) -> str:
+    """Return what the certificate says, in words."""
+    raising, steps = certificate.violations, certificate.steps
+    largest = f"largest change {certificate.max_first_order_change:.2g}"
+    if certificate.is_idle:
+        did = "only measures" if certificate.rule == "monitor" else "found no conflict"
+        raised = f"{raising} of {steps} updates raised the safety loss to first order"
+        return f"SPF was idle, nothing was projected: rule {certificate.rule} {did}; {raised}; {largest}"
+    promise = "" if certificate.guaranteed else " (not promised by this rule)"
+    return f"rule {certificate.rule}: {raising} of {steps} steps break the constraint{promise}; {largest}"
 
 
 def plot_certificates(certificates: Mapping[str, Certificate]) -> go.Figure:
@@ -105,21 +115,22 @@ def plot_certificates(certificates: Mapping[str, Certificate]) -> go.Figure:
             trace = _line(steps, values, f"{name}: {raising} of {len(frame)} raise it", look.colour, look.dash)
             trace.update(legendgroup=name, showlegend=row == 1)
             figure.add_trace(trace, row=row, col=1)
-            figure.add_hline(y=0, line=_ZERO, row=row, col=1)
+            figure.add_hline(y=0, line=_zero(), row=row, col=1)
     figure.update_layout(
-        template=TEMPLATE,
+        template=template(),
         title=title(
-            "Safety loss under each rule, less that before training",
+            "Safety loss since the start, by run",
             f"{NATS}, on the anchors; the legend counts the updates that raise it to first order",
         ),
         yaxis={"title": "first-order part", "exponentformat": "power"},
+        # Both panels have one scale: their difference is curvature and the difference between anchors.
         yaxis2={"title": "all of it", "exponentformat": "power"},
         xaxis2_title="optimizer step",
-        height=560 + (room := legend_room([trace.name for trace in figure.data if trace.showlegend])),
-        margin_b=84 + room,
     )
     figure.update_xaxes(**step_ticks({0, *(step for frame in frames.values() for step in frame["step"])}))
-    return figure
+    values = np.concatenate([trace.y for trace in figure.data])
+    figure.update_yaxes(**ending_at(min(0.0, float(np.nanmin(values))), max(0.0, float(np.nanmax(values)))))
+    return fitted(figure, 420)
 
 
 def check_recorded(certificate: Certificate) -> None:
@@ -156,7 +167,8 @@ def _changes(frame: pd.DataFrame, certificate: Certificate) -> Iterator[go.Scatt
     if bound["bound"].any():
         yield _bound(bound)
     if certificate.violations:
-        yield _violations(frame[frame["violated"]])
+        broken = "breaks the constraint" if certificate.guaranteed else "raises the safety loss"
+        yield _violations(frame[frame["violated"]], broken)
 
 
 def _change(frame: pd.DataFrame, column: str, name: str, line: dict[str, object]) -> go.Scatter:
@@ -181,22 +193,20 @@ def _bound(frame: pd.DataFrame) -> go.Scatter:
         y=frame["bound"],
         name="bound with drift correction",
         mode="lines",
-        line={"color": INK, "dash": "dot", "width": 1.5},
+        line={"color": palette().ink, "dash": "dot", "width": 1.5},
         hovertemplate="bound, step %{x}<br><b>%{y:.3e}</b> nats per token<extra></extra>",
     )
 
 
-def _violations(frame: pd.DataFrame) -> go.Scatter:
+def _violations(frame: pd.DataFrame, name: str) -> go.Scatter:
     return go.Scatter(
         x=frame["step"],
         y=frame["first_order"],
-        name="violation",
+        name=name,
         mode="markers",
-        marker={"symbol": "x", "size": 8 if len(frame) <= 2 * _BINS else 4, "color": INK},
+        marker={"symbol": "x", "size": 8 if len(frame) <= 2 * _BINS else 4, "color": palette().ink},
         customdata=frame[["worst", "tolerance"]].to_numpy(),
-        hovertemplate=(
-            "violation, step %{x}<br>worst <b>%{customdata[0]:.2e}</b>, tolerance %{customdata[1]:.2e}<extra></extra>"
-        ),
+        hovertemplate=("step %{x}<br>worst <b>%{customdata[0]:.2e}</b>, tolerance %{customdata[1]:.2e}<extra></extra>"),
     )
 
 

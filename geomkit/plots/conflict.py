@@ -3,13 +3,16 @@
 import numpy as np
 import plotly.graph_objects as go
 from numpy.typing import NDArray
+from plotly.subplots import make_subplots
 
 from geomkit.correlation.conflict import Conflict
 from geomkit.correlation.layer_conflict import ControlDifference, LayerConflict
 from geomkit.errors import GeometryError
+from geomkit.inputs.parameters import kind_of
 from geomkit.plots.axes import columns_of, layer_axis, whole_ticks
-from geomkit.plots.labels import column_of, per_cent, place_of
-from geomkit.plots.style import COLOURS, INK, TEMPLATE, title
+from geomkit.plots.labels import column_of, per_cent, place_labels, place_of
+from geomkit.plots.style import colour_bar, fitted, title
+from geomkit.plots.themes import COLOURS, palette, template
 from geomkit.plots.traces import LEGEND_ONLY
 from geomkit.utils.display import counted, signed
 
@@ -17,13 +20,12 @@ _Cells = dict[tuple[str, str], tuple[str, LayerConflict]]
 """By row and column of the map, a parameter's name and its conflict."""
 
 _SHOWN = 0.95
-"""Share of the parameters whose cosine lies within the scale of colours."""
+"""Share of the matrices whose cosine lies within the scale of colours."""
 
 _BINS = 30
+_WHITE = "#FFFFFF"
 _DARK = 0.6
 """Share of the scale of colours beyond which a mark must be light to be visible."""
-
-_UNKNOWN = "#D0D0D0"
 
 
 # ---------------------------------------------------------------------------------------------------------- the map
@@ -38,27 +40,27 @@ def plot_conflict(conflict: Conflict, *, contrast: bool = False) -> go.Figure:
 
     Returns:
         The figure: a row per kind of parameter and a column per layer, with the cosine of the mean gradients (or the
-        contrast) in colours centred at zero, of which the last may stand for the largest 5 %; grey where the value is
-        unknown, and a mark where the interval for the expected gradients covers zero.
+        contrast) in colours centred at zero, whose ends may stand for the largest 5 % of the matrices, and for vectors
+        such as those of norms; grey where the value is unknown, and a mark where the interval for the expected
+        gradients covers zero.
 
     Raises:
         GeometryError: If the contrast is asked for and was not measured.
     """
-    rows = list(dict.fromkeys(place_of(name) for name in conflict.layers))
-    columns = columns_of(conflict.layers)
-    cells = {(place_of(name), column_of(name)): (name, layer) for name, layer in conflict.layers.items()}
-    figure = go.Figure(layout={"template": TEMPLATE})
+    labels = place_labels(conflict.layers)
+    rows, columns = list(labels.values()), columns_of(conflict.layers)
+    cells = {(labels[place_of(name)], column_of(name)): (name, layer) for name, layer in conflict.layers.items()}
+    figure = go.Figure(layout={"template": template()})
     figure.add_trace(_heatmap(cells, rows, columns, contrast))
     figure.add_traces(_marks(cells, contrast, figure.data[0].zmax, per_cent(conflict.confidence)))
     figure.add_traces(_unknown(cells, contrast))
     figure.update_layout(
-        title=_contrast_title(conflict.contrast) if contrast else _cosine_title(conflict),
+        title=_title(conflict, contrast, *_limit(cells, contrast)),
         xaxis={**layer_axis(columns), "showgrid": False},
         yaxis={"type": "category", "categoryorder": "array", "categoryarray": rows, "autorange": "reversed"},
         yaxis_showgrid=False,
-        height=180 + 26 * len(rows),
     )
-    return figure
+    return fitted(figure, 26 * len(rows))
 
 
 def _value(layer: LayerConflict, contrast: bool) -> float:
@@ -80,9 +82,7 @@ def _heatmap(cells: _Cells, rows: list[str], columns: list[str], contrast: bool)
         place = rows.index(row), columns.index(column)
         values[place] = _value(layer, contrast)
         texts[place] = _hover(name, layer)
-    limit, clipped = _limit(np.abs(values[np.isfinite(values)]))
-    quantity = "safety minus control" if contrast else "cosine"
-    text = f"{quantity}, clipped at ±{limit:.2g}" if clipped else quantity
+    limit, _ = _limit(cells, contrast)
     return go.Heatmap(
         z=values,
         x=columns,
@@ -90,29 +90,33 @@ def _heatmap(cells: _Cells, rows: list[str], columns: list[str], contrast: bool)
         text=texts,
         hovertemplate="%{text}<extra></extra>",
         hoverongaps=False,
-        colorscale="RdBu",
+        colorscale=palette().diverging(),
         zmin=-limit,
         zmid=0,
         zmax=limit,
         xgap=1,
         ygap=1,
-        colorbar={"title": {"text": text, "side": "right"}, "thickness": 14},
+        colorbar=colour_bar("safety − control" if contrast else "cosine"),
     )
 
 
-def _limit(magnitudes: NDArray[np.float64]) -> tuple[float, bool]:
-    """Return the end of the scale of colours, and whether a value is larger: a norm layer can exceed all matrices."""
-    if not magnitudes.any():
+def _limit(cells: _Cells, contrast: bool) -> tuple[float, bool]:
+    """Return the end of the scale of colours, and whether a value is larger: a vector can exceed all matrices."""
+    values = {name: abs(_value(layer, contrast)) for name, layer in cells.values()}
+    known = {name: value for name, value in values.items() if np.isfinite(value)}
+    of_matrices = [value for name, value in known.items() if kind_of(name) != "norm" and not name.endswith("bias")]
+    scale = of_matrices if any(of_matrices) else list(known.values())
+    if not any(scale):
         return 1.0, False
-    limit = float(np.quantile(magnitudes, _SHOWN, method="higher"))
-    return limit, limit < magnitudes.max()
+    limit = float(np.quantile(scale, _SHOWN, method="higher"))
+    return limit, limit < max(known.values())
 
 
 def _marks(cells: _Cells, contrast: bool, limit: float, confidence: str) -> list[go.Scatter]:
     """Return the marks of intervals that cover zero, light on dark cells and dark on light ones, and their legend."""
     values = {place: _value(layer, contrast) for place, (_, layer) in cells.items() if _covers_zero(layer, contrast)}
     covered = {place: value for place, value in values.items() if np.isfinite(value)}
-    colours = ["white" if abs(value) > _DARK * limit else INK for value in covered.values()]
+    colours = [_WHITE if abs(value) > _DARK * limit else palette().ink for value in covered.values()]
     look = {"symbol": "x-thin", "size": 7}
     marks = go.Scatter(
         x=[column for _, column in covered],
@@ -122,7 +126,7 @@ def _marks(cells: _Cells, contrast: bool, limit: float, confidence: str) -> list
         showlegend=False,
         hoverinfo="skip",
     )
-    marker = {**look, "line": {"color": INK, "width": 1.2}}
+    marker = {**look, "line": {"color": palette().ink, "width": 1.2}}
     return [marks, _legend_entry(f"{confidence} interval covers 0", marker, showlegend=True)]
 
 
@@ -138,29 +142,32 @@ def _unknown(cells: _Cells, contrast: bool) -> list[go.Heatmap | go.Scatter]:
         text=[_hover(*cell) for cell in unknown.values()],
         hovertemplate="%{text}<extra></extra>",
         hoverongaps=False,
-        colorscale=[[0, _UNKNOWN], [1, _UNKNOWN]],
+        colorscale=[[0, palette().unknown], [1, palette().unknown]],
         showscale=False,
         xgap=1,
         ygap=1,
     )
-    return [grey, _legend_entry("unknown", {"symbol": "square", "size": 10, "color": _UNKNOWN})]
+    return [grey, _legend_entry("unknown", {"symbol": "square", "size": 10, "color": palette().unknown})]
 
 
 def _legend_entry(name: str, marker: dict[str, object], **options: bool) -> go.Scatter:
     return go.Scatter(**LEGEND_ONLY, mode="markers", name=name, marker=marker, **options)
 
 
-def _cosine_title(conflict: Conflict) -> dict[str, object]:
-    return title("Cosine between safety and utility gradient, by parameter", f"all parameters: {_summary(conflict)}")
+def _title(conflict: Conflict, contrast: bool, limit: float, clipped: bool) -> dict[str, object]:
+    """Return the title of the map, with the values over all parameters, and where the colours end if values are larger.
 
-
-def _contrast_title(contrast: ControlDifference | None) -> dict[str, object]:
-    if contrast is None:
+    Raises:
+        GeometryError: If the contrast is asked for and was not measured.
+    """
+    ends = f"; colours end at ±{limit:.2g}" if clipped else ""
+    if not contrast:
+        summary = f"all parameters: {_summary(conflict)}{ends}"
+        return title("Cosine of safety and utility gradients", summary)
+    if conflict.contrast is None:
         raise GeometryError("expected a conflict with a control to draw the contrast, found none; pass control= to it")
-    return title(
-        "Cosine with the utility gradient: safety minus control, by parameter",
-        f"all parameters: {_contrast_summary(contrast)}",
-    )
+    summary = f"all parameters: {_contrast_summary(conflict.contrast)}{ends}"
+    return title("Cosine with utility: safety − control", summary)
 
 
 def _hover(name: str, layer: LayerConflict) -> str:
@@ -200,37 +207,40 @@ def plot_conflict_examples(conflict: Conflict) -> go.Figure:
         conflict: The conflict between two gradient sets.
 
     Returns:
-        The figure: a histogram with a line at zero; with a control, also the histogram of the same examples' cosines
-        with the mean control gradient.
+        The figure: a histogram with a line at zero; with a control, below it in the same bins and at the same scale the
+        histogram of the same examples' cosines with the mean control gradient.
     """
     cosines = {"safety": np.asarray(conflict.per_example)}
     if conflict.control_per_example is not None:
         cosines["control"] = np.asarray(conflict.control_per_example)
     bins, most = _bins(list(cosines.values()))
-    figure = go.Figure(layout={"template": TEMPLATE, "barmode": "overlay"})
-    for name, values in cosines.items():
+    figure = make_subplots(len(cosines), 1, shared_xaxes=True, vertical_spacing=0.06)
+    for row, (name, values) in enumerate(cosines.items(), start=1):
         figure.add_trace(
             go.Histogram(
                 x=values,
                 name=f"with the mean {name} gradient",
-                marker={"color": COLOURS[name], "line": {"color": "white", "width": 1}},
-                opacity=0.75 if len(cosines) > 1 else 1.0,
+                marker={"color": COLOURS[name], "line": {"color": palette().paper, "width": 1}},
                 xbins=bins,
                 autobinx=False,
                 hovertemplate=f"cosine with {name} %{{x}}<br>%{{y}} examples<extra></extra>",
-            )
+            ),
+            row=row,
+            col=1,
         )
-    figure.add_vline(x=0, line={"color": INK, "width": 1.5})
+    figure.add_vline(x=0, line={"color": palette().ink, "width": 1.5}, row="all", col="all")
+    figure.update_yaxes(title="examples", tickvals=whole_ticks(range(most + 1), 4), range=[0, 1.05 * most])
+    figure.update_xaxes(title="cosine with the mean gradient", row=len(cosines))
     figure.update_layout(
+        template=template(),
         title=title(
-            f"Cosine of each utility example with the mean {' and '.join(cosines)} gradient{'s' * (len(cosines) > 1)}",
-            f"with safety {conflict.negative} of {counted(conflict.negative.n, 'example')} are negative",
+            "Cosines of single utility examples",
+            f"with the mean {' and '.join(cosines)} gradient{'s' * (len(cosines) > 1)}; with safety "
+            f"{conflict.negative} of {counted(conflict.negative.n, 'example')} are negative",
         ),
-        xaxis_title="cosine with the mean gradient",
-        yaxis={"title": "examples", "tickvals": whole_ticks(range(most + 1))},
         showlegend=len(cosines) > 1,
     )
-    return figure
+    return fitted(figure, 110 + 130 * len(cosines))
 
 
 def _bins(histograms: list[NDArray[np.float64]]) -> tuple[dict[str, float], int]:

@@ -7,12 +7,13 @@ from numpy.typing import NDArray
 from plotly.subplots import make_subplots
 
 from geomkit.correlation.conflict_directions import ConflictDirections
-from geomkit.plots.axes import whole_ticks
-from geomkit.plots.style import COLOURS, INK, TEMPLATE, title, translucent
+from geomkit.plots.axes import ending_at, whole_ticks
+from geomkit.plots.style import fitted, title, translucent
+from geomkit.plots.themes import COLOURS, palette, template
 from geomkit.plots.traces import band, error_bars
 
 _LABELLED = (1, 2, 5, 10, 20, 50)
-"""Numbers of directions that have a label in the left panel."""
+"""Numbers of directions that have a label in the upper panel."""
 
 _APART = 0.04
 """Smallest distance of two labels, as a share of the energy: closer labels would overlap."""
@@ -25,34 +26,36 @@ def plot_conflict_directions(directions: ConflictDirections) -> go.Figure:
         directions: The contribution of each direction to the cosine.
 
     Returns:
-        The figure. Left: the cosine within the first k directions of each matrix against their share of the energy,
+        The figure. Top: the cosine within the first k directions of each matrix against their share of the energy,
         with its interval over utility examples, and the straight line of a conflict that is spread like the energy.
-        Right: the contribution of each direction with its interval, and its share by energy.
+        Bottom: the contribution of each direction with its interval, and its share by energy.
     """
     frame = directions.by_index()
     named = frame[frame["direction"] > 0]  # the last row, direction 0, holds all others together
     figure = make_subplots(
-        1, 2, horizontal_spacing=0.12, subplot_titles=("the first k directions together", "each direction by itself")
+        2, 1, vertical_spacing=0.24, subplot_titles=("the first k directions together", "each direction by itself")
     )
     figure.add_traces(_cumulative(frame, directions.cosine), rows=1, cols=1)
-    figure.add_traces(_single(named), rows=1, cols=2)
-    figure.add_hline(y=0, line={"color": INK, "width": 1})
+    figure.add_traces(_single(named), rows=2, cols=1)
+    figure.add_hline(y=0, line={"color": palette().ink, "width": 1})
     figure.update_layout(
-        template=TEMPLATE,
-        title=title("Which directions of the mean safety gradient carry the conflict", _subtitle(directions)),
-        margin_t=104,
+        template=template(),
+        title=title("Which directions carry the conflict", _subtitle(directions)),
     )
     figure.update_annotations(font_size=13)
     figure.update_xaxes(title="share of the safety energy", tickformat=".0%", range=[-0.02, 1.04], row=1, col=1)
-    ticks = whole_ticks(named["direction"])
-    figure.update_xaxes(title="direction, by singular value", tickvals=ticks, row=1, col=2)
-    figure.update_yaxes(title="part of the cosine, cumulative", row=1, col=1)
-    figure.update_yaxes(title="part of the cosine", row=1, col=2)
-    return figure
+    ticks, ends = whole_ticks(named["direction"]), ending_at(1, named["direction"].max())
+    figure.update_xaxes(title="direction, by singular value", tickvals=ticks, **ends, row=2, col=1)
+    figure.update_yaxes(title="part of the cosine", row=1, col=1)
+    figure.update_yaxes(title="part of the cosine", row=2, col=1)
+    return fitted(figure, 470, panel_titles=1)
 
 
 def _subtitle(directions: ConflictDirections) -> str:
-    energy = f"the first {directions.rank} of each matrix hold {directions.energy:.1%} of the safety energy"
+    energy = (
+        f"of the mean safety gradient: the first {directions.rank} of each matrix hold {directions.energy:.1%} of the "
+        "safety energy"
+    )
     low, high = directions.share_interval
     if np.isinf([low, high]).any():
         return f"{energy}; the cosine, {directions.cosine:+.3f}, may be zero"
@@ -60,7 +63,7 @@ def _subtitle(directions: ConflictDirections) -> str:
 
 
 def _cumulative(frame: pd.DataFrame, cosine: float) -> list[go.Scatter]:
-    """Return the traces of the left panel: the band of the interval, the line of the null, and the curve."""
+    """Return the traces of the upper panel: the band of the interval, the line of the null, and the curve."""
     energy = np.append(0.0, frame["cumulative_energy"])
     values, low, high = (np.append(0.0, frame[f"cumulative_{name}"]) for name in ("contribution", "low", "high"))
     names = ["none", *(f"first {number}" for number in range(1, len(frame))), "all"]
@@ -71,7 +74,7 @@ def _cumulative(frame: pd.DataFrame, cosine: float) -> list[go.Scatter]:
         mode="lines+markers+text",
         text=_labels(energy),
         textposition="top center",
-        textfont={"size": 11, "color": "#555555"},
+        textfont={"size": 11, "color": palette().faint},
         line={"color": COLOURS["utility"]},
         marker={"size": 6},
         customdata=np.array([names, *(np.char.mod("%+.4f", ends) for ends in (low, high))]).T,
@@ -104,7 +107,7 @@ def _labels(energy: NDArray[np.float64]) -> list[str]:
 
 
 def _single(frame: pd.DataFrame) -> list[go.Scatter]:
-    """Return the traces of the right panel: the shares by energy, and the contributions."""
+    """Return the traces of the lower panel: the shares by energy, and the contributions."""
     return [
         go.Scatter(
             x=frame["direction"],

@@ -1,5 +1,6 @@
 """Texts of figures: short names of parameters and sets, shares in per cent, and escaped tokens."""
 
+from collections.abc import Iterable
 from html import escape
 from textwrap import shorten, wrap
 
@@ -32,6 +33,64 @@ def column_of(parameter: str) -> str:
     """
     index = layer_index(parameter)
     return OUTSIDE if index is None else str(index)
+
+
+_WORDS = (
+    ("self_attn.", "attention "),
+    ("attn.", "attention "),
+    ("self_attention.", "attention "),
+    ("mlp.", "MLP "),
+    ("lm_head", "head"),
+    ("embed_tokens", "embedding"),
+    ("layernorm", "norm"),
+)
+"""Beginnings or parts of the names of modules, and what they are called in figures."""
+
+
+def place_labels(parameters: Iterable[str]) -> dict[str, str]:
+    """Return a short label in words for the place of each parameter; a place keeps its name if two had the same label.
+
+    Example:
+        >>> place_labels(["model.layers.0.self_attn.q_proj.weight", "lm_head.weight", "model.norm.weight"])
+        {'self_attn.q_proj': 'attention q_proj', 'lm_head': 'head', 'norm': 'final norm'}
+    """
+    places = list(dict.fromkeys(map(place_of, parameters)))
+    labels = [_in_words(place) for place in places]
+    return {place: label if labels.count(label) == 1 else place for place, label in zip(places, labels, strict=True)}
+
+
+def _in_words(place: str) -> str:
+    """Return the name of a module with words in place of the abbreviations that most architectures share."""
+    if place in {"norm", "ln_f", "final_layernorm"}:
+        return "final norm"
+    for part, words in _WORDS:
+        place = place.replace(part, words) if part == "layernorm" or place.startswith(part) else place
+    return place.replace("_", " ") if place.endswith("norm") else place
+
+
+def column_name(parameter: str) -> str:
+    """Return a parameter's decoder layer in words.
+
+    Example:
+        >>> column_name("model.layers.11.mlp.up_proj.weight"), column_name("lm_head.weight")
+        ('layer 11', 'outside the layers')
+    """
+    index = layer_index(parameter)
+    return "outside the layers" if index is None else f"layer {index}"
+
+
+def statistic_words(statistic: str) -> str:
+    """Return the name of a statistic as text.
+
+    Example:
+        >>> statistic_words("stable_rank"), statistic_words("cer10"), statistic_words("rank95")
+        ('stable rank', 'CER(10)', 'rank at 95 % of the energy')
+    """
+    if statistic.startswith("cer"):
+        return f"CER({statistic.removeprefix('cer')})"
+    if statistic.removeprefix("rank").isdigit():
+        return f"rank at {statistic.removeprefix('rank')} % of the energy"
+    return statistic.replace("_", " ")
 
 
 def per_cent(share: float) -> str:

@@ -5,9 +5,11 @@ import plotly.graph_objects as go
 
 from geomkit.errors import GeometryError
 from geomkit.inputs.parameters import Layers, kind_of
+from geomkit.plots.axes import ending_at
 from geomkit.plots.labels import per_cent
 from geomkit.plots.spectra import chosen_names
-from geomkit.plots.style import COLOURS, TEMPLATE, looks, title, translucent
+from geomkit.plots.style import fitted, looks, title, translucent
+from geomkit.plots.themes import COLOURS, template
 from geomkit.svd.noise_floor import LayerNoiseFloor, NoiseFloor
 from geomkit.utils.display import counted
 
@@ -34,7 +36,7 @@ def plot_noise_floor(noise: NoiseFloor, *, layers: Layers = "*") -> go.Figure:
     shown = [layer for name in chosen_names(layers, noise.layers) if (layer := noise.layers[name]).floor > 0]
     if not shown:
         raise GeometryError(f"expected gradients, found only zeros in {layers!r}; measure examples with a loss")
-    figure = go.Figure(layout={"template": TEMPLATE})
+    figure = go.Figure(layout={"template": template()})
     kinds = list(dict.fromkeys(kind_of(layer.parameter) for layer in shown))
     colours = {kind: look.colour for kind, look in zip(kinds, looks(kinds), strict=True)}
     first = {kind_of(layer.parameter): layer.parameter for layer in reversed(shown)}
@@ -53,9 +55,10 @@ def plot_noise_floor(noise: NoiseFloor, *, layers: Layers = "*") -> go.Figure:
             f"{per_cent(noise.confidence)} floor of {noise.draws} random signs, {counted(noise.examples, 'example')}",
         ),
         xaxis={"title": "index i of the singular value", "type": "log", "dtick": 1},
+        xaxis_range=ending_at(0, float(np.log10(max(trace.x[-1] for trace in figure.data))))["range"],
         yaxis={"title": "σ<sub>i</sub> / floor", "type": "log", "dtick": 1},
     )
-    return figure
+    return fitted(figure, 280)
 
 
 def _scree(layer: LayerNoiseFloor, kind: str, colour: str, *, in_legend: bool) -> go.Scatter:

@@ -5,8 +5,9 @@ import pandas as pd
 import plotly.graph_objects as go
 from numpy.typing import NDArray
 
-from geomkit.plots.labels import per_cent, wrapped
-from geomkit.plots.style import COLOURS, INK, TEMPLATE, Look, legend_room, looks, title, translucent
+from geomkit.plots.labels import per_cent, short, wrapped
+from geomkit.plots.style import Look, broken, colour_bar, fitted, looks, title, translucent
+from geomkit.plots.themes import COLOURS, palette, template
 from geomkit.plots.traces import band, error_bars
 from geomkit.svd.one_sample.anchor_curve import AnchorCurve
 from geomkit.svd.one_sample.gradient_map import GradientMap
@@ -14,6 +15,8 @@ from geomkit.svd.one_sample.leave_one_out import Estimate
 from geomkit.svd.one_sample.overlaps import Overlaps
 from geomkit.svd.one_sample.results import OneSample
 from geomkit.utils.display import counted, signed
+
+_OVERLAP_AXIS = "overlap, mean cos² of the angles"
 
 # ----------------------------------------------------------------------------- one example and the mean of the others
 
@@ -25,36 +28,34 @@ def plot_one_sample(study: OneSample) -> go.Figure:
         study: A leave-one-out study of single examples.
 
     Returns:
-        The figure: a row per set of examples with a point per example, a box, and the mean with its interval; beside
+        The figure: a row per set of examples with a point per example, a box, and the mean with its interval; below
         each control its contrast with safety; and a line at the expectation for random subspaces.
     """
     names = [*reversed(study.controls), "safety"]
-    figure = go.Figure(layout={"template": TEMPLATE})
+    figure = go.Figure(layout={"template": template()})
     for name in names:
         colour = COLOURS[name if name in {"safety", "utility"} else "control"]
         figure.add_trace(_examples(study.groups[name].overlaps, name, colour))
         figure.add_trace(_mean(study.groups[name].overlap, name))
     figure.add_vline(
         x=study.expected,
-        line={"color": INK, "dash": "dash", "width": 1.5},
+        line={"color": palette().ink, "dash": "dash", "width": 1.5},
         annotation={"text": f"random subspaces: {study.expected:.3g}", "font_size": 12, "yanchor": "bottom"},
         annotation_position="top right",
     )
     contrasts = [_contrast(study.groups[name].overlap, name) for name in study.controls]
     figure.update_layout(
         title=title(
-            "Overlap of one example's subspace with that of the mean safety gradient",
-            f"rank at most {study.rank}, mean over parameters; right of each control: safety − control with its "
-            f"{per_cent(study.confidence)} interval",
+            "One example against the mean gradient",
+            f"overlap of their subspaces, rank at most {study.rank}, mean over parameters; below each control: safety "
+            f"− control with its {per_cent(study.confidence)} interval",
         ),
-        xaxis={"title": "overlap, mean cos² of the principal angles", "rangemode": "tozero"},
-        yaxis={"tickvals": names, "ticktext": [wrapped(name) for name in names], "showgrid": False, "ticks": ""},
-        height=220 + 62 * len(names),
-        margin={"b": 56, "r": 172},
+        xaxis={"title": _OVERLAP_AXIS, "rangemode": "tozero"},
+        yaxis={"tickvals": names, "ticktext": [wrapped(name, 14) for name in names], "showgrid": False, "ticks": ""},
         showlegend=False,
         annotations=[*figure.layout.annotations, *contrasts],
     )
-    return figure
+    return fitted(figure, 30 + 86 * len(names), panel_titles=1)
 
 
 def _examples(overlaps: NDArray[np.float64], name: str, colour: str) -> go.Box:
@@ -82,15 +83,20 @@ def _mean(overlap: Estimate, name: str) -> go.Scatter:
         y=[name],
         name=f"{name}: mean",
         mode="markers",
-        marker={"symbol": "diamond", "size": 11, "color": INK, "line": {"color": "white", "width": 1}},
+        marker={
+            "symbol": "diamond",
+            "size": 11,
+            "color": palette().ink,
+            "line": {"color": palette().paper, "width": 1},
+        },
         error_x=error_bars(overlap.value, *overlap.interval, thickness=2.5, width=6),
         hovertemplate=f"{name}: mean {overlap}<extra></extra>",
     )
 
 
 def _contrast(overlap: Estimate, name: str) -> dict[str, object]:
-    text = f"{overlap.contrast:+.3f} {signed(overlap.contrast_interval)}"
-    place = {"x": 1.01, "xref": "paper", "xanchor": "left", "y": name, "yref": "y"}
+    text = f"safety − {short(name, 14)}: {overlap.contrast:+.3f} {signed(overlap.contrast_interval)}"
+    place = {"x": 1, "xref": "paper", "xanchor": "right", "y": name, "yref": "y", "yshift": -34}
     return {"text": text, "showarrow": False, "font": {"size": 12}, **place}
 
 
@@ -109,12 +115,12 @@ def plot_anchor_curve(curve: AnchorCurve) -> go.Figure:
         of n is logarithmic.
     """
     names = list(curve.draws)
-    figure = go.Figure(layout={"template": TEMPLATE})
+    figure = go.Figure(layout={"template": template()})
     for name, look in zip(names, _looks_with_control(names), strict=True):
         figure.add_traces(_anchor_traces(curve, name, look))
     for height, what, dash, colour, position in (
         (curve.ceiling, "split-half reliability", "dot", COLOURS["safety"], "top left"),
-        (curve.expected, "random subspaces", "dash", INK, "bottom right"),
+        (curve.expected, "random subspaces", "dash", palette().ink, "bottom right"),
     ):
         figure.add_hline(
             y=height,
@@ -124,15 +130,15 @@ def plot_anchor_curve(curve: AnchorCurve) -> go.Figure:
         )
     figure.update_layout(
         title=title(
-            "Overlap of the mean of n anchors with that of a disjoint reference",
-            f"reference: {curve.reference} other safety examples; rank at most {curve.rank}, mean over "
-            f"{counted(len(curve.layers), 'parameter')}; band: 90 % of {len(curve.draws['safety'])} random splits",
+            "Mean of n anchors against a reference",
+            f"overlap of their subspaces; reference: {curve.reference} other safety examples; rank at most "
+            f"{curve.rank}, mean over {counted(len(curve.layers), 'parameter')}; band: 90 % of "
+            f"{len(curve.draws['safety'])} random splits",
         ),
         xaxis={"type": "log", "tickvals": curve.counts, "ticktext": list(map(str, curve.counts)), "title": "anchors n"},
-        yaxis={"title": "overlap, mean cos² of the principal angles", "rangemode": "tozero"},
-        height=460 + legend_room(names),
+        yaxis={"title": _OVERLAP_AXIS, "rangemode": "tozero"},
     )
-    return figure
+    return fitted(figure, 280)
 
 
 def _anchor_traces(curve: AnchorCurve, name: str, look: Look) -> list[go.Scatter]:
@@ -174,7 +180,7 @@ def plot_overlaps(overlaps: Overlaps) -> go.Figure:
         mean within the set of the row.
     """
     names = list(overlaps.names)
-    figure = go.Figure(layout={"template": TEMPLATE})
+    figure = go.Figure(layout={"template": template()})
     figure.add_trace(
         go.Heatmap(
             z=overlaps.matrix,
@@ -184,26 +190,24 @@ def plot_overlaps(overlaps: Overlaps) -> go.Figure:
             texttemplate="%{z:.3f}",
             textfont={"size": 14},
             hovertemplate="%{text}<extra></extra>",
-            colorscale="Blues",
+            colorscale=palette().sequential(),
             zmin=min(overlaps.expected, float(np.min(overlaps.matrix))),
             zmax=float(np.max(overlaps.matrix)),
             xgap=2,
             ygap=2,
-            colorbar={"title": {"text": "overlap, mean cos²", "side": "right"}, "thickness": 14},
+            colorbar=colour_bar("mean cos²"),
         )
     )
     figure.update_layout(
         title=title(
-            "Overlap of two examples' subspaces, within and between sets",
-            f"rank at most {overlaps.rank}, {overlaps.side} singular vectors, mean over "
+            "Overlap of two examples' subspaces",
+            f"within and between sets; rank at most {overlaps.rank}, {overlaps.side} singular vectors, mean over "
             f"{counted(len(overlaps.parameters), 'parameter')}; random subspaces: {overlaps.expected:.3g}",
         ),
         xaxis={**_axis_of_sets(names, 12), "tickangle": 0},
         yaxis={**_axis_of_sets(names, 20), "autorange": "reversed"},
-        height=190 + 62 * len(names),
-        margin_b=56,
     )
-    return figure
+    return fitted(figure, 62 * len(names))
 
 
 def _axis_of_sets(names: list[str], width: int) -> dict[str, object]:
@@ -233,7 +237,7 @@ def plot_gradient_map(gradient_map: GradientMap) -> go.Figure:
     """
     names = list(gradient_map.names)
     frame = gradient_map.to_frame()
-    figure = go.Figure(layout={"template": TEMPLATE})
+    figure = go.Figure(layout={"template": template()})
     for name, look in zip(names, looks(names), strict=True):
         figure.add_trace(_points(frame[frame["set"] == name], name, look))
     if gradient_map.method == "pca":
@@ -247,11 +251,11 @@ def plot_gradient_map(gradient_map: GradientMap) -> go.Figure:
             f"{quality}; mean silhouette over all dimensions {gradient_map.separation:+.3f}, p = "
             f"{gradient_map.p_value:.2g}",
         ),
-        xaxis={"title": f"{axis} 1, {unit}"},
-        yaxis={"title": f"{axis} 2, {unit}", "scaleanchor": "x"},
-        height=560,
+        # With equal scales, the shorter axis ends where the data end, and takes less room.
+        xaxis={"title": broken(f"{axis} 1, {unit}", 40), "constrain": "domain"},
+        yaxis={"title": broken(f"{axis} 2, {unit}", 40), "scaleanchor": "x", "constrain": "domain"},
     )
-    return figure
+    return fitted(figure, 380)
 
 
 def _points(rows: pd.DataFrame, name: str, look: Look) -> go.Scatter:
@@ -265,7 +269,7 @@ def _points(rows: pd.DataFrame, name: str, look: Look) -> go.Scatter:
             "symbol": look.symbol,
             "size": 8,
             "opacity": 0.75,
-            "line": {"color": "white", "width": 0.5},
+            "line": {"color": palette().paper, "width": 0.5},
         },
         customdata=rows[["example", "silhouette"]],
         hovertemplate=f"{name}, example %{{customdata[0]}}<br>silhouette <b>%{{customdata[1]:+.3f}}</b><extra></extra>",

@@ -20,11 +20,14 @@ from geomkit.plots.arms import (
     scenario_labels,
 )
 from geomkit.plots.axes import name_rows
-from geomkit.plots.panels import lay_out, narrow_panels, wide_panels
-from geomkit.plots.style import TEMPLATE, Look, legend_room, title, translucent
+from geomkit.plots.insets import add_inset
+from geomkit.plots.panels import panels, wide_panels
+from geomkit.plots.style import Look, title, translucent
+from geomkit.plots.themes import palette
 from geomkit.plots.traces import error_bars, side_by_side
 from geomkit.stats.proportions import wilson_interval
 
+_UNTRAINED = "untouched"
 _TICKS = (0.0, 0.5, 0.8, 0.95, 0.99, 1.0)
 """Shares that are marked along the axes of refusal against utility."""
 
@@ -41,7 +44,9 @@ def plot_frontier(results: Results, *, arms: Sequence[str] | None = None) -> go.
         arms: The arms to draw, in this order; if left out, all arms.
 
     Returns:
-        The figure: a panel per scenario with a marker per arm; the ideal lies at the top right.
+        The figure: a panel per scenario with a marker per arm; the ideal lies at the top right. Where three or more
+        arms lie on one spot, an inset has them side by side, at their refusal. Scenarios in which no arm was trained
+        are left out.
 
     Raises:
         DataError: If an arm is unknown, there are too many arms to draw, no run was completed, or a scenario has
@@ -53,8 +58,12 @@ def plot_frontier(results: Results, *, arms: Sequence[str] | None = None) -> go.
     runs = results.to_frame()
     if "utility" not in runs:
         raise DataError("expected a run that was completed, found none; the errors are in to_frame()")
-    scenarios = list(dict.fromkeys(runs["scenario"]))
+    chosen = runs[runs["arm"].isin(names)]
+    scenarios = list(dict.fromkeys(chosen.loc[chosen["arm"] != _UNTRAINED, "scenario"])) or list(
+        dict.fromkeys(runs["scenario"])
+    )
     drawn = wide_panels(scenario_labels(results, scenarios))
+    spots: dict[int, list[go.Scatter]] = {}
     # Markers become smaller from arm to arm, so that a marker is visible inside the marker of an earlier arm.
     sizes = np.linspace(17, 7, len(names)) if len(names) > 1 else [10]
     for number, scenario in enumerate(scenarios):
@@ -68,15 +77,20 @@ def plot_frontier(results: Results, *, arms: Sequence[str] | None = None) -> go.
             if len(rows) > 1:
                 drawn.add(number, _dots(name, look, rows["utility"], rows[refusal]))
             point = _mean(name, look, means.loc[refusal], means.loc["utility"], means.loc["over_refusal"])
-            drawn.add(number, point.update(marker_size=float(size)))
+            spots.setdefault(number, []).append(point.update(marker_size=float(size)))
+            drawn.add(number, point)
     add_legend(drawn.figure, names)
     labels = [f"{tick:.0%}" for tick in _TICKS]
-    axis = {"range": [-0.06, 1.08], "tickvals": [_stretched(tick) for tick in _TICKS]}
-    drawn.figure.update_xaxes(**axis, ticktext=["" if label == "99%" else label for label in labels])
+    axis = {"range": [-0.06, 1.08], "tickvals": [_stretched(tick) for tick in _TICKS], "tickangle": 0}
+    along = ["" if label in {"80%", "99%"} else label for label in labels]
+    drawn.figure.update_xaxes(**axis, ticktext=along, tickfont_size=11)
     drawn.figure.update_yaxes(**axis, ticktext=labels)
-    subtitle = "mean over seeds, 95 % Wilson intervals; hollow: over-refusal above one point; axes widen towards 100 %"
-    lay_out(drawn, names, title("Refusal against utility", subtitle), "utility", "refusal")
-    return drawn.figure
+    subtitle = "mean over seeds, 95 % Wilson intervals; hollow: over-refusal above one point; axes widen towards 100 %"
+    subtitle += "; insets: the arms in a dotted frame side by side"
+    figure = drawn.finished(title("Refusal against utility", subtitle), "utility", "refusal")
+    for number, points in spots.items():
+        add_inset(figure, drawn.at(number), points)
+    return figure
 
 
 def plot_attacks(results: Results, *, arms: Sequence[str] | None = None) -> go.Figure:
@@ -106,8 +120,8 @@ def plot_attacks(results: Results, *, arms: Sequence[str] | None = None) -> go.F
     frame = frame[frame["arm"].isin(names)]
     attacks = list(dict.fromkeys(frame["attack"]))
     scenarios = list(dict.fromkeys(frame["scenario"]))
-    inner = len(attacks) * (14 + 10 * len(names)) + 75
-    drawn = narrow_panels(scenario_labels(results, scenarios), inner, gap=75)
+    inner = len(attacks) * (14 + 10 * len(names))
+    drawn = panels(scenario_labels(results, scenarios), height=inner, shared_yaxes=True)
     figure = drawn.figure
     for number, scenario in enumerate(scenarios):
         shifts = side_by_side(len(names), 0.68)
@@ -118,15 +132,8 @@ def plot_attacks(results: Results, *, arms: Sequence[str] | None = None) -> go.F
     name_rows(figure, attacks)
     add_legend(figure, names)
     figure.update_xaxes(range=[-0.05, 1.05], tickformat=".0%", dtick=0.5 if drawn.columns > 1 else 0.2)
-    figure.update_annotations(font_size=13)
-    drawn.name_lowest("still refused")
-    figure.update_layout(
-        template=TEMPLATE,
-        title=title("Refusal under jailbreaks", "share of held-out requests, with 95 % Wilson intervals"),
-        height=120 + inner * drawn.rows + (room := legend_room(names)),
-        margin={"t": 104, "b": 90 + room},
-    )
-    return figure
+    heading = title("Refusal under jailbreaks", "share of held-out requests, with 95 % Wilson intervals")
+    return drawn.finished(heading, "still refused", "")
 
 
 # ------------------------------------------------------------------------------------------------ refusal and utility
@@ -170,7 +177,7 @@ def _mean(
             "color": look.colour,
             "symbol": f"{look.symbol}-open" if hollow else look.symbol,
             # A white rim separates markers that overlap, as most do at the top right.
-            "line": {"width": 2, "color": look.colour} if hollow else {"width": 1, "color": "white"},
+            "line": {"width": 2, "color": look.colour} if hollow else {"width": 1, "color": palette().paper},
         },
         error_x=_interval(utility, look),
         error_y=_interval(refusal, look),

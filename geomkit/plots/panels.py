@@ -7,10 +7,15 @@ import plotly.graph_objects as go
 from plotly.basedatatypes import BaseTraceType
 from plotly.subplots import make_subplots
 
-from geomkit.plots.style import TEMPLATE, legend_room
+from geomkit.plots.labels import wrapped
+from geomkit.plots.style import fitted
+from geomkit.plots.themes import template
 
-_PER_ROW = 3
-_NARROW_PER_ROW = 4
+_PER_ROW = 2
+"""Number of panels in a row: plotly cannot move panels, and more than two cannot be read at a phone's width."""
+
+_TITLE_WIDTH = 22
+"""The most characters of a line of a panel's title."""
 
 
 class Panels(NamedTuple):
@@ -18,15 +23,15 @@ class Panels(NamedTuple):
 
     Attributes:
         figure: The figure.
-        names: The title of each panel.
-        rows: Number of rows of panels.
+        names: The name of each panel.
         columns: Number of panels in a full row.
+        inner: Height from the top of the highest panel to the bottom of the lowest, in pixels.
     """
 
     figure: go.Figure
     names: Sequence[str]
-    rows: int
     columns: int
+    inner: float
 
     def at(self, number: int) -> dict[str, int]:
         """Return the row and the column of a panel, both from 1, as plotly takes them."""
@@ -46,72 +51,51 @@ class Panels(NamedTuple):
         for number in self.lowest():
             self.figure.update_xaxes(title=text, **self.at(number))
 
+    def finished(self, heading: dict[str, object], x_title: str, y_title: str) -> go.Figure:
+        """Return the figure with the theme, titles of axes, and room for titles and legend.
+
+        Args:
+            heading: The title of the figure.
+            x_title: The title of the horizontal axes, empty if they have titles.
+            y_title: The title of the vertical axes at the left, empty if they have titles.
+        """
+        self.figure.update_layout(template=template(), title=heading)
+        if x_title:
+            self.name_lowest(x_title)
+        if y_title:
+            self.figure.update_yaxes(title=y_title, col=1)
+        highest = [wrapped(name, _TITLE_WIDTH) for name in self.names[: self.columns] if name]
+        lines = max((name.count("<br>") + 1 for name in highest), default=0)
+        return fitted(self.figure, self.inner, panel_titles=lines)
+
 
 def panels(
-    names: Sequence[str], columns: int, *, across: float, down: float, shared_yaxes: bool | str = False
+    names: Sequence[str], *, height: float, gap: float = 70, shared_yaxes: bool | str = False, columns: int = _PER_ROW
 ) -> Panels:
     """Return a figure with an empty panel for each name.
 
     Args:
         names: The title of each panel.
-        columns: Number of panels in a row.
-        across: Gap between two panels of a row, as a share of the figure's width.
-        down: Gap between two rows, as a share of the height of a row.
+        height: Height of a panel, in pixels.
+        gap: Gap between two rows, in pixels, with the room for the titles of panels.
         shared_yaxes: Whether panels share vertical axes, as plotly's ``make_subplots`` takes it.
+        columns: Number of panels in a row; fewer if there are fewer panels.
     """
+    columns = min(columns, len(names))
     rows = -(-len(names) // columns)
+    inner = rows * height + (rows - 1) * gap
     figure = make_subplots(
         rows,
         columns,
-        subplot_titles=list(names),
+        subplot_titles=[wrapped(name, _TITLE_WIDTH) for name in names],
         shared_yaxes=shared_yaxes,
-        horizontal_spacing=across,
-        vertical_spacing=down / rows,
+        horizontal_spacing=0.05 if shared_yaxes else 0.15,
+        vertical_spacing=gap / inner if rows > 1 else 0,
     )
-    return Panels(figure, names, rows, columns)
-
-
-def columns_for(number: int, most: int = _PER_ROW) -> int:
-    """Return how many panels to put in a row, at most ``most``, so that the last row is not much shorter.
-
-    Example:
-        >>> [columns_for(number) for number in (1, 3, 4, 5, 6, 7)]
-        [1, 3, 2, 3, 3, 3]
-    """
-    return -(-number // -(-number // most))
+    figure.update_annotations(font_size=13)
+    return Panels(figure, names, columns, inner)
 
 
 def wide_panels(names: Sequence[str]) -> Panels:
-    """Return a figure with a wide empty panel for each name, whose vertical axes have titles and ticks."""
-    return panels(names, columns_for(len(names)), across=0.08, down=0.28)
-
-
-def narrow_panels(names: Sequence[str], height: int, gap: int) -> Panels:
-    """Return a figure with a narrow empty panel for each name; panels of a row share their vertical axes.
-
-    Args:
-        names: The title of each panel.
-        height: Height of a row of panels, in pixels.
-        gap: Gap between two rows, in pixels.
-    """
-    columns = columns_for(len(names), _NARROW_PER_ROW)
-    return panels(names, columns, across=0.03, down=gap / height, shared_yaxes=True)
-
-
-def lay_out(drawn: Panels, legend: Sequence[str], title: dict[str, object], x_title: str, y_title: str) -> None:
-    """Set size, legend, title and axis titles of a figure of :func:`wide_panels`.
-
-    Args:
-        drawn: The figure and its panels.
-        legend: The entries of the legend.
-        title: The title of the figure.
-        x_title: The title of the horizontal axes.
-        y_title: The title of the vertical axes.
-    """
-    room = legend_room(legend)
-    drawn.figure.update_layout(
-        template=TEMPLATE, title=title, height=150 + 235 * drawn.rows + room, margin={"t": 104, "b": 90 + room}
-    )
-    drawn.figure.update_annotations(font_size=13)
-    drawn.figure.update_yaxes(title=y_title, col=1)
-    drawn.name_lowest(x_title)
+    """Return a figure with a panel for each name, whose vertical axes have titles and ticks."""
+    return panels(names, height=170, gap=84)

@@ -7,15 +7,15 @@ import plotly.graph_objects as go
 
 from geomkit.errors import GeometryError
 from geomkit.plots.axes import whole_ticks
-from geomkit.plots.labels import per_cent, place_of, short
+from geomkit.plots.labels import per_cent, place_labels, place_of, short, statistic_words
 from geomkit.plots.panels import Panels, panels
 from geomkit.plots.spectra import named
-from geomkit.plots.style import COLOURS, TEMPLATE, Look, legend_room, looks, title, translucent
-from geomkit.plots.traces import error_bars, side_by_side
+from geomkit.plots.style import Look, looks, title, translucent
+from geomkit.plots.themes import COLOURS, palette
+from geomkit.plots.traces import LEGEND_ONLY, error_bars, side_by_side
 from geomkit.svd.spectrum import Spectrum
 from geomkit.svd.spectrum_contrast import SpectrumContrast
 
-_COLUMNS = 4
 _FEW_LAYERS = 16
 """Markers are smaller in panels of more layers."""
 
@@ -52,13 +52,14 @@ def plot_effective_rank(
         for number, place in enumerate(drawn.names):
             rows = frame[frame["place"] == place]
             _add(drawn, number, _rank_traces(rows, name, spectrum.unit, look, float(shift)))
-    words = _in_words(statistic)
+    words = statistic_words(statistic)
     intervals = any(frame["low"].notna().any() for frame in frames)
     lines = f"lines: {per_cent(spectra[0].confidence)} intervals over examples; " if intervals else ""
-    heading = title(_capitalised(f"{words} by layer and kind of matrix"), f"{lines}bars: range of the null draws")
-    _lay_out(drawn, frames[0], heading, words)
+    if any(frame["null"].notna().any() for frame in frames):
+        drawn.figure.add_trace(_null_in_legend())
+    heading = title(_capitalised(f"{words} by layer and matrix"), f"{lines}null: random gradients, range of the draws")
     drawn.figure.update_yaxes(minallowed=0)
-    return drawn.figure
+    return _laid_out(drawn, frames[0], heading, words)
 
 
 def plot_spectrum_contrast(contrast: SpectrumContrast, statistic: str = "effective_rank") -> go.Figure:
@@ -81,13 +82,12 @@ def plot_spectrum_contrast(contrast: SpectrumContrast, statistic: str = "effecti
         _add(drawn, number, _contrast_traces(contrast, frame[frame["place"] == place]))
     difference, (low, high) = contrast.mean(statistic)
     heading = title(
-        _capitalised(f"{_in_words(statistic)}: {' − '.join(map(short, contrast.names))}"),
-        f"by layer and kind of matrix; mean {difference:+.3g} [{low:+.3g}, {high:+.3g}]; lines: "
+        _capitalised(f"{statistic_words(statistic)}: {' − '.join(map(short, contrast.names))}"),
+        f"by layer and matrix; mean {difference:+.3g} [{low:+.3g}, {high:+.3g}]; lines: "
         f"{per_cent(contrast.confidence)} intervals over examples",
     )
-    _lay_out(drawn, frame, heading, "difference")
     drawn.figure.add_hline(y=0, line={"color": COLOURS["null"], "width": 1}, row="all", col="all")
-    return drawn.figure
+    return _laid_out(drawn, frame, heading, "difference")
 
 
 # ---------------------------------------------------------------------------------------------------------- traces
@@ -119,7 +119,7 @@ def _rank_traces(frame: pd.DataFrame, name: str, unit: str, look: Look, shift: f
             "symbol": look.symbol,
             "size": _marker_size(frame),
             "color": look.colour,
-            "line": {"color": "white", "width": 1},
+            "line": {"color": palette().paper, "width": 1},
         },
         error_y=error_bars(frame["value"], frame["low"], frame["high"], color=look.colour, thickness=1.5),
         customdata=frame[_RANK_HOVER].to_numpy(),
@@ -138,7 +138,7 @@ def _contrast_traces(contrast: SpectrumContrast, frame: pd.DataFrame) -> Iterato
     significant = frame["q_value"] < level
     for name, rows, filling in (
         (f"differs (q < {level:.2g})", frame[significant], look.colour),
-        ("not told apart", frame[~significant], "white"),
+        ("not told apart", frame[~significant], palette().paper),
     ):
         yield go.Scatter(
             # A trace without points has no entry in the legend; a trace with a missing point has an entry.
@@ -182,7 +182,7 @@ def _rows_of(frame: pd.DataFrame, statistic: str) -> pd.DataFrame:
         raise GeometryError(f"expected a statistic among {', '.join(statistics)}, found '{statistic}'")
     rows = frame[frame["statistic"] == statistic]
     outside = rows["layer"].isna()
-    places = rows["parameter"].map(place_of).mask(outside, _OUTSIDE)
+    places = rows["parameter"].map(place_of).map(place_labels(rows["parameter"])).mask(outside, _OUTSIDE)
     # Matrices outside the layers stand at 0, 1, 2, … of their panel.
     return rows.assign(place=places, x=rows["layer"].mask(outside, outside.cumsum() - 1).astype(float))
 
@@ -190,8 +190,7 @@ def _rows_of(frame: pd.DataFrame, statistic: str) -> pd.DataFrame:
 def _panels(frames: Sequence[pd.DataFrame]) -> Panels:
     """Return a panel for each kind of matrix, and a last one for matrices outside the decoder layers."""
     places = sorted({place: None for frame in frames for place in frame["place"]}, key=_OUTSIDE.__eq__)
-    columns = min(_COLUMNS, len(places))
-    return panels(places, columns, across=0.16 / columns, down=0.3, shared_yaxes="all")
+    return panels(places, height=130, shared_yaxes="all")
 
 
 def _add(drawn: Panels, number: int, traces: Iterator[go.Scatter]) -> None:
@@ -201,27 +200,26 @@ def _add(drawn: Panels, number: int, traces: Iterator[go.Scatter]) -> None:
         drawn.add(number, trace)
 
 
-def _lay_out(drawn: Panels, frame: pd.DataFrame, heading: dict[str, object], y_title: str) -> None:
-    """Set title, size and axes of a figure with a panel for each kind of matrix."""
-    figure = drawn.figure
-    figure.update_layout(
-        template=TEMPLATE,
-        title=heading,
-        height=150 + 210 * drawn.rows + legend_room(trace.name for trace in figure.data if trace.showlegend),
-        margin_t=104,
-    )
-    figure.update_annotations(font_size=13)
-    figure.update_xaxes(tickvals=whole_ticks(frame["layer"].dropna()), tickangle=0, showgrid=False)
-    figure.update_xaxes(title="layer", row=drawn.rows)
-    figure.update_yaxes(rangemode="tozero")
-    figure.update_yaxes(title=y_title, col=1)
+def _null_in_legend() -> go.Scatter:
+    """Return one entry of the legend for the nulls of all spectra, which have the colours of their spectra."""
+    ink = palette().ink
+    marker = {"symbol": "line-ew-open", "size": 11, "color": ink, "line": {"width": 3, "color": translucent(ink, 0.5)}}
+    return go.Scatter(**LEGEND_ONLY, name="null of the same colour", mode="markers", marker=marker, showlegend=True)
+
+
+def _laid_out(drawn: Panels, frame: pd.DataFrame, heading: dict[str, object], y_title: str) -> go.Figure:
+    """Return the figure, with a panel for each kind of matrix, after setting its title, size and axes."""
+    drawn.figure.update_xaxes(tickvals=whole_ticks(frame["layer"].dropna()), tickangle=0, showgrid=False)
+    drawn.figure.update_yaxes(rangemode="tozero")
+    figure = drawn.finished(heading, "layer", y_title)
     if drawn.names[-1] == _OUTSIDE:
         _name_outside(drawn, frame[frame["place"] == _OUTSIDE])
+    return figure
 
 
 def _name_outside(drawn: Panels, frame: pd.DataFrame) -> None:
     """Write the names of the matrices outside the layers along the last panel."""
-    labels = [place_of(parameter) for parameter in frame["parameter"]]
+    labels = list(place_labels(frame["parameter"]).values())
     drawn.figure.update_xaxes(
         tickvals=frame["x"],
         ticktext=labels,
@@ -230,20 +228,6 @@ def _name_outside(drawn: Panels, frame: pd.DataFrame) -> None:
         title="",
         **drawn.at(len(drawn.names) - 1),
     )
-
-
-def _in_words(statistic: str) -> str:
-    """Return the name of a statistic as text.
-
-    Example:
-        >>> _in_words("stable_rank"), _in_words("cer10"), _in_words("rank95")
-        ('stable rank', 'CER(10)', 'rank at 95 % of the energy')
-    """
-    if statistic.startswith("cer"):
-        return f"CER({statistic.removeprefix('cer')})"
-    if statistic.removeprefix("rank").isdigit():
-        return f"rank at {statistic.removeprefix('rank')} % of the energy"
-    return statistic.replace("_", " ")
 
 
 def _capitalised(text: str) -> str:

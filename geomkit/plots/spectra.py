@@ -1,19 +1,27 @@
 """Figures of whole spectra: singular values and cumulative energy, with their null."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 import plotly.graph_objects as go
 from numpy.typing import NDArray
 
 from geomkit.errors import GeometryError
-from geomkit.inputs.parameters import Layers, as_selection
-from geomkit.plots.axes import whole_ticks
-from geomkit.plots.style import TEMPLATE, Look, legend_room, looks, title, translucent
-from geomkit.plots.traces import band
+from geomkit.inputs.parameters import Kind, Layers, as_selection, select
+from geomkit.plots.axes import ending_at, whole_ticks
+from geomkit.plots.labels import column_name, place_labels, place_of
+from geomkit.plots.panels import Panels, panels
+from geomkit.plots.style import Look, looks, title, translucent
+from geomkit.plots.themes import palette
+from geomkit.plots.traces import LEGEND_ONLY, band, error_bars
 from geomkit.svd.layer_spectrum import LayerSpectrum
 from geomkit.svd.spectrum import Spectrum
+from geomkit.utils.display import counted
+
+Facet = Literal["layer", "matrix"]
+"""What has a panel of its own: each decoder layer, or each matrix of a layer, such as ``q_proj``."""
 
 _Indices = NDArray[np.int64]
 _Values = NDArray[np.float64]
@@ -25,12 +33,21 @@ _LONG = 50
 """Beyond this rank the energy is drawn over a log axis, since most of it lies in the first few directions."""
 
 _QUANTILES = (0.05, 0.5, 0.95)
-"""Quantiles over parameters, and for the null over draws too: the ends of a band, and the line between them."""
+"""Quantiles over parameters: the ends of an interval in the hover text, and the line between them."""
+
+_MARKS = 9
+"""Number of places along a line at which the null of each of several spectra has its range."""
 
 _TICKS = tuple(digit * 10**power for power in range(7) for digit in (1, 2, 5))
 
 
-def plot_spectrum(*spectra: Spectrum, names: Sequence[str] | None = None, layers: Layers = "*") -> go.Figure:
+def plot_spectrum(
+    *spectra: Spectrum,
+    names: Sequence[str] | None = None,
+    layers: Layers = "*",
+    kinds: Kind | Collection[Kind] | None = None,
+    facet: Facet | None = None,
+) -> go.Figure:
     """Draw singular values relative to the largest, the median over parameters, with their null.
 
     Beyond a parameter's numeric rank its singular values count as zero.
@@ -39,47 +56,56 @@ def plot_spectrum(*spectra: Spectrum, names: Sequence[str] | None = None, layers
         spectra: One or more spectra of the same model.
         names: A name for each spectrum; two spectra are "safety" and "utility" by default, which have fixed colours.
         layers: Which parameters to draw, as in :func:`geomkit.collect_gradients`.
+        kinds: Kinds of module, of which a parameter must have one, as in :func:`geomkit.select`; all when left out.
+        facet: ``"layer"`` for a panel per decoder layer, ``"matrix"`` for a panel per matrix of a layer, such as
+            ``q_proj``; when left out, one panel for all parameters.
 
     Returns:
-        The figure: per spectrum a line for its median, and a dotted line and a band for its null.
+        The figure: per spectrum a line for its median, and a dotted line for the median of its null. The range of the
+        null over its draws is a band, or, of several spectra, short lines side by side.
 
     Raises:
-        GeometryError: If there is no spectrum, not one name for each, no parameter matches, or all gradients that
-            match are zero.
+        GeometryError: If there is no spectrum, not one name for each, no parameter matches, no such facet, or all
+            gradients that match are zero.
     """
-    figure = _curves(spectra, named(spectra, names), layers, _RELATIVE)
-    figure.update_layout(
-        title=title("Singular values of the gradients, relative to the largest", _subtitle(spectra, layers)),
-        xaxis_title="index i of the singular value",
-        yaxis={"title": "σ<sub>i</sub> / σ<sub>1</sub>", "type": "log", "exponentformat": "power", "dtick": 1},
-        yaxis_tickfont_size=11,  # powers are written larger than plain numbers
-    )
-    return figure
+    curves = _curves(spectra, named(spectra, names), layers, kinds, facet, _RELATIVE)
+    # Powers are written larger than plain numbers.
+    curves.drawn.figure.update_yaxes(type="log", exponentformat="power", dtick=1, tickfont_size=11)
+    heading = title("Singular values relative to the largest", curves.subtitle)
+    return curves.drawn.finished(heading, "index i of the singular value", "σ<sub>i</sub> / σ<sub>1</sub>")
 
 
-def plot_cer(*spectra: Spectrum, names: Sequence[str] | None = None, layers: Layers = "*") -> go.Figure:
+def plot_cer(
+    *spectra: Spectrum,
+    names: Sequence[str] | None = None,
+    layers: Layers = "*",
+    kinds: Kind | Collection[Kind] | None = None,
+    facet: Facet | None = None,
+) -> go.Figure:
     """Draw the cumulative energy ratio CER(k) = Σ_{i≤k} σ_i² / Σ σ_i², the median over parameters, with its null.
 
     Args:
         spectra: One or more spectra of the same model.
         names: A name for each spectrum; two spectra are "safety" and "utility" by default, which have fixed colours.
         layers: Which parameters to draw, as in :func:`geomkit.collect_gradients`.
+        kinds: Kinds of module, of which a parameter must have one, as in :func:`geomkit.select`; all when left out.
+        facet: What has a panel of its own, as in :func:`plot_spectrum`.
 
     Returns:
-        The figure: per spectrum a line for its median, and a dotted line and a band for its null.
+        The figure: per spectrum a line for its median, and a dotted line for the median of its null. The range of the
+        null over its draws is a band, or, of several spectra, short lines side by side.
 
     Raises:
-        GeometryError: If there is no spectrum, not one name for each, no parameter matches, or all gradients that
-            match are zero.
+        GeometryError: If there is no spectrum, not one name for each, no parameter matches, no such facet, or all
+            gradients that match are zero.
     """
-    figure = _curves(spectra, named(spectra, names), layers, _ENERGY)
-    long = figure.data[-1].x[-1] > _LONG
-    figure.update_layout(
-        title=title("Energy of the gradients in their first k directions", _subtitle(spectra, layers)),
-        xaxis={"title": "rank k", "type": "log", "tickvals": _TICKS} if long else {"title": "rank k"},
-        yaxis={"title": "CER(k), share of the squared norm", "tickformat": ".0%", "range": [0, 1.03]},
-    )
-    return figure
+    curves = _curves(spectra, named(spectra, names), layers, kinds, facet, _ENERGY)
+    figure = curves.drawn.figure
+    if curves.longest > _LONG:
+        figure.update_xaxes(type="log", tickvals=_TICKS, **ending_at(0, float(np.log10(curves.longest))))
+    figure.update_yaxes(tickformat=".0%", range=[0, 1.03])
+    heading = title("Energy in the first k directions", curves.subtitle)
+    return curves.drawn.finished(heading, "rank k", "CER(k), share of the energy")
 
 
 def named(spectra: Sequence[Spectrum], names: Sequence[str] | None) -> Sequence[str]:
@@ -97,24 +123,38 @@ def named(spectra: Sequence[Spectrum], names: Sequence[str] | None) -> Sequence[
     return names
 
 
-def chosen_names(layers: Layers, names: Iterable[str]) -> list[str]:
-    """Return the parameter names that belong to a choice of layers.
+def chosen_names(layers: Layers, names: Iterable[str], kinds: Kind | Collection[Kind] | None = None) -> list[str]:
+    """Return the parameter names that belong to a choice of layers and, if given, to a choice of kinds.
 
     Raises:
-        GeometryError: If no name belongs to it.
-        CollectionError: If ``layers`` is no choice of layers.
+        GeometryError: If no name belongs to both.
+        CollectionError: If ``layers`` is no choice of layers, or a kind is unknown.
     """
-    all_names, selection = list(names), as_selection(layers)
-    if matching := [name for name in all_names if selection.matches(name)]:
+    all_names, selection, of_kind = list(names), as_selection(layers), select(kinds=kinds)
+    if matching := [name for name in all_names if selection.matches(name) and of_kind.matches(name)]:
         return matching
     examples = ", ".join(all_names[:2])
-    raise GeometryError(f"expected parameters like {layers!r}, found none of {len(all_names)} ({examples}, …); try '*'")
+    among = f" of kind {kinds!r}" if kinds is not None else ""
+    raise GeometryError(
+        f"expected parameters like {layers!r}{among}, found none of {len(all_names)} ({examples}, …); try '*'"
+    )
 
 
-def _subtitle(spectra: Sequence[Spectrum], layers: Layers) -> str:
-    names = chosen_names(layers, spectra[0].layers)
-    over = f"median of {len(names)} parameters" if len(names) > 1 else names[0]
-    return f"{over}; dotted: the null, with its central 90 % over {'parameters and ' if len(names) > 1 else ''}draws"
+def facets(facet: Facet | None, parameters: Iterable[str]) -> dict[str, list[str]]:
+    """Return the parameters of each panel by the title of the panel, which is empty without facets.
+
+    Raises:
+        GeometryError: If there is no such facet.
+    """
+    if facet is not None and facet not in get_args(Facet):
+        raise GeometryError(f"expected a facet among {', '.join(get_args(Facet))}, found {facet!r}; give one of these")
+    names = list(parameters)
+    labels = place_labels(names)
+    by_title: dict[str, list[str]] = {}
+    for name in names:
+        by_panel = {"layer": column_name(name), "matrix": labels[place_of(name)], None: ""}
+        by_title.setdefault(by_panel[facet], []).append(name)
+    return by_title
 
 
 # ------------------------------------------------------------------------------------------------- what is drawn
@@ -163,36 +203,112 @@ _ENERGY = _Quantity(_energy, "rank", ".1%")
 # ---------------------------------------------------------------------------------------------------- its curves
 
 
-def _curves(spectra: Sequence[Spectrum], names: Sequence[str], layers: Layers, quantity: _Quantity) -> go.Figure:
-    """Return a figure of bands, then the medians of nulls, then the medians of gradients: no band covers a line."""
-    matching = [chosen_names(layers, spectrum.layers) for spectrum in spectra]
-    longest = max(
-        spectrum.layers[parameter].rank_bound
-        for spectrum, parameters in zip(spectra, matching, strict=True)
-        for parameter in parameters
+class _Curves(NamedTuple):
+    """A figure of curves.
+
+    Attributes:
+        drawn: The panels.
+        longest: The last index of a curve.
+        subtitle: What the lines are.
+    """
+
+    drawn: Panels
+    longest: int
+    subtitle: str
+
+
+def _curves(
+    spectra: Sequence[Spectrum],
+    names: Sequence[str],
+    layers: Layers,
+    kinds: Kind | Collection[Kind] | None,
+    facet: Facet | None,
+    quantity: _Quantity,
+) -> _Curves:
+    """Return the curves of each panel: first the nulls, then the medians of the gradients."""
+    parameters = list(dict.fromkeys(name for spectrum in spectra for name in spectrum.layers))
+    by_panel = facets(facet, chosen_names(layers, parameters, kinds))
+    # 1. As many indices as the longest spectrum has, the same in all panels.
+    chosen = [name for names_of_panel in by_panel.values() for name in names_of_panel]
+    bounds = [spectrum.layers[name].rank_bound for spectrum in spectra for name in chosen if name in spectrum.layers]
+    indices = np.unique(np.geomspace(1, max(bounds), _MOST_POINTS).round().astype(np.int64))
+    _refuse_zeros(spectra, names, chosen)
+    # 2. The curves of each panel; only those of the first panel are in the legend.
+    height = 270 if facet is None else 150
+    drawn = panels(list(by_panel), height=height, shared_yaxes="all" if facet else False)
+    for number, of_panel in enumerate(by_panel.values()):
+        traces = _panel(spectra, names, of_panel, quantity, indices)
+        for trace in traces:
+            trace.showlegend = number == 0 and trace.showlegend is not False
+            drawn.add(number, trace)
+    # 3. One entry in the legend for the nulls of all spectra, which have the colours of their spectra.
+    has_null = any(draws for spectrum in spectra for draws in spectrum.null.values())
+    if has_null:
+        line = {"color": palette().ink, "dash": "dot", "width": 1.5}
+        drawn.figure.add_trace(go.Scatter(**LEGEND_ONLY, name="null: random gradients", mode="lines", line=line))
+    drawn.figure.update_xaxes(
+        **ending_at(1, max(bounds)), tickvals=whole_ticks(range(1, max(bounds) + 1), 6), showticklabels=True
     )
-    indices = np.unique(np.geomspace(1, longest, _MOST_POINTS).round().astype(np.int64))
-    bands, null_lines, lines = [], [], []
-    for spectrum, name, parameters, look in zip(spectra, names, matching, looks(names), strict=True):
-        values = _quantiles(quantity, [spectrum.layers[parameter] for parameter in parameters], indices)
-        if values is None:
+    drawn.figure.update_layout(showlegend=True)
+    over = {len(of_panel) for of_panel in by_panel.values()}
+    medians = f"median of {' to '.join(str(number) for number in sorted({min(over), max(over)}))} parameters"
+    subtitle = chosen[0] if len(chosen) == 1 else medians if max(over) > 1 else "one parameter in each panel"
+    spread = "band" if len(spectra) == 1 else "upright lines"
+    return _Curves(drawn, max(bounds), f"{subtitle}; {spread}: range of the null over its draws" * has_null or subtitle)
+
+
+def _refuse_zeros(spectra: Sequence[Spectrum], names: Sequence[str], parameters: Sequence[str]) -> None:
+    for spectrum, name in zip(spectra, names, strict=True):
+        if all(spectrum.layers[parameter].is_zero for parameter in parameters if parameter in spectrum.layers):
             raise GeometryError(f"expected gradients, found only zeros in '{name}'; measure examples with a loss")
-        draws = [draw for parameter in parameters for draw in spectrum.null.get(parameter, ())]
-        null = _quantiles(quantity, draws, indices)
+
+
+def _panel(
+    spectra: Sequence[Spectrum], names: Sequence[str], parameters: Sequence[str], quantity: _Quantity, indices: _Indices
+) -> list[go.Scatter]:
+    """Return the traces of one panel; of several spectra, the ranges of the nulls stand side by side."""
+    nulls, lines = [], []
+    for place, (spectrum, name, look) in enumerate(zip(spectra, names, looks(names), strict=True)):
+        measured = [parameter for parameter in parameters if parameter in spectrum.layers]
+        values = _quantiles(quantity, [spectrum.layers[parameter] for parameter in measured], indices)
+        if values is None:  # all gradients of this panel are zero
+            continue
+        null = _null_range(quantity, [spectrum.null.get(parameter, ()) for parameter in measured], indices)
         if null is not None:
-            bands.append(_null_band(indices, null, name, look))
-            null_lines.append(_null_line(indices, null[1], name, look))
-        hover = quantity.hover(name, "" if len(parameters) == 1 else f"{len(parameters)} parameters")
+            nulls.append(_null_line(indices, null[1], name, look))
+            at = slice(None) if len(spectra) == 1 else _marks(indices, place, len(spectra))
+            nulls.append(_null_band(indices, null, name, look) if len(spectra) == 1 else
+                         _null_marks(indices[at], null[:, at], name, look))  # fmt: skip
+        hover = quantity.hover(name, "" if len(measured) == 1 else counted(len(measured), "parameter"))
         lines.append(_line(indices, values, null, name, look, hover))
-    layout = {"template": TEMPLATE, "height": 420 + legend_room(names), "showlegend": True}
-    ticks = {} if longest > _LONG else {"xaxis_tickvals": whole_ticks(indices, 10)}
-    return go.Figure([*bands, *null_lines, *lines], layout={**layout, **ticks})
+    return [*nulls, *lines]
 
 
 def _quantiles(quantity: _Quantity, layers: Iterable[LayerSpectrum], indices: _Indices) -> _Values | None:
     """Return the (3, n) quantiles at each index over the gradients that are not zero, ``None`` if all are."""
     values = [quantity.of(layer, indices) for layer in layers if not layer.is_zero]
     return np.quantile(values, _QUANTILES, axis=0) if values else None
+
+
+def _null_range(quantity: _Quantity, draws: Sequence[Sequence[LayerSpectrum]], indices: _Indices) -> _Values | None:
+    """Return the (3, n) smallest, middle and largest median over parameters of the draws of a null, ``None`` if none.
+
+    The median of random gradients is what the median of the gradients is to be compared with. A parameter with fewer
+    draws than others repeats its draws.
+    """
+    most = max(map(len, draws), default=0)
+    medians = []
+    for number in range(most):
+        of_draw = [of_parameter[number % len(of_parameter)] for of_parameter in draws if of_parameter]
+        if (quantiles := _quantiles(quantity, of_draw, indices)) is not None:
+            medians.append(quantiles[1])
+    return np.quantile(medians, (0, 0.5, 1), axis=0) if medians else None
+
+
+def _marks(indices: _Indices, place: int, series: int) -> _Indices:
+    """Return the places in ``indices`` at which one of several series has the range of its null, and no other has."""
+    step = max(series, len(indices) // _MARKS)
+    return np.arange(place * step // series, len(indices), step)
 
 
 def _line(x: _Indices, values: _Values, null: _Values | None, name: str, look: Look, hover: str) -> go.Scatter:
@@ -235,3 +351,20 @@ def _null_band(x: _Indices, null: _Values, name: str, look: Look) -> go.Scatter:
     x, low, high = x[inside], low[inside], high[inside]
     low = np.minimum(np.where(low > 0, low, middle[middle > 0].min()), high)
     return band(x, low, high, translucent(look.colour, 0.15), name=f"{name}: null", legendgroup=name)
+
+
+def _null_marks(x: _Indices, null: _Values, name: str, look: Look) -> go.Scatter:
+    """Return the range of a null as upright lines, which do not cover those of other nulls as bands would."""
+    low, middle, high = null
+    bars = error_bars(middle, np.where(low > 0, low, middle), high, color=translucent(look.colour, 0.6), thickness=3)
+    return go.Scatter(
+        x=x,
+        y=_positive(middle),
+        name=f"{name}: range of the null",
+        legendgroup=name,
+        showlegend=False,
+        mode="markers",
+        marker={"size": 1, "color": look.colour},
+        error_y=bars,
+        hoverinfo="skip",
+    )

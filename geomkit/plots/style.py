@@ -1,73 +1,22 @@
-"""The look of all figures: colours, the plotly template, and how a series gets its colour, dash and symbol."""
+"""How a series gets its colour, dash and symbol, and how titles and legends get the room that they need."""
 
 from collections.abc import Iterable, Sequence
+from textwrap import wrap
 from typing import NamedTuple
 
 import plotly.graph_objects as go
-import plotly.io
+from plotly.basedatatypes import BaseTraceType
 
-COLOURS = {
-    "safety": "#0072B2",
-    "utility": "#D55E00",
-    "control": "#8C6BB1",
-    "null": "#767676",
-    "SFT": "#CC79A7",
-    "SPF": "#009E73",
-}
-"""The fixed colours, from the palette of Okabe and Ito (2008), which colour-blind readers can distinguish."""
+from geomkit.plots.themes import palette
 
-INK = "#222222"
-"""The colour of text, zero lines and summaries over all series."""
-
-GRID = "#E6E6E6"
-"""The colour of grid lines."""
-
-_FRAME = "#8A8A8A"
-_LEGEND_WIDTH = 560
+_LEGEND_WIDTH = 420
 """Width of one line of the legend in a narrow figure, in pixels."""
 
-_OTHERS = ("#444444", "#56B4E9", "#E69F00", "#0072B2", "#D55E00", "#7A5C00")
+_TITLE_WIDTH, _SUBTITLE_WIDTH = 41, 54
+"""The most characters of a line of the title and of the subtitle: these fit into a figure of 360 pixels."""
+
 _DASHES = ("solid", "dash", "dashdot", "longdash", "dot")
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x")
-
-_AXIS = {
-    "showgrid": True,
-    "gridcolor": GRID,
-    "zeroline": False,
-    "linecolor": _FRAME,
-    "showline": True,
-    "ticks": "outside",
-    "tickcolor": _FRAME,
-    "ticklen": 4,
-    "title": {"standoff": 8, "font": {"size": 13}},
-    "automargin": True,
-}
-
-TEMPLATE = go.layout.Template(
-    layout={
-        "font": {"family": "system-ui, -apple-system, 'Segoe UI', Helvetica, Arial, sans-serif", "size": 13},
-        "font_color": INK,
-        "paper_bgcolor": "white",
-        "plot_bgcolor": "white",
-        "colorway": [*COLOURS.values(), *_OTHERS[:3]],
-        "title": {"x": 0, "xref": "container", "xanchor": "left", "y": 1, "yref": "container", "yanchor": "top"},
-        "title_font_size": 16,
-        "title_pad": {"t": 14, "l": 12},
-        "title_subtitle": {"font": {"size": 12, "color": "#555555"}},
-        "margin": {"l": 64, "r": 32, "t": 82, "b": 84},
-        "height": 420,
-        "hoverlabel": {"bgcolor": "white", "bordercolor": _FRAME, "font_size": 12, "align": "left"},
-        "legend": {"orientation": "h", "x": 0, "xanchor": "left", "font_size": 12},
-        "legend_y": 0,
-        "legend_yref": "container",
-        "legend_yanchor": "bottom",
-        "xaxis": _AXIS,
-        "yaxis": _AXIS,
-    }
-)
-"""The template of all figures, registered with plotly as ``"geomkit"``."""
-
-plotly.io.templates["geomkit"] = TEMPLATE
 
 
 class Look(NamedTuple):
@@ -86,9 +35,10 @@ class Look(NamedTuple):
 
 def looks(names: Sequence[str]) -> list[Look]:
     """Return the look of each series: the fixed colour if its name has one, else the next free colour."""
-    fixed = {name.casefold(): colour for name, colour in COLOURS.items()}
+    colours = palette()
+    fixed = {name.casefold(): colour for name, colour in colours.series.items()}
     named_colours = [fixed[name.casefold()] for name in names if name.casefold() in fixed]
-    free = [colour for colour in _OTHERS if colour not in named_colours] or list(_OTHERS)
+    free = [colour for colour in colours.others if colour not in named_colours] or list(colours.others)
     unnamed = [name for name in names if name.casefold() not in fixed]
     drawn = {name: free[number % len(free)] for number, name in enumerate(unnamed)}
     return [
@@ -113,8 +63,25 @@ def translucent(colour: str, alpha: float) -> str:
 
 
 def title(text: str, subtitle: str = "") -> dict[str, object]:
-    """Return a layout title with an optional second line."""
-    return {"text": text, "subtitle": {"text": subtitle}} if subtitle else {"text": text}
+    """Return a layout title with an optional subtitle, both broken into lines that fit a narrow figure.
+
+    Example:
+        >>> title("Cosine between safety and utility gradient, by parameter")["text"]
+        'Cosine between safety and utility<br>gradient, by parameter'
+    """
+    heading = broken(text, _TITLE_WIDTH)
+    return {"text": heading, "subtitle": {"text": broken(subtitle, _SUBTITLE_WIDTH)}} if subtitle else {"text": heading}
+
+
+def broken(text: str, width: int) -> str:
+    """Return a text with breaks between lines of at most ``width`` characters."""
+    return "<br>".join(wrap(text, width, break_long_words=False, break_on_hyphens=False)) or text
+
+
+def colour_bar(text: str, **options: object) -> dict[str, object]:
+    """Return a colour bar with its title above it, where it meets neither ticks nor the edge of the figure."""
+    title_above = {"text": broken(text, 12), "side": "top", "font": {"size": 12}}
+    return {"title": title_above, "thickness": 12, "tickfont": {"size": 11}, "xpad": 6, **options}
 
 
 def legend_room(names: Iterable[str]) -> int:
@@ -122,10 +89,40 @@ def legend_room(names: Iterable[str]) -> int:
 
     Example:
         >>> legend_room(["safety", "utility"]), legend_room(["a very long name of a set"] * 4)
-        (0, 22)
+        (0, 66)
     """
     lines, line_width = 1, 0
     for width in (50 + 7 * len(name) for name in names):
         is_full = line_width > 0 and line_width + width > _LEGEND_WIDTH
         lines, line_width = lines + is_full, width if is_full else line_width + width
     return 22 * (lines - 1)
+
+
+def fitted(figure: go.Figure, inner: float, *, panel_titles: int = 0) -> go.Figure:
+    """Return a figure after giving it the height for its panels, its title and subtitle, and its legend.
+
+    Args:
+        figure: The figure.
+        inner: Height from the top of the highest panel to the bottom of the lowest, in pixels.
+        panel_titles: Number of lines of the titles above the highest panels.
+    """
+    heading = figure.layout.title
+    title_lines, subtitle_lines = (_lines(text) for text in (heading.text, heading.subtitle.text))
+    # plotly places a subtitle of one line lower than one of several.
+    top = 24 + 22 * title_lines + 17 * subtitle_lines + 14 * (subtitle_lines == 1) + 20 * panel_titles
+    entries = [trace.name for trace in figure.data if _is_in_legend(trace)]
+    is_shown = figure.layout.showlegend or (figure.layout.showlegend is None and len(entries) > 1)
+    bottom = 56 + (34 + legend_room(entries) if is_shown else 0)
+    if title_lines > 1:  # plotly places the last line, not the first
+        figure.update_layout(title_pad_t=14 + 10 * (title_lines - 1))
+    figure.update_layout(margin={"t": top, "b": bottom}, height=round(inner) + top + bottom)
+    return figure
+
+
+def _lines(text: str | None) -> int:
+    return text.count("<br>") + 1 if text else 0
+
+
+def _is_in_legend(trace: BaseTraceType) -> bool:
+    is_shown = trace.showlegend is not False and trace.visible is not False
+    return bool(trace.name) and is_shown and not isinstance(trace, go.Heatmap)

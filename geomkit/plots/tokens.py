@@ -5,11 +5,10 @@ import plotly.graph_objects as go
 
 from geomkit.correlation.token_conflict import TokenConflict
 from geomkit.plots.labels import escaped, per_cent
-from geomkit.plots.style import INK, TEMPLATE, title
+from geomkit.plots.style import fitted, title
+from geomkit.plots.themes import palette, template
 from geomkit.plots.traces import error_bars
 from geomkit.utils.display import counted
-
-_AGAINST, _WITH = "#B2182B", "#2166AC"
 
 
 def plot_token_conflict(tokens: TokenConflict, *, count: int = 12) -> go.Figure:
@@ -27,18 +26,19 @@ def plot_token_conflict(tokens: TokenConflict, *, count: int = 12) -> go.Figure:
     against = table[table["total"] < 0].head(count)
     agreeing = table[table["total"] > 0].tail(count)
     low, high = tokens.interval
-    figure = go.Figure(layout={"template": TEMPLATE})
-    for frame, name, colour in ((against, "against safety", _AGAINST), (agreeing, "with safety", _WITH)):
+    figure = go.Figure(layout={"template": template()})
+    red, blue = palette().against, palette().agreeing
+    for frame, name, colour in ((against, "against safety", red), (agreeing, "with safety", blue)):
         figure.add_trace(_points(frame, name, colour))
-    figure.add_vline(x=0, line={"color": INK, "width": 1})
+    figure.add_vline(x=0, line={"color": palette().ink, "width": 1})
     rows = [*against.index, *agreeing.index]
     figure.update_layout(
         title=title(
-            "Tokens of the utility examples against and with safety",
-            f"all tokens together {tokens.totals.mean():+.3g} [{low:+.3g}, {high:+.3g}], mean over "
+            "Tokens against and with safety",
+            f"of the utility examples: all together {tokens.totals.mean():+.3g} [{low:+.3g}, {high:+.3g}], mean over "
             f"{counted(len(tokens.examples), 'example')}; lines: {per_cent(tokens.confidence)} intervals",
         ),
-        xaxis_title="derivative of the loss along the safety gradient (nats per unit length)",
+        xaxis_title="derivative of the loss along the<br>safety gradient, nats per unit length",
         yaxis={
             "tickvals": rows,
             "ticktext": [_label(table["token"][row], table["count"][row]) for row in rows],
@@ -48,9 +48,8 @@ def plot_token_conflict(tokens: TokenConflict, *, count: int = 12) -> go.Figure:
             "autorange": "reversed",
             "tickfont": {"size": 11},
         },
-        height=max(420, 180 + 20 * len(rows)),
     )
-    return figure
+    return fitted(figure, max(240, 20 * len(rows)))
 
 
 def _label(token: str, count: int) -> str:

@@ -1,18 +1,18 @@
 """Figures of experiments over the training steps: refusal, the drift of the safety loss, and certificates."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
+from numpy.typing import ArrayLike
 from plotly.subplots import make_subplots
 
 from geomkit.errors import DataError
 from geomkit.experiments.results import Results
 from geomkit.plots.arms import (
     FEW_ARMS,
-    SPARE,
     add_legend,
     arm_looks,
     arms_of,
@@ -21,15 +21,22 @@ from geomkit.plots.arms import (
     chosen_arms,
     comparable,
     scenario_labels,
+    spare_look,
 )
-from geomkit.plots.panels import lay_out, wide_panels
-from geomkit.plots.style import COLOURS, TEMPLATE, Look, legend_room, title, translucent
+from geomkit.plots.axes import ending_at, signed_log
+from geomkit.plots.panels import wide_panels
+from geomkit.plots.style import Look, fitted, title, translucent
+from geomkit.plots.themes import COLOURS, palette, template
 from geomkit.plots.traces import LEGEND_ONLY, line_mode
 
 _OTHER_ARMS = "other arms"
+_NATS = "nats per token"
 
 _RUN = ["organism", "scenario", "rate", "length", "seed"]
 """Columns that identify a run of one arm."""
+
+_LABELLED = (0, 2, 5, 8, 10)
+"""Of the ticks of the drift's scale, which has four powers of ten: zero, the largest, and every hundredth of it."""
 
 _FEW_STEPS = 12
 """Up to this many points of a line in a panel have markers."""
@@ -76,8 +83,7 @@ def plot_refusal_during_training(results: Results, *, arms: Sequence[str] | None
     drawn.figure.update_xaxes(rangemode="tozero")
     drawn.figure.update_yaxes(range=[-0.06, 1.06], tickformat=".0%", dtick=0.5)
     words = title("Refusal along training", "share of 60 held-out requests; mean over seeds, thin: each seed")
-    lay_out(drawn, names, words, "optimizer step", "refusal")
-    return drawn.figure
+    return drawn.finished(words, "optimizer step", "refusal")
 
 
 def plot_drift(results: Results, *, arms: Sequence[str] | None = None) -> go.Figure:
@@ -89,6 +95,7 @@ def plot_drift(results: Results, *, arms: Sequence[str] | None = None) -> go.Fig
 
     Returns:
         The figure: in each panel the mean over the runs of a scenario, and a thin line per run if there are several.
+        All panels have the same scale, which is logarithmic on both sides of zero.
 
     Raises:
         DataError: If no cell measured curvature, or an arm is unknown.
@@ -99,24 +106,25 @@ def plot_drift(results: Results, *, arms: Sequence[str] | None = None) -> go.Fig
         raise DataError("expected cells that measured curvature, found none; give the grid's block curvature = true")
     frame = frame.assign(drift=frame["first_order"] + frame["curvature"])
     names = chosen_arms(list(dict.fromkeys(frame["arm"])), arms)
+    scale = signed_log(frame.loc[frame["arm"].isin(names), [column for column, *_ in _PARTS]], decades=4)
     drawn = wide_panels(names)
     figure = drawn.figure
     for number, name in enumerate(names):
         for _, runs in frame[frame["arm"] == name].groupby(["scenario", "rate", "length"], sort=False):
             where = at_strength(*runs[["scenario", "rate", "length"]].iloc[0])
             for column, words, colour, dash in _PARTS:
-                hover = f"{where}, step %{{x}}<br>{words}<br><b>%{{y:.3g}}</b> nats"
+                hover = f"{where}, step %{{x}}<br>{words}<br><b>%{{customdata:.3g}}</b> nats"
                 look = Look(COLOURS[colour], dash, "circle")
-                drawn.add(number, *_curves(runs, column, look, column, hover))
+                drawn.add(number, *_curves(runs, column, look, column, hover, scale.places))
     for column, words, colour, dash in _PARTS:
         line = {"color": COLOURS[colour], "dash": dash, "width": 2}
         figure.add_trace(go.Scatter(**LEGEND_ONLY, name=words, legendgroup=column, mode="lines", line=line))
-    figure.update_yaxes(zeroline=True, zerolinecolor="#8A8A8A", exponentformat="power", nticks=6)
+    ticks = {"tickvals": [scale.ticks[at] for at in _LABELLED], "ticktext": [scale.labels[at] for at in _LABELLED]}
+    figure.update_yaxes(zeroline=True, zerolinecolor=palette().frame, **ticks)
+    figure.update_yaxes(range=ending_at(scale.ticks[0], scale.ticks[-1])["range"])
     figure.update_xaxes(rangemode="tozero")
-    subtitle = "sums over the steps, each on its own anchors; every panel has its own scale"
-    legend = [words for _, words, *_ in _PARTS]
-    lay_out(drawn, legend, title("What the drift is made of", subtitle), "optimizer step", "nats per token")
-    return figure
+    subtitle = "sums over the steps, each on its own anchors; one scale for all arms, logarithmic on both sides of zero"
+    return drawn.finished(title("What the safety loss's drift is made of", subtitle), "optimizer step", _NATS)
 
 
 def plot_certificate_outcome(results: Results) -> go.Figure:
@@ -139,10 +147,10 @@ def plot_certificate_outcome(results: Results) -> go.Figure:
         raise DataError("expected cells under SPF, which have a certificate, found none")
     frame = _with_groups(frame.dropna(subset=["raising", "refusal"]))
     names = sorted(dict.fromkeys(frame["group"]), key=_OTHER_ARMS.__eq__)
-    looks_of = arm_looks([name for name in names if name != _OTHER_ARMS]) | {_OTHER_ARMS: SPARE}
+    looks_of = arm_looks([name for name in names if name != _OTHER_ARMS]) | {_OTHER_ARMS: spare_look()}
     figure = make_subplots(
         1, 2, column_widths=[0.34, 0.66], shared_yaxes=True, horizontal_spacing=0.04,
-        subplot_titles=["no step raised it", "some steps raised it"],
+        subplot_titles=["no step<br>raised it", "some steps<br>raised it"],
     )  # fmt: skip
     for number, name in enumerate(names):
         for guaranteed in (True, False):
@@ -153,7 +161,7 @@ def plot_certificate_outcome(results: Results) -> go.Figure:
                     figure.add_trace(_markers(part, x, name, looks_of[name], guaranteed), row=1, col=col)
     add_legend(figure, names, looks_of={name: looks_of[name]._replace(symbol="square") for name in names})
     for words, guaranteed in (("promised", True), ("nothing promised", False)):
-        marker = _marker("#444444", guaranteed)
+        marker = _marker(palette().others[0], guaranteed)
         figure.add_trace(go.Scatter(**LEGEND_ONLY, name=words, mode="markers", marker=marker))
     figure.update_xaxes(title="arms", range=[-0.7, len(names) - 0.3], showticklabels=False, ticks="", col=1)
     figure.update_xaxes(title="share of steps, to first order", tickformat=".0%", range=[-0.02, 1.04], col=2)
@@ -163,21 +171,35 @@ def plot_certificate_outcome(results: Results) -> go.Figure:
     figure.update_yaxes(title="held-out requests refused", col=1)
     subtitle = "a dot per run, by the share of its steps that raised the anchors' loss"
     figure.update_layout(
-        template=TEMPLATE,
+        template=template(),
         title=title("Certificate against outcome", subtitle),
-        height=480 + (room := legend_room([*names, "promised", "nothing promised"])),
-        margin={"t": 104, "b": 90 + room},
     )
-    return figure
+    return fitted(figure, 290, panel_titles=2)
 
 
-def _curves(frame: pd.DataFrame, column: str, look: Look, group: str, hover: str) -> list[go.Scatter]:
-    """Return the mean of the runs as a line with hover, and before it a thin line per run if there are several."""
+def _curves(
+    frame: pd.DataFrame,
+    column: str,
+    look: Look,
+    group: str,
+    hover: str,
+    places: Callable[["pd.Series[float]"], ArrayLike] = np.asarray,
+) -> list[go.Scatter]:
+    """Return the mean of the runs as a line with hover, and before it a thin line per run if there are several.
+
+    ``places`` returns the places of values along the vertical axis.
+    """
     runs = [run for _, run in frame.groupby(_RUN, sort=False)]
     thin = {"color": translucent(look.colour, 0.35), "width": 1}
     lines = [
         go.Scatter(
-            x=run["step"], y=run[column], mode="lines", line=thin, legendgroup=group, showlegend=False, hoverinfo="skip"
+            x=run["step"],
+            y=places(run[column]),
+            mode="lines",
+            line=thin,
+            legendgroup=group,
+            showlegend=False,
+            hoverinfo="skip",
         )
         for run in runs
         if len(runs) > 1
@@ -186,7 +208,7 @@ def _curves(frame: pd.DataFrame, column: str, look: Look, group: str, hover: str
         mean = frame.groupby("step")[column].mean()
         lines.append(
             go.Scatter(
-                x=mean.index, y=mean, name=group, mode=line_mode(len(mean), _FEW_STEPS),
+                x=mean.index, y=places(mean), customdata=mean, name=group, mode=line_mode(len(mean), _FEW_STEPS),
                 legendgroup=group, showlegend=False, marker={"symbol": look.symbol, "size": 7},
                 line={"color": look.colour, "dash": look.dash, "width": 2}, hovertemplate=f"{hover}<extra></extra>",
             )

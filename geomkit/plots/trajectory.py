@@ -11,13 +11,13 @@ from geomkit.errors import GeometryError
 from geomkit.plots.axes import whole_ticks
 from geomkit.plots.labels import per_cent, wrapped
 from geomkit.plots.panels import Panels, panels
-from geomkit.plots.style import COLOURS, TEMPLATE, Look, looks, title, translucent
-from geomkit.plots.traces import band
+from geomkit.plots.style import Look, looks, title, translucent
+from geomkit.plots.themes import COLOURS, palette
+from geomkit.plots.traces import LEGEND_ONLY, band
 
 if TYPE_CHECKING:
     from geomkit.analysis.tracking import Trajectory  # imports transformers, which takes seconds
 
-_COLUMNS = 3
 _DIFFERENCE = ", difference"
 """The end of a measure's name if the measure is a difference to the control."""
 
@@ -42,7 +42,7 @@ def plot_trajectory(trajectory: "Trajectory", *, questions: Collection[str] | No
     steps = all(isinstance(at, int) for at in trajectory.moments)
     frame = frame.assign(x=frame["at"] if steps else frame["at"].astype(str))
     measures = list(dict.fromkeys(zip(frame["question"], frame["measure"], strict=True)))
-    drawn = panels([_short(measure) for _, measure in measures], _COLUMNS, across=0.07, down=0.24)
+    drawn = panels([_short(measure) for _, measure in measures], height=130, gap=60)
     sides = list(dict.fromkeys(frame["of"]))
     # A difference to the control has the colour of the control: differences have panels of their own.
     look_of = dict(zip(sides, looks([side.rpartition(" − ")[2] for side in sides]), strict=True))
@@ -54,15 +54,11 @@ def plot_trajectory(trajectory: "Trajectory", *, questions: Collection[str] | No
                 trace.showlegend = bool(trace.showlegend) and trace.name not in in_legend
                 in_legend |= {trace.name} if trace.showlegend else set()
                 drawn.add(number, trace)
-    drawn.figure.update_layout(
-        template=TEMPLATE,
-        title=title("Gradient geometry along training", _subtitle(trajectory, frame)),
-        height=170 + 190 * drawn.rows,
-        margin_t=104,
-    )
-    drawn.figure.update_annotations(font_size=12)
+    if frame["null"].notna().any():
+        line = {"color": palette().ink, "dash": "dot", "width": 1.5}
+        drawn.figure.add_trace(go.Scatter(**LEGEND_ONLY, name="null of the same colour", mode="lines", line=line))
     _name_moments(drawn, list(trajectory.moments), steps)
-    return drawn.figure
+    return drawn.finished(title("Gradient geometry along training", _subtitle(trajectory, frame)), "", "")
 
 
 def _chosen(frame: pd.DataFrame, questions: Collection[str] | None) -> pd.DataFrame:

@@ -10,8 +10,7 @@ import numpy as np
 from geomkit.errors import SPFError
 from geomkit.spf.rule import Promise
 from geomkit.spf.step_record import BLOCK_COLUMNS, StepRecord
-from geomkit.utils.display import Result
-from geomkit.utils.figures import draw
+from geomkit.utils.figures import DrawnResult, draw
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Certificate(Result):
+class Certificate(DrawnResult):
     """The first-order effect of each update of a run on the safety loss, and whether the rule's promise held.
 
     Attributes:

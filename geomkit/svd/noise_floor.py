@@ -24,8 +24,8 @@ from geomkit.stats.multiple_testing import benjamini_hochberg
 from geomkit.svd.singular_values import rank_tolerance, singular_values
 from geomkit.svd.weighted_sums import weighted_spectra
 from geomkit.utils.arguments import check_confidence, check_draws, check_seed
-from geomkit.utils.display import Result, counted
-from geomkit.utils.figures import draw
+from geomkit.utils.display import counted
+from geomkit.utils.figures import DrawnResult, draw
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -92,7 +92,7 @@ class LayerNoiseFloor:
 
 
 @dataclass(frozen=True, eq=False)
-class NoiseFloor(Result):
+class NoiseFloor(DrawnResult):
     """The spectra of a model's mean gradients with the floors of their sampling noise.
 
     Attributes:

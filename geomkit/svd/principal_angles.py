@@ -13,8 +13,8 @@ from geomkit.inputs.parameters import kind_of, layer_index
 from geomkit.svd.nulls import haar_overlap, random_edge
 from geomkit.svd.singular_vectors import Side
 from geomkit.svd.subspaces import LayerSubspace, Subspace
-from geomkit.utils.display import Result, counted
-from geomkit.utils.figures import draw
+from geomkit.utils.display import counted
+from geomkit.utils.figures import DrawnResult, draw
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -65,7 +65,7 @@ class LayerAngles:
 
 
 @dataclass(frozen=True, eq=False)
-class Angles(Result):
+class Angles(DrawnResult):
     """The principal angles between two subspaces of every parameter of a model.
 
     Attributes:

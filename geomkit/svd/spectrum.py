@@ -6,9 +6,9 @@ different questions and disagree, and all are bounded by min(rows, columns, T), 
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -16,14 +16,13 @@ from geomkit.gradients.checks import check_gradients
 from geomkit.gradients.dense import DenseGradient
 from geomkit.gradients.gradient_set import GradientSet
 from geomkit.gradients.layer_gradient import LayerGradient
-from geomkit.inputs.parameters import kind_of, layer_index
+from geomkit.inputs.parameters import Kind, Layers, kind_of, layer_index
 from geomkit.stats.jackknife import jackknife_groups, jackknife_interval
 from geomkit.svd.layer_measure import LayerMeasure, measure_layer
 from geomkit.svd.layer_spectrum import SMOOTH_STATISTICS, LayerSpectrum, Unit, statistic_values
 from geomkit.svd.nulls import NullDraws
 from geomkit.utils.arguments import check_confidence, check_draws, check_groups, check_seed
-from geomkit.utils.display import Result
-from geomkit.utils.figures import draw
+from geomkit.utils.figures import DrawnResult, draw
 from geomkit.utils.readable import with_interval
 from geomkit.utils.seeding import parameter_generator
 
@@ -35,7 +34,7 @@ _LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
-class Spectrum(Result):
+class Spectrum(DrawnResult):
     """The singular spectra of a model's gradients, with random spectra from their nulls.
 
     Attributes:
@@ -168,9 +167,24 @@ class Spectrum(Result):
         low, high = np.clip(jackknife_interval(value, left_out, confidence=self.confidence), 0.0, largest)
         return float(low), float(high)
 
-    def plot(self) -> "go.Figure":
-        """Draw the spectra and their nulls, see :func:`geomkit.plots.spectra.plot_spectrum`."""
-        return draw("plot_spectrum", self)
+    def plot(
+        self,
+        layers: Layers = "*",
+        kinds: Kind | Collection[Kind] | None = None,
+        facet: Literal["layer", "matrix"] | None = None,
+    ) -> "go.Figure":
+        """Draw the spectra and their nulls, see :func:`geomkit.plots.spectra.plot_spectrum`.
+
+        Args:
+            layers: Which parameters to draw, such as ``"*.mlp.*"`` or ``range(4)``.
+            kinds: Kinds of module, such as ``"attention"``, of which a parameter must have one.
+            facet: ``"layer"`` for a panel per decoder layer, ``"matrix"`` for a panel per matrix of a layer; when left
+                out, the median of all.
+
+        Raises:
+            GeometryError: If no parameter matches, there is no such facet, or all gradients are zero.
+        """
+        return draw("plot_spectrum", self, layers=layers, kinds=kinds, facet=facet)
 
     def __str__(self) -> str:
         """Return the mean effective rank and CER(10), with their intervals and nulls."""

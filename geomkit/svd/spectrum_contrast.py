@@ -19,8 +19,7 @@ from geomkit.stats.multiple_testing import benjamini_hochberg
 from geomkit.svd.layer_spectrum import statistic_values
 from geomkit.svd.spectrum import Spectrum
 from geomkit.utils.arguments import check_confidence, type_in_words
-from geomkit.utils.display import Result
-from geomkit.utils.figures import draw
+from geomkit.utils.figures import DrawnResult, draw
 from geomkit.utils.readable import with_interval
 
 if TYPE_CHECKING:
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class SpectrumContrast(Result):
+class SpectrumContrast(DrawnResult):
     """The difference between the spectra of two independent sets of examples, parameter by parameter.
 
     Attributes:

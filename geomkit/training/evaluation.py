@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from geomkit.errors import DataError
 from geomkit.stats.means import Estimate
 from geomkit.stats.proportions import Rate
-from geomkit.utils.display import Result, html_table
+from geomkit.utils.display import html_table
 from geomkit.utils.field_types import fits
-from geomkit.utils.figures import draw
+from geomkit.utils.figures import DrawnResult, draw, is_figure_file
 from geomkit.utils.files import read_json, write_atomically
 from geomkit.version import __version__
 
@@ -28,7 +28,7 @@ _COLUMNS = ("set", "prompt", "response", "reference", "refused", "exact")
 
 
 @dataclass(frozen=True)
-class Evaluation(Result):
+class Evaluation(DrawnResult):
     """Shares of refusals and of right answers on held-out prompts, and the responses that were counted.
 
     Attributes:
@@ -75,11 +75,17 @@ class Evaluation(Result):
         }
 
     def save(self, path: str | Path) -> Path:
-        """Write the evaluation to a JSON file, for :func:`load_evaluation` and ``geomkit compare``.
+        """Write the evaluation to a JSON file, for :func:`load_evaluation` and ``geomkit compare``, or its figure.
+
+        Args:
+            path: The file; a figure is written where it ends in ``.png``, ``.svg``, ``.pdf`` or ``.html``.
 
         Raises:
-            OSError: If the file cannot be written.
+            OSError: If the JSON file cannot be written.
+            DataError: If the figure cannot be written.
         """
+        if is_figure_file(path):
+            return super().save(path)
         text = json.dumps(_plain(self.to_dict()), indent=1, allow_nan=False, ensure_ascii=False)
         write_atomically(Path(path), text + "\n")
         return Path(path)

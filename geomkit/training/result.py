@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from geomkit.errors import DataError
 from geomkit.spf.certificate import Certificate
 from geomkit.training.card import model_card
-from geomkit.utils.display import Result, counted
-from geomkit.utils.figures import draw
+from geomkit.utils.display import counted
+from geomkit.utils.figures import DrawnResult, draw, is_figure_file
 from geomkit.version import __version__
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class FineTuneResult(Result):
+class FineTuneResult(DrawnResult):
     """A trained model with the history of its training and, under SPF, the certificate.
 
     Attributes:
@@ -58,23 +58,32 @@ class FineTuneResult(Result):
         """Draw the training loss by step."""
         return draw("plot_history", self)
 
-    def save(self, folder: str | Path, tokenizer: "PreTrainedTokenizerBase") -> Path:
+    def save(self, path: str | Path, tokenizer: "PreTrainedTokenizerBase | None" = None) -> Path:
         """Write a checkpoint that ``from_pretrained`` loads; after a crash the folder has a whole checkpoint or none.
 
         Beside the model and its tokenizer are the model card, ``README.md``, and under SPF the certificate,
         ``spf.jsonl``.
 
         Args:
-            folder: The folder of the checkpoint, new or empty. In an empty folder, the configuration is written last.
-            tokenizer: The model's tokenizer, which is saved in the same folder.
+            path: The folder of the checkpoint, new or empty. In an empty folder, the configuration is written last.
+                Where the path ends in ``.png``, ``.svg``, ``.pdf`` or ``.html``, the figure is written to it instead.
+            tokenizer: The model's tokenizer, which is saved in the same folder; a figure needs none.
 
         Returns:
-            The folder.
+            The path.
 
         Raises:
-            DataError: If the folder exists and is not empty.
+            DataError: If the folder exists and is not empty, there is no tokenizer for a checkpoint, or the figure
+                cannot be written.
         """
-        target = new_or_empty_folder(folder)
+        if is_figure_file(path):
+            return super().save(path)
+        if tokenizer is None:
+            raise DataError(
+                f"expected a tokenizer for the checkpoint in '{path}', found none; give save(folder, tokenizer), or "
+                "the name of a figure such as 'history.png'"
+            )
+        target = new_or_empty_folder(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         place = target if target.exists() else target.parent
         with tempfile.TemporaryDirectory(dir=place, prefix=f".{target.name}-") as unfinished:
@@ -91,7 +100,7 @@ class FineTuneResult(Result):
                 Path(unfinished).chmod(0o755)
                 Path(unfinished).rename(target)
                 Path(unfinished).mkdir()  # for TemporaryDirectory to remove
-        return Path(folder)
+        return Path(path)
 
     def card(self) -> str:
         """Return the model card: what was trained, what was protected and how, and what that does not promise."""

@@ -1,10 +1,43 @@
-"""The link from results to figures, by name: :mod:`geomkit.plots` imports results, so results cannot import it."""
+"""Results that can be drawn, and the link from them to figures, by name.
 
+:mod:`geomkit.plots` imports results, so results cannot import it: they reach its functions by name.
+"""
+
+from abc import abstractmethod
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, cast
+
+from geomkit.utils.display import Result
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
+
+FIGURE_SUFFIXES = (".png", ".svg", ".pdf", ".html")
+"""The ends of names of files that a figure is written to."""
+
+
+class DrawnResult(Result):
+    """Base class of results that have a figure."""
+
+    @abstractmethod
+    def plot(self) -> "Figure":
+        """Draw the result."""
+
+    def save(self, path: str | Path) -> Path:
+        """Write the figure of :meth:`plot` to a file, replacing it if it exists.
+
+        Args:
+            path: A file that ends in ``.png``, ``.svg``, ``.pdf``, or in ``.html`` for a page that can be zoomed and
+                hovered over and needs no network. Pictures need the extra ``figures`` and Chrome or Chromium.
+
+        Returns:
+            The path of the file.
+
+        Raises:
+            DataError: If the name ends otherwise, kaleido or Chromium is missing, or the file cannot be written.
+        """
+        return save_figure(self.plot(), path)
 
 
 def draw(name: str, *results: object, **options: object) -> "Figure":
@@ -19,3 +52,18 @@ def draw(name: str, *results: object, **options: object) -> "Figure":
         The figure.
     """
     return cast("Figure", getattr(import_module("geomkit.plots"), name)(*results, **options))
+
+
+def is_figure_file(path: str | Path) -> bool:
+    """Return whether a name is that of a file for a figure.
+
+    Example:
+        >>> is_figure_file("x.PNG"), is_figure_file("my-model")
+        (True, False)
+    """
+    return Path(path).suffix.lower() in FIGURE_SUFFIXES
+
+
+def save_figure(figure: "Figure", path: str | Path) -> Path:
+    """Write a figure to a file, see :meth:`DrawnResult.save`."""
+    return cast("Path", import_module("geomkit.plots.saving").save_figure(figure, Path(path)))

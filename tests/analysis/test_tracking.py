@@ -68,7 +68,7 @@ def test_its_figure_has_a_panel_for_every_measure_and_a_line_for_every_side(watc
     found = watched[0].trajectory
     frame = found.to_frame()
     figure = found.plot()
-    panels = {note.text for note in figure.layout.annotations}
+    panels = {note.text.replace("<br>", " ") for note in figure.layout.annotations}
     known = frame[frame.groupby("measure")["value"].transform("count") > 0]
     assert {name.replace("Δ ", "") for name in panels} == set(known["measure"].str.removesuffix(", difference"))
     lines = [trace for trace in figure.data if trace.mode == "lines+markers"]
@@ -77,6 +77,7 @@ def test_its_figure_has_a_panel_for_every_measure_and_a_line_for_every_side(watc
     first = start["loss, nats per token", "safety"]
     assert first in {trace.y[0] for trace in lines}
     named = [trace.name for trace in figure.data if trace.showlegend]
+    assert sum(trace.name == "null of the same colour" for trace in figure.data) == 1
     assert len(named) == len(set(named))
     moved = plots.plot_trajectory(found, questions=["has it moved?"])
     assert [note.text for note in moved.layout.annotations] == ["cosine with the start", "overlap with the start"]

@@ -4,6 +4,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, is_dataclass, replace
+from inspect import isabstract
 from typing import Any
 
 import pandas as pd
@@ -29,7 +30,7 @@ def result_classes() -> set[type]:
         for child in cls.__subclasses__():
             yield from (child, *below(child))
 
-    return {cls for cls in below(Result) if cls.__module__.startswith("geomkit.")}
+    return {cls for cls in below(Result) if cls.__module__.startswith("geomkit.") and not isabstract(cls)}
 
 
 def every_result() -> dict[str, Result]:

@@ -18,6 +18,8 @@ from geomkit.stats.proportions import Rate
 from tests.experiments.test_results import outcomes, record
 
 PLACES = ("self_attn.q_proj", "mlp.up_proj")
+LABELS = ("attention q_proj", "MLP up_proj")
+"""What the places are called in figures."""
 NAMES = [f"model.layers.{layer}.{place}.weight" for layer in range(3) for place in PLACES]
 
 
@@ -35,8 +37,8 @@ def gradients(tokens: int, seed: int) -> dict[str, LayerGradient]:
 def conflict() -> Conflict:
     """Return a conflict whose cosine falls from 0.05 to -0.45 over the parameters."""
 
-    def layer(cosine: float) -> LayerConflict:
-        return LayerConflict("", cosine, cosine, (cosine - 0.1, cosine + 0.1), (-0.02, 0.02), 0.01)
+    def layer(cosine: float, name: str = "") -> LayerConflict:
+        return LayerConflict(name, cosine, cosine, (cosine - 0.1, cosine + 0.1), (-0.02, 0.02), 0.01)
 
     return Conflict(
         cosine=-0.1,
@@ -48,7 +50,10 @@ def conflict() -> Conflict:
         negative_parameters=Share(0.5, (0.2, 0.8)),
         negative_weight=Share(0.5, (0.2, 0.8)),
         unweighted=layer(-0.1),
-        layers={**{name: layer(0.05 - 0.1 * place) for place, name in enumerate(NAMES)}, "lm_head.weight": layer(0.3)},
+        layers={
+            **{name: layer(0.05 - 0.1 * place, name) for place, name in enumerate(NAMES)},
+            "lm_head.weight": layer(0.3, "lm_head.weight"),
+        },
         per_example=np.array([-0.3, -0.2, -0.1, 0.1]),
     )
 
@@ -107,6 +112,16 @@ def trace(figure: go.Figure, name: str) -> go.Scatter:
 def drawn_traces(figure: go.Figure, name: str) -> list[go.Scatter]:
     """Return the traces of a name that have a point, without those that are in the legend only."""
     return [drawn for drawn in figure.data if drawn.name == name and drawn.x is not None and drawn.x[0] is not None]
+
+
+def one_line(text: str) -> str:
+    """Return a text of a figure without the breaks of its lines."""
+    return text.replace("<br>", " ")
+
+
+def subtitle(figure: go.Figure) -> str:
+    """Return the subtitle of a figure without the breaks of its lines."""
+    return one_line(figure.layout.title.subtitle.text)
 
 
 def legend(figure: go.Figure) -> list[str]:

@@ -7,7 +7,7 @@ import geomkit as gk
 from geomkit import plots
 from geomkit.experiments.results import Results
 from tests.experiments.test_results import outcomes, record
-from tests.helpers.figures import drawn_traces
+from tests.helpers.figures import drawn_traces, one_line
 
 
 def test_of_several_organisms_the_first_is_drawn(results):
@@ -20,7 +20,9 @@ def test_of_several_organisms_the_first_is_drawn(results):
 
 
 def test_a_panel_says_which_strength_it_shows_where_that_is_not_the_scenarios_own(results):
-    titles = [note.text for note in plots.plot_frontier(results.where(rate=2.0, length=3.0)).layout.annotations]
+    titles = [
+        one_line(note.text) for note in plots.plot_frontier(results.where(rate=2.0, length=3.0)).layout.annotations
+    ]
     assert titles == ["poison-10, rate 2×, steps 3×"]
     with pytest.raises(gk.GeomkitError, match=r"found \(2, 1\), \(2, 3\); choose"):
         plots.plot_frontier(results.where(rate=2.0))
@@ -28,7 +30,7 @@ def test_a_panel_says_which_strength_it_shows_where_that_is_not_the_scenarios_ow
 
 def test_each_scenario_is_shown_at_its_own_or_its_only_strength():
     rows = (record("SFT", outcomes(50)), record("SFT", outcomes(60), scenario="backdoor", rate=4.0, length=0.1))
-    titles = [note.text for note in plots.plot_frontier(Results("x", rows)).layout.annotations]
+    titles = [one_line(note.text) for note in plots.plot_frontier(Results("x", rows)).layout.annotations]
     assert titles == ["poison-10", "backdoor, rate 4×, steps 0.1×"]
 
 

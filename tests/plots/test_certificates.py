@@ -8,7 +8,7 @@ import pytest
 from geomkit import plots
 from geomkit.errors import SPFError
 from geomkit.spf.certificate import Certificate
-from tests.helpers.figures import certificate, trace
+from tests.helpers.figures import certificate, subtitle, trace
 
 
 def measured(*changes: tuple[float, float, float]) -> Certificate:
@@ -67,8 +67,8 @@ def test_certificate_of_a_resumed_run_keeps_its_steps() -> None:
 
 def test_certificate_marks_violations() -> None:
     figure = certificate(violated=True).plot()
-    assert list(trace(figure, "violation").x) == [1, 2]
-    assert "2 of 2 steps break the constraint" in figure.layout.title.subtitle.text
+    assert list(trace(figure, "breaks the constraint").x) == [1, 2]
+    assert "2 of 2 steps break the constraint" in subtitle(figure)
 
 
 @pytest.mark.parametrize("bound", [0.0, np.inf])
@@ -90,7 +90,7 @@ def test_a_long_certificate_is_thinned_and_keeps_its_extremes_and_violations() -
     figure = plots.plot_certificate(long)
     assert len(trace(figure, "applied update").x) < 3000
     assert max(trace(figure, "applied update").y) == 0.5
-    assert list(trace(figure, "violation").x) == [1235]
+    assert list(trace(figure, "breaks the constraint").x) == [1235]
     assert trace(figure, "sum of first-order parts").y[-1] == pytest.approx(
         sum(record.first_order for record in records)
     )

@@ -11,7 +11,7 @@ from geomkit.svd.one_sample.gradient_map import gradient_map
 from geomkit.svd.one_sample.leave_one_out import Estimate
 from geomkit.svd.one_sample.overlaps import Overlaps
 from geomkit.svd.one_sample.results import Group, LayerOneSample, OneSample
-from tests.helpers.figures import trace
+from tests.helpers.figures import subtitle, trace
 
 
 def test_one_sample_shows_every_example_and_the_expectation() -> None:
@@ -24,10 +24,13 @@ def test_one_sample_shows_every_example_and_the_expectation() -> None:
     study = OneSample("left", 10, groups, {"w": LayerOneSample("w", 4, 50, groups)})
     figure = plots.plot_one_sample(study)
     assert [trace(figure, name).line.color for name in groups] == [plots.COLOURS["safety"], plots.COLOURS["control"]]
-    assert "its 95 % interval" in figure.layout.title.subtitle.text
+    assert "its 95 % interval" in subtitle(figure)
     np.testing.assert_array_equal(trace(figure, "safety").x, study.overlaps)
     np.testing.assert_array_equal(trace(figure, "refused").x, study.null)
-    assert any(note.text == "+0.500 [+0.400, +0.600]" and note.y == "refused" for note in figure.layout.annotations)
+    assert any(
+        note.text == "safety − refused: +0.500 [+0.400, +0.600]" and note.y == "refused"
+        for note in figure.layout.annotations
+    )
     mean = trace(figure, "safety: mean")
     assert (mean.x[0], mean.x[0] + mean.error_x.array[0]) == pytest.approx((0.7, 0.8))
     assert figure.layout.shapes[0].x0 == 0.08
@@ -42,7 +45,7 @@ def test_anchor_curve_shows_means_bands_ceiling_and_expectation() -> None:
     np.testing.assert_allclose(trace(figure, "refused").y, [0.2, 0.2])
     assert trace(figure, "safety: 90 % of draws").y[0] == pytest.approx(0.39)
     assert sorted(shape.y0 for shape in figure.layout.shapes) == pytest.approx([0.08, 0.5])
-    assert "mean over 1 parameter; band: 90 % of 2 random splits" in figure.layout.title.subtitle.text
+    assert "mean over 1 parameter; band: 90 % of 2 random splits" in subtitle(figure)
     assert trace(figure, "refused").line.color == plots.COLOURS["control"]
 
 
@@ -53,7 +56,7 @@ def test_a_map_has_a_point_for_every_example(method: str) -> None:
     figure = plots.plot_gradient_map(plane)
     np.testing.assert_array_equal(trace(figure, "other").x, plane.coordinates[3:, 0])
     assert list(trace(figure, "other").customdata[:, 0]) == [0, 1, 2, 3]
-    assert f"{plane.separation:+.3f}" in figure.layout.title.subtitle.text
+    assert f"{plane.separation:+.3f}" in subtitle(figure)
     assert figure.layout.yaxis.scaleanchor == "x"
 
 
@@ -77,4 +80,4 @@ def test_overlaps_show_every_mean_and_tell_intervals_and_contrasts() -> None:
     ] == "a – b<br>overlap <b>0.200</b> [0.100, 0.600]<br>within a less this: +0.300 " + ("[+0.200, +0.400], p = 0.01")
     assert "within" not in figure.data[0].text[0][0]
     assert list(figure.layout.xaxis.ticktext) == ["a", "b"]
-    assert "mean over 1 parameter; random subspaces: 0.05" in figure.layout.title.subtitle.text
+    assert "mean over 1 parameter; random subspaces: 0.05" in subtitle(figure)

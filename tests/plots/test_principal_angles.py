@@ -9,7 +9,7 @@ from geomkit.errors import GeometryError
 from geomkit.gradients.factored import FactoredGradient
 from geomkit.svd.principal_angles import Angles, principal_angles
 from geomkit.svd.subspaces import Subspace, layer_subspace, subspace
-from tests.helpers.figures import trace
+from tests.helpers.figures import subtitle, trace
 
 
 def test_angles_ascend_and_are_in_degrees(angles: Angles) -> None:
@@ -20,7 +20,11 @@ def test_angles_ascend_and_are_in_degrees(angles: Angles) -> None:
     edges = [np.degrees(np.arccos(layer.random_edge)) for layer in angles.layers.values()]
     assert trace(figure, "edge for random subspaces").y[0] == pytest.approx(np.median(edges))
     assert "degrees" in figure.layout.yaxis.title.text
-    assert tuple(figure.layout.xaxis2.categoryarray) == ("0", "1", "2", "–")
+    assert tuple(figure.layout.xaxis2.ticktext) == ("0", "1", "2", "–")
+    overlaps = [drawn for drawn in figure.data if drawn.yaxis == "y2" and drawn.customdata is not None]
+    places = {row[0]: x for drawn in overlaps for row, x in zip(drawn.customdata, drawn.x, strict=True)}
+    assert len(set(places.values())) == len(angles.layers)  # no two parameters have one place
+    assert [round(places[f"model.layers.{layer}.mlp.up_proj.weight"]) for layer in range(3)] == [0, 1, 2]
 
 
 def test_a_control_of_the_angles_is_marked() -> None:
@@ -29,9 +33,13 @@ def test_a_control_of_the_angles_is_marked() -> None:
     ] * 2
     figure = plots.plot_angles(principal_angles(*sides, sides[0]))
     np.testing.assert_allclose(trace(figure, "control").y, [1.0], atol=1e-6)
+    (line,) = [drawn for drawn in figure.data if drawn.mode == "lines" and drawn.legendgroup == "control"]
+    assert line.x[0] == line.x[1] == trace(figure, "control").x[0]
+    (overlap,) = [drawn for drawn in figure.data if drawn.name == "other" and drawn.yaxis == "y2"]
+    assert line.x[0] == overlap.x[0]
     assert trace(figure, "control").marker.color == plots.COLOURS["control"]
     assert list(figure.layout.xaxis.tickvals) == [1, 2]
-    assert "control (open circles): 1" in figure.layout.title.subtitle.text
+    assert "control (open circles): 1" in subtitle(figure)
     assert "control" not in {entry.name for entry in plots.plot_angles(principal_angles(*sides)).data}
 
 

@@ -10,7 +10,7 @@ from geomkit import plots
 from geomkit.stats.means import Estimate
 from geomkit.stats.proportions import Rate
 from geomkit.training.evaluation import Evaluation
-from tests.helpers.figures import trace
+from tests.helpers.figures import subtitle, trace
 
 
 def evaluation(refused: int) -> Evaluation:
@@ -40,7 +40,7 @@ def test_a_perplexity_is_no_share_and_is_named_in_the_title() -> None:
     settings = {"metrics": {"sql": "exact match", "text": "perplexity"}}
     figure = Evaluation(Rate(90, 100), Rate(0, 0), skills, pd.DataFrame(), settings=settings).plot()
     assert list(figure.data[0].x) == [0.9, 0.8]
-    assert "not drawn: perplexity: text" in figure.layout.title.subtitle.text
+    assert "not drawn: perplexity: text" in subtitle(figure)
 
 
 def test_history_leaves_out_rows_without_a_loss() -> None:
@@ -48,5 +48,5 @@ def test_history_leaves_out_rows_without_a_loss() -> None:
     figure = plots.plot_history({"SPF": SimpleNamespace(history=history), "other": SimpleNamespace(history=history)})
     assert list(trace(figure, "SPF").x) == [1, 2]
     assert list(figure.layout.xaxis.tickvals) == [1, 2, 3]
-    assert figure.layout.yaxis.title.text == "loss, nats per token"
+    assert figure.layout.yaxis.title.text == "training loss,<br>nats per token"
     assert len({drawn.line.color for drawn in figure.data}) == 2

@@ -21,5 +21,5 @@ def test_series_get_distinct_colours_and_symbols() -> None:
 
 def test_figures_carry_the_template(angles: Angles, safety: Spectrum) -> None:
     for figure in (plots.plot_angles(angles), plots.plot_effective_rank(safety), plots.plot_conflict(conflict())):
-        assert figure.layout.template.layout.plot_bgcolor == "white"
+        assert figure.layout.template == plots.TEMPLATE
         assert figure.layout.title.text

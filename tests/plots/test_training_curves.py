@@ -47,8 +47,10 @@ def test_of_many_certified_arms_those_with_most_runs_have_colours():
 def test_the_parts_of_the_drift_add_up(results):
     figure = plots.plot_drift(results)
     (both,), (first,), (curved,) = (drawn_traces(figure, name) for name in ("drift", "first_order", "curvature"))
-    np.testing.assert_allclose(np.array(first.y) + np.array(curved.y), both.y)
-    assert list(curved.y) == CURVE["curvature"]
+    np.testing.assert_allclose(np.array(first.customdata) + np.array(curved.customdata), both.customdata)
+    assert list(curved.customdata) == CURVE["curvature"]
+    np.testing.assert_allclose(curved.y, np.arcsinh(np.array(CURVE["curvature"]) / 1e-4))
+    assert tuple(figure.layout.yaxis.ticktext) == ("−1", "−0.01", "0", "0.01", "1")
     assert legend(figure) == ["measured: the sum of both", "first order", "curvature"]
     with pytest.raises(gk.GeomkitError, match="curvature = true"):
         plots.plot_drift(results.where(arm="SFT"))

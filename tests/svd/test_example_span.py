@@ -14,6 +14,7 @@ from geomkit.stats.jackknife import jackknife_groups
 from geomkit.svd.example_span import span
 from geomkit.svd.layer_spectrum import SMOOTH_STATISTICS
 from geomkit.svd.spectrum_contrast import compare_spectra
+from tests.helpers.figures import trace
 from tests.helpers.tiny import SAFETY, UTILITY, tiny_llama, tiny_tokenizer
 
 
@@ -127,8 +128,8 @@ def test_contrasts_tell_spans_apart_with_power_above_nine_in_ten_and_few_false_a
 def test_the_figures_of_spectra_draw_spans(collected: GradientSet) -> None:
     result = span(collected)
     expected = np.median([layer.singular_values / layer.singular_values[0] for layer in result.layers.values()], axis=0)
-    np.testing.assert_allclose(plots.plot_spectrum(result, names=["safety"]).data[-1].y, expected, rtol=1e-6)
-    assert plots.plot_cer(result).data[-1].y[-1] == pytest.approx(1)
+    np.testing.assert_allclose(trace(plots.plot_spectrum(result, names=["safety"]), "safety").y, expected, rtol=1e-6)
+    assert trace(plots.plot_cer(result), "gradient").y[-1] == pytest.approx(1)
     assert "outside the layers" in {note.text for note in plots.plot_effective_rank(result).layout.annotations}
     whole = span(collected, together=True)
     assert plots.plot_effective_rank(whole).data[1].y[0] == pytest.approx(whole.mean("effective_rank"))

@@ -129,7 +129,7 @@ def test_figure_fills_what_differs(contrast: SpectrumContrast) -> None:
     rows = contrast.to_frame().query("statistic == 'effective_rank'")
     full, hollow = figure.data
     assert (list(full.x), list(hollow.x)) == ([0], [1, 2])
-    assert (full.marker.color, hollow.marker.color) == (plots.COLOURS["safety"], "white")
+    assert (full.marker.color, hollow.marker.color) == (plots.COLOURS["safety"], "#FFFFFF")
     np.testing.assert_allclose(hollow.y, rows["difference"][1:])
     np.testing.assert_allclose(hollow.y + hollow.error_y.array, rows["high"][1:])
     np.testing.assert_allclose(hollow.y - hollow.error_y.arrayminus, rows["low"][1:])

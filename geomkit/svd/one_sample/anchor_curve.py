@@ -23,8 +23,7 @@ from geomkit.svd.nulls import haar_overlap
 from geomkit.svd.one_sample.pooled import is_matrix, no_subspaces, pooled_gradients, space_dimension
 from geomkit.svd.singular_vectors import Side
 from geomkit.utils.arguments import check_draws, check_rank, check_seed, is_whole
-from geomkit.utils.display import Result
-from geomkit.utils.figures import draw
+from geomkit.utils.figures import DrawnResult, draw
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -57,7 +56,7 @@ class LayerAnchorCurve:
 
 
 @dataclass(frozen=True, eq=False)
-class AnchorCurve(Result):
+class AnchorCurve(DrawnResult):
     """Overlap of the mean gradient of n anchors with the mean gradient of a disjoint reference, over random splits.
 
     The spread over draws is the spread over splits of *these* examples; another set of examples may lie outside.

@@ -20,8 +20,7 @@ from geomkit.gradients.gradient_set import GradientSet
 from geomkit.svd.common_basis import to_common_basis
 from geomkit.svd.one_sample.pooled import pooled_gradients
 from geomkit.utils.arguments import check_draws, check_finite, check_seed
-from geomkit.utils.display import Result
-from geomkit.utils.figures import draw
+from geomkit.utils.figures import DrawnResult, draw
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,7 +32,7 @@ _AT_ONCE = 2**24  # largest number of entries in the sums of distances of the pe
 
 
 @dataclass(frozen=True, eq=False)
-class GradientMap(Result):
+class GradientMap(DrawnResult):
     """Map of single gradients in the plane.
 
     Attributes:

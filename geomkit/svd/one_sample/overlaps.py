@@ -32,8 +32,7 @@ from geomkit.svd.one_sample.pooled import (
 )
 from geomkit.svd.singular_vectors import Side
 from geomkit.utils.arguments import check_confidence, check_draws, check_rank, check_seed
-from geomkit.utils.display import Result
-from geomkit.utils.figures import draw
+from geomkit.utils.figures import DrawnResult, draw
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -43,7 +42,7 @@ _MIN_EXAMPLES = 3
 
 
 @dataclass(frozen=True, eq=False)
-class Overlaps(Result):
+class Overlaps(DrawnResult):
     """Overlaps between the leading subspaces of single examples of several sets.
 
     Attributes:

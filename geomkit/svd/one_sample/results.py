@@ -11,8 +11,8 @@ from geomkit.stats.jackknife import Interval
 from geomkit.svd.nulls import haar_overlap
 from geomkit.svd.one_sample.leave_one_out import Estimate
 from geomkit.svd.singular_vectors import Side
-from geomkit.utils.display import Result, signed
-from geomkit.utils.figures import draw
+from geomkit.utils.display import signed
+from geomkit.utils.figures import DrawnResult, draw
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -60,7 +60,7 @@ class LayerOneSample:
 
 
 @dataclass(frozen=True, eq=False)
-class OneSample(Result):
+class OneSample(DrawnResult):
     """Agreement of single examples with the mean safety gradient.
 
     Attributes:
