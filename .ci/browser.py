@@ -1,4 +1,4 @@
-"""Check in Chromium that notebook 01 runs in JupyterLab from start to end, draws its figures, and moves its bars.
+"""Check in Chromium that notebook 01 runs in JupyterLab from start to end: figures are drawn, bars and menus work.
 
 python .ci/browser.py
 
@@ -40,6 +40,20 @@ RUN = """(async () => {
   return "running";
 })()"""
 """Start all cells of the notebook that is open."""
+
+EXPLORER = nbformat.v4.new_code_cell("gk.explore(spectra[0])")
+"""A cell that is added at the end."""
+
+CHOOSE = """(() => {
+  const figure = [...document.querySelectorAll(".js-plotly-plot")].at(-1);
+  const drawn = () => [...figure.querySelectorAll(".cartesianlayer .trace")].map(trace => trace.innerHTML).join();
+  const before = drawn();
+  const press = found => found.dispatchEvent(new MouseEvent("click", {bubbles: true}));
+  press(figure.querySelector(".updatemenu-header"));
+  press([...figure.querySelectorAll(".updatemenu-dropdown-button")].at(1));
+  return new Promise(done => setTimeout(() => done(before !== drawn() && drawn().length > 0), 2000));
+})()"""
+"""Choose the second entry of the first menu of the last figure; true if that changes what is drawn."""
 
 STATE = """JSON.stringify({
   ended: window.ended,
@@ -112,6 +126,8 @@ async def check(address: str, folder: Path, figures: int) -> list[str]:
         drawn = [marks for marks in state.get("figures", ()) if marks]
         if len(drawn) != figures:
             wrong.append(f"expected {figures} figures with traces, found traces in figures: {state.get('figures')}")
+        if not await value_of(tab, CHOOSE):
+            wrong.append("expected a menu of the explorer to change what is drawn, found no change")
         if len(seen) < 3:
             wrong.append(f"expected a bar that moves, found these lengths: {sorted(seen)}")
         if wrong:
@@ -138,13 +154,17 @@ def main() -> None:
         if cell.cell_type == "code":
             figures += sum(PLOTLY in output.get("data", {}) for output in cell.outputs)
             cell.outputs, cell.execution_count = [], None
+    notebook.cells.append(EXPLORER)
+    figures += 1
     nbformat.write(notebook, folder / NOTEBOOK.name)
     with jupyterlab(folder) as address:
         wrong = asyncio.run(check(address, folder, figures))
     if wrong:
         raise SystemExit("\n".join([*wrong, f"the page is kept in {folder}"]))
     shutil.rmtree(folder)
-    sys.stdout.write(f"{NOTEBOOK.name} ran in JupyterLab: {figures} figures drawn, no error, and its bars moved\n")
+    sys.stdout.write(
+        f"{NOTEBOOK.name} ran in JupyterLab: {figures} figures drawn, no error, bars moved, and a menu changed a figure\n"
+    )
 
 
 if __name__ == "__main__":

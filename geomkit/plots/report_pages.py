@@ -17,6 +17,7 @@ from geomkit.plots.ranks import plot_effective_rank
 from geomkit.plots.report import Head, Section, write_report
 from geomkit.plots.runs import plot_evaluation, plot_history
 from geomkit.plots.spectra import plot_spectrum
+from geomkit.plots.themes import drawn_in
 from geomkit.svd.spectrum import Spectrum
 from geomkit.utils.display import Result, signed
 
@@ -34,7 +35,8 @@ def write_result(result: Result, path: str | Path, title: str = "", facts: Mappi
         title: The title of the page; made from the result when left out.
         facts: More facts for the head of the page, such as the command.
     """
-    page = _page_of(result)
+    with drawn_in("light"):  # the page itself turns figures dark, where its reader wants that
+        page = _page_of(result)
     head = replace(page.head, facts={**page.head.facts, **(facts or {})})
     today = dt.datetime.now(tz=dt.UTC).date()
     return write_report(path, title or page.title, page.sections, date=today, head=head)

@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from geomkit.plots.themes import palette, theme
 from tests.helpers.every_result import every_result
 
 
@@ -20,6 +21,18 @@ def test_every_result_writes_a_report(results, tmp_path):
         assert f"<h1>About {name}</h1>" in page
         assert page.count("<table>") >= 1
         assert ("plotly.js v" in page) == ("js-plotly-plot" in page and "Plotly.newPlot" in page)
+
+
+def test_figures_are_light_under_a_dark_theme_too(results, tmp_path):
+    try:
+        theme("dark")
+        page = results["Conflict"].report(tmp_path / "c.html").read_text(encoding="utf-8")
+        assert palette().paper == "#111111"
+    finally:
+        theme("auto")
+    body = page.split("<h1>", maxsplit=1)[1]
+    assert '"paper_bgcolor":"#FFFFFF"' in body
+    assert "#111111" not in body
 
 
 def facts(page):
