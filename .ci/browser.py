@@ -162,9 +162,7 @@ def main() -> None:
     if wrong:
         raise SystemExit("\n".join([*wrong, f"the page is kept in {folder}"]))
     shutil.rmtree(folder)
-    sys.stdout.write(
-        f"{NOTEBOOK.name} ran in JupyterLab: {figures} figures drawn, no error, bars moved, and a menu changed a figure\n"
-    )
+    sys.stdout.write(f"{NOTEBOOK.name} in JupyterLab: {figures} figures drawn, no error, bars and a menu moved\n")
 
 
 if __name__ == "__main__":
