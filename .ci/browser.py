@@ -59,8 +59,9 @@ STATE = """JSON.stringify({
   ended: window.ended,
   bars: [...document.querySelectorAll(".jp-OutputArea .progress-bar, .jp-OutputArea progress")].map(
     bar => bar.style.width || String(bar.value)),
-  errors: [...document.querySelectorAll('.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.error"]')].map(
-    output => output.innerText.slice(-500)),
+  errors: window.jupyterapp.shell.currentWidget.content.model.toJSON().cells.flatMap(
+    cell => (cell.outputs || []).filter(output => output.output_type === "error").map(
+      output => `${output.ename}: ${output.evalue}`)),
   running: [...document.querySelectorAll(".jp-CodeCell .jp-InputPrompt")].filter(
     prompt => prompt.innerText.includes("*")).length,
   figures: [...document.querySelectorAll(".js-plotly-plot")].map(
