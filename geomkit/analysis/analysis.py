@@ -202,10 +202,7 @@ class Analysis(DrawnResult):
         kinds: Kind | Collection[Kind] | None = None,
         facet: Literal["layer", "matrix"] | None = None,
     ) -> "Figure":
-        """Draw the normalised spectra of the three sets with their nulls; the arguments are those of `Spectrum.plot`.
-
-        See :func:`geomkit.plots.spectra.plot_spectrum`.
-        """
+        """Draw the spectra of the three sets with their nulls; the arguments are those of :meth:`Spectrum.plot`."""
         options = {"layers": layers, "kinds": kinds, "facet": facet}
         return draw("plot_spectrum", *self.spectra.values(), names=tuple(self.spectra), **options)
 

@@ -37,6 +37,9 @@ _INNER = 330
 _ROW = 36
 """Height of a row of menus, in pixels."""
 
+_LEGEND_LINE = 22
+"""Height of a line of the legend, which in a narrow figure stands below the title of the axis."""
+
 _NARROW = (0.9997, 1.0)
 """The place of an axis whose set is not chosen: a quarter of a pixel. plotly takes what is narrower for the whole."""
 
@@ -166,7 +169,8 @@ def explore(results: object) -> go.Figure:
     )  # fmt: skip
     fitted(figure, _INNER)
     room = rows * _ROW
-    return figure.update_layout(margin_t=figure.layout.margin.t + room, height=figure.layout.height + room)
+    margin = {"t": figure.layout.margin.t + room, "b": figure.layout.margin.b + _LEGEND_LINE}
+    return figure.update_layout(margin=margin, height=figure.layout.height + room + _LEGEND_LINE)
 
 
 def _menu(name: str, buttons: list[dict[str, Any]], number: int, rows: int) -> dict[str, Any]:
@@ -177,7 +181,7 @@ def _menu(name: str, buttons: list[dict[str, Any]], number: int, rows: int) -> d
         "buttons": buttons,
         "direction": "down",
         "showactive": True,
-        "x": 0.5 * column,
+        "x": 0.6 * column,
         "xanchor": "left",
         "y": 1 + (12 + _ROW * (rows - 1 - row)) / _INNER,
         "yanchor": "bottom",

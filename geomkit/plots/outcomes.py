@@ -82,7 +82,7 @@ def plot_frontier(results: Results, *, arms: Sequence[str] | None = None) -> go.
     add_legend(drawn.figure, names)
     labels = [f"{tick:.0%}" for tick in _TICKS]
     axis = {"range": [-0.06, 1.08], "tickvals": [_stretched(tick) for tick in _TICKS], "tickangle": 0}
-    along = ["" if label in {"80%", "99%"} else label for label in labels]
+    along = ["" if label in {"95%", "99%"} else label for label in labels]
     drawn.figure.update_xaxes(**axis, ticktext=along, tickfont_size=11)
     drawn.figure.update_yaxes(**axis, ticktext=labels)
     subtitle = "mean over seeds, 95 % Wilson intervals; hollow: over-refusal above one point; axes widen towards 100 %"

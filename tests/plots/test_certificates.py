@@ -116,3 +116,23 @@ def test_empty_certificate_is_refused() -> None:
     bare = replace(certificate().records[0], blocks={})
     with pytest.raises(SPFError, match="expected a block"):
         plots.plot_certificate_blocks(Certificate("test", "nothing", [bare]))
+
+
+def test_a_certificate_in_which_nothing_was_projected_says_that_spf_was_idle() -> None:
+    idle = [replace(record, fired=0.0) for record in certificate().records]
+    figure = Certificate("monitor", "nothing", [replace(record, violated=True) for record in idle]).plot()
+    assert subtitle(figure).startswith(
+        "SPF was idle, nothing was projected: rule monitor only measures; 2 of 2 updates"
+    )
+    assert "blocks projected" not in {drawn.name for drawn in figure.data}
+    assert list(trace(figure, "raises the safety loss").x) == [1, 2]
+    found = Certificate("test", "every block", idle).plot()
+    assert "rule test found no conflict; 0 of 2 updates raised" in subtitle(found)
+    assert "idle" not in subtitle(certificate().plot())
+
+
+def test_runs_that_are_compared_have_one_scale() -> None:
+    other = Certificate("demo", "nothing", [replace(record, first_order=0.3) for record in certificate().records])
+    layout = plots.plot_certificates({"SPF": certificate(), "demo": other}).layout
+    assert layout.yaxis.range == layout.yaxis2.range
+    assert layout.yaxis.range[1] > 0.6

@@ -15,6 +15,11 @@ def share_at(place):
     return 1 - (1 - place) ** 2
 
 
+def share_place(share):
+    """Return the place of a share on a frontier's axis."""
+    return 1 - (1 - share) ** 0.5
+
+
 def test_the_frontier_has_means_intervals_and_runs(results):
     figure = plots.plot_frontier(results)
     sft, backdoor = drawn_traces(figure, "SFT")
@@ -64,3 +69,29 @@ def test_attacks_of_several_scenarios_have_a_panel_each_and_seeds_are_averaged()
     assert [note.text for note in figure.layout.annotations] == ["poison-10", "backdoor"]
     single = Results("x", (record("SFT", outcomes(10), attacks={"prefill 1": "0011"}),)).attacks()
     assert both[0].x[0] + both[0].error_x.array[0] == pytest.approx(single["high"][0])  # seeds do not narrow it
+
+
+def test_arms_on_one_spot_stand_side_by_side_in_an_inset():
+    names = ["untouched", "SFT", "mixing", "rank1"]
+    same = Results("x", tuple(record(name, outcomes(100 if name != "SFT" else 10)) for name in names))
+    figure = plots.plot_frontier(same)
+    inset = [trace for trace in figure.data if trace.xaxis == "x2"]
+    assert [(trace.name, trace.x[0]) for trace in inset] == [("untouched", 0), ("mixing", 1), ("rank1", 2)]
+    assert len({trace.y[0] for trace in inset}) == 1
+    (frame,) = figure.layout.shapes
+    assert frame.x0 < share_place(1.0) < frame.x1
+    domains = figure.layout.xaxis2.domain, figure.layout.yaxis2.domain
+    assert all(0 < start < end < 1 for start, end in domains)
+    # The marker of SFT, at full utility and little refusal, is not covered.
+    low, high = figure.layout.xaxis.range
+    assert not domains[0][0] < (share_place(1.0) - low) / (high - low) < domains[0][1]
+    two = plots.plot_frontier(same, arms=["SFT", "mixing", "rank1"])
+    assert not [trace for trace in two.data if trace.xaxis == "x2"]
+
+
+def test_a_scenario_in_which_no_arm_was_trained_is_left_out():
+    rows = [record("SFT", outcomes(50)), record("untouched", outcomes(99), scenario="backdoor")]
+    both = plots.plot_frontier(Results("x", tuple(rows)))
+    assert [note.text for note in both.layout.annotations] == ["poison-10"]
+    only = plots.plot_frontier(Results("x", tuple(rows[1:])))
+    assert [note.text for note in only.layout.annotations] == ["backdoor"]

@@ -10,7 +10,7 @@ from geomkit import plots
 from geomkit.stats.means import Estimate
 from geomkit.stats.proportions import Rate
 from geomkit.training.evaluation import Evaluation
-from tests.helpers.figures import subtitle, trace
+from tests.helpers.figures import legend, subtitle, trace
 
 
 def evaluation(refused: int) -> Evaluation:
@@ -50,3 +50,15 @@ def test_history_leaves_out_rows_without_a_loss() -> None:
     assert list(figure.layout.xaxis.tickvals) == [1, 2, 3]
     assert figure.layout.yaxis.title.text == "training loss,<br>nats per token"
     assert len({drawn.line.color for drawn in figure.data}) == 2
+
+
+def test_the_safety_loss_stands_below_the_training_loss_where_it_was_measured() -> None:
+    plain = pd.DataFrame({"step": [1, 2], "loss": [2.0, 1.0]})
+    guarded = plain.assign(**{"spf/anchor_loss": [0.1, 0.2]})
+    runs = {name: SimpleNamespace(history=history) for name, history in (("SFT", plain), ("SPF", guarded))}
+    figure = plots.plot_history(runs)
+    below = [drawn for drawn in figure.data if drawn.yaxis == "y2"]
+    assert [(drawn.name, list(drawn.y)) for drawn in below] == [("SPF", [0.1, 0.2])]
+    assert subtitle(figure) == "safety loss: on the anchors of the step; not measured in SFT"
+    assert legend(figure) == ["SFT", "SPF"]
+    assert not [drawn for drawn in plots.plot_history({"SFT": runs["SFT"]}).data if drawn.yaxis == "y2"]
