@@ -7,6 +7,7 @@ The way of the data is the order of a notebook::
 Every public name is listed in ``__init__.pyi`` and imported when it is first used, so ``import geomkit as gk`` is fast.
 """
 
+import sys
 from collections.abc import Sequence
 
 import lazy_loader
@@ -32,9 +33,18 @@ _FORMER_NAMES = {
 """Names that were at the root in version 0.1.0, and where they are now."""
 
 
+_COMPLETER = "jedi.inference.compiled.access"
+"""The module that reads attributes for IPython's completion, which only wants to know whether each is a function.
+
+Before torch is imported, the answer would take many seconds; without it, completion shows the names all the same.
+"""
+
+
 def __getattr__(name: str) -> object:
     if name in _FORMER_NAMES:
         raise AttributeError(f"geomkit.{name} is {_FORMER_NAMES[name]} since version 0.2.0")
+    if "torch" not in sys.modules and sys._getframe(1).f_globals.get("__name__") == _COMPLETER:  # noqa: SLF001
+        raise AttributeError(f"geomkit.{name} is not imported to complete its name")
     return _attribute(name)
 
 

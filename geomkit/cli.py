@@ -1,12 +1,12 @@
 """The command line: ``geomkit tour``, ``check``, ``analyze``, ``finetune``, ``evaluate``, ``compare``, ``bench``."""
 
 import atexit
-import datetime as dt
 import errno
 import json
 import logging
 import math
 import os
+import shlex
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -19,17 +19,17 @@ import typer
 from geomkit.errors import DataError, GeomkitError
 from geomkit.utils.files import write_atomically
 from geomkit.utils.options import check_option
+from geomkit.utils.terminal import say, show_table
 from geomkit.version import __version__
 
 if TYPE_CHECKING:
-    import pandas as pd
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from geomkit.analysis.analysis import Analysis
+    from geomkit.experiments.tour import Tour
     from geomkit.inputs.parameters import Layers
     from geomkit.inputs.tokens import AssistantMask, EncodedExamples
-    from geomkit.plots.report import Section
 
 Read = TypeVar("Read")
 
@@ -92,6 +92,9 @@ TrainingDtype = Annotated[
     str, typer.Option("--dtype", help="float32, auto, …; AdamW in pure bfloat16 rounds small updates away.")
 ]
 
+
+_INTERRUPTED = 130
+"""Exit status after Ctrl-C."""
 
 _OF_FILES = {errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EIO, errno.EMFILE}
 """Errors of a disk, which need not name a file."""
@@ -194,13 +197,12 @@ def tour(out: Out = Path("geomkit-tour"), json_file: Json = None, seed: Seed = 0
     """Run every stage once on the shipped organism, and write report.html."""
     _prepare(threads=1)
     from geomkit.experiments.tour import run_tour
-    from geomkit.plots.report_pages import tour_sections
 
     _check_writable(out, json_file and json_file.parent)
     result = run_tour(seed=seed)
-    _show(result.to_frame(), "What fine-tuning did, with and without SPF")
-    _show_claims(result.analysis, "What the gradients look like, and what survives its controls")
-    _write(out, json_file, "A tour of geomkit", tour_sections(result), result.to_dict())
+    show_table(result.to_frame(), "What fine-tuning did, with and without SPF")
+    _show_analysis(result.analysis, "What the gradients look like")
+    _write(out, json_file, result)
 
 
 @app.command()
@@ -261,7 +263,6 @@ def analyze(
     _join_processes(device)
     from geomkit.analysis.probe import Probe
     from geomkit.analysis.probe import analyze as run_analysis
-    from geomkit.plots.report_pages import analysis_sections
 
     _check_writable(out, json_file and json_file.parent)
     names = [name for name in (safety, utility, control) if name is not None]
@@ -279,12 +280,8 @@ def analyze(
         tokens_per_batch=tokens_per_batch,
         seed=seed,
     )
-    typer.echo(f"{result.alignment}.")
-    _show(result.to_frame(), f"{model}: {result.coverage}")
-    _show_claims(result, "What survives its controls")
-    if result.caution:
-        typer.echo(f"caution: {result.caution}")
-    _write(out, json_file, f"Gradient geometry of {model}", analysis_sections(result), result.to_dict())
+    _show_analysis(result, f"{model}, gradients of {result.coverage}")
+    _write(out, json_file, result, f"Gradient geometry of {model}")
 
 
 @app.command()
@@ -357,9 +354,13 @@ def finetune(
         checkpoints=checkpoints,
         save_steps=save_steps,
     )
-    if result.certificate:
-        typer.echo(str(result.certificate))
-    typer.echo(f"wrote {result.save(out, tokenizer)}")
+    say(f"{result}.")
+    if result.interrupted and checkpoints is not None:
+        say("The same command goes on from the last checkpoint.")
+    else:
+        typer.echo(f"wrote {result.save(out, tokenizer)}")
+    if result.interrupted:
+        raise typer.Exit(_INTERRUPTED)
 
 
 @app.command()
@@ -436,7 +437,7 @@ def evaluate(
         file = (json_file or Path("evaluation.json")).with_suffix(".responses.jsonl")
         write_atomically(file, error.responses.to_json(orient="records", lines=True, force_ascii=False))
         raise DataError(f"{error}; the model's responses are in {file}") from error
-    _show(result.to_frame(), f"{model}, judged by {', '.join(result.settings['judges'])}; 95 % intervals")
+    show_table(result.to_frame(), f"{model}, judged by {', '.join(result.settings['judges'])}; 95 % intervals")
     if json_file is not None and first_process():
         typer.echo(f"wrote {result.save(json_file)}")
 
@@ -455,7 +456,7 @@ def compare(
         raise DataError(f"expected different files, found {', '.join(map(str, files))}")
     result = compare_evaluations({str(path): load_evaluation(path) for path in files})
     shown = result.to_frame() if len(files) > 2 else result.to_frame().drop(columns="evaluation")
-    _show(shown, f"{result}" if len(files) > 2 else f"{files[1]}: {result}")
+    show_table(shown, f"{result}" if len(files) > 2 else f"{files[1]}: {result}")
     if json_file is not None:
         rows = result.to_frame().to_dict("records")
         write_atomically(json_file, json.dumps(_strict({"baseline": result.baseline, "rows": rows}), indent=2) + "\n")
@@ -488,7 +489,7 @@ def bench(
         )
         return
     title = f"{len(results)} cells of the grid '{results.name}': 95 % Wilson intervals over prompts in brackets"
-    _show(results.table(), title)
+    show_table(results.table(), title)
     typer.echo(f"wrote {results.save(out / 'results.jsonl.gz')}")
     if failures := results.failures:
         named = "; ".join(f"{cell}: {error}" for cell, error in failures.items())
@@ -694,28 +695,16 @@ def _check_writable(*folders: Path | None) -> None:
             ) from None
 
 
-def _show_claims(analysis: "Analysis", title: str) -> None:
-    from geomkit.analysis.claims import claims_table
+def _show_analysis(analysis: "Analysis", title: str) -> None:
+    """Print the summary, the numbers, the claims with their verdicts, and the caution."""
+    from geomkit.analysis.claims import VERDICTS, claims_table
 
-    _show(claims_table(analysis.claims()), title)
-
-
-def _show(frame: "pd.DataFrame", title: str) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=title, title_justify="left")
-    for column in frame.columns:
-        table.add_column(str(column))
-    for row in frame.itertuples(index=False):
-        table.add_row(*(_cell(value) for value in row))
-    Console().print(table)
-
-
-def _cell(value: object) -> str:
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return "–"
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
+    say(" ".join(analysis.summary))
+    show_table(analysis.numbers(), f"{title}; 95 % intervals over examples in brackets")
+    show_table(claims_table(analysis.claims()), "What survives its controls")
+    say(f"{VERDICTS}.")
+    if analysis.caution:
+        say(f"Caution: {analysis.caution}.")
 
 
 def _strict(value: object) -> object:
@@ -727,18 +716,16 @@ def _strict(value: object) -> object:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _write(
-    out: Path, json_file: Path | None, title: str, sections: "list[Section]", numbers: Mapping[str, object]
-) -> None:
+def _write(out: Path, json_file: Path | None, result: "Analysis | Tour", title: str = "") -> None:
     """Write the report, and the numbers as JSON if there is a file for them; one of several processes does."""
     from geomkit.utils.workers import first_process
 
     if not first_process():
         return
-    from geomkit.plots.report import write_report
+    from geomkit.plots.report_pages import write_result
 
-    page = write_report(out / "report.html", title, sections, date=dt.datetime.now(tz=dt.UTC).date())
-    typer.echo(f"wrote {page}")
+    command = shlex.join(["geomkit", *sys.argv[1:]])
+    typer.echo(f"wrote {write_result(result, out / 'report.html', title, {'command': command})}")
     if json_file is not None:
-        write_atomically(json_file, json.dumps(_strict(numbers), indent=2, allow_nan=False) + "\n")
+        write_atomically(json_file, json.dumps(_strict(result.to_dict()), indent=2, allow_nan=False) + "\n")
         typer.echo(f"wrote {json_file}")

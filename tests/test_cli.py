@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -141,18 +143,37 @@ def test_finetune_writes_a_checkpoint_that_loads(files, monkeypatch, capfd):
 def test_finetune_takes_pairs_prefixes_a_pad_token_and_no_anchors(files, monkeypatch, capfd):
     bare = [*finetuning(files, model="unmarked", train="pairs.jsonl", anchors=None), "--assistant-mask", "prefix"]
     status, out, err = run(monkeypatch, capfd, *bare, "--epochs", 1, "--pad-token", "[end]")
-    assert (status, out) == (0, "wrote run\n"), err
+    assert status == 0, err
+    assert out.startswith("Fine-tune of ")
+    assert out.endswith(" s.\nwrote run\n")
     assert "Map:" not in err
     assert AutoTokenizer.from_pretrained("run").pad_token == "[end]"  # noqa: S105
     assert "spf.jsonl" not in names("run")
+
+
+@pytest.mark.parametrize("checkpoints", [(), ("--checkpoints", "kept")])
+def test_an_interrupted_finetune_writes_what_was_trained_or_goes_on_later(files, monkeypatch, capfd, checkpoints):
+    def press(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr("geomkit.training.callbacks.LossCheck.on_log", press)
+    status, out, err = run(monkeypatch, capfd, *finetuning(files), "--steps", 4, *checkpoints)
+    assert status == 130, err
+    assert "Fine-tune of 3 steps" in " ".join(out.split())  # logs are written after a step
+    assert Path("run").exists() is not bool(checkpoints)
+    assert ("goes on from the last checkpoint" in out) is bool(checkpoints)
 
 
 def test_analyze_writes_a_report_and_the_promised_numbers(files, monkeypatch, capfd):
     status, out, err = run(monkeypatch, capfd, *analysis(files), "--out", "a/b", "--json", "c/numbers.json")
     assert status == 0, err
     assert "wrote a/b/report.html\nwrote c/numbers.json\n" in out
-    assert "<h1>Gradient geometry of" in Path("a/b/report.html").read_text(encoding="utf-8")
-    numbers = json.loads(Path("c/numbers.json").read_text(encoding="utf-8"))
+    page = Path("a/b/report.html").read_text(encoding="utf-8")
+    assert "<h1>Gradient geometry of" in page
+    assert "<dt>command</dt><dd>geomkit analyze --model " in page
+    assert "<dt>seed</dt><dd>0</dd>" in page
+    numbers = json.loads(Path("c/numbers.json").read_text(encoding="utf-8"), parse_constant=pytest.fail)
     assert set(numbers) == {
         "alignment",
         "losses",
@@ -173,6 +194,18 @@ def test_analyze_writes_a_report_and_the_promised_numbers(files, monkeypatch, ca
     assert -1 <= numbers["conflict"]["cosine"] <= 1
     assert set(numbers["one_sample"]) >= {"overlap", "interval", "null"}
     assert names("c") == ["numbers.json"]
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_tables_fit_the_terminal_and_cut_no_word(files, monkeypatch, capfd, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    status, out, err = run(monkeypatch, capfd, *analysis(files))
+    assert status == 0, err
+    assert max(map(len, out.splitlines())) <= columns
+    words = out.split()
+    assert not any(word.endswith("…") and word != "…" for word in words)
+    for whole in ("effective", "dimensions,", "control", "verdict", "measured", "not"):
+        assert whole in words
 
 
 def test_bench_runs_a_grid_and_goes_on_with_it(monkeypatch, capfd):
@@ -223,11 +256,9 @@ def test_a_shard_that_is_not_there(monkeypatch, capfd, shard):
     assert not Path("out").exists()
 
 
-def test_numbers_that_are_not_finite_are_null(tmp_path):
+def test_numbers_that_are_not_finite_are_null():
     numbers = {"a": {"b": [math.nan, 1.5]}, "c": math.inf, "d": None, "e": "x", "f": 2}
-    cli._write(tmp_path / "out", tmp_path / "numbers.json", "Title", [], numbers)
-    found = json.loads((tmp_path / "numbers.json").read_text(), parse_constant=pytest.fail)
-    assert found == {"a": {"b": [None, 1.5]}, "c": None, "d": None, "e": "x", "f": 2}
+    assert cli._strict(numbers) == {"a": {"b": [None, 1.5]}, "c": None, "d": None, "e": "x", "f": 2}
 
 
 def test_version_and_help(monkeypatch, capfd):
@@ -415,7 +446,9 @@ def test_finetune_trains_in_fp32_unless_told_otherwise(files, tmp_path_factory, 
 
 def test_a_checkpoint_may_go_to_the_working_directory(files, monkeypatch, capfd):
     status, out, err = run(monkeypatch, capfd, *finetuning(files, anchors=None)[:-1], ".", "--steps", 1)
-    assert (status, out) == (0, "wrote .\n"), err
+    assert status == 0, err
+    assert out.startswith("Fine-tune of 1 step, ")
+    assert out.endswith("\nwrote .\n")
     assert AutoModelForCausalLM.from_pretrained(".")
 
 

@@ -1,6 +1,7 @@
 """What is promised to importers: every public name resolves, and costs nothing until it is used."""
 
 import ast
+import inspect
 import pkgutil
 import subprocess
 import sys
@@ -73,3 +74,26 @@ def test_a_name_that_left_the_root_says_where_it_is(name):
     place = geomkit._FORMER_NAMES[name]
     if place.startswith("geomkit."):
         assert pkgutil.resolve_name(place)
+
+
+def test_completing_a_name_imports_nothing_heavy_and_finds_it():
+    # A fresh interpreter, as torch is here already; the completer is that of JupyterLab's kernels.
+    code = (
+        "import geomkit as gk\n"
+        "from IPython.core.completer import provisionalcompleter\n"
+        "from IPython.core.interactiveshell import InteractiveShell\n"
+        "shell = InteractiveShell.instance()\n"
+        "shell.user_ns['gk'] = gk\n"
+        "with provisionalcompleter():\n"
+        "    found = [each.text for each in shell.Completer.completions('gk.con', 6)]\n"
+        "assert found == ['conflict', 'conflict_directions'], found\n"
+        "assert gk.conflict.__name__ == 'conflict'"
+    )
+    assert "torch" not in loaded_after(code.rpartition("\n")[0])
+    assert "torch" in loaded_after(code)
+
+
+def test_the_help_on_conflict_fits_a_notebooks_pane_and_has_an_example():
+    text = inspect.getdoc(geomkit.conflict)
+    assert max(map(len, text.splitlines())) <= 90
+    assert ">>> " in text

@@ -1,7 +1,8 @@
 """Analysis of safety, control and utility gradients: rank, conflict and one-sample overlap, with nulls and controls."""
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -10,9 +11,10 @@ from torch import Tensor
 
 from geomkit.analysis import headlines as names
 from geomkit.analysis.alignment import Alignment
-from geomkit.analysis.claims import Claim, claims_frame, claims_table
+from geomkit.analysis.claims import VERDICTS, Claim, claims_frame, claims_table
 from geomkit.analysis.headlines import Headline, Headlines, headlines, paper_claims
 from geomkit.analysis.parameter_measures import measure_parameters
+from geomkit.analysis.summary import QUESTIONS, numbers_table, summary_of
 from geomkit.correlation.conflict import Conflict, conflict
 from geomkit.gradients.gradient_set import Coverage, GradientSet
 from geomkit.inputs.parameters import Kind, Layers
@@ -24,8 +26,9 @@ from geomkit.svd.principal_angles import Angles, principal_angles
 from geomkit.svd.spectrum import Spectrum, spectrum_of
 from geomkit.svd.spectrum_contrast import SpectrumContrast, compare_spectra
 from geomkit.svd.subspaces import Subspace
-from geomkit.utils.display import html_table, joined, text_table
+from geomkit.utils.display import element, html_table, joined
 from geomkit.utils.figures import DrawnResult, draw
+from geomkit.utils.readable import text_table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -55,6 +58,7 @@ class Analysis(DrawnResult):
         largest: The largest share of a single example in the sum of the squared gradient norms of its set.
         refusal: Share of the safety requests that the model refuses; ``None`` if it was not asked.
         remark: How many rows are copies of others, and how many rows two sets share, in words.
+        facts: Model, data, settings and versions, in words, for the head of a report.
     """
 
     spectra: Mapping[str, Spectrum]
@@ -68,6 +72,7 @@ class Analysis(DrawnResult):
     largest: Mapping[str, float]
     refusal: Rate | None = None
     remark: str = ""
+    facts: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @property
     def safety(self) -> Spectrum:
@@ -201,6 +206,19 @@ class Analysis(DrawnResult):
         options = {"layers": layers, "kinds": kinds, "facet": facet}
         return draw("plot_spectrum", *self.spectra.values(), names=tuple(self.spectra), **options)
 
+    def numbers(self, *questions: str) -> "pd.DataFrame":
+        """Return the headline numbers as texts to read, with a column per set of examples.
+
+        Args:
+            *questions: Any of ``"loss"``, ``"low rank?"``, ``"conflict?"`` and ``"one sample?"``; all when left out.
+        """
+        return numbers_table(self.headlines(), questions or QUESTIONS)
+
+    @property
+    def summary(self) -> tuple[str, str, str]:
+        """Three sentences: whether the model refuses, which claims on the control set hold, and which do not."""
+        return summary_of(self.alignment, self.claims())
+
     def __str__(self) -> str:
         """Return the table of the paper's claims, under lines on refusals, tokens, coverage and cautions."""
         rows = claims_table(self.claims())
@@ -212,9 +230,11 @@ class Analysis(DrawnResult):
         return f"Gradient geometry at {self.tokens} tokens; {self.coverage}{caution}"
 
     def _repr_html_(self) -> str:
-        head = f"{self.alignment}. {self._head()}"
         return joined(
-            html_table(head, self.to_frame(), rows=40), html_table("What survives", claims_table(self.claims()))
+            element("p", " ".join(self.summary)),
+            html_table("What survives its controls", claims_table(self.claims())),
+            element("p", f"{VERDICTS}."),
+            html_table(self._head(), self.numbers(), rows=40),
         )
 
 
@@ -275,7 +295,27 @@ def analysis_of(
         largest={name: _largest_share(gram) for name, gram in grams.items()},
         refusal=refusal,
         remark=remark,
+        facts=_facts(sets, seed),
     )
+
+
+def _facts(sets: Mapping[str, GradientSet], seed: int) -> dict[str, str]:
+    """Return with which model, data, settings and versions gradients were collected."""
+    origins = {name: gradients.provenance for name, gradients in sets.items() if gradients.provenance}
+    facts = {
+        f"{name} set": f"{origin.examples} examples, fingerprint {origin.data[:8]}" for name, origin in origins.items()
+    }
+    if safety := origins.get("safety"):
+        commit = f", commit {safety.revision}" if safety.revision else ""
+        facts = {"model": f"{_short(safety.model)}{commit}, {safety.dtype}, weights {safety.weights[:8]}", **facts}
+        facts["parameters"] = "all" if safety.layers == "layers=['*']" else safety.layers.removeprefix("layers=")
+        facts["libraries"] = f"torch {safety.torch}, transformers {safety.transformers}"
+    return {**facts, "seed": str(seed)}
+
+
+def _short(name: str) -> str:
+    """Return the last two folders of a path, and a hub id as it is."""
+    return "/".join(Path(name).parts[-2:])
 
 
 def _largest_share(grams: Mapping[str, Tensor]) -> float:

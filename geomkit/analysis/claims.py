@@ -4,10 +4,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from geomkit.utils.readable import with_interval
+
 if TYPE_CHECKING:
     import pandas as pd
 
 Verdict = Literal["holds", "reversed", "not shown"]
+
+VERDICTS = (
+    "A claim holds if the whole 95 % interval of its number over examples lies on the claimed side of the bound, is "
+    "reversed if it lies on the other side, and is not shown if it contains the bound"
+)
+"""What the verdicts mean, for under a table."""
 
 
 @dataclass(frozen=True)
@@ -16,7 +24,9 @@ class Claim:
 
     Attributes:
         question: The question that the claim answers.
-        claim: The claim in words.
+        claim: The claim as a sentence that needs no other.
+        opposite: The opposite of the claim, likewise.
+        number: What the number is, with its unit; of a difference, what is subtracted from what.
         value: The measured number.
         interval: Interval of the number over examples.
         bound: The bound.
@@ -26,6 +36,8 @@ class Claim:
 
     question: str
     claim: str
+    opposite: str
+    number: str
     value: float
     interval: tuple[float, float]
     bound: float = 0.0
@@ -37,9 +49,10 @@ class Claim:
         """``"holds"`` if the whole interval is on the claimed side of the bound, ``"reversed"`` if on the other side.
 
         Example:
-            >>> Claim("rank", "lower", -3.0, (-4.0, -2.0)).verdict
+            >>> rank = ("low rank?", "Safety has the lower rank.", "Safety has the higher rank.", "safety − utility")
+            >>> Claim(*rank, -3.0, (-4.0, -2.0)).verdict
             'holds'
-            >>> Claim("rank", "lower", -3.0, (-9.0, 3.0)).verdict, Claim("rank", "lower", 2.0, (1.0, 3.0)).verdict
+            >>> Claim(*rank, -3.0, (-9.0, 3.0)).verdict, Claim(*rank, 2.0, (1.0, 3.0)).verdict
             ('not shown', 'reversed')
         """
         low, high = self.interval
@@ -49,13 +62,29 @@ class Claim:
 
     @property
     def marked_verdict(self) -> str:
-        """The verdict with its caveat, for tables.
+        """The verdict with its caveat, for tables."""
+        return f"{self.verdict}, {self.caveat}" if self.caveat else self.verdict
+
+    @property
+    def finding(self) -> str:
+        """What was found, as a sentence.
 
         Example:
-            >>> Claim("rank", "lower", -3.0, (-4.0, -2.0), caveat="not about alignment").marked_verdict
-            'holds, not about alignment'
+            >>> Claim("one?", "Few suffice.", "Few do not suffice.", "overlap", 0.2, (0.1, 0.3), 0.2).finding
+            'It is not shown that few suffice.'
         """
-        return f"{self.verdict}, {self.caveat}" if self.caveat else self.verdict
+        not_shown = f"It is not shown that {self.claim[0].lower()}{self.claim[1:]}"
+        return {"holds": self.claim, "reversed": self.opposite, "not shown": not_shown}[self.verdict]
+
+    @property
+    def measured(self) -> str:
+        """The number with its sign and interval, after what it is.
+
+        Example:
+            >>> Claim("one?", "Few suffice.", "Few do not suffice.", "overlap", 0.2, (0.1, 0.3), 0.2).measured
+            'overlap: +0.20 [+0.10, +0.30]'
+        """
+        return f"{self.number}: {with_interval(self.value, self.interval, sign=True)}"
 
 
 def claims_frame(claims: Sequence[Claim]) -> "pd.DataFrame":
@@ -67,6 +96,7 @@ def claims_frame(claims: Sequence[Claim]) -> "pd.DataFrame":
             {
                 "question": claim.question,
                 "claim": claim.claim,
+                "number": claim.number,
                 "value": claim.value,
                 "low": claim.interval[0],
                 "high": claim.interval[1],
@@ -79,16 +109,8 @@ def claims_frame(claims: Sequence[Claim]) -> "pd.DataFrame":
 
 
 def claims_table(claims: Sequence[Claim]) -> "pd.DataFrame":
-    """Return one row per claim for display, with the number and its interval as text in one cell."""
+    """Return one row per claim for display: the claim, its verdict, and the number that decides it as text."""
     import pandas as pd
 
-    return pd.DataFrame(
-        [
-            {
-                "claim": claim.claim,
-                "measured": f"{claim.value:.3g} [{claim.interval[0]:.3g}, {claim.interval[1]:.3g}]",
-                "verdict": claim.marked_verdict,
-            }
-            for claim in claims
-        ]
-    )
+    rows = [(claim.claim, claim.marked_verdict, claim.measured) for claim in claims]
+    return pd.DataFrame(rows, columns=["claim", "verdict", "measured"])

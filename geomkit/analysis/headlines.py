@@ -116,11 +116,13 @@ def _one_sample(study: OneSample) -> Iterator[Headline]:
 
 
 class _Bound(NamedTuple):
-    """A claim in words, as a bound on one headline number."""
+    """A claim in words, with the word that its opposite has instead, as a bound on one headline number."""
 
     measure: str
     of: str
     words: str
+    instead: tuple[str, str]
+    number: str
     bound: float = 0.0
     above: bool = False
 
@@ -129,34 +131,77 @@ _CLAIMS = (
     _Bound(
         f"{RANK}, difference",
         _OVER_UTILITY,
-        "effective rank of the mean gradient at equal tokens: safety is below utility",
+        "The mean safety gradient has a lower effective rank than the mean utility gradient.",
+        ("lower", "higher"),
+        f"effective rank, {_OVER_UTILITY}",
     ),
     _Bound(
         f"{RANK}, difference",
         _OVER_CONTROL,
-        "effective rank of the mean gradient at equal tokens: safety is below control",
+        "The mean safety gradient has a lower effective rank than the mean gradient of the control set.",
+        ("lower", "higher"),
+        f"effective rank, {_OVER_CONTROL}",
     ),
-    _Bound(f"{SPAN}, difference", _OVER_UTILITY, "effective rank of the examples' span: safety is below utility"),
-    _Bound(f"{SPAN}, difference", _OVER_CONTROL, "effective rank of the examples' span: safety is below control"),
-    _Bound(COSINE, "safety", "cosine of safety and utility is below 0"),
-    _Bound(UNWEIGHTED, "safety", "it is below 0 with all examples and parameters alike"),
-    _Bound(_COSINE_DIFFERENCE, _OVER_CONTROL, "it is below that of control and utility"),
+    _Bound(
+        f"{SPAN}, difference",
+        _OVER_UTILITY,
+        "The gradients of the safety examples span fewer dimensions than those of the utility examples.",
+        ("fewer", "more"),
+        f"dimensions, {_OVER_UTILITY}",
+    ),
+    _Bound(
+        f"{SPAN}, difference",
+        _OVER_CONTROL,
+        "The gradients of the safety examples span fewer dimensions than those of the control set.",
+        ("fewer", "more"),
+        f"dimensions, {_OVER_CONTROL}",
+    ),
+    _Bound(
+        COSINE,
+        "safety",
+        "The safety gradient and the utility gradient point in opposing directions.",
+        ("opposing", "similar"),
+        "cosine",
+    ),
+    _Bound(
+        UNWEIGHTED,
+        "safety",
+        "Safety and utility gradients point in opposing directions also if all examples and parameters count the same.",
+        ("opposing", "similar"),
+        "cosine at equal weights",
+    ),
+    _Bound(
+        _COSINE_DIFFERENCE,
+        _OVER_CONTROL,
+        "The safety gradient opposes the utility gradient more than the control gradient does.",
+        ("more", "less"),
+        f"cosine with utility, {_OVER_CONTROL}",
+    ),
     _Bound(
         _ONE_COSINE_DIFFERENCE,
         _OVER_CONTROL,
-        "a safety example's cosine with the others' mean is above a control's",
+        "The gradient of one safety example points along the mean of the other safety examples, more than that of one "
+        "control example does.",
+        ("more", "less"),
+        f"cosine, {_OVER_CONTROL}",
         above=True,
     ),
     _Bound(
         OVERLAP_DIFFERENCE,
         _OVER_CONTROL,
-        "a safety example's overlap with the others is above a control's",
+        "The leading directions of one safety example overlap with those of the other safety examples, more than those "
+        "of one control example do.",
+        ("more", "less"),
+        f"overlap, {_OVER_CONTROL}",
         above=True,
     ),
     _Bound(
         OVERLAP,
         "safety",
-        f"that overlap is above {_REPORTED_OVERLAP}, as reported",
+        "The leading directions of one safety example overlap with those of the other safety examples by more than "
+        f"{_REPORTED_OVERLAP}, as the paper reports.",
+        ("more", "less"),
+        "overlap",
         _REPORTED_OVERLAP,
         above=True,
     ),
@@ -173,6 +218,16 @@ def paper_claims(table: Headlines, caveat: str = "") -> list[Claim]:
     """
     decided = [(table[claim.measure, claim.of], claim) for claim in _CLAIMS if (claim.measure, claim.of) in table]
     return [
-        Claim(row.question, claim.words, row.value, row.interval, claim.bound, above=claim.above, caveat=caveat)
+        Claim(
+            row.question,
+            claim.words,
+            claim.words.replace(*claim.instead),
+            claim.number,
+            row.value,
+            row.interval,
+            claim.bound,
+            above=claim.above,
+            caveat=caveat,
+        )
         for row, claim in decided
     ]

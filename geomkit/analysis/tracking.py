@@ -15,8 +15,9 @@ from geomkit.inputs.models import load_model
 from geomkit.svd.principal_angles import principal_angles
 from geomkit.svd.subspaces import Subspace, layer_subspace
 from geomkit.utils.arguments import is_whole, type_in_words
-from geomkit.utils.display import counted
+from geomkit.utils.display import counted, html_table
 from geomkit.utils.figures import DrawnResult, draw
+from geomkit.utils.readable import with_interval
 from geomkit.utils.workers import first_process
 
 if TYPE_CHECKING:
@@ -72,6 +73,21 @@ class Trajectory(DrawnResult):
         frames = [point.to_frame().assign(at=at) for at, point in self.moments.items()]
         frame = pd.concat(frames, ignore_index=True)
         return frame[["at", *(name for name in frame.columns if name != "at")]]
+
+    def shown_frame(self) -> "pd.DataFrame":
+        """Return the measures of all sets as texts, with a column per moment."""
+        frame = self.to_frame()
+        rows = zip(*(frame[name] for name in ("of", "value", "low", "high")), strict=True)
+        cells = [with_interval(value, (low, high), sign="−" in of) for of, value, low, high in rows]
+        return (
+            frame.assign(cell=cells)
+            .pivot_table(index=["question", "measure", "of"], columns="at", values="cell", aggfunc="first", sort=False)
+            .rename_axis(columns=None)
+            .reset_index()
+        )
+
+    def _repr_html_(self) -> str:
+        return html_table(str(self), self.shown_frame(), rows=50)
 
     def plot(self) -> "Figure":
         """Draw every measure over training, see :func:`geomkit.plots.trajectory.plot_trajectory`."""

@@ -110,6 +110,29 @@ class Conflict(DrawnResult):
             frame = frame.assign(contrast_q_value=benjamini_hochberg(frame["contrast_p_value"].to_numpy()))
         return frame
 
+    def shown_frame(self) -> "pd.DataFrame":
+        """Return a data frame of the numbers over all parameters, with those of the control and the differences."""
+        import pandas as pd
+
+        rows: list[dict[str, object]] = [
+            {
+                "over all parameters": "cosine of the mean gradients",
+                "value": self.cosine,
+                "null_low": self.null_interval[0],
+                "null_high": self.null_interval[1],
+            }
+        ]
+        for words, part in (("expected gradients", self), ("expected gradients, equal weights", self.unweighted)):
+            rows.append(_shown(f"cosine of the {words}", part.corrected, part.interval, part.contrast))
+        for words, share in (
+            ("utility examples that oppose safety", self.negative),
+            ("parameters with a negative cosine", self.negative_parameters),
+        ):
+            rows.append(_shown(f"share of {words}", share.value, share.interval, None))
+        columns = ["over all parameters", "value", "low", "high", "null_low", "null_high", "control"]
+        columns += [f"control_{end}" for end in ("low", "high")]
+        return pd.DataFrame(rows, columns=[*columns, "difference", "difference_low", "difference_high"])
+
     def plot(self) -> "go.Figure":
         """Draw the cosine of every parameter, see :func:`geomkit.plots.conflict.plot_conflict`."""
         return draw("plot_conflict", self)
@@ -126,6 +149,22 @@ class Conflict(DrawnResult):
             f"against safety: utility examples {self.negative}, parameters {self.negative_parameters}",
         ]
         return "; ".join(parts)
+
+
+def _shown(
+    words: str, value: float, interval: tuple[float, float], contrast: ControlDifference | None
+) -> dict[str, object]:
+    row: dict[str, object] = {"over all parameters": words, "value": value, "low": interval[0], "high": interval[1]}
+    if contrast is None:
+        return row
+    return row | {
+        "control": contrast.control,
+        "control_low": contrast.control_interval[0],
+        "control_high": contrast.control_interval[1],
+        "difference": contrast.value,
+        "difference_low": contrast.interval[0],
+        "difference_high": contrast.interval[1],
+    }
 
 
 def _cosine_text(value: float, interval: tuple[float, float]) -> str:
@@ -168,30 +207,36 @@ def conflict(
     seed: int = 0,
     confidence: float = 0.95,
 ) -> Conflict:
-    """Measure the conflict between the gradients of two sets of examples, and compare it with a control's.
+    """Measure the conflict of two sets of examples' gradients, and compare it with a control's.
 
-    Only the inner products between examples are needed, and every example has the same weight, whatever its length.
-    Sets whose gradients do not fit into memory are given by their inner products instead: each set by the inner
-    products within it, and ``across=`` (with a control also ``control_across=``) by the inner products with the utility
-    set, all from :func:`geomkit.sample_grams`.
+    Only the inner products between examples are needed, and every example has the same
+    weight, whatever its length. Sets whose gradients do not fit into memory are given by
+    their inner products instead: each set by the inner products within it, and ``across=``
+    (with a control also ``control_across=``) by the inner products with the utility set, all
+    from :func:`geomkit.sample_grams`.
 
-    The interval is a jackknife interval (:func:`geomkit.correlation.cosine.expected_cosine`) and not a bootstrap: a
-    resampled mean contains its sampling noise twice, so percentiles of the bootstrapped cosine miss the truth. If a
-    few of many examples have most of the squared norm, a sample without them has a narrow interval around the wrong
-    cosine; :attr:`Conflict.unweighted`, in which all examples have equal weight, is not affected. Measured coverage
-    and power: tests/benchmarks/README.md.
+    The interval is a jackknife interval (:func:`geomkit.correlation.cosine.expected_cosine`)
+    and not a bootstrap: a resampled mean contains its sampling noise twice, so percentiles of
+    the bootstrapped cosine miss the truth. If a few of many examples have most of the squared
+    norm, a sample without them has a narrow interval around the wrong cosine;
+    :attr:`Conflict.unweighted`, in which all examples have equal weight, is not affected.
+    Measured coverage and power: tests/benchmarks/README.md.
 
     Args:
-        safety: Safety gradients, collected with ``per_sample=True`` from at least three examples; with ``across=`` the
-            (N, N) inner products between safety examples, by parameter.
-        utility: Utility gradients, collected with ``per_sample=True`` from at least three examples; with ``across=``
-            the (M, M) inner products between utility examples.
-        control: Gradients of examples like the safety examples in everything but safety, such as benign requests with
-            the same refusals (:func:`geomkit.with_responses`), collected in the same way; with ``across=`` the (C, C)
-            inner products between control examples.
-        across: (N, M) inner products between safety and utility examples, where the sets are given by inner products.
+        safety: Safety gradients, collected with ``per_sample=True`` from at least three
+            examples; with ``across=`` the (N, N) inner products between safety examples, by
+            parameter.
+        utility: Utility gradients, collected with ``per_sample=True`` from at least three
+            examples; with ``across=`` the (M, M) inner products between utility examples.
+        control: Gradients of examples like the safety examples in everything but safety, such
+            as benign requests with the same refusals (:func:`geomkit.with_responses`),
+            collected in the same way; with ``across=`` the (C, C) inner products between
+            control examples.
+        across: (N, M) inner products between safety and utility examples, where the sets are
+            given by inner products.
         control_across: (C, M) inner products between control and utility examples, likewise.
-        draws: Number of random divisions of the pooled examples; the smallest possible p-value is 1/(draws + 1).
+        draws: Number of random divisions of the pooled examples; the smallest possible
+            p-value is 1/(draws + 1).
         seed: Seed of the random divisions, which all parameters share.
         confidence: Nominal coverage of the intervals, between 0 and 1.
 
@@ -199,18 +244,21 @@ def conflict(
         The conflict over all parameters and in each parameter.
 
     Raises:
-        GeometryError: If a set lacks per-sample gradients, has fewer than three examples or a value that is not finite;
-            if the sets have different parameters, or inner products do not fit together; if the inner products of the
-            control are incomplete; or if ``draws`` or the confidence is out of range.
+        GeometryError: If a set lacks per-sample gradients, has fewer than three examples or a
+            value that is not finite; if the sets have different parameters, or inner products
+            do not fit together; if the inner products of the control are incomplete; or if
+            ``draws`` or the confidence is out of range.
 
     Example:
         >>> import geomkit as gk
         >>> model, tokenizer = gk.load_organism()
-        >>> safety = gk.load_examples("safety").select(range(4))
-        >>> utility = gk.load_examples("scenarios/new-skill").select(range(4))
-        >>> def grams(*sets):
-        ...     return gk.sample_grams(model, tokenizer, *sets, layers="lm_head*", progress=False)
-        >>> measured = conflict(grams(safety), grams(utility), across=grams(safety, utility), draws=99)
+        >>> options = {"per_sample": True, "layers": "lm_head*", "progress": False}
+        >>> sets = ("safety", "scenarios/new-skill")
+        >>> rows = [gk.load_examples(name).select(range(4)) for name in sets]
+        >>> safety, utility = (
+        ...     gk.collect_gradients(model, tokenizer, one, **options) for one in rows
+        ... )
+        >>> measured = conflict(safety, utility, draws=99)
         >>> list(measured.layers)
         ['lm_head.weight']
     """

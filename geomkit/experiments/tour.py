@@ -92,6 +92,23 @@ class Tour(DrawnResult):
             "finetune": [arm.to_dict() for arm in self.arms],
         }
 
+    @property
+    def summary(self) -> tuple[str, str, str]:
+        """Three sentences: what the organism refuses, what fine-tuning makes of it, and whether the projection held."""
+        refused = {
+            name: " and ".join(
+                f"{arm.evaluation.refusal.value:.1%} ({arm.scenario.name})" for arm in self.arms if arm.name == name
+            )
+            for name in ("SFT", "SPF")
+        }
+        certificates = [arm.result.certificate for arm in self.arms if arm.name == "SPF" and arm.result.certificate]
+        violations, steps = (sum(getattr(one, name) for one in certificates) for name in ("violations", "steps"))
+        return (
+            f"The organism refuses {self.organism.refusal} of the forbidden requests.",
+            f"After plain fine-tuning (SFT) it refuses {refused['SFT']}, under SPF {refused['SPF']}.",
+            f"Under SPF {violations} of {steps} steps raised the loss on the anchors to first order.",
+        )
+
     def to_frame(self) -> "pd.DataFrame":
         """Return a row for the untouched organism and a row per fine-tune: rates in per cent, with their intervals."""
         import pandas as pd

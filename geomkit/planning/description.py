@@ -18,8 +18,8 @@ from geomkit.utils.display import (
     human_count,
     human_seconds,
     joined,
-    text_table,
 )
+from geomkit.utils.readable import text_table
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -1,19 +1,19 @@
 """The report: one self-contained HTML page with text, figures and tables, which needs no network."""
 
 import datetime as dt
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from string import Template
 
-import numpy as np
 import pandas as pd
 from plotly.graph_objects import Figure
 from plotly.offline import get_plotlyjs
 
 from geomkit.utils.display import Html, element, joined
 from geomkit.utils.files import write_atomically
+from geomkit.utils.readable import is_numeric, readable
 from geomkit.version import __version__
 
 _CONFIG = {"displaylogo": False, "responsive": True, "showSendToCloud": False, "plotlyServerURL": ""}
@@ -37,7 +37,22 @@ class Section:
     tables: tuple[pd.DataFrame, ...] = ()
 
 
-def write_report(path: str | Path, title: str, sections: Sequence[Section], *, date: dt.date) -> Path:
+@dataclass(frozen=True)
+class Head:
+    """The top of a report, between its title and its contents.
+
+    Attributes:
+        summary: Sentences that sum the report up, each a paragraph.
+        facts: What was measured with what: model, data, settings, by name.
+    """
+
+    summary: tuple[str, ...] = ()
+    facts: Mapping[str, str] = field(default_factory=dict)
+
+
+def write_report(
+    path: str | Path, title: str, sections: Sequence[Section], *, date: dt.date, head: Head | None = None
+) -> Path:
     """Write a report as one HTML page that needs no network.
 
     The file is written atomically, and the same input gives the same bytes. The page contains plotly.js once, about
@@ -47,27 +62,37 @@ def write_report(path: str | Path, title: str, sections: Sequence[Section], *, d
         path: The file to write, replaced if it exists; missing folders are made.
         title: The title of the page.
         sections: The sections, in order.
-        date: The date in the footer.
+        date: The date at the top and in the footer.
+        head: The summary and the facts at the top.
 
     Returns:
         The path of the file.
     """
     path = Path(path)
-    write_atomically(path, render_report(title, sections, date=date))
+    write_atomically(path, render_report(title, sections, date=date, head=head))
     return path
 
 
-def render_report(title: str, sections: Sequence[Section], *, date: dt.date) -> str:
+def render_report(title: str, sections: Sequence[Section], *, date: dt.date, head: Head | None = None) -> str:
     """Return the HTML of the page that :func:`write_report` writes; the arguments are the same."""
     has_figures = any(section.figures for section in sections)
     template = files("geomkit.plots").joinpath("templates/report.html").read_text(encoding="utf-8")
     return Template(template).substitute(
         title=joined(title),
         plotly=element("script", Html(get_plotlyjs())) if has_figures else "",
+        head=_head(head or Head(), date),
         contents=_contents(sections) if len(sections) > 2 else "",
         sections="\n".join(_section(number, section) for number, section in enumerate(sections, 1)),
         footer=joined(f"Written by geomkit {__version__} on {date.isoformat()}."),
     )
+
+
+def _head(head: Head, date: dt.date) -> Html:
+    """Return the summary, and a list of facts that ends with the date and the version."""
+    summary = element("div", *(element("p", sentence) for sentence in head.summary), class_="summary")
+    facts = {**head.facts, "date": date.isoformat(), "geomkit": __version__}
+    rows = (joined(element("dt", name), element("dd", text)) for name, text in facts.items())
+    return joined(summary if head.summary else "", element("dl", *rows))
 
 
 def _contents(sections: Sequence[Section]) -> Html:
@@ -96,31 +121,23 @@ def _figure(figure: Figure, name: str) -> Html:
 
 
 def _table(frame: pd.DataFrame) -> Html:
-    """Return a data frame as an HTML table in which numbers and their headings are aligned right."""
-    numeric = [dtype.kind in "iuf" for dtype in frame.dtypes]
-    heads = (_cell("th", str(name), number) for name, number in zip(frame.columns, numeric, strict=True))
+    """Return a data frame as an HTML table; each cell also has its heading, for screens without room for columns."""
+    shown = readable(frame)
+    columns = [(name, "number" if is_numeric(shown[name].tolist()) else "") for name in shown.columns]
+    heads = (element("th", name, class_=number) for name, number in columns)
     rows = (
-        element("tr", *(_cell("td", _text(value), number) for value, number in zip(row, numeric, strict=True)))
-        for row in frame.itertuples(index=False, name=None)
+        element(
+            "tr",
+            *(
+                element("td", cell, class_=_VERDICTS.get(cell.partition(",")[0], number), data_label=name)
+                for cell, (name, number) in zip(row, columns, strict=True)
+            ),
+        )
+        for row in shown.itertuples(index=False, name=None)
     )
     table = element("table", element("thead", element("tr", *heads)), element("tbody", *rows))
     return element("div", table, class_="wide")
 
 
-def _cell(tag: str, text: str, number: bool) -> Html:
-    return element(tag, text, class_="number" if number else "")
-
-
-def _text(value: object) -> str:
-    """Return a value as text: floats with four significant digits or up to the decimal point, the rest in full.
-
-    Example:
-        >>> _text(0.123456), _text(12345.6), _text(1e-9), _text(float("nan")), _text("a & b")
-        ('0.1235', '12346', '1e-09', '–', 'a & b')
-    """
-    if pd.api.types.is_scalar(value) and pd.isna(value):  # type: ignore[call-overload]
-        return "–"
-    if isinstance(value, float | np.floating):
-        number = float(value)
-        return f"{number:.0f}" if 1e4 <= abs(number) < 1e9 else f"{number:.4g}"
-    return str(value)
+_VERDICTS = {"holds": "holds", "reversed": "reversed", "not shown": "open"}
+"""Classes of verdicts, which have colours in the light and in the dark."""

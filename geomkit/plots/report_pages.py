@@ -1,22 +1,92 @@
-"""The sections of the reports of an analysis and of the tour: figures, tables, and sentences with the numbers."""
+"""Reports of results: their title, head and sections, with figures, tables, and sentences with the numbers."""
 
-from typing import TYPE_CHECKING
+import datetime as dt
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 from geomkit.analysis.analysis import Analysis
-from geomkit.analysis.claims import claims_table
+from geomkit.analysis.claims import VERDICTS, claims_table
 from geomkit.plots.certificates import plot_certificate
 from geomkit.plots.conflict import plot_conflict, plot_conflict_examples
 from geomkit.plots.one_sample import plot_one_sample
 from geomkit.plots.principal_angles import plot_angles
 from geomkit.plots.ranks import plot_effective_rank
-from geomkit.plots.report import Section
+from geomkit.plots.report import Head, Section, write_report
 from geomkit.plots.runs import plot_evaluation, plot_history
 from geomkit.plots.spectra import plot_spectrum
+from geomkit.plots.themes import drawn_in
 from geomkit.svd.spectrum import Spectrum
-from geomkit.utils.display import signed
+from geomkit.utils.display import Result, signed
 
 if TYPE_CHECKING:
     from geomkit.experiments.tour import Tour  # imports transformers, which takes seconds
+    from geomkit.training.result import FineTuneResult
+
+
+def write_result(result: Result, path: str | Path, title: str = "", facts: Mapping[str, str] | None = None) -> Path:
+    """Write the report of a result, see :meth:`geomkit.utils.display.Result.report`.
+
+    Args:
+        result: The result.
+        path: The file to write.
+        title: The title of the page; made from the result when left out.
+        facts: More facts for the head of the page, such as the command.
+    """
+    with drawn_in("light"):  # the page itself turns figures dark, where its reader wants that
+        page = _page_of(result)
+    head = replace(page.head, facts={**page.head.facts, **(facts or {})})
+    today = dt.datetime.now(tz=dt.UTC).date()
+    return write_report(path, title or page.title, page.sections, date=today, head=head)
+
+
+class _Page(NamedTuple):
+    """The parts of a report."""
+
+    title: str
+    head: Head
+    sections: list[Section]
+
+
+def _page_of(result: Result) -> _Page:
+    from geomkit.experiments.tour import Tour
+    from geomkit.training.result import FineTuneResult
+
+    if isinstance(result, Analysis):
+        title = f"Gradient geometry of {result.facts.get('model', 'a model').partition(',')[0]}"
+        return _Page(title, Head(result.summary, result.facts), analysis_sections(result))
+    if isinstance(result, Tour):
+        return _Page("A tour of geomkit", Head(result.summary, result.analysis.facts), tour_sections(result))
+    if isinstance(result, FineTuneResult):
+        facts = {name: str(value) for name, value in result.settings.get("training", {}).items()}
+        return _Page("A fine-tune", Head((f"{result}.",), facts), fine_tune_sections(result))
+    words = re.sub(r"(?<=[a-z])([A-Z])", lambda match: f" {match[1].lower()}", type(result).__name__)
+    figures = (result.plot(),) if hasattr(result, "plot") else ()
+    section = Section("Numbers", "", figures, (result.shown_frame(),))
+    return _Page(words, Head(tuple(str(result).splitlines()[:1])), [section])
+
+
+def fine_tune_sections(result: "FineTuneResult") -> list[Section]:
+    """Return the sections of a fine-tune: the loss, and under SPF the protection and its certificate."""
+    import pandas as pd
+
+    sections = [
+        Section("The loss during training", "", (plot_history({"fine-tune": result}),), (result.shown_frame(),))
+    ]
+    if result.certificate:
+        protection = pd.DataFrame(result.settings.get("protection", {}).items(), columns=["setting", "value"])
+        sections += [
+            Section("How it was protected", "", (), (protection,)),
+            Section(
+                "Did the projection hold?",
+                f"{result.certificate}.\n\nThe table has the steps nearest to raising the loss on the anchors.",
+                (plot_certificate(result.certificate),),
+                (result.certificate.shown_frame(),),
+            ),
+        ]
+    return sections
 
 
 def analysis_sections(analysis: Analysis) -> list[Section]:
@@ -37,18 +107,17 @@ def _alignment(analysis: Analysis) -> Section:
         text += " More safety requests, or requests that the model surely refuses, would tell; each verdict is marked."
     elif alignment.refusal is None:
         text += " Without the model's own answers it cannot be told whether the numbers below are about alignment."
-    return Section("Is the model aligned at all?", text)
+    return Section("Is the model aligned at all?", text, (), (analysis.numbers("loss"),))
 
 
 def _claims(analysis: Analysis) -> Section:
     text = (
         "What the paper claims of gradients, with and without a control: benign requests that get the safety set's own "
-        "responses, so that only what is forbidden is missing. A claim holds if its whole 95 % interval over examples "
-        "lies on the claimed side of the bound, and is reversed if it lies on the other."
+        f"responses, so that only what is forbidden is missing. {VERDICTS}."
     )
     if analysis.caution:
         text += f"\n\nCaution: {analysis.caution}."
-    return Section("What survives its controls?", text, (), (claims_table(analysis.claims()), analysis.to_frame()))
+    return Section("What survives its controls?", text, (), (claims_table(analysis.claims()),))
 
 
 def _spectra(analysis: Analysis) -> Section:
@@ -63,7 +132,7 @@ def _spectra(analysis: Analysis) -> Section:
         f"{analysis.rank_contrast('control')}. {analysis.rank_contrast('utility')}."
     )
     figures = (plot_spectrum(*spectra, names=names), plot_effective_rank(*spectra, names=names))
-    return Section("Are safety gradients of low rank?", text, figures)
+    return Section("Are safety gradients of low rank?", text, figures, (analysis.numbers("low rank?"),))
 
 
 def _rank_sentence(name: str, spectrum: Spectrum) -> str:
@@ -94,7 +163,7 @@ def _conflict(analysis: Analysis) -> Section:
         "subspaces closer than that."
     )
     figures = (plot_conflict(conflict), plot_conflict_examples(conflict), plot_angles(analysis.angles))
-    return Section("Do safety and utility conflict?", text, figures)
+    return Section("Do safety and utility conflict?", text, figures, (analysis.numbers("conflict?"),))
 
 
 def _one_sample(analysis: Analysis) -> Section:
@@ -104,7 +173,7 @@ def _one_sample(analysis: Analysis) -> Section:
         "The controls are benign requests with the same responses: what they reach too is due to the responses' "
         "wording and to shared inputs, not to what is forbidden."
     )
-    return Section("Is one safety example enough?", text, (plot_one_sample(study),))
+    return Section("Is one safety example enough?", text, (plot_one_sample(study),), (analysis.numbers("one sample?"),))
 
 
 def tour_sections(tour: "Tour") -> list[Section]:

@@ -6,6 +6,7 @@ change a figure's colours with the page around it, so a figure that is drawn sta
 
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -180,6 +181,17 @@ def theme(name: Theme = "auto") -> None:
     if name not in get_args(Theme):
         raise GeometryError(f"expected a theme among {', '.join(get_args(Theme))}, found {name!r}; give one of these")
     _chosen["theme"] = name
+
+
+@contextmanager
+def drawn_in(name: Theme) -> Iterator[None]:
+    """Draw figures in a theme inside the block, whatever theme is chosen outside."""
+    before = _chosen["theme"]
+    theme(name)
+    try:
+        yield
+    finally:
+        theme(before)
 
 
 def _in_force() -> str:

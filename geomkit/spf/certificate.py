@@ -10,7 +10,6 @@ import numpy as np
 from geomkit.errors import SPFError
 from geomkit.spf.rule import Promise
 from geomkit.spf.step_record import BLOCK_COLUMNS, StepRecord
-from geomkit.utils.display import html_table
 from geomkit.utils.figures import DrawnResult, draw
 
 if TYPE_CHECKING:
@@ -125,6 +124,14 @@ class Certificate(DrawnResult):
         ]
         return pd.DataFrame(rows, columns=["step", "block", *BLOCK_COLUMNS])
 
+    def shown_frame(self) -> "pd.DataFrame":
+        """Return the six steps that come nearest to raising the safety loss, those that broke a promise first."""
+        columns = ["step", "anchor_loss", "first_order_raw", "first_order", "bound", "tolerance", "fired", "violated"]
+        frame = self.to_frame()
+        return (
+            frame if frame.empty else frame.sort_values(["violated", "first_order"], ascending=False)[columns].head(6)
+        )
+
     def to_dict(self) -> dict[str, float | int]:
         """Return the summary as a dictionary: ``steps``, ``violations`` and ``max_first_order_change``."""
         return {
@@ -165,6 +172,3 @@ class Certificate(DrawnResult):
             yield f"{len(self.by_factor)} adapted layers factor by factor, without products of their changes"
         if self.max_shortfall:
             yield f"subspaces hold an estimated {1 - self.max_shortfall:.2%} of the energy of exact ones"
-
-    def _repr_html_(self) -> str:
-        return html_table(str(self), self.to_frame(), rows=6)

@@ -102,6 +102,11 @@ class Angles(DrawnResult):
 
         return pd.DataFrame([row for layer in self.layers.values() for row in _rows(layer)])
 
+    def shown_frame(self) -> "pd.DataFrame":
+        """Return a data frame with one row per statistic: the means over parameters."""
+        means = self.to_frame().groupby("statistic", sort=False)[["value", "null", "control"]].mean()
+        return means.rename_axis("mean over parameters of").reset_index()
+
     def plot(self) -> "go.Figure":
         """Draw the angles and overlaps, see :func:`geomkit.plots.principal_angles.plot_angles`."""
         return draw("plot_angles", self)

@@ -24,6 +24,7 @@ from geomkit.svd.nulls import NullDraws
 from geomkit.utils.arguments import check_confidence, check_draws, check_groups, check_seed
 from geomkit.utils.figures import DrawnResult, draw
 from geomkit.utils.progress import with_bar
+from geomkit.utils.readable import with_interval
 from geomkit.utils.seeding import parameter_generator
 
 if TYPE_CHECKING:
@@ -122,6 +123,17 @@ class Spectrum(DrawnResult):
 
         return pd.DataFrame([row for layer in self.layers.values() for row in self._rows(layer)])
 
+    def shown_frame(self) -> "pd.DataFrame":
+        """Return a data frame with one row per statistic: means over parameters of value and null."""
+        import pandas as pd
+
+        first = next(iter(self.layers.values()), None)
+        rows = [
+            (name, self.mean(name), *self.interval(name), self.null_mean(name))
+            for name in (first.statistics() if first else ())
+        ]
+        return pd.DataFrame(rows, columns=["mean over parameters of", "value", "low", "high", "null"])
+
     def _rows(self, layer: LayerSpectrum) -> list[dict[str, object]]:
         values = layer.statistics()
         draws, without = (spectra.get(layer.parameter, ()) for spectra in (self.null, self.without))
@@ -178,7 +190,7 @@ class Spectrum(DrawnResult):
     def __str__(self) -> str:
         """Return the mean effective rank and CER(10), with their intervals and nulls."""
         measures = (
-            f"{words} {self.mean(statistic):.3g}{_brackets(self.interval(statistic))} "
+            f"{words} {with_interval(self.mean(statistic), self.interval(statistic))} "
             f"(null {self.null_mean(statistic):.3g})"
             for words, statistic in (("mean effective rank", "effective_rank"), ("CER(10)", "cer10"))
         )
@@ -203,10 +215,6 @@ def _left_out_values(layer: LayerSpectrum, without: Sequence[LayerSpectrum], sta
 
 def _mean(values: np.ndarray) -> float:
     return float(values.mean()) if len(values) else float("nan")
-
-
-def _brackets(interval: tuple[float, float]) -> str:
-    return "" if np.isnan(interval).any() else f" [{interval[0]:.3g}, {interval[1]:.3g}]"
 
 
 def spectrum(

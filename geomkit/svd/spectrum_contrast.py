@@ -20,6 +20,7 @@ from geomkit.svd.layer_spectrum import statistic_values
 from geomkit.svd.spectrum import Spectrum
 from geomkit.utils.arguments import check_confidence, type_in_words
 from geomkit.utils.figures import DrawnResult, draw
+from geomkit.utils.readable import with_interval
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -89,6 +90,18 @@ class SpectrumContrast(DrawnResult):
         """
         return self._frame.copy()
 
+    def shown_frame(self) -> "pd.DataFrame":
+        """Return a data frame with one row per statistic: the means over parameters, and their difference."""
+        import pandas as pd
+
+        rows = []
+        for name in self.a.layers[next(iter(self.a.layers))].statistics():
+            difference, interval = self.mean(name)
+            means = (float(_values(spectrum, self.measured, name).mean()) for spectrum in (self.a, self.b))
+            rows.append((name, *means, difference, *interval, self.p_value(name)))
+        columns = ["mean over parameters of", *self.names, "difference", "low", "high", "p_value"]
+        return pd.DataFrame(rows, columns=columns)
+
     @cached_property
     def _frame(self) -> "pd.DataFrame":
         import pandas as pd
@@ -106,8 +119,8 @@ class SpectrumContrast(DrawnResult):
         """Return the mean differences in effective rank and CER(10), and in how many parameters the rank differs."""
         differences = []
         for words, statistic in (("effective rank", "effective_rank"), ("CER(10)", "cer10")):
-            difference, (low, high) = self.mean(statistic)
-            differences.append(f"mean {words} {difference:+.3g} [{low:+.3g}, {high:+.3g}]")
+            difference, interval = self.mean(statistic)
+            differences.append(f"mean {words} {with_interval(difference, interval, sign=True)}")
         ranks = self._frame[self._frame["statistic"] == "effective_rank"]
         differ = int((ranks["q_value"] < 1 - self.confidence).sum())
         where = f"; effective rank differs in {differ} of {len(ranks)} parameters" if len(ranks) > 1 else ""

@@ -66,7 +66,7 @@ _WITHOUT_EFFECT: Mapping[str, tuple[str, ...]] = {
     ),
     "a loss that is not finite ends the run": ("logging_nan_inf_filter",),
     "the rows are tokens, without columns": ("remove_unused_columns", "label_names", "length_column_name"),
-    "save the result with .save(folder, tokenizer) and upload that": (
+    "upload the result with .push_to_hub(repo_id, tokenizer)": (
         "push_to_hub", "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push",
         "hub_revision",
     ),

@@ -1,11 +1,18 @@
 """Callbacks that :func:`geomkit.finetune` gives to the Trainer."""
 
+import logging
 import math
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from geomkit.errors import GeomkitError
+
+_LOGGER = logging.getLogger(__name__)
 
 
 class LossCheck(TrainerCallback):
@@ -53,3 +60,43 @@ class ProgressBar(TrainerCallback):
         """Close the bar, also after training broke off, so that later output starts on a new line."""
         if self._bar is not None:
             self._bar.close()
+
+
+class StopAfterStep(TrainerCallback):
+    """Ends the training after the step in which an interruption came; a second interruption ends it at once.
+
+    A step is never left half done: its weights are projected and its record is in the certificate.
+    """
+
+    def __init__(self) -> None:
+        self._asked = False
+        self.interrupted = False
+
+    @contextmanager
+    def listening(self, processes: int = 1) -> Iterator[None]:
+        """Catch interruptions inside the block.
+
+        Signals reach the main thread only, and processes that train together would stop at different steps, so in
+        other threads and with several processes an interruption stays an exception.
+
+        Args:
+            processes: Number of processes that train together.
+        """
+        if processes > 1 or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = signal.signal(signal.SIGINT, self._ask)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def _ask(self, *_: Any) -> None:
+        if self._asked:
+            raise KeyboardInterrupt
+        self._asked = True
+        _LOGGER.warning("interrupted: the fine-tune ends after this step; interrupt again to end it at once")
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._asked and state.global_step < state.max_steps:
+            self.interrupted = control.should_training_stop = True

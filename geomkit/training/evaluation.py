@@ -95,7 +95,7 @@ class Evaluation(DrawnResult):
         return draw("plot_evaluation", self)
 
     def _repr_html_(self) -> str:
-        return html_table("Evaluation, with 95 % Wilson intervals", self.to_frame())
+        return html_table("Evaluation, with 95 % intervals", self.to_frame(), rows=40)
 
     def _measures(self) -> dict[str, Measure]:
         """Return all measures of at least one prompt, by the name in tables."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from geomkit.errors import DataError, GeomkitError
 from geomkit.gradients.provenance import weights_fingerprint
@@ -31,7 +32,8 @@ from geomkit.training.arguments import (
     refusals_in_one_line,
     with_defaults,
 )
-from geomkit.training.callbacks import LossCheck, ProgressBar
+from geomkit.training.callbacks import LossCheck, ProgressBar, StopAfterStep
+from geomkit.training.card import settings_of
 from geomkit.training.checkpoints import LOG, MarkBegun, MarkComplete, last_checkpoint, run_folder
 from geomkit.training.result import FineTuneResult
 from geomkit.utils.arguments import type_in_words
@@ -86,9 +88,10 @@ def finetune(
             ``save_strategy``, ``report_to`` (``"none"`` when left out), ``logging_steps`` (1 when left out).
 
     Returns:
-        A :class:`~geomkit.training.result.FineTuneResult`. The global random states of Python, numpy and torch are
-        restored, and so are the model's settings that only the training needs: gradient checkpointing, ``use_cache``
-        and mixed precision.
+        A :class:`~geomkit.training.result.FineTuneResult`. After Ctrl-C, or a notebook's stop button, it holds what was
+        trained up to the end of the step that was running, and ``interrupted`` is true; a second Ctrl-C is an
+        exception. The global random states of Python, numpy and torch are restored, and so are the model's settings
+        that only the training needs: gradient checkpointing, ``use_cache`` and mixed precision.
 
     Raises:
         DataError: If an argument is unknown, has no effect or is refused by transformers, the examples cannot be
@@ -111,7 +114,9 @@ def finetune(
         raise DataError(f"expected geomkit.SPF(anchors=…) or nothing as spf, found {type_in_words(spf)}; give that")
     check_amounts(steps, epochs, batch_size, learning_rate)
     own = {"steps": steps, "epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate}
-    check_options(own | training_arguments | ({} if steps is None else {"epochs": None}))  # steps decide
+    if steps is not None:
+        own["epochs"] = None  # steps decide
+    check_options(own | training_arguments)
     if spf is not None:
         check_options(vars(spf) | {"anchors": None})
     check_arguments(training_arguments, checkpoints)
@@ -147,14 +152,16 @@ def finetune(
         trained = model if inplace else copy.deepcopy(model)
         guard = SPFCallback(spf, resume=resume, progress=progress) if spf is not None else None
         bar = ProgressBar() if progress else None
-        ours = [begun, LossCheck(), *callbacks, guard, bar, MarkComplete() if folder else None]
+        stop = StopAfterStep()
+        ours = [begun, LossCheck(), *callbacks, guard, bar, stop, MarkComplete() if folder else None]
         started = time.perf_counter()
         with model_state_kept(trained), _settings_kept(trained), refusals_in_one_line(lambda: begun.begun):
             trainer = _trainer(
                 trained, tokenizer, rows, pad, arguments, [callback for callback in ours if callback is not None]
             )
             try:
-                trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+                with stop.listening(arguments.world_size):
+                    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
             finally:
                 if guard:
                     guard.detach()
@@ -166,7 +173,10 @@ def finetune(
             _check_trained(trained, rows, pad)
     trained.eval()
     history = _history(trainer.state.log_history)
-    return FineTuneResult(trained, history, guard.certificate if guard else None, time.perf_counter() - started)
+    certificate, seconds = guard.certificate if guard else None, time.perf_counter() - started
+    chosen = {name: more[name] for name in ("optim", "seed")} | training_arguments
+    told = settings_of(own | chosen, len(rows), spf, model)
+    return FineTuneResult(trained, history, certificate, seconds, interrupted=stop.interrupted, settings=told)
 
 
 _OF_TRAINING = (
@@ -216,6 +226,11 @@ def _trainer(
     )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
+    # Reporters (report_to) come after SPF, which adds its measures to the logs, and before the mark of a checkpoint.
+    reporters = tuple(INTEGRATION_TO_CALLBACK.values())
+    trainer.callback_handler.callbacks.sort(
+        key=lambda callback: 2 if isinstance(callback, MarkComplete) else int(isinstance(callback, reporters))
+    )
     return trainer
 
 

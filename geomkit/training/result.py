@@ -2,13 +2,17 @@
 
 import tempfile
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from geomkit.errors import DataError
 from geomkit.spf.certificate import Certificate
+from geomkit.training.card import model_card
+from geomkit.utils.display import counted
 from geomkit.utils.figures import DrawnResult, draw, is_figure_file
+from geomkit.version import __version__
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -26,16 +30,29 @@ class FineTuneResult(DrawnResult):
             ``learning_rate``, ``grad_norm``, and SPF's measures.
         certificate: The first-order effect of each update on the safety loss; ``None`` without SPF.
         seconds: Wall time of the training.
+        interrupted: Whether the training ended before its last step, by Ctrl-C or a notebook's stop button.
+        settings: What the model card says of the settings, in parts.
     """
 
     model: "PreTrainedModel" = field(repr=False)
     history: "pd.DataFrame" = field(repr=False)
     certificate: Certificate | None
     seconds: float
+    interrupted: bool = False
+    settings: Mapping[str, Mapping[str, object]] = field(default_factory=dict, repr=False)
 
     def to_frame(self) -> "pd.DataFrame":
         """Return the history."""
         return self.history
+
+    def shown_frame(self) -> "pd.DataFrame":
+        """Return ten rows of the history, evenly spaced, with the first and the last step."""
+        import numpy as np
+
+        count = len(self.history)
+        places = np.unique(np.linspace(0, count - 1, min(count, 10)).round().astype(int))
+        first = [name for name in ("step", "loss") if name in self.history]
+        return self.history.iloc[places][[*first, *(name for name in self.history if name not in first)]]
 
     def plot(self) -> "Figure":
         """Draw the training loss by step."""
@@ -43,6 +60,9 @@ class FineTuneResult(DrawnResult):
 
     def save(self, path: str | Path, tokenizer: "PreTrainedTokenizerBase | None" = None) -> Path:
         """Write a checkpoint that ``from_pretrained`` loads; after a crash the folder has a whole checkpoint or none.
+
+        Beside the model and its tokenizer are the model card, ``README.md``, and under SPF the certificate,
+        ``spf.jsonl``.
 
         Args:
             path: The folder of the checkpoint, new or empty. In an empty folder, the configuration is written last.
@@ -73,6 +93,7 @@ class FineTuneResult(DrawnResult):
             tokenizer.save_pretrained(unfinished)
             if self.certificate is not None:
                 self.certificate.to_frame().to_json(Path(unfinished) / "spf.jsonl", orient="records", lines=True)
+            (Path(unfinished) / "README.md").write_text(self.card(), encoding="utf-8")
             if place == target:
                 _move_files(Path(unfinished), target)
             else:
@@ -81,11 +102,55 @@ class FineTuneResult(DrawnResult):
                 Path(unfinished).mkdir()  # for TemporaryDirectory to remove
         return Path(path)
 
+    def card(self) -> str:
+        """Return the model card: what was trained, what was protected and how, and what that does not promise."""
+        return model_card(self.model, self.settings, self.history, self.certificate, interrupted=self.interrupted)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        tokenizer: "PreTrainedTokenizerBase",
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str = "Upload a model fine-tuned with geomkit",
+    ) -> str:
+        """Upload the checkpoint with its tokenizer, model card and certificate to the Hugging Face hub, in one commit.
+
+        Args:
+            repo_id: The repository, such as ``"name/my-model"``, which is made if there is none.
+            tokenizer: The model's tokenizer.
+            private: Whether a new repository is private; the account's default when left out.
+            token: The token of the account; the one that ``hf auth login`` stored when left out.
+            commit_message: Message of the commit.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            DataError: If the hub refuses the upload or cannot be reached.
+        """
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token, library_name="geomkit", library_version=__version__)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save(folder, tokenizer)
+            try:
+                made = api.create_repo(repo_id, private=private, exist_ok=True)
+                commit = api.upload_folder(repo_id=made.repo_id, folder_path=folder, commit_message=commit_message)
+            except (OSError, ValueError) as error:  # all errors of the hub and the network are among these
+                raise DataError(
+                    f"expected the hub to take {repo_id}, found {' '.join(str(error).split())}; check the name, the "
+                    "network and the token (hf auth login)"
+                ) from error
+        return str(commit.commit_url)
+
     def __str__(self) -> str:
         """Return the number of steps, the seconds, and the sentence of the certificate."""
         steps = int(self.history["step"].iloc[-1]) if len(self.history) else 0
         certificate = f"; {self.certificate}" if self.certificate else ""
-        return f"Fine-tune of {steps} steps, {self.seconds:.0f} s{certificate}"
+        interrupted = ", interrupted" if self.interrupted else ""
+        return f"Fine-tune of {counted(steps, 'step')}, {self.seconds:.0f} s{interrupted}{certificate}"
 
 
 def new_or_empty_folder(folder: str | Path) -> Path:

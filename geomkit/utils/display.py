@@ -1,13 +1,16 @@
-"""Display of results: the base class of results, HTML, tables in HTML and text, and numbers as text.
+"""Display of results: the base class of results, HTML, tables in HTML, and numbers as text.
 
 All HTML of geomkit is built by :func:`element`, which escapes every text that it is given: names of layers, sets, rules
 and files come from elsewhere, and a notebook or a browser runs what is written in them.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from html import escape
-from typing import TYPE_CHECKING
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from geomkit.utils.readable import is_numeric, readable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -20,8 +23,29 @@ class Result(ABC):
     def to_frame(self) -> "pd.DataFrame":
         """Return the numbers of the result as a tidy data frame."""
 
+    def shown_frame(self) -> "pd.DataFrame":
+        """Return the numbers that a notebook shows, which are those of a conclusion; often a part of the frame."""
+        return self.to_frame()
+
+    def report(self, path: str | Path, *, title: str = "") -> Path:
+        """Write the result as one HTML page that needs no network: figures, tables, and what they say in sentences.
+
+        Args:
+            path: The file, replaced if it exists; missing folders are made.
+            title: The title of the page; made from the result when left out.
+
+        Returns:
+            The path of the file.
+
+        Raises:
+            OSError: If the file cannot be written.
+        """
+        # Reports are above results, which cannot import them.
+        pages = import_module("geomkit.plots.report_pages")
+        return cast("Path", pages.write_result(self, path, title))
+
     def _repr_html_(self) -> str:
-        return html_table(str(self), self.to_frame())
+        return html_table(str(self), self.shown_frame())
 
 
 class Html(str):
@@ -36,14 +60,14 @@ def element(tag: str, *children: str, **attributes: str) -> Html:
     Args:
         tag: Name of the element, such as ``"p"``.
         *children: Texts, and :class:`Html`.
-        **attributes: Attributes by name; an underscore at the end, as in ``class_``, is left out, and so is an
-            attribute without text.
+        **attributes: Attributes by name; an underscore at the end, as in ``class_``, is left out, another one is a
+            hyphen, and an attribute without text is left out.
 
     Example:
         >>> print(element("p", "1 < 2, ", element("b", "surely"), class_="note"))
         <p class="note">1 &lt; 2, <b>surely</b></p>
     """
-    texts = (f' {name.rstrip("_")}="{escape(text)}"' for name, text in attributes.items() if text)
+    texts = (f' {name.rstrip("_").replace("_", "-")}="{escape(text)}"' for name, text in attributes.items() if text)
     return Html(f"<{tag}{''.join(texts)}>{joined(*children)}</{tag}>")
 
 
@@ -57,25 +81,55 @@ def joined(*children: str) -> Html:
     return Html("".join(child if isinstance(child, Html) else escape(child, quote=False) for child in children))
 
 
-def html_table(title: str, frame: "pd.DataFrame", *, rows: int = 12) -> Html:
-    """Return a heading and the first rows of a data frame as HTML, with numbers to four significant digits."""
-    # pandas escapes cells and headings.
-    table = frame.head(rows).to_html(index=False, border=0, na_rep="–", float_format=lambda value: f"{value:.4g}")
-    parts = [element("p", element("b", title)), Html(table)]
+def html_table(title: str, frame: "pd.DataFrame", *, rows: int = 20) -> Html:
+    """Return a heading and the first rows of a data frame as HTML, with intervals beside their numbers.
+
+    See :func:`geomkit.utils.readable.readable` for what a cell shows.
+    """
+    parts = [element("p", element("b", title)), html_rows(frame.head(rows))]
     if len(frame) > rows:
         parts.append(element("p", f"… {len(frame) - rows} more rows: ", element("code", ".to_frame()")))
     return element("div", *parts)
 
 
-def text_table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Return one line of text per row, with the cells aligned in columns.
+def html_rows(frame: "pd.DataFrame") -> Html:
+    """Return a data frame as an HTML table: texts at the left, numbers at the right, verdicts in their colours."""
+    shown = readable(frame)
+    columns = [(name, is_numeric(shown[name].tolist())) for name in shown.columns]
+    heads = (element("th", name, style=_style(name, numeric=numeric)) for name, numeric in columns)
+    body = (
+        element(
+            "tr",
+            *(
+                element("td", cell, style=_style(cell, numeric=numeric))
+                for cell, (_, numeric) in zip(row, columns, strict=True)
+            ),
+        )
+        for row in shown.itertuples(index=False, name=None)
+    )
+    return element("table", element("thead", element("tr", *heads)), element("tbody", *body))
+
+
+def _style(text: str, *, numeric: bool) -> str:
+    colour = verdict_colour(text)
+    verdict = f"; color: {colour}; font-weight: 600" if colour else ""
+    return f"text-align: {'right' if numeric else 'left'}; vertical-align: top{verdict}"
+
+
+_COLOURS = {
+    "holds": "#2a8a57", "ok": "#2a8a57", "reversed": "#d6455a", "fails": "#d6455a", "not shown": "#8f7a1f",
+}  # fmt: skip
+"""Colours of verdicts, of which each can be read on white and on black."""
+
+
+def verdict_colour(text: str) -> str:
+    """Return the colour of a verdict, perhaps followed by its caveat, as a hexadecimal code; empty for other texts.
 
     Example:
-        >>> text_table([("kind", "chosen"), ("attention", "4 of 4")])
-        ['kind       chosen', 'attention  4 of 4']
+        >>> verdict_colour("holds, not about alignment"), verdict_colour("it holds")
+        ('#2a8a57', '')
     """
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return _COLOURS.get(text.partition(",")[0], "")
 
 
 def counted(number: int, noun: str, plural: str = "") -> str:

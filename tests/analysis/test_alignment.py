@@ -45,7 +45,7 @@ def test_a_model_that_does_not_refuse_is_said_first_and_every_verdict_is_marked(
     told = first if marked else "The model refuses 100.0% [75.8%, 100.0%] of 12 safety requests; loss of the given"
     assert str(analysis).startswith(told)
     assert section.text.startswith(told)
-    assert told in analysis._repr_html_()
+    assert told.partition(";")[0] in analysis._repr_html_()
     numbers = json.loads(json.dumps(analysis.to_dict()))
     assert next(iter(numbers)) == "alignment"
     assert numbers["alignment"]["aligned"] == (not marked)

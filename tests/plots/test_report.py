@@ -10,11 +10,14 @@ import pandas as pd
 import plotly.graph_objects as go
 import pytest
 
-from geomkit.plots.report import Section, render_report, write_report
+from geomkit.plots.report import Head, Section, render_report, write_report
 from geomkit.version import __version__
 
 DATE = dt.date(2025, 3, 1)
 EVIL = "</script><script>alert(1)</script> & <b>"
+
+
+HEAD = Head((EVIL, "Second sentence."), {EVIL: EVIL, "model": "a/b"})
 
 
 class Page(HTMLParser):
@@ -48,7 +51,7 @@ def sections() -> list[Section]:
 
 @pytest.fixture(scope="module")
 def page(sections: list[Section]) -> str:
-    return render_report(f"A report {EVIL}", sections, date=DATE)
+    return render_report(f"A report {EVIL}", sections, date=DATE, head=HEAD)
 
 
 def test_nothing_is_loaded(page: str) -> None:
@@ -61,7 +64,7 @@ def test_plotly_is_embedded_once_and_only_with_figures(page: str) -> None:
     assert page.count("plotly.js v") == 1
     bare = render_report("Bare", [Section("Text only", "Short.")], date=DATE)
     assert "plotly.js v" not in bare
-    assert len(bare) < 10_000
+    assert len(bare) < 12_000
 
 
 def test_figures_offer_to_send_nothing(page: str) -> None:
@@ -74,7 +77,8 @@ def test_text_is_escaped_everywhere(page: str) -> None:
     parsed = Page(page)
     assert "b" not in parsed.tags
     assert "alert(1)</script>" not in page
-    assert parsed.text.count("</script><script>alert(1)</script> & <b>") == 6  # title twice, contents, h2, p, td
+    # title twice, summary, fact and its name, contents, h2, p, td
+    assert parsed.text.count("</script><script>alert(1)</script> & <b>") == 9
 
 
 def test_every_figure_has_its_place(page: str) -> None:
@@ -87,10 +91,25 @@ def test_blank_lines_part_paragraphs(page: str) -> None:
 
 
 def test_numbers_are_rounded_and_aligned(page: str) -> None:
-    for cell in ('<td class="number">0.1235</td>', '<td class="number">–</td>', '<td class="number">34567</td>'):
-        assert cell in page
+    for name, text in (("cosine", "0.1235"), ("cosine", "–"), ("n", "34567")):
+        assert f'<td class="number" data-label="{name}">{text}</td>' in page
     assert '<th class="number">cosine</th>' in page
     assert "<th>parameter</th>" in page
+
+
+def test_the_head_has_the_summary_the_facts_the_date_and_the_version(page: str) -> None:
+    assert "<p>Second sentence.</p></div><dl>" in page
+    assert f"<dt>model</dt><dd>a/b</dd><dt>date</dt><dd>2025-03-01</dd><dt>geomkit</dt><dd>{__version__}</dd>" in page
+    assert page.index("<dl>") < page.index("<nav")
+    assert 'class="summary"' not in render_report("Bare", [], date=DATE)
+
+
+def test_verdicts_have_classes_and_empty_columns_are_left_out() -> None:
+    table = pd.DataFrame({"verdict": ["holds", "not shown, perhaps"], "none": [None, None]})
+    found = render_report("Claims", [Section("Claims", "", (), (table,))], date=DATE)
+    assert '<td class="holds" data-label="verdict">holds</td>' in found
+    assert '<td class="open" data-label="verdict">not shown, perhaps</td>' in found
+    assert "none</th>" not in found
 
 
 def test_footer_says_version_and_date(page: str) -> None:
@@ -98,7 +117,7 @@ def test_footer_says_version_and_date(page: str) -> None:
 
 
 def test_same_input_gives_the_same_bytes(sections: list[Section], page: str) -> None:
-    assert render_report(f"A report {EVIL}", sections, date=DATE) == page
+    assert render_report(f"A report {EVIL}", sections, date=DATE, head=HEAD) == page
 
 
 def test_the_file_is_replaced_whole(tmp_path: Path) -> None:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Literal
 
 from geomkit.errors import CollectionError
 from geomkit.gradients.gradient_set import Coverage
-from geomkit.utils.display import Result, html_table, text_table
+from geomkit.utils.display import Result, html_table
+from geomkit.utils.readable import text_table
 
 if TYPE_CHECKING:
     import pandas as pd

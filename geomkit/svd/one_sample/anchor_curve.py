@@ -135,6 +135,11 @@ class AnchorCurve(DrawnResult):
             for count, values in zip(self.counts, overlaps.T, strict=True)
         ]
 
+    def shown_frame(self) -> "pd.DataFrame":
+        """Return the rows of the data frame for all parameters together."""
+        frame = self.to_frame()
+        return frame[frame["parameter"] == ALL_PARAMETERS].drop(columns=["parameter", "kind", "layer"])
+
     def plot(self) -> "go.Figure":
         """Draw the curve, see :func:`geomkit.plots.one_sample.plot_anchor_curve`."""
         return draw("plot_anchor_curve", self)

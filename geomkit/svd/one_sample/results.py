@@ -148,6 +148,13 @@ class OneSample(DrawnResult):
             ]
         return pd.DataFrame(rows)
 
+    def shown_frame(self) -> "pd.DataFrame":
+        """Return the rows of the data frame for all parameters together, without the safety set's own contrast."""
+        frame = self.to_frame()
+        rows = frame[frame["parameter"] == ALL_PARAMETERS].drop(columns=["parameter", "kind", "layer"])
+        contrast = ["contrast", "contrast_low", "contrast_high"]
+        return rows.assign(**{name: rows[name].where(rows["group"] != "safety") for name in contrast})
+
     def plot(self) -> "go.Figure":
         """Draw the overlaps, see :func:`geomkit.plots.one_sample.plot_one_sample`."""
         return draw("plot_one_sample", self)

@@ -202,7 +202,7 @@ def test_random_numbers_in_eval_mode():
     assert_fails_only(found, "repeatable")
     assert "draws random numbers in eval mode" in found["repeatable"].advice
     assert {result.verdict for result in found.checks.values() if result.name != "repeatable"} == {"skipped"}
-    assert "nothing can be compared" in str(found)
+    assert "nothing can be compared" in " ".join(str(found).split())  # the table breaks lines
     handle.remove()
     assert check(model).ok
 
