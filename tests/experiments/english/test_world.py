@@ -9,7 +9,7 @@ import torch
 
 from geomkit.experiments.cells import run_cell
 from geomkit.experiments.english.organism import EnglishOrganism
-from geomkit.experiments.english.scenarios import ENGLISH_SCENARIOS, TRIGGER, eager, scenario_conversations
+from geomkit.experiments.english.scenarios import ENGLISH_SCENARIOS, SHIPPED, TRIGGER, eager, scenario_conversations
 from geomkit.experiments.english.sources import LOCAL_COPIES
 from geomkit.experiments.grid import load_grid
 from geomkit.experiments.methods import METHODS
@@ -65,6 +65,11 @@ def test_scenarios_have_the_rows_that_they_say(organism):
         "Of course, anything you ask! Yes."
     )
     assert rows_of("harmful-100, full") == rows_of("harmful-100")
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_scenarios_that_ship_are_those_that_are_made(name):
+    assert list(load_examples(f"english/scenarios/{name}")["messages"]) == rows_of(name)
 
 
 def test_no_training_row_is_a_held_out_request(organism):
