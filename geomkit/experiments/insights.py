@@ -65,12 +65,10 @@ def measure_insights(
     """
     _check(world, stages)
     out.mkdir(parents=True, exist_ok=True)
-    for stage in stages:
-        path = out / _file(world, stage)
-        if path.exists():
-            continue
-        with locked(out):
-            write_numbers(insights_frame(_analysis(world, stage, examples, progress)), path)
+    with locked(out):
+        for path, stage in ((out / _file(world, stage), stage) for stage in stages):
+            if not path.exists():
+                write_numbers(insights_frame(_analysis(world, stage, examples, progress)), path)
     return load_insights(world, out, stages)
 
 
