@@ -17,6 +17,7 @@ from .inputs.models import load_model
 from .inputs.parameters import select
 from .inputs.tokens import encode
 from .planning.describe import describe
+from .screening.screen import screen
 from .spf.callback import SPFCallback
 from .spf.settings import SPF
 from .svd.example_span import span
@@ -67,6 +68,7 @@ __all__ = [
     "plots",
     "principal_angles",
     "sample_grams",
+    "screen",
     "select",
     "span",
     "spectrum",
