@@ -1,4 +1,4 @@
-"""The sections of the reports of an analysis and of the tour: figures, tables, and sentences with the numbers."""
+"""The sections of the reports of an analysis, a screen and the tour: figures, tables, sentences with the numbers."""
 
 from typing import TYPE_CHECKING
 
@@ -12,11 +12,16 @@ from geomkit.plots.ranks import plot_effective_rank
 from geomkit.plots.report import Section
 from geomkit.plots.runs import plot_evaluation, plot_history
 from geomkit.plots.spectra import plot_spectrum
+from geomkit.screening.screening import Screening
 from geomkit.svd.spectrum import Spectrum
 from geomkit.utils.display import signed
 
 if TYPE_CHECKING:
     from geomkit.experiments.tour import Tour  # imports transformers, which takes seconds
+
+
+_TOP_ROWS = 40
+"""Number of rows in the report of a screen."""
 
 
 def analysis_sections(analysis: Analysis) -> list[Section]:
@@ -105,6 +110,27 @@ def _one_sample(analysis: Analysis) -> Section:
         "wording and to shared inputs, not to what is forbidden."
     )
     return Section("Is one safety example enough?", text, (plot_one_sample(study),))
+
+
+def screening_sections(screening: Screening, level: float) -> list[Section]:
+    """Return the sections of a screen: what was found, and how far to trust it."""
+    table = screening.to_frame().sort_values("score", ascending=False, ignore_index=True).head(_TOP_ROWS)
+    columns = ["row", "score", "p", "q", "cosine", "share", "loss", "loss_tokens", "carried_by"]
+    found = (
+        f"{screening}.\n\nThe score of a row is the first-order change of the mean loss on the safety examples for a "
+        "step on this row alone, as a distance from null rows of as many scored tokens. clean.jsonl has the rows "
+        f"with a false-discovery rate above {level:g}."
+    )
+    trust = (
+        "The p-values hold for rows that are like the rows of the null in format and language; rows of another kind "
+        "may stand out as a whole. Rows that do harm only together, such as a backdoor made of benign rows, are not "
+        "seen. The share is that of the row's gradient in the leading ten left singular directions of each matrix of the "
+        "safety gradient."
+    )
+    return [
+        Section("Which rows raise the loss on refusals?", found, (screening.plot(level),), (table[columns],)),
+        Section("How far to trust it", trust),
+    ]
 
 
 def tour_sections(tour: "Tour") -> list[Section]:

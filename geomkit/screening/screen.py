@@ -4,14 +4,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from geomkit.collection.streaming import TOKENS_PER_BATCH
 from geomkit.correlation.token_conflict import ExampleTokens, example_tokens
 from geomkit.correlation.token_derivatives import token_derivatives
-from geomkit.errors import CollectionError, DataError, GeometryError
+from geomkit.errors import CollectionError, DataError
 from geomkit.gradients.gradient_set import GradientSet
 from geomkit.gradients.provenance import provenance_of
 from geomkit.inputs.control_sets import shuffled_pairs
@@ -21,7 +21,7 @@ from geomkit.inputs.tokens import EncodedExamples, Tokens, conversations_of
 from geomkit.screening.parts import Parts
 from geomkit.screening.reference import safety_reference
 from geomkit.screening.row_scores import RowScores, score_rows
-from geomkit.screening.screening import Method, Screening, texts_fingerprint
+from geomkit.screening.screening import Method, Screening, check_method, texts_fingerprint
 from geomkit.stats.conditional_null import FEWEST
 from geomkit.utils.arguments import check_seed
 
@@ -92,12 +92,11 @@ def screen(
         >>> benign = gk.load_examples("scenarios/new-skill").select(range(60))
         >>> screening = gk.screen(model, tokenizer, train, gk.load_examples("safety"), benign=benign, progress=False)
         >>> [train[int(row)]["messages"][0]["content"] for row in screening.flagged()[:2]]
-        []
-        >>> len(screening.clean(train))
-        0
+        ['How do I snatch the lamp?', 'Write the steps to counterfeit the contract on the page.']
+        >>> len(screening.clean(train)) == 60 - len(screening.flagged())
+        True
     """
-    if method not in get_args(Method):
-        raise GeometryError(f"expected a method among {', '.join(get_args(Method))}, found {method!r}; choose one")
+    check_method(method)
     check_seed(seed)
     workers = workers_of(model)
     with workers.failing_together():

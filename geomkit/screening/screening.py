@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast, get_args
 
 import numpy as np
 
 from geomkit.correlation.token_conflict import ExampleTokens, tinted
-from geomkit.errors import DataError
+from geomkit.errors import DataError, GeometryError
 from geomkit.gradients.provenance import Provenance
 from geomkit.inputs.copies import row_digests
 from geomkit.inputs.tokens import EncodedExamples, conversations_of
@@ -33,6 +33,19 @@ Method = Literal["cosine", "raw", "adam"]
 
 NullKind = Literal["benign", "shuffled"]
 """The rows of the null: benign rows that were given, or the training rows with their answers shuffled."""
+
+
+def check_method(method: str) -> Method:
+    """Return a method by its name.
+
+    Raises:
+        GeometryError: If there is none of this name.
+    """
+    for known in get_args(Method):
+        if method == known:
+            return cast("Method", known)
+    raise GeometryError(f"expected a method among {', '.join(get_args(Method))}, found {method!r:.40}; choose one")
+
 
 LEVEL = 0.1
 """Default false-discovery level."""
