@@ -124,8 +124,8 @@ def screening_sections(screening: Screening, level: float) -> list[Section]:
     trust = (
         "The p-values hold for rows that are like the rows of the null in format and language; rows of another kind "
         "may stand out as a whole. Rows that do harm only together, such as a backdoor made of benign rows, are not "
-        "seen. The share is that of the row's gradient in the leading ten left singular directions of each matrix of the "
-        "safety gradient."
+        "seen. The share is that of the row's gradient in the leading ten left singular directions of each matrix of "
+        "the safety gradient."
     )
     return [
         Section("Which rows raise the loss on refusals?", found, (screening.plot(level),), (table[columns],)),
