@@ -9,7 +9,7 @@ FEWEST = 20
 MANY = 4000
 """Number of null values among which a single one does not move the median and the spread of its neighbours."""
 
-_WINDOW_SHARE = 0.25
+_WINDOW_SHARE = 0.15
 """Share of the null values that are neighbours of a value in the covariate."""
 
 _FEWEST_NEIGHBOURS = 15
@@ -27,7 +27,7 @@ def standardized(
 ) -> tuple[Values, Values]:
     """Return values, and null values, as distances from the null values of a like covariate, in units of their spread.
 
-    The location is the median of the nearest quarter of the null values (in the covariate, with ties), the scale their
+    The location is the median of the nearest 15 % of the null values (in the covariate, with ties), the scale their
     mean absolute deviation from it, times √(π/2). A null value is no neighbour of its own, as a value is none; among
     :data:`MANY` null values this makes no difference and is left out.
 
@@ -52,7 +52,10 @@ def standardized(
     location, scale = _local(null_values, null_near, near, own=False)
     null_location, null_scale = _local(null_values, null_near, null_near, own=len(null_values) < MANY)
     # Where the neighbours are almost equal, rounding would decide: no scale is far below the usual one.
-    floor = max(_SCALE_FLOOR * float(np.median(null_scale)), np.finfo(np.float64).tiny)
+    largest = max(float(np.abs(values_).max(initial=0.0)) for values_ in (given, null_values))
+    floor = max(
+        _SCALE_FLOOR * float(np.median(null_scale)), np.finfo(np.float64).eps * largest, np.finfo(np.float64).tiny
+    )
     return (
         (given - location) / np.maximum(scale, floor),
         (null_values - null_location) / np.maximum(null_scale, floor),
