@@ -94,7 +94,9 @@ def test_leaving_a_value_out_of_its_neighbours_makes_no_difference_among_many(mo
     _, with_it_left_out = standardized(values, x, values, x)
     monkeypatch.setattr(conditional_null, "MANY", 10)
     _, without = standardized(values, x, values, x)
-    assert np.abs(with_it_left_out - without).max() < 0.05
+    differences = np.abs(with_it_left_out - without)
+    assert np.quantile(differences, 0.99) < 0.05
+    assert differences.max() < 0.2
 
 
 def test_lengths_beyond_the_null_are_told():
