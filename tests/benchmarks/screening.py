@@ -1,6 +1,6 @@
 """What a screen costs, as a ratio to one plain forward and backward over the same rows in the same batches.
 
-    python -m tests.benchmarks.screening    # the organism, 25M parameters, SmolLM2's width; one CPU thread, minutes
+python -m tests.benchmarks.screening    # the organism, 25M parameters, SmolLM2's width; one CPU thread, minutes
 """
 
 from collections.abc import Sequence

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING
 from geomkit.errors import DataError
 from geomkit.utils.display import Result
 from geomkit.utils.field_types import fits
+from geomkit.utils.figures import draw
 from geomkit.utils.files import data_dir, read_json, write_atomically
 
 if TYPE_CHECKING:
     import pandas as pd
+    import plotly.graph_objects as go
 
 StudyRow = dict[str, float | str | None]
 """A row of a table: numbers and names, by column; ``None`` for a share of nothing."""
@@ -49,6 +51,10 @@ class ScreeningStudy(Result):
         if table not in tables:
             raise DataError(f"expected one of {', '.join(tables)}, found {table!r:.40}; choose one of these")
         return pd.DataFrame(list(tables[table]))
+
+    def plot(self) -> "go.Figure":
+        """Draw how well each ranking finds the planted rows, see :mod:`geomkit.plots.screening_study`."""
+        return draw("plot_screening_detection", self)
 
     def __str__(self) -> str:
         """Return the world and the numbers of rows of the tables."""
