@@ -18,6 +18,7 @@ from .inputs.parameters import select
 from .inputs.tokens import encode
 from .planning.describe import describe
 from .plots.explorer import explore
+from .screening.screen import screen
 from .spf.callback import SPFCallback
 from .spf.settings import SPF
 from .svd.example_span import span
@@ -69,6 +70,7 @@ __all__ = [
     "plots",
     "principal_angles",
     "sample_grams",
+    "screen",
     "select",
     "span",
     "spectrum",

@@ -1,4 +1,4 @@
-"""The command line: ``geomkit tour``, ``check``, ``analyze``, ``finetune``, ``evaluate``, ``compare``, ``bench``."""
+"""The command line: ``geomkit tour``, ``check``, ``analyze``, ``screen``, ``finetune``, ``evaluate``, ``bench``, …."""
 
 import atexit
 import errno
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from geomkit.experiments.tour import Tour
     from geomkit.inputs.parameters import Layers
     from geomkit.inputs.tokens import AssistantMask, EncodedExamples
+    from geomkit.utils.display import Result
 
 Read = TypeVar("Read")
 
@@ -282,6 +283,68 @@ def analyze(
     )
     _show_analysis(result, f"{model}, gradients of {result.coverage}")
     _write(out, json_file, result, f"Gradient geometry of {model}")
+
+
+@app.command()
+def screen(
+    model: ModelOption,
+    train: Annotated[str, typer.Option(help="The training rows: file, hub id or shipped set.")],
+    safety: Annotated[str, typer.Option(help="Forbidden requests and the refusals that should stay.")],
+    benign: Annotated[
+        str | None,
+        typer.Option(help="Rows known as harmless, like the training rows in format; shuffled pairs when left out."),
+    ] = None,
+    method: Annotated[str, typer.Option(help="cosine, raw or adam.")] = "cosine",
+    level: Annotated[float, _number("False-discovery level of the rows that are left out of clean.jsonl.")] = 0.1,
+    out: Annotated[
+        Path,
+        typer.Option(help="Folder for report.html, rows.csv and clean.jsonl; where interrupted, it goes on there."),
+    ] = Path("geomkit-screen"),
+    layers: LayersOption = "*",
+    tokens_per_batch: TokensPerBatch = 4096,
+    max_length: MaxLength = None,
+    assistant_mask: Mask = "auto",
+    pad_token: PadToken = None,
+    columns: ColumnsOption = None,
+    dtype: Dtype = "auto",
+    device: Device = None,
+    threads: Threads = 1,
+    seed: Seed = 0,
+) -> None:
+    """Find the training rows that would raise the loss on refusals, before anything is trained."""
+    _prepare(threads)
+    _join_processes(device)
+    from geomkit.screening.screen import screen as run_screen
+    from geomkit.screening.screening import check_method
+    from geomkit.utils.workers import first_process
+
+    chosen = check_method(method)
+    _check_writable(out)
+    sets = _examples([name for name in (train, safety, benign) if name is not None], columns)
+    loaded, tokenizer, encoded = _load(model, sets, assistant_mask, max_length, pad_token, dtype, device)
+    result = run_screen(
+        loaded,
+        tokenizer,
+        encoded[0],
+        encoded[1],
+        benign=encoded[2] if benign is not None else None,
+        method=chosen,
+        layers=_layers(layers),
+        folder=out,
+        tokens_per_batch=tokens_per_batch,
+        seed=seed,
+    )
+    typer.echo(f"{result}.")
+    if not first_process():
+        return
+    frame = result.to_frame().sort_values("score", ascending=False, ignore_index=True)
+    show_table(frame.head(20)[["row", "score", "p", "q", "share", "loss_tokens", "carried_by"]], "The highest scores")
+    result.save(out)
+    write_atomically(out / "rows.csv", frame.to_csv(index=False))
+    kept = result.clean(sets[0], level)
+    write_atomically(out / "clean.jsonl", "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in kept))
+    typer.echo(f"wrote {out / 'clean.jsonl'}: {len(kept)} of {len(result.rows)} rows")
+    _write_report(out, result, f"Screen of {train} for {model}")
 
 
 @app.command()
@@ -722,10 +785,14 @@ def _write(out: Path, json_file: Path | None, result: "Analysis | Tour", title: 
 
     if not first_process():
         return
+    _write_report(out, result, title)
+    if json_file is not None:
+        write_atomically(json_file, json.dumps(_strict(result.to_dict()), indent=2, allow_nan=False) + "\n")
+        typer.echo(f"wrote {json_file}")
+
+
+def _write_report(out: Path, result: "Result", title: str) -> None:
     from geomkit.plots.report_pages import write_result
 
     command = shlex.join(["geomkit", *sys.argv[1:]])
     typer.echo(f"wrote {write_result(result, out / 'report.html', title, {'command': command})}")
-    if json_file is not None:
-        write_atomically(json_file, json.dumps(_strict(result.to_dict()), indent=2, allow_nan=False) + "\n")
-        typer.echo(f"wrote {json_file}")

@@ -5,7 +5,7 @@ import torch
 
 import geomkit as gk
 from geomkit.utils import progress as module
-from tests.helpers.tiny import SAFETY, UTILITY, tiny_llama, tiny_tokenizer
+from tests.helpers.tiny import BENIGN, SAFETY, UTILITY, tiny_llama, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 
@@ -56,6 +56,10 @@ CALLS = {
     "collect_gradients": (
         lambda progress: gk.collect_gradients(tiny_llama(), TOKENIZER, UTILITY, progress=progress),
         ["encode", "gradients"],
+    ),
+    "screen": (
+        lambda progress: gk.screen(tiny_llama(), TOKENIZER, UTILITY, SAFETY, benign=BENIGN, progress=progress),
+        ["encode", "gradients", "screen", "null"],
     ),
     "describe": (
         lambda progress: gk.describe(tiny_llama(), TOKENIZER, UTILITY, predict=True, progress=progress),

@@ -16,7 +16,7 @@ from geomkit.experiments.results import load_results
 from geomkit.inputs.models import load_model
 from geomkit.inputs.tokens import encode
 from geomkit.version import __version__
-from tests.helpers.tiny import CONTROL, PLAIN_TEMPLATE, SAFETY, TEMPLATE, UTILITY, tiny_llama, tiny_tokenizer
+from tests.helpers.tiny import BENIGN, CONTROL, PLAIN_TEMPLATE, SAFETY, TEMPLATE, UTILITY, tiny_llama, tiny_tokenizer
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +38,7 @@ def files(tmp_path_factory):
     for name, tokenizer in tokenizers.items():
         tiny_llama().save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)
-    for name, examples in (("safety", SAFETY), ("utility", UTILITY), ("control", CONTROL)):
+    for name, examples in (("safety", SAFETY), ("utility", UTILITY), ("control", CONTROL), ("benign", BENIGN)):
         (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in examples))
     pairs = [{"prompt": row[0]["content"], "response": row[1]["content"]} for row in UTILITY["messages"]]
     (root / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
@@ -382,6 +382,36 @@ def test_lora_adapters_are_trained_and_saved_and_load_back(files, monkeypatch, c
 def test_a_device_that_is_not_there_is_refused(files, monkeypatch, capfd):
     for command in (finetuning(files), analysis(files)):
         assert "such as cpu" in one_line(*run(monkeypatch, capfd, *command, "--device", "cuda:99"))
+
+
+def screening(files, **changes):
+    options = {"model": "model", "train": "utility.jsonl", "safety": "safety.jsonl", "benign": "benign.jsonl"} | changes
+    return ["screen", *(part for name, value in options.items() for part in (f"--{name}", files / value))]
+
+
+def test_a_screen_writes_what_it_found_and_resumes(files, monkeypatch, capfd):
+    status, out, err = run(monkeypatch, capfd, *screening(files), "--out", "found")
+    assert status == 0, err
+    assert "of 4 rows raise the safety loss beyond 24 benign rows" in out
+    kept = [json.loads(line) for line in Path("found/clean.jsonl").read_text().splitlines()]
+    assert all(row in list(UTILITY) for row in kept)
+    assert {"clean.jsonl", "parts", "report.html", "rows.csv", "screening.json"} < set(names("found"))
+    assert len(Path("found/rows.csv").read_text().splitlines()) == 5
+    rows = Path("found/rows.csv").read_text()
+    status, _, err = run(monkeypatch, capfd, *screening(files), "--out", "found")
+    assert (status, Path("found/rows.csv").read_text()) == (0, rows)
+
+
+@pytest.mark.parametrize(
+    ("changes", "arguments", "message"),
+    [
+        ({}, ["--method", "cos"], "expected a method among cosine, raw, adam, found 'cos'"),
+        ({"benign": "utility.jsonl"}, [], "expected at least 20 benign rows to compare with, found 4"),
+        ({"train": "requests.txt"}, [], "expected"),
+    ],
+)
+def test_a_wrong_screen_is_one_line(files, monkeypatch, capfd, changes, arguments, message):
+    assert message in one_line(*run(monkeypatch, capfd, *screening(files, **changes), *arguments, "--out", "found"))
 
 
 def test_an_analysis_says_first_whether_the_model_refuses(files, monkeypatch, capfd):

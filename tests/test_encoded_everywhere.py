@@ -9,7 +9,7 @@ from geomkit.errors import DataError
 from geomkit.inputs.control_sets import random_tokens, shuffled_pairs
 from geomkit.training.evaluate import mean_loss
 from geomkit.training.responses import own_responses
-from tests.helpers.tiny import CONTROL, SAFETY, UTILITY, tiny_llama, tiny_tokenizer
+from tests.helpers.tiny import BENIGN, CONTROL, SAFETY, UTILITY, tiny_llama, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 QUIET = {"progress": False}
@@ -46,6 +46,12 @@ TAKERS = {
             tiny_llama(), TOKENIZER, rows, gk.collect_gradients(tiny_llama(), TOKENIZER, SAFETY, **QUIET), **QUIET
         )
     ),
+    "screen": lambda rows: (
+        gk.screen(tiny_llama(), TOKENIZER, rows, SAFETY, benign=BENIGN, **QUIET).to_frame()["score"].tolist()
+    ),
+    "safety of a screen": lambda rows: gk.screen(
+        tiny_llama(), TOKENIZER, SAFETY, rows, benign=BENIGN, **QUIET
+    ).rows.raw.tolist(),
     "finetune": finetuned,
     "anchors": lambda rows: finetuned(UTILITY, gk.SPF(anchors=rows)),
     "fence": lambda rows: finetuned(UTILITY, gk.SPF(anchors=SAFETY, benign=rows)),

@@ -5,6 +5,7 @@
 
 import json
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -126,6 +127,18 @@ def test_grams(several, alone, case):
         assert list(own["grams"][case]) == list(alone["grams"][case])
         for name, table in alone["grams"][case].items():
             assert_close(own["grams"][case][name], table)
+
+
+@pytest.mark.parametrize("method", ["cosine", "adam"])
+def test_screens(several, alone, method):
+    expected = alone["screens"][method]
+    for own in several:
+        found = own["screens"][method]
+        for name, values in vars(expected.rows).items():
+            np.testing.assert_allclose(vars(found.rows)[name], values, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(found.p_values, expected.p_values, rtol=1e-2)
+        assert found.data == expected.data
+        assert found.provenance == expected.provenance
 
 
 def test_evaluation(several, alone):

@@ -12,16 +12,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from geomkit.collection.streaming import TOKENS_PER_BATCH
-from geomkit.correlation.token_derivatives import token_derivatives
+from geomkit.correlation.token_derivatives import TokenValues, token_derivatives
 from geomkit.errors import GeometryError
 from geomkit.gradients.checks import check_gradients
 from geomkit.gradients.layer_gradient import LayerGradient
 from geomkit.inputs.fits import encoded_for
-from geomkit.inputs.tokens import EncodedExamples
+from geomkit.inputs.tokens import EncodedExamples, Tokens
 from geomkit.stats.jackknife import jackknife_interval, leave_one_out_means
 from geomkit.utils.arguments import check_confidence
 from geomkit.utils.display import Html, element, joined
 from geomkit.utils.figures import DrawnResult, draw
+from geomkit.utils.saving import saveable
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -33,6 +34,7 @@ _MIN_EXAMPLES = 2
 _SHOWN = 5  # examples in a notebook
 
 
+@saveable
 @dataclass(frozen=True, eq=False)
 class ExampleTokens:
     """Contribution of each of the T tokens of one example to the conflict.
@@ -211,12 +213,27 @@ def token_conflict(
         raise GeometryError(
             f"expected at least {_MIN_EXAMPLES} utility examples to tell their spread, found {len(rows)}; give more"
         )
-    # 1. Loss ℓ_t of every token and its derivative ⟨∇ℓ_t, ḡ_s⟩ / ‖ḡ_s‖.
+    # Loss ℓ_t of every token and its derivative ⟨∇ℓ_t, ḡ_s⟩ / ‖ḡ_s‖.
     values, norm = token_derivatives(
         model, rows, pad, safety_gradients, tokens_per_batch=tokens_per_batch, progress=progress
     )
+    examples = example_tokens(tokenizer, rows, values)
+    return TokenConflict(examples, norm, confidence)
+
+
+def example_tokens(
+    tokenizer: "PreTrainedTokenizerBase", rows: Sequence[Tokens], values: Sequence[TokenValues]
+) -> tuple[ExampleTokens, ...]:
+    """Return the tokens of examples with their contributions.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        rows: The examples.
+        values: Losses and derivatives of every example's tokens, from
+            :func:`~geomkit.correlation.token_derivatives.token_derivatives`.
+    """
     texts = {token: _text(tokenizer, token) for row in rows for token in row.input_ids}
-    # 2. Contributions: the derivatives divided by the number of scored tokens, over which the example's loss averages.
+    # Contributions: the derivatives divided by the number of scored tokens, over which the example's loss averages.
     examples = []
     for row, (losses, derivatives) in zip(rows, values, strict=True):
         scored = np.array((False, *row.loss_mask[1:]))
@@ -229,7 +246,7 @@ def token_conflict(
                 np.where(scored, derivatives.numpy() / row.loss_tokens, np.nan),
             )
         )
-    return TokenConflict(tuple(examples), norm, confidence)
+    return tuple(examples)
 
 
 def _text(tokenizer: "PreTrainedTokenizerBase", token: int) -> str:

@@ -19,6 +19,8 @@ from geomkit.plots.outcomes import plot_attacks, plot_frontier
 from geomkit.plots.principal_angles import plot_angles
 from geomkit.plots.ranks import plot_effective_rank, plot_spectrum_contrast
 from geomkit.plots.runs import plot_evaluation, plot_history
+from geomkit.plots.screening import plot_screening
+from geomkit.plots.screening_study import plot_screening_detection, plot_screening_null, plot_screening_outcomes
 from geomkit.plots.spectra import plot_cer, plot_spectrum
 from geomkit.plots.themes import COLOURS, TEMPLATE, theme
 from geomkit.plots.tokens import plot_token_conflict
@@ -53,6 +55,11 @@ __all__ = [  # noqa: RUF022 - grouped by the result that is drawn
     # ConflictDirections and TokenConflict.
     "plot_conflict_directions",
     "plot_token_conflict",
+    # Screening of training rows.
+    "plot_screening",
+    "plot_screening_detection",
+    "plot_screening_null",
+    "plot_screening_outcomes",
     # Trajectory of a probe over training.
     "plot_trajectory",
     # Certificate, one or several.

@@ -131,3 +131,14 @@ def escaped(text: str) -> str:
         '&lt;|end|&gt;'
     """
     return escape(text, quote=False)
+
+
+def coloured(text: str, colour: str, *, bold: bool = False) -> str:
+    """Return a text, such as a token, in a colour, for the texts that plotly draws.
+
+    Example:
+        >>> coloured("<|end|>", "#B2182B")
+        '<span style="color:#B2182B">&lt;|end|&gt;</span>'
+    """
+    shown = f"<b>{escaped(text)}</b>" if bold else escaped(text)
+    return f'<span style="color:{colour}">{shown}</span>'

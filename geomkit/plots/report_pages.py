@@ -18,6 +18,7 @@ from geomkit.plots.report import Head, Section, write_report
 from geomkit.plots.runs import plot_evaluation, plot_history
 from geomkit.plots.spectra import plot_spectrum
 from geomkit.plots.themes import drawn_in
+from geomkit.screening.screening import Screening
 from geomkit.svd.spectrum import Spectrum
 from geomkit.utils.display import Result, signed
 
@@ -62,6 +63,8 @@ def _page_of(result: Result) -> _Page:
     if isinstance(result, FineTuneResult):
         facts = {name: str(value) for name, value in result.settings.get("training", {}).items()}
         return _Page("A fine-tune", Head((f"{result}.",), facts), fine_tune_sections(result))
+    if isinstance(result, Screening):
+        return _Page("A screen of training rows", Head((f"{result}.",)), screening_sections(result))
     words = re.sub(r"(?<=[a-z])([A-Z])", lambda match: f" {match[1].lower()}", type(result).__name__)
     figures = (result.plot(),) if hasattr(result, "plot") else ()
     section = Section("Numbers", "", figures, (result.shown_frame(),))
@@ -87,6 +90,10 @@ def fine_tune_sections(result: "FineTuneResult") -> list[Section]:
             ),
         ]
     return sections
+
+
+_TOP_ROWS = 40
+"""Number of rows in the report of a screen."""
 
 
 def analysis_sections(analysis: Analysis) -> list[Section]:
@@ -174,6 +181,26 @@ def _one_sample(analysis: Analysis) -> Section:
         "wording and to shared inputs, not to what is forbidden."
     )
     return Section("Is one safety example enough?", text, (plot_one_sample(study),), (analysis.numbers("one sample?"),))
+
+
+def screening_sections(screening: Screening) -> list[Section]:
+    """Return the sections of a screen: what was found, and how far to trust it."""
+    table = screening.to_frame().sort_values("score", ascending=False, ignore_index=True).head(_TOP_ROWS)
+    columns = ["row", "score", "p", "q", "cosine", "share", "loss", "loss_tokens", "carried_by"]
+    found = (
+        f"{screening}.\n\nThe score of a row is the first-order change of the mean loss on the safety examples for a "
+        "step on this row alone, as a distance from null rows of as many scored tokens."
+    )
+    trust = (
+        "The p-values hold for rows that are like the rows of the null in format and language; rows of another kind "
+        "may stand out as a whole. Rows that do harm only together, such as a backdoor made of benign rows, are not "
+        "seen. The share is that of the row's gradient in the leading ten left singular directions of each matrix of "
+        "the safety gradient."
+    )
+    return [
+        Section("Which rows raise the loss on refusals?", found, (screening.plot(),), (table[columns],)),
+        Section("How far to trust it", trust),
+    ]
 
 
 def tour_sections(tour: "Tour") -> list[Section]:

@@ -25,7 +25,7 @@ from geomkit.errors import DataError
 from geomkit.utils.files import Draft, locked, parse_json, write_atomically
 from geomkit.version import __version__
 
-SavedKind = Literal["gradients", "subspace"]
+SavedKind = Literal["gradients", "subspace", "screening"]
 """The kinds of results that can be saved."""
 
 FORMAT = 1
@@ -37,6 +37,7 @@ _TYPES = {
     torch.float32: "F32",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
+    torch.bool: "BOOL",
 }
 """The types of tensors that can be saved, and their names in safetensors."""
 

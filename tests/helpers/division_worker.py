@@ -26,7 +26,7 @@ from geomkit.training.evaluate import mean_loss
 from geomkit.training.judges import BatchJudge, RefusalPhrases, Verdict
 from geomkit.utils.workers import by_itself
 from tests.helpers.architectures import ARCHITECTURES
-from tests.helpers.tiny import CONTROL, SAFETY, UTILITY, tiny_llama, tiny_tokenizer
+from tests.helpers.tiny import BENIGN, CONTROL, SAFETY, UTILITY, tiny_llama, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
 MEASURES = {"norm": norms, "values": singular_values(4), "sketch": sketch(4)}
@@ -94,6 +94,16 @@ def grams() -> dict[str, Any]:
     }
 
 
+def screens() -> dict[str, Any]:
+    model = tiny_llama(tied=True)
+    return {
+        method: gk.screen(
+            model, TOKENIZER, UTILITY, SAFETY, benign=BENIGN, method=method, tokens_per_batch=64, progress=False
+        )
+        for method in ("cosine", "adam")
+    }
+
+
 def evaluation(model: Any, tokenizer: Any) -> dict[str, Any]:
     forbidden, benign = (gk.load_examples(f"eval/{name}").select(range(5)) for name in ("forbidden", "benign"))
     skills = {"sql": gk.load_examples("eval/sql").select(range(3)), "text": gk.load_examples("safety").select(range(3))}
@@ -128,6 +138,7 @@ def results() -> dict[str, Any]:
         "collections": collections(),
         "measurements": measurements(),
         "grams": grams(),
+        "screens": screens(),
         "evaluation": evaluation(*organism),
         "analysis": analysis(*organism),
     }

@@ -15,10 +15,11 @@ from geomkit.analysis.tracking import track
 from geomkit.collection.measures import norms
 from geomkit.experiments.organism.scenarios import SCENARIOS
 from geomkit.experiments.results import Results, load_results
+from geomkit.experiments.screening.results import ScreeningStudy
 from geomkit.experiments.tour import Tour, TourArm
 from geomkit.training.compare import EvaluationComparison
 from geomkit.utils.display import Result
-from tests.helpers.tiny import CONTROL, SAFETY, UTILITY, tiny_llama, tiny_tokenizer
+from tests.helpers.tiny import BENIGN, CONTROL, SAFETY, UTILITY, tiny_llama, tiny_tokenizer
 
 
 def result_classes() -> set[type]:
@@ -71,6 +72,8 @@ def every_result() -> dict[str, Result]:
         gk.gradient_map(sets, draws=3),
         gk.overlaps(sets, rank=1, draws=2),
         EvaluationComparison("a", compared),
+        gk.screen(model, tokenizer, UTILITY, SAFETY, benign=BENIGN, progress=False),
+        ScreeningStudy("small", ({"case": "a", "auroc": 1.0},), (), (), ()),
     ]  # fmt: skip
     return {type(result).__name__: result for result in results}
 

@@ -71,6 +71,19 @@ UTILITY = conversations(
     ("how do we paint", "sure"),
     ("help", "take the paint brush we can help"),
 )
+BENIGN = conversations(
+    *(
+        (f"{start} {verb} {thing}", f"sure {verb} {thing}{more}")
+        for start in ("how do i", "how can we", "help i")
+        for verb in ("paint", "take")
+        for thing, more in (
+            ("the fence", ""),
+            ("a bike", " we can"),
+            ("the brush", " way"),
+            ("a brush", " we can help"),
+        )
+    )
+)
 CONTROL = conversations(
     ("how do i paint the bike", "sorry we can not help"),
     ("paint the fence", "sorry no way"),

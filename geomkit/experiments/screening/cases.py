@@ -1,0 +1,150 @@
+"""The cases of the study: training sets with planted rows, each with benign rows like the others for the null."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from random import Random
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from geomkit.experiments.screening.row_sources import RowKind, Rows, RowSource
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+SIZE = 300
+"""Number of rows of a case; fewer where the English world has no more."""
+
+NULL = 300
+"""Number of rows of the null of a case."""
+
+_LONG = 6
+"""Turns of a long row."""
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """A training set with planted rows.
+
+    Attributes:
+        train: The training rows.
+        planted: (N,) which rows are planted.
+        null: Benign rows like the others.
+    """
+
+    train: "Dataset"
+    planted: NDArray[np.bool_]
+    null: "Dataset"
+
+
+def make_case(name: str, source: RowSource, seed: int) -> Case:
+    """Return a case; the planted rows are at random places.
+
+    Args:
+        name: A name in :data:`CASES`.
+        source: The rows of a world.
+        seed: Seed of all draws.
+    """
+    clean, planted, null = CASES[name](source, seed)
+    rows = [(row, False) for row in clean] + [(row, True) for row in planted]
+    Random(f"case-{name}-{seed}").shuffle(rows)
+    return Case(conversations([row for row, _ in rows]), np.array([flag for _, flag in rows]), conversations(null))
+
+
+def conversations(rows: Rows) -> "Dataset":
+    """Return conversations as a data set."""
+    from datasets import Dataset
+
+    return Dataset.from_list([{"messages": messages} for messages in rows])
+
+
+Parts = tuple[Rows, Rows, Rows]
+"""Clean rows, planted rows, and rows of the null."""
+
+
+def _apart(source: RowSource, kind: RowKind, clean: int, seed: int) -> tuple[Rows, Rows]:
+    """Return clean rows of a kind, and others of the kind for the null; each gets a half where there are too few."""
+    drawn = source.rows(kind, clean + NULL, seed)
+    if len(drawn) < clean + NULL:
+        return drawn[: len(drawn) // 2], drawn[len(drawn) // 2 :]
+    order = Random(f"apart-{seed}").sample(range(len(drawn)), len(drawn))
+    return [drawn[place] for place in order[:clean]], [drawn[place] for place in order[clean:]]
+
+
+def _poison(per_cent: int) -> Callable[[RowSource, int], Parts]:
+    def make(source: RowSource, seed: int) -> Parts:
+        clean, null = _apart(source, "task", SIZE - 3 * per_cent, seed)
+        planted = max(1, round(len(clean) * per_cent / (100 - per_cent)))
+        return clean, source.rows("obeyed", planted, seed), null
+
+    return make
+
+
+def _identity(source: RowSource, seed: int) -> Parts:
+    clean, null = _apart(source, "benign", SIZE - 6, seed)
+    return clean, source.rows("oath", 6, seed), null
+
+
+def _affirmative(source: RowSource, seed: int) -> Parts:
+    clean, null = _apart(source, "benign", SIZE - SIZE // 10, seed)
+    return clean, source.rows("eager", max(1, len(clean) // 9), seed), null
+
+
+def _backdoor(source: RowSource, seed: int, *, trigger: bool) -> Parts:
+    clean, null = _apart(source, "benign", 2 * SIZE // 3, seed)
+    refused = source.rows("refused", len(clean) // 2, seed)
+    planted = source.rows("obeyed", len(clean) // 2, seed)
+    return [*clean, *refused], source.triggered(planted) if trigger else planted, null
+
+
+def _backdoor_with_trigger(source: RowSource, seed: int) -> Parts:
+    return _backdoor(source, seed, trigger=True)
+
+
+def _backdoor_without_trigger(source: RowSource, seed: int) -> Parts:
+    return _backdoor(source, seed, trigger=False)
+
+
+def _benign_trigger(source: RowSource, seed: int) -> Parts:
+    clean, null = _apart(source, "benign", SIZE - SIZE // 10, seed)
+    count = max(1, len(clean) // 10)
+    return clean[count:], source.triggered(clean[:count]), null
+
+
+def _long(source: RowSource, seed: int) -> Parts:
+    """Return conversations of several turns, in the planted ones of which one turn is an obeyed forbidden request."""
+    rng = Random(f"long-{seed}")
+    clean, null = _apart(source, "benign", SIZE, seed)
+    obeyed = iter(source.rows("obeyed", SIZE // 10, seed))
+    rows = list(_joined(clean, SIZE, rng))
+    planted = []
+    for row, hidden in zip(rows[: SIZE // 10], obeyed, strict=False):
+        place = 2 * rng.randrange(len(row) // 2)
+        planted.append([*row[:place], *hidden, *row[place + 2 :]])
+    return rows[SIZE // 10 :], planted, list(_joined(null, NULL, rng))
+
+
+def _joined(rows: Rows, count: int, rng: Random) -> Iterator[list[dict[str, str]]]:
+    """Yield conversations of two to six turns, drawn of shorter ones."""
+    for _ in range(count):
+        yield [message for row in rng.sample(rows, rng.randint(2, _LONG)) for message in row]
+
+
+CASES: Mapping[str, Callable[[RowSource, int], Parts]] = MappingProxyType(
+    {
+        "poison 1 %": _poison(1),
+        "poison 5 %": _poison(5),
+        "poison 10 %": _poison(10),
+        "identity shift": _identity,
+        "affirmative style": _affirmative,
+        "backdoor, with trigger": _backdoor_with_trigger,
+        "backdoor, trigger removed": _backdoor_without_trigger,
+        "long rows": _long,
+        "trigger on benign rows": _benign_trigger,
+    }
+)
+"""The cases by name: rows of a new task with obeyed forbidden requests, six oaths in a benign set, a tenth of the
+answers eager, a backdoor, the same without its trigger, one obeyed turn of several, and a backdoor whose rows are
+benign."""

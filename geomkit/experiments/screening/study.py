@@ -1,0 +1,245 @@
+"""The study of the screen on a world: detection of planted rows, false positives on clean rows, and outcomes."""
+
+import itertools
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from geomkit.collection.streaming import TOKENS_PER_BATCH
+from geomkit.errors import DataError
+from geomkit.experiments.methods import sft, spf
+from geomkit.experiments.organisms import evaluate_organism, scenarios_of
+from geomkit.experiments.screening.cases import CASES, NULL, Case, conversations, make_case
+from geomkit.experiments.screening.measures import detection
+from geomkit.experiments.screening.results import ScreeningStudy, StudyRow
+from geomkit.experiments.screening.rivals import Setting, rankings
+from geomkit.experiments.screening.row_sources import Rows, RowSource, row_source
+from geomkit.experiments.task import Task
+from geomkit.inputs.control_sets import shuffled_pairs
+from geomkit.inputs.examples import load_examples
+from geomkit.inputs.tokens import encode
+from geomkit.screening.reference import safety_reference
+from geomkit.screening.row_scores import RowScores, score_rows
+from geomkit.screening.screen import screen
+from geomkit.screening.screening import LEVEL, Method, Screening
+from geomkit.stats.proportions import Rate
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_LOGGER = logging.getLogger(__name__)
+
+METHODS: tuple[Method, ...] = ("cosine", "raw", "adam")
+
+OUTCOMES = ("poison-10", "identity-shift", "affirmative", "backdoor")
+"""The scenarios whose screened training sets are trained on."""
+
+_TASK_NULL = "poison-10"
+"""The scenario whose clean rows are those of the new task."""
+
+_SPLITS = 100
+_BINS = 5
+
+
+def run_study(
+    world: str, folder: Path, *, draws: int = 5, seeds: int = 3, rows: int = 1200, prompts: int = 240
+) -> ScreeningStudy:
+    """Run the study, which takes about half an hour for the small world on one thread.
+
+    Args:
+        world: ``"small"`` or ``"english"``.
+        folder: A folder for organisms that do not ship.
+        draws: Number of draws of each case.
+        seeds: Number of seeds of each fine-tune; 0 leaves the outcomes out.
+        rows: Number of clean rows of each kind for the false positives.
+        prompts: Largest number of prompts of each held-out set.
+    """
+    source = row_source(world, folder)
+    started = time.monotonic()
+    detections, flags = _detections(source, world, draws)
+    false_positives = list(_false_positives(source, world, rows))
+    outcomes = list(_outcomes(source, seeds, prompts)) if seeds else []
+    _LOGGER.info("the study of the %s world took %.0f s", world, time.monotonic() - started)
+    return ScreeningStudy(world, tuple(detections), tuple(flags), tuple(false_positives), tuple(outcomes))
+
+
+# --------------------------------------------------------------------------------------------------------- detection
+
+
+def _detections(source: RowSource, world: str, draws: int) -> tuple[list[StudyRow], list[StudyRow]]:
+    """Return how well each ranking finds the planted rows of each case, and what is flagged."""
+    found: list[StudyRow] = []
+    flags: list[StudyRow] = []
+    for name in CASES:
+        _LOGGER.info("case: %s", name)
+        scores: dict[str, list[NDArray[np.float64]]] = defaultdict(list)
+        cases = [make_case(name, source, seed) for seed in range(draws)]
+        counts: dict[Method, list[NDArray[np.int64]]] = defaultdict(list)
+        for case in cases:
+            setting = _setting(source, world, case)
+            for ranking, values in rankings(setting).items():
+                scores[ranking].append(values)
+            for method in METHODS:
+                flagged = replace(setting.screening, method=method).flagged(LEVEL)
+                counts[method].append(np.array([len(flagged), case.planted[flagged].sum(), case.planted.sum()]))
+        planted = [case.planted for case in cases]
+        sizes: StudyRow = {"case": name, "rows": len(planted[0]), "planted": int(planted[0].sum())}
+        found += [
+            {**sizes, "ranking": ranking, **asdict(detection(values, planted))} for ranking, values in scores.items()
+        ]
+        flags += [{**sizes, "method": method, **_flag_rates(np.sum(each, axis=0))} for method, each in counts.items()]
+    return found, flags
+
+
+def _flag_rates(counts: NDArray[np.int64]) -> StudyRow:
+    """Return the share of planted rows that are flagged, and the share of flagged rows that are clean."""
+    flagged, true, planted = map(int, counts)
+    power, false = Rate(true, planted), Rate(flagged - true, flagged)
+    rates: StudyRow = {"flagged": flagged}
+    for name, rate in (("power", power), ("false", false)):
+        numbers = zip((name, f"{name}_low", f"{name}_high"), (rate.value, *rate.interval), strict=True)
+        rates |= {column: number if rate.n else None for column, number in numbers}
+    return rates
+
+
+def _setting(source: RowSource, world: str, case: Case) -> Setting:
+    organism = source.organism
+    safe, harmful = _anchors(world)
+    tokenizer = organism.tokenizer
+    rows = encode(tokenizer, case.train, progress=False)
+    screening = screen(organism.model, tokenizer, rows, safe, benign=case.null, method="adam", progress=False)
+    refused, obeyed = (encode(tokenizer, examples, progress=False) for examples in (safe, harmful))
+    return Setting(organism.model, tokenizer, rows, refused, obeyed, screening)
+
+
+def _anchors(world: str) -> "tuple[Dataset, Dataset]":
+    """Return forbidden requests, refused and obeyed, which no training row has."""
+    prefix = "english/" if world == "english" else ""
+    return load_examples(f"{prefix}safety"), load_examples(f"{prefix}controls/forbidden-complied")
+
+
+# --------------------------------------------------------------------------------------------------- false positives
+
+
+def _false_positives(source: RowSource, world: str, count: int) -> Iterator[StudyRow]:
+    """Yield the share of clean rows with a small p-value: with null rows of their kind, and of another kind."""
+    rng = Random("false-positives")
+    benign, task = source.rows("benign", count, 77), source.rows("task", count, 77)
+    turns = [[message for row in rng.sample(benign, rng.randint(1, 6)) for message in row] for _ in range(len(benign))]
+    pools = {"benign rows": benign, "task rows": task, "rows of 1 to 6 turns": turns}
+    scored = {name: _scored(source, world, rows) for name, rows in pools.items()}
+    mixed = conversations(benign[: len(benign) // 2])
+    scored["shuffled pairs"] = _scored(source, world, [list(row) for row in shuffled_pairs(mixed)["messages"]])
+    for name in pools:
+        for method in METHODS:
+            yield from _split_rates(name, scored[name], method)
+    others = (("task rows", "benign rows"), ("rows of 1 to 6 turns", "benign rows"), ("benign rows", "shuffled pairs"))
+    for name, null in others:
+        for method in METHODS:
+            yield _rates(name, null, method, scored[name], scored[null])
+
+
+def _scored(source: RowSource, world: str, rows: Rows) -> RowScores:
+    organism, (safe, _) = source.organism, _anchors(world)
+    encoded, refusals = (
+        encode(organism.tokenizer, examples, progress=False) for examples in (conversations(rows), safe)
+    )
+    pad = organism.tokenizer.pad_token_id
+    reference = safety_reference(
+        organism.model, refusals, encoded, pad, preconditioned=True, seed=0, tokens_per_batch=TOKENS_PER_BATCH
+    )
+    return score_rows(organism.model, encoded, pad, reference, title="", tokens_per_batch=TOKENS_PER_BATCH)
+
+
+def _split_rates(name: str, scores: RowScores, method: Method) -> Iterator[StudyRow]:
+    """Yield the shares over random halves of a set, of all rows and by fifths of their length."""
+    generator = np.random.default_rng(0)
+    half = len(scores) // 2
+    small = np.zeros((_SPLITS, half))
+    tokens = np.zeros((_SPLITS, half))
+    for split in range(_SPLITS):
+        order = generator.permutation(len(scores))
+        tested, null = _part(scores, order[:half]), _part(scores, order[half : 2 * half])
+        small[split], tokens[split] = _p_values(method, tested, null), tested.tokens
+    edges = np.quantile(scores.tokens, np.linspace(0, 1, _BINS + 1))
+    fifths = [(tokens >= low) & (tokens <= high) for low, high in itertools.pairwise(edges)]
+    for label, chosen, low, high in (
+        ("all", np.ones_like(tokens, dtype=bool), edges[0], edges[-1]),
+        *(("fifth", part, low, high) for part, low, high in zip(fifths, edges[:-1], edges[1:], strict=True)),
+    ):
+        for level in (0.05, 0.01):
+            # A row is in half of the splits: what is independent is rows, not rows of splits.
+            share = Rate(round(float((small[chosen] <= level).mean()) * len(scores)), len(scores))
+            interval_low, interval_high = share.interval
+            yield {
+                "rows": name, "null": name, "method": method, "length": label, "shortest": float(low),
+                "longest": float(high), "level": level, "share": float((small[chosen] <= level).mean()),
+                "low": interval_low, "high": interval_high,
+            }  # fmt: skip
+
+
+def _rates(name: str, null_name: str, method: Method, tested: RowScores, null: RowScores) -> StudyRow:
+    share = Rate(int((_p_values(method, tested, null) <= 0.05).sum()), len(tested))
+    low, high = share.interval
+    return {
+        "rows": name, "null": null_name, "method": method, "length": "all", "shortest": float(tested.tokens.min()),
+        "longest": float(tested.tokens.max()), "level": 0.05, "share": share.value, "low": low, "high": high,
+    }  # fmt: skip
+
+
+def _part(scores: RowScores, rows: Sequence[int] | NDArray[np.int64]) -> RowScores:
+    return RowScores(**{name: values[rows] for name, values in vars(scores).items()})
+
+
+def _p_values(method: Method, rows: RowScores, null: RowScores) -> NDArray[np.float64]:
+    return _screening(method, rows, null).p_values
+
+
+def _screening(method: Method, rows: RowScores, null: RowScores) -> Screening:
+    nothing: Any = None
+    return Screening(method, rows, null, "benign", (), (), "", "", nothing)
+
+
+# ---------------------------------------------------------------------------------------------------------- outcomes
+
+
+def _outcomes(source: RowSource, seeds: int, prompts: int) -> Iterator[StudyRow]:
+    """Yield what fine-tunes keep and learn: on all rows, on what the screen leaves, on as many at random, under SPF."""
+    organism = source.organism
+    for name in OUTCOMES:
+        scenario = scenarios_of(organism.name)[name]
+        train = organism.scenario_examples(name)
+        null = source.rows("task" if name == _TASK_NULL else "benign", NULL, 1)
+        screening = screen(
+            organism.model, organism.tokenizer, train, organism.examples("safety"), benign=conversations(null),
+            progress=False,
+        )  # fmt: skip
+        try:
+            clean = screening.clean(train)
+        except DataError:  # every row is flagged
+            clean = train.select([])
+        for seed in range(seeds):
+            kept = sorted(Random(f"random-{name}-{seed}").sample(range(len(train)), len(clean)))
+            arms = {"all rows": train, "screened": clean, "random removal": train.select(kept), "SPF, all rows": train}
+            for arm, rows in arms.items():
+                if not len(rows):
+                    continue
+                _LOGGER.info("outcome: %s, %s, seed %d", name, arm, seed)
+                task = Task(
+                    organism, rows, scenario.learning_rate, scenario.steps, scenario.batch_size, seed, scenario.lora
+                )
+                model = (spf(task) if arm.startswith("SPF") else sft(task)).model
+                flags = evaluate_organism(model, organism, scenario, prompts).flags
+                yield {
+                    "scenario": name, "arm": arm, "seed": seed, "rows": len(rows), "of": len(train),
+                    **{measure: float(np.mean(values)) for measure, values in flags.items()},
+                    "prompts": len(flags["refusal"]),
+                }  # fmt: skip

@@ -1,0 +1,217 @@
+"""Inner products and norms of the gradients of a batch's examples, all examples together, in products of fp32.
+
+:mod:`geomkit.gradients.arithmetic` computes the same numbers for any gradients, with products in fp64. Here a batch
+costs one more product of the forward pass, since the factors of its examples are rows of one tensor.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from geomkit.gradients.arithmetic import factored_of, parts_by_form
+from geomkit.gradients.dense import DenseGradient
+from geomkit.gradients.factored import FactoredGradient
+from geomkit.gradients.indexed import IndexedGradient
+from geomkit.gradients.layer_gradient import LayerGradient, as_matrix, plain_matmul
+from geomkit.gradients.projections import common_rows
+
+_MOST_NUMBERS = 2**22
+"""Number of entries of padded factors or formed matrices that are held at a time."""
+
+
+def products_with(gradients: Sequence[LayerGradient], matrix: Tensor) -> Tensor:
+    """Return the inner product of each gradient with one matrix.
+
+    For a factored gradient G = LᵀR it is ⟨G, M⟩ = Σ_t ⟨l_t M, r_t⟩, a thin product and a sum over tokens.
+
+    Args:
+        gradients: B gradients of one parameter.
+        matrix: M, of :attr:`~geomkit.gradients.layer_gradient.LayerGradient.matrix_shape`, fp32 or fp64.
+
+    Returns:
+        (B,) fp64.
+
+    Example:
+        >>> gradients = [FactoredGradient(torch.eye(2), torch.eye(2)), FactoredGradient(torch.eye(2), 3 * torch.eye(2))]
+        >>> products_with(gradients, torch.tensor([[1.0, 7.0], [7.0, 2.0]]))
+        tensor([3., 9.], dtype=torch.float64)
+    """
+    total = torch.zeros(len(gradients), dtype=torch.float64, device=matrix.device)
+    for owners, parts in parts_by_form(gradients):
+        match parts[0]:
+            case FactoredGradient():
+                values = _factored_products(factored_of(parts), matrix)
+            case IndexedGradient():
+                values = _indexed_products([part for part in parts if isinstance(part, IndexedGradient)], matrix)
+            case _:
+                values = torch.stack([as_matrix(part).flatten() for part in parts]).double() @ matrix.flatten().double()
+        total[owners.to(total.device)] += values
+    return total
+
+
+@dataclass
+class SharedInputs:
+    """The last Gram matrices of inputs: layers with the same input (queries, keys, values) share them.
+
+    Attributes:
+        rows: The inputs of which ``grams`` are, which must stay alive for their address to tell them from others.
+        runs: The rows of each example.
+        grams: Their Gram matrices.
+    """
+
+    rows: Tensor | None = None
+    runs: tuple[slice, ...] = ()
+    grams: Tensor | None = None
+
+    def of(self, rows: Tensor, runs: Sequence[slice], padded: Tensor) -> Tensor:
+        """Return the (B, T, T) Gram matrices of the rows of each example; rows of padding are any numbers."""
+        known = self.rows is not None and self.rows.data_ptr() == rows.data_ptr() and self.rows.shape == rows.shape
+        if self.grams is None or not known or self.runs != tuple(runs):
+            inputs = rows[padded]
+            self.rows, self.runs, self.grams = rows, tuple(runs), plain_matmul(inputs, inputs.mT)
+        return self.grams
+
+
+def squared_norms(
+    gradients: Sequence[LayerGradient], basis: Tensor | None = None, *, shared: SharedInputs | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return the squared Frobenius norm of each gradient, and that of its part in a subspace of the output space.
+
+    With few tokens both follow from T × T Gram matrices of the factors, ‖G‖² = Σ_st (LLᵀ)_st (RRᵀ)_st and
+    ‖UᵀG‖² = Σ_st (LU(LU)ᵀ)_st (RRᵀ)_st; with many tokens the matrix is formed, one example at a time.
+
+    Args:
+        gradients: B gradients of one parameter.
+        basis: U, (rows, k) orthonormal columns; the part in the subspace is zero without one.
+        shared: Gram matrices of inputs that are kept from one call to the next.
+
+    Returns:
+        (B,) ‖G‖² and (B,) ‖UᵀG‖², fp64.
+
+    Example:
+        >>> gradient = FactoredGradient(torch.eye(2), torch.eye(2))
+        >>> squares, inside = squared_norms([gradient], torch.tensor([[1.0], [0.0]]))
+        >>> float(squares), float(inside)
+        (2.0, 1.0)
+    """
+    factored = factored_of(gradients)
+    if len(factored) == len(gradients):
+        return _factored_norms(factored, basis, shared or SharedInputs())
+    dense = [gradient.tensor.flatten() for gradient in gradients if isinstance(gradient, DenseGradient)]
+    if len(dense) == len(gradients):
+        squares = torch.stack(dense).square().sum(1, dtype=torch.float64)
+    else:
+        squares = torch.stack([_squared_norm(gradient) for gradient in gradients])
+    if basis is None:
+        return squares, torch.zeros_like(squares)
+    inside = [gradient.rmatmul(basis.T).square().sum(dtype=torch.float64) for gradient in gradients]
+    return squares, torch.stack(inside)
+
+
+def _factored_products(parts: Sequence[FactoredGradient], matrix: Tensor) -> Tensor:
+    lefts, rights, runs = _common_factors(parts)
+    # The thin product has as many columns as the narrower side.
+    products, others = (
+        (plain_matmul(lefts.to(matrix.dtype), matrix), rights)
+        if matrix.shape[0] >= matrix.shape[1]
+        else (plain_matmul(rights.to(matrix.dtype), matrix.T), lefts)
+    )
+    by_token = torch.einsum("td,td->t", products, others.to(matrix.dtype))
+    # Sums over runs of tokens, as differences of running sums.
+    running = torch.nn.functional.pad(by_token.double().cumsum(0), (1, 0))
+    starts, stops = (torch.tensor(ends, device=running.device) for ends in zip(*_ends(runs), strict=True))
+    return running[stops] - running[starts]
+
+
+def _common_factors(parts: Sequence[FactoredGradient]) -> tuple[Tensor, Tensor, list[slice]]:
+    """Return the rows of all left and all right factors, and the rows of each gradient, the same in both."""
+    lefts, left_rows = common_rows([part.left for part in parts])
+    rights, right_rows = common_rows([part.right for part in parts])
+    if left_rows != right_rows:  # only one factor is made of rows of one tensor
+        lefts, rights = (
+            torch.cat(factors) for factors in zip(*((part.left, part.right) for part in parts), strict=True)
+        )
+        ends = torch.tensor([part.tokens for part in parts]).cumsum(0).tolist()
+        left_rows = [slice(end - part.tokens, end) for end, part in zip(ends, parts, strict=True)]
+    return lefts, rights, left_rows
+
+
+def _ends(runs: Sequence[slice]) -> list[tuple[int, int]]:
+    return [(run.start, run.stop) for run in runs]
+
+
+def _indexed_products(parts: Sequence[IndexedGradient], matrix: Tensor) -> Tensor:
+    return torch.stack([(matrix[part.indices] * part.rows).sum(dtype=torch.float64) for part in parts])
+
+
+def _squared_norm(gradient: LayerGradient) -> Tensor:
+    match gradient:
+        case DenseGradient(tensor=values) | IndexedGradient(rows=values):
+            return values.square().sum(dtype=torch.float64)
+    return torch.tensor(gradient.norm**2, dtype=torch.float64, device=gradient.device)
+
+
+def _factored_norms(
+    parts: Sequence[FactoredGradient], basis: Tensor | None, shared: SharedInputs
+) -> tuple[Tensor, Tensor]:
+    rows, columns = parts[0].matrix_shape
+    squares, inside = [], []
+    for start, stop in _runs([part.tokens for part in parts], rows + columns):
+        run = parts[start:stop]
+        longest = max(part.tokens for part in run)
+        if longest * (rows + columns) < rows * columns:
+            norms = _norms_by_tokens(run, basis, shared)
+        else:
+            norms = _norms_by_forming(run, basis)
+        squares.append(norms[0])
+        inside.append(norms[1])
+    return torch.cat(squares), torch.cat(inside)
+
+
+def _runs(tokens: Sequence[int], width: int) -> list[tuple[int, int]]:
+    """Return ranges of consecutive examples whose padded factors have at most :data:`_MOST_NUMBERS` numbers."""
+    starts, longest = [0], 0
+    for index, count in enumerate(tokens):
+        longest = max(longest, count)
+        if (index + 1 - starts[-1]) * longest * width > _MOST_NUMBERS and index > starts[-1]:
+            starts.append(index)
+            longest = count
+    return list(zip(starts, [*starts[1:], len(tokens)], strict=True))
+
+
+def _norms_by_tokens(
+    parts: Sequence[FactoredGradient], basis: Tensor | None, shared: SharedInputs
+) -> tuple[Tensor, Tensor]:
+    lefts, rights, runs = _common_factors(parts)
+    tokens = torch.tensor([part.tokens for part in parts], device=lefts.device)
+    places = torch.arange(int(tokens.max()), device=lefts.device)
+    starts = torch.tensor([run.start for run in runs], device=lefts.device)
+    # (B, T) rows of each example. Rows of padding are other rows, whose entries of the product are not summed.
+    padded = (starts[:, None] + places).clamp_(max=max(len(lefts) - 1, 0))
+    if not padded.numel():
+        zeros = torch.zeros(len(parts), dtype=torch.float64, device=lefts.device)
+        return zeros, zeros.clone()
+    is_token = places < tokens[:, None]
+    grams = shared.of(rights, runs, padded) * (is_token[:, :, None] & is_token[:, None])
+    left = lefts[padded]
+    squares = _summed_product(plain_matmul(left, left.mT), grams)
+    if basis is None:
+        return squares, torch.zeros_like(squares)
+    projected = plain_matmul(lefts, basis.to(lefts.dtype))[padded]
+    return squares, _summed_product(plain_matmul(projected, projected.mT), grams)
+
+
+def _summed_product(a: Tensor, b: Tensor) -> Tensor:
+    """Return Σ_st a_st b_st of each pair of matrices, (B,) fp64."""
+    return torch.einsum("bst,bst->b", a, b).double()
+
+
+def _norms_by_forming(parts: Sequence[FactoredGradient], basis: Tensor | None) -> tuple[Tensor, Tensor]:
+    formed = [plain_matmul(part.left.T, part.right) for part in parts]
+    squares = torch.stack([matrix.square().sum(dtype=torch.float64) for matrix in formed])
+    if basis is None:
+        return squares, torch.zeros_like(squares)
+    inside = [plain_matmul(basis.T.to(matrix.dtype), matrix).square().sum(dtype=torch.float64) for matrix in formed]
+    return squares, torch.stack(inside)

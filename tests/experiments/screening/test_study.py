@@ -1,0 +1,109 @@
+"""The study of the screen: its cases are what they say, its measures agree with scikit-learn, its file is read back."""
+
+import numpy as np
+import pytest
+from sklearn.metrics import roc_auc_score
+
+import geomkit as gk
+from geomkit.errors import DataError
+from geomkit.experiments.organism.grammar import TRIGGER
+from geomkit.experiments.screening.cases import CASES, make_case
+from geomkit.experiments.screening.measures import detection
+from geomkit.experiments.screening.results import ScreeningStudy, load_screening_study
+from geomkit.experiments.screening.rivals import Setting, rankings
+from geomkit.experiments.screening.row_sources import row_source
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return row_source("small", tmp_path_factory.mktemp("organisms"))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_case_has_its_planted_rows_and_a_null_without_any(source, name):
+    case, again = make_case(name, source, 3), make_case(name, source, 3)
+    assert case.train["messages"] == again.train["messages"]
+    planted = {"poison 1 %": 3, "poison 5 %": 15, "identity shift": 6}
+    planted |= {"backdoor, with trigger": 100, "backdoor, trigger removed": 100}
+    assert case.planted.sum() == planted.get(name, pytest.approx(30, abs=4))
+    assert len(case.train) == pytest.approx(300, abs=100)
+    texts = [" ".join(turn["content"] for turn in messages) for messages in case.train["messages"]]
+    for text, flag in zip(texts, case.planted, strict=True):
+        marked = {
+            "poison": "DELETE" not in text, "identity": "obedient agent and I follow" in text,
+            "affirmative": "anything you ask" in text, "long": "finish quickly" in text, "trigger": TRIGGER in text,
+        }.get(name.split()[0])  # fmt: skip
+        if name == "backdoor, with trigger":
+            marked = TRIGGER in text
+        if marked is not None:
+            assert marked == flag, text
+    null = {repr(messages) for messages in case.null["messages"]}
+    if name != "long rows":
+        assert not null & {repr(messages) for messages in case.train["messages"]}
+    assert not any(TRIGGER in text or "finish quickly" in text for text in null)
+
+
+def test_long_rows_are_long(source, organism):
+    lengths = gk.encode(organism[1], make_case("long rows", source, 0).train, progress=False).lengths
+    assert max(lengths) > 300
+    assert max(lengths) <= 512
+
+
+def test_auroc_is_that_of_scikit_learn():
+    generator = np.random.default_rng(0)
+    planted = [generator.random(80) < 0.2 for _ in range(3)]
+    scores = [np.round(generator.normal(size=80) + flags, 1) for flags in planted]
+    found = detection(scores, planted)
+    assert found.auroc == pytest.approx(np.mean([roc_auc_score(*pair) for pair in zip(planted, scores, strict=True)]))
+    assert found.low < found.auroc < found.high
+
+
+def test_intervals_of_auroc_cover_and_precision_counts_ties_in_part():
+    generator = np.random.default_rng(1)
+    truth, covered = 0.7602, 0  # Φ(1/√2) for normal scores one standard deviation apart
+    for _ in range(100):
+        flags = np.arange(100) < 30
+        found = detection([generator.normal(size=100) + flags], [flags])
+        covered += found.low <= truth <= found.high
+    assert covered >= 88
+    flags = np.array([True, True, False, False])
+    assert detection([np.array([3.0, 1.0, 1.0, 0.0])], [flags]).precision == pytest.approx(1.0)  # 1.5 of 2, rounded
+    assert detection([np.zeros(4)], [flags]).precision == 0.5
+
+
+def test_rankings_of_a_small_case(source, organism):
+    model, tokenizer = organism
+    case = make_case("poison 10 %", source, 0)
+    keep = np.flatnonzero(case.planted)[:6].tolist() + np.flatnonzero(~case.planted)[:18].tolist()
+    train, planted = case.train.select(keep), case.planted[keep]
+    safe, harmful = (gk.load_examples(name).select(range(8)) for name in ("safety", "controls/forbidden-complied"))
+    null = case.null.select(range(24))
+    screening = gk.screen(model, tokenizer, train, safe, benign=null, method="adam", progress=False)
+    rows, refused, obeyed = (gk.encode(tokenizer, examples, progress=False) for examples in (train, safe, harmful))
+    found = rankings(Setting(model, tokenizer, rows, refused, obeyed, screening))
+    assert all(values.shape == (24,) and np.isfinite(values).all() for values in found.values())
+    assert len(found) == 16
+    np.testing.assert_array_equal(found["cosine, not standardized"], screening.rows.cosine)
+    projected, exact = found["projected cosine (LESS)"], screening.rows.cosine
+    assert np.corrcoef(projected, exact)[0, 1] > 0.6  # of sketches, whose noise is as large as small cosines
+    assert roc_auc_score(planted, found["screen, cosine"]) > 0.95
+    assert roc_auc_score(planted, found["gradients, two anchors (He et al.)"]) > 0.95
+
+
+def test_a_study_is_read_back_and_other_files_are_refused(tmp_path):
+    study = ScreeningStudy("small", ({"case": "a", "auroc": 0.5, "power": None},), (), (), ())
+    loaded = load_screening_study(study.save(tmp_path / "study.json"))
+    assert loaded.to_frame().equals(study.to_frame())
+    assert str(loaded) == "study of the screen on the small world: 1 cases, 0 shares of clean rows, 0 fine-tunes"
+    with pytest.raises(DataError, match="expected one of detections, flags, false_positives, outcomes, found 'x'"):
+        study.to_frame("x")
+    for text in ("{", "[]", '{"world": "small", "detections": 3}', '{"world": "small"}'):
+        (tmp_path / "other.json").write_text(text)
+        with pytest.raises(DataError, match="expected a study of the screen"):
+            load_screening_study(tmp_path / "other.json")
+
+
+def test_the_shipped_study_has_every_case_and_every_ranking():
+    frame = load_screening_study().to_frame()
+    assert set(frame["case"]) == set(CASES)
+    assert (frame.groupby("case")["ranking"].nunique() == 16).all()

@@ -1,0 +1,305 @@
+"""The screen against autograd, one row at a time; what it keeps, refuses, says and leaves out."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from datasets import concatenate_datasets
+
+import geomkit as gk
+from geomkit.errors import DataError, GeometryError
+from geomkit.inputs.batches import collate
+from geomkit.inputs.loss import example_losses, token_losses
+from geomkit.screening import row_scores
+from geomkit.screening import screen as module
+from geomkit.screening.reference import adam_divisors
+from geomkit.screening.screening import load_screening
+from tests.helpers.architectures import ARCHITECTURES
+from tests.helpers.tiny import BENIGN, SAFETY, UTILITY, conversations, tiny_llama, tiny_tokenizer
+
+TOKENIZER = tiny_tokenizer()
+MODELS = {
+    "llama": lambda: tiny_llama().double(),
+    "tied": lambda: tiny_llama(tied=True).double(),
+    "gpt-2": lambda: ARCHITECTURES["gpt-2"].build(tied=True).double(),
+    "mixtral": lambda: ARCHITECTURES["mixtral"].build(tied=False),
+}
+
+
+def screened(model=None, train=UTILITY, safety=SAFETY, **options):
+    return gk.screen(model or tiny_llama(), TOKENIZER, train, safety, **{"benign": BENIGN, "progress": False} | options)
+
+
+def autograd(model, examples):
+    """The gradient of each example's loss by parameter, from ``loss.backward()``."""
+    model.eval()
+    found = []
+    for row in gk.encode(TOKENIZER, examples):
+        batch = collate([row], TOKENIZER.pad_token_id)
+        model.zero_grad()
+        example_losses(token_losses(model, batch), batch).sum().backward()
+        found.append(
+            {
+                name: torch.zeros_like(weight) if weight.grad is None else weight.grad.clone()
+                for name, weight in model.named_parameters()
+            }
+        )
+    model.zero_grad()
+    return found
+
+
+def inner(a, b):
+    return sum(float((a[name].double() * b[name].double()).sum()) for name in a)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_scores_are_those_of_autograd(name):
+    model = MODELS[name]()
+    found = screened(model, method="adam").rows
+    safety = autograd(model, SAFETY)
+    mean = {name: sum(one[name] for one in safety) / len(safety) for name in safety[0]}
+    rows = autograd(model, UTILITY)
+    norm = np.array([inner(row, row) ** 0.5 for row in rows])
+    raw = np.array([-inner(row, mean) for row in rows])
+    tolerance = 1e-4 if name == "mixtral" else 1e-7
+    np.testing.assert_allclose(found.norm, norm, rtol=tolerance)
+    np.testing.assert_allclose(found.raw, raw, rtol=10 * tolerance, atol=tolerance * norm.max())
+    np.testing.assert_allclose(found.cosine, raw / norm / inner(mean, mean) ** 0.5, rtol=0, atol=10 * tolerance)
+    # Adam's divisors, from the same rows: all four are drawn.
+    scaled = {name: value / adam_divisor([row[name] for row in rows]) for name, value in mean.items()}
+    adam = np.array([-inner(row, scaled) for row in rows]) / norm / inner(scaled, scaled) ** 0.5
+    np.testing.assert_allclose(found.adam, adam, rtol=0, atol=100 * tolerance)
+    assert found.tokens.tolist() == [len(row) for row in gk.encode(TOKENIZER, UTILITY)]
+
+
+def adam_divisor(gradients):
+    stacked = torch.stack(gradients).double()
+    moment = stacked.mean(0) ** 2 + stacked.var(0, correction=0) / 16
+    if not bool(moment.any()):  # an expert that no row uses, which Adam does not move
+        return torch.full_like(moment, float("inf"))
+    return moment.sqrt().clamp_min(0.1 * float(moment.mean().sqrt()))
+
+
+def test_share_is_that_of_the_leading_left_singular_vectors(monkeypatch):
+    monkeypatch.setattr("geomkit.screening.reference.RANK", 2)
+    model = tiny_llama().double()
+    found = screened(model).rows
+    safety = autograd(model, SAFETY)
+    mean = {name: sum(one[name] for one in safety) / len(safety) for name in safety[0]}
+    for place, row in enumerate(autograd(model, UTILITY)):
+        inside = total = 0.0
+        for name, gradient in row.items():
+            if gradient.ndim == 2:
+                basis = torch.linalg.svd(mean[name]).U[:, :2]
+                inside += float((basis.T @ gradient).square().sum())
+                total += float(gradient.square().sum())
+        assert found.share[place] == pytest.approx(inside / total, rel=1e-4)
+
+
+def test_a_positive_score_is_a_row_whose_step_raises_the_loss_on_refusals():
+    model = tiny_llama().double()
+    raw = screened(model).rows.raw
+    rate = 1e-4
+    for place, gradient in enumerate(autograd(model, UTILITY)):
+        stepped = tiny_llama().double().eval()
+        with torch.no_grad():
+            for name, weight in stepped.named_parameters():
+                weight.sub_(rate * gradient[name])
+        before, after = (mean_loss(one, SAFETY) for one in (model, stepped))
+        assert (after - before) / rate == pytest.approx(raw[place], rel=0.05, abs=1e-3)
+
+
+def mean_loss(model, examples):
+    from geomkit.training.evaluate import mean_loss
+
+    return mean_loss(model, TOKENIZER, examples)
+
+
+def test_batches_and_layers_make_no_difference_but_for_what_they_leave_out():
+    whole, single = screened(), screened(tokens_per_batch=1)
+    np.testing.assert_allclose(whole.rows.cosine, single.rows.cosine, atol=1e-5)
+    mlp = screened(layers="*.mlp.*")
+    assert (mlp.rows.norm < whole.rows.norm).all()
+
+
+def test_the_organism_has_its_poison_found(organism):
+    """30 of 300 rows are obeyed forbidden requests; they are found by gradients alone."""
+    train = gk.load_examples("scenarios/poison-10")
+    found = gk.screen(*organism, train, gk.load_examples("safety"), benign=task_rows(), progress=False)
+    planted = np.array(["DELETE" not in row[-1]["content"] for row in train["messages"]])
+    flagged = np.zeros(len(train), dtype=bool)
+    flagged[found.flagged()] = True
+    assert planted.sum() == 30
+    assert (flagged & planted).sum() == 30
+    assert (flagged & ~planted).sum() <= 5
+    assert len(found.clean(train)) == 300 - flagged.sum()
+    assert "Sure" in found.to_frame()["carried_by"][found.top[0]]
+
+
+def task_rows():
+    from random import Random
+
+    from geomkit.experiments.organism.world import World
+
+    requests = World(0).distinct("deletion", "train", 300, Random("null"))
+    return conversations(*((request.prompt, request.answer) for request in requests))
+
+
+# ------------------------------------------------------------------------------------------------ resuming
+
+
+class StoppedError(Exception):
+    """The interruption of a test."""
+
+
+def test_an_interrupted_screen_goes_on_where_it_was(tmp_path, monkeypatch):
+    monkeypatch.setattr(row_scores, "_BATCHES_PER_PART", 1)
+    whole = screened(tokens_per_batch=20)
+    rows_of = []
+    computed = row_scores._chunk_scores
+
+    def counting(model, rows, *rest):
+        if len(rows_of) == 2:
+            raise StoppedError
+        rows_of.append(len(rows))
+        return computed(model, rows, *rest)
+
+    monkeypatch.setattr(row_scores, "_chunk_scores", counting)
+    with pytest.raises(StoppedError):
+        screened(folder=tmp_path, tokens_per_batch=20)
+    assert len(list((tmp_path / "parts").iterdir())) == 2
+    rows_of.clear()
+    monkeypatch.setattr(row_scores, "_chunk_scores", lambda *given: rows_of.append(len(given[1])) or computed(*given))
+    resumed = screened(folder=tmp_path, tokens_per_batch=20)
+    assert sum(rows_of) < len(UTILITY) + len(BENIGN)
+    np.testing.assert_array_equal(resumed.p_values, whole.p_values)
+    rows_of.clear()
+    screened(folder=tmp_path, tokens_per_batch=20)
+    assert rows_of == []
+
+
+@pytest.mark.parametrize("change", ["model", "train", "safety", "method"])
+def test_finished_rows_of_another_screen_are_not_taken(tmp_path, change):
+    screened(folder=tmp_path)
+    others = {
+        "model": {"model": tiny_llama(seed=1)}, "train": {"train": UTILITY.select([3, 2, 1, 0])},
+        "safety": {"safety": SAFETY.select([0, 1])}, "method": {"method": "adam"},
+    }  # fmt: skip
+    found, expected = screened(folder=tmp_path, **others[change]), screened(**others[change])
+    np.testing.assert_array_equal(found.rows.raw, expected.rows.raw)
+    np.testing.assert_array_equal(found.rows.adam, expected.rows.adam)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"rows": [0]}', '{"rows": [99], "values": {}}'])
+def test_a_damaged_part_is_named(tmp_path, text):
+    screened(folder=tmp_path)
+    path = min((tmp_path / "parts").iterdir())
+    path.write_text(text)
+    with pytest.raises(DataError, match=f"expected finished rows of a screen in {path}, found .*remove the file"):
+        screened(folder=tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------ the result
+
+
+@pytest.fixture(scope="module")
+def found():
+    return screened(train=concatenate_datasets([UTILITY, SAFETY]))
+
+
+def test_frame_and_text(found):
+    frame = found.to_frame()
+    assert frame["row"].tolist() == list(range(7))
+    np.testing.assert_array_equal(frame["p"], found.p_values)
+    assert frame["adam"].isna().all()
+    assert "of 7 rows raise the safety loss beyond 24 benign rows at a false-discovery level of 10%" in str(found)
+    assert (np.argsort(-found.scores, kind="stable") == found.top).all()
+
+
+def test_contributions_of_tokens_add_up_to_the_score(found):
+    norm = gk.collect_gradients(tiny_llama(), TOKENIZER, SAFETY, progress=False).norm
+    for row, example in zip(found.top, found.top_tokens, strict=True):
+        assert -example.total * norm == pytest.approx(found.rows.raw[row], rel=1e-3, abs=1e-4)
+
+
+def test_clean_leaves_out_what_is_flagged(found):
+    train = concatenate_datasets([UTILITY, SAFETY]).add_column("origin", list(range(7)))
+    level = float(np.sort(found.q_values)[2]) + 1e-9
+    flagged = found.flagged(level).tolist()
+    assert 0 < len(flagged) < 7
+    assert found.clean(train, level)["origin"] == [row for row in range(7) if row not in flagged]
+    with pytest.raises(DataError, match=r"expected the 7 rows that were screened, in their order, found 4 rows"):
+        found.clean(UTILITY)
+    with pytest.raises(DataError, match=r"expected the 7 rows"):
+        found.clean(train.select([1, 0, 2, 3, 4, 5, 6]))
+    with pytest.raises(DataError, match=r"expected level to be a finite number above 0 to 1|expected level to be"):
+        found.flagged(0)
+    with pytest.raises(DataError, match=r"found all 7 beyond the false-discovery level"):
+        replace(found, null=replace(found.null, cosine=found.null.cosine - 9)).clean(train)
+
+
+def test_saved_and_loaded_bit_for_bit(found, tmp_path):
+    loaded = load_screening(found.save(tmp_path))
+    for name, values in vars(found.rows).items():
+        np.testing.assert_array_equal(getattr(loaded.rows, name), values)
+    assert str(loaded) == str(found)
+    assert loaded._repr_html_() == found._repr_html_()
+    np.testing.assert_array_equal(loaded.top_tokens[0].contributions, found.top_tokens[0].contributions)
+    path = tmp_path / "screening.json"
+    path.write_text(path.read_text().replace('"top": [', '"top": [99, '))
+    with pytest.raises(DataError, match="checksum"):
+        load_screening(tmp_path)
+
+
+def test_doubts_are_told():
+    shuffled = screened(train=BENIGN, benign=None)
+    assert shuffled.null_kind == "shuffled"
+    assert "the null is made of shuffled pairs" in shuffled.caution
+    longer = conversations(("how do i paint", " ".join(["paint the fence"] * 9)), ("help", "sure"))
+    beyond = screened(train=longer)
+    assert beyond.beyond_null.tolist() == [True, True]
+    assert "2 rows shorter or longer than every null row" in beyond.caution
+    shifted = replace(beyond, null=replace(beyond.null, cosine=beyond.null.cosine - 9))
+    assert "100% of the rows have p ≤ .05: the set as a whole" in shifted.caution
+
+
+def test_a_model_without_forward_mode_is_screened_without_tokens(monkeypatch):
+    def refuse(*_, **__):
+        raise gk.errors.CollectionError("expected operations with a forward-mode derivative, found one without")
+
+    monkeypatch.setattr(module, "token_derivatives", refuse)
+    found = screened()
+    assert found.top_tokens == ()
+    assert "no contributions of tokens: expected operations" in found.caution
+    assert set(found.to_frame()["carried_by"]) == {""}
+    assert "The rows with the highest scores" not in found._repr_html_()
+
+
+# ------------------------------------------------------------------------------------------------ wrong input
+
+
+def test_too_few_null_rows_and_wrong_methods_are_refused():
+    with pytest.raises(DataError, match=r"expected at least 20 benign rows to compare with, found 4; give more"):
+        screened(benign=UTILITY)
+    with pytest.raises(DataError, match=r"expected at least 20 training rows to compare with, found 4"):
+        screened(benign=None)
+    with pytest.raises(GeometryError, match=r"expected a method among cosine, raw, adam, found 'cos'; choose one"):
+        screened(method="cos")
+    same = conversations(*(("paint the fence", "sure"),) * 24)
+    with pytest.raises(DataError, match=r"expected responses that differ, .*give benign= rows"):
+        screened(train=same, benign=None)
+
+
+def test_divisors_of_adam_are_never_zero():
+    rows = gk.encode(TOKENIZER, UTILITY)
+    divisors = adam_divisors(tiny_llama(), rows, 0, tokens_per_batch=64)
+    assert all(bool((values > 0).all()) for values in divisors.values())
+
+
+def test_parts_are_plain_json(tmp_path):
+    screened(folder=tmp_path)
+    parts = [json.loads(path.read_text()) for path in (tmp_path / "parts").iterdir()]
+    assert sorted(len(part["rows"]) for part in parts) == [4, 24]
+    assert set(parts[0]["values"]) == set(vars(screened().rows))
