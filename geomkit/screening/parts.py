@@ -72,6 +72,21 @@ class Parts:
                 write_atomically(path, json.dumps(content) + "\n")
 
 
+def make_folder(folder: Path | None) -> None:
+    """Make the folder of parts, if there is to be one, before minutes of work.
+
+    Raises:
+        DataError: If it cannot be made.
+    """
+    try:
+        if folder is not None and first_process():
+            folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"expected a folder for finished rows at {folder}, found {error.strerror}; choose another"
+        ) from None
+
+
 def _read(path: Path, rows: int, measures: Sequence[str]) -> dict[int, tuple[float, ...]]:
     try:
         content = parse_json(path.read_text("utf-8"))

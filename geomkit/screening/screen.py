@@ -15,10 +15,11 @@ from geomkit.errors import CollectionError, DataError
 from geomkit.gradients.gradient_set import GradientSet
 from geomkit.gradients.provenance import provenance_of
 from geomkit.inputs.control_sets import shuffled_pairs
+from geomkit.inputs.copies import row_digests
 from geomkit.inputs.fits import encoded_for
 from geomkit.inputs.parameters import Layers, as_selection, workers_of
 from geomkit.inputs.tokens import EncodedExamples, Tokens, conversations_of
-from geomkit.screening.parts import Parts
+from geomkit.screening.parts import Parts, make_folder
 from geomkit.screening.reference import safety_reference
 from geomkit.screening.row_scores import RowScores, score_rows
 from geomkit.screening.screening import Method, Screening, check_method, texts_fingerprint
@@ -66,8 +67,8 @@ def screen(
         tokenizer: Tokenizer of the model.
         train: N training rows.
         safety: Forbidden requests with the refusals that should stay, such as :func:`geomkit.own_refusals`.
-        benign: Rows that are known as harmless, at least 20, better several hundred; where left out, up to 512 training
-            rows with their answers shuffled, which are a poor substitute.
+        benign: Rows that are known as harmless, at least 20 different ones, better several hundred; where left out, up
+            to 512 training rows with their answers shuffled, which are a poor substitute.
         method: The score to rank by: ``"cosine"``, ``"raw"``, or ``"adam"``, the cosine with the safety gradient
             divided by the root of Adam's second moment, which is estimated from 32 training rows.
         layers: The choice of parameters.
@@ -80,8 +81,8 @@ def screen(
         The scores with their null, p- and q-values.
 
     Raises:
-        DataError: If examples cannot be encoded, there are too few null rows, or finished rows in the folder are
-            damaged.
+        DataError: If examples cannot be encoded, there are too few different null rows, or the folder cannot be made
+            or has damaged finished rows.
         GeometryError: If the method is unknown.
         CollectionError: See :func:`geomkit.collect_gradients`.
 
@@ -99,11 +100,13 @@ def screen(
     check_method(method)
     check_seed(seed)
     workers = workers_of(model)
+    parts = None if folder is None else Path(folder) / "parts"
     with workers.failing_together():
         rows, pad = encoded_for(model, tokenizer, train, progress)
         refusals, _ = encoded_for(model, tokenizer, safety, progress)
         null, _ = encoded_for(model, tokenizer, _shuffled(rows, seed) if benign is None else benign, progress)
         _refuse_few(null, benign is not None)
+        make_folder(parts)
     reference = safety_reference(
         model,
         refusals,
@@ -130,7 +133,7 @@ def screen(
             tokens_per_batch=tokens_per_batch,
             title=title,
             progress=progress,
-            parts=Parts(None if folder is None else Path(folder) / "parts", key, workers),
+            parts=Parts(parts, key, workers),
             workers=workers,
         )
     screening = Screening(
@@ -159,10 +162,11 @@ def _shuffled(rows: EncodedExamples, seed: int) -> EncodedExamples:
 
 
 def _refuse_few(null: EncodedExamples, given: bool) -> None:
-    if len(null) < FEWEST:
+    # Copies of one row have one score, whose spread is nothing but rounding.
+    if (different := len(set(row_digests(null)))) < FEWEST:
         raise DataError(
-            f"expected at least {FEWEST} {'benign' if given else 'training'} rows to compare with, found {len(null)}; "
-            "give more benign= rows, like the training rows in format and language"
+            f"expected at least {FEWEST} different {'benign' if given else 'training'} rows to compare with, found "
+            f"{different}; give more benign= rows, like the training rows in format and language"
         )
 
 

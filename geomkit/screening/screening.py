@@ -13,6 +13,7 @@ from geomkit.correlation.token_conflict import ExampleTokens, tinted
 from geomkit.errors import DataError, GeometryError
 from geomkit.gradients.provenance import Provenance
 from geomkit.inputs.copies import row_digests
+from geomkit.inputs.examples import check_examples
 from geomkit.inputs.tokens import EncodedExamples, conversations_of
 from geomkit.screening.row_scores import RowScores
 from geomkit.stats.conditional_null import outside, standardized, upper_p_values
@@ -154,6 +155,7 @@ class Screening(DrawnResult):
                 and 1.
         """
         rows = conversations_of(examples)
+        check_examples(rows)
         if len(rows) != len(self.rows) or texts_fingerprint(rows) != self.data:
             raise DataError(
                 f"expected the {len(self.rows)} rows that were screened, in their order, found {len(rows)} rows with "

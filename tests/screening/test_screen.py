@@ -232,6 +232,10 @@ def test_clean_leaves_out_what_is_flagged(found):
     assert found.clean(train, level)["origin"] == [row for row in range(7) if row not in flagged]
     with pytest.raises(DataError, match=r"expected the 7 rows that were screened, in their order, found 4 rows"):
         found.clean(UTILITY)
+    with pytest.raises(DataError, match=r"expected a column 'messages', found \['text'\]"):
+        found.clean(train.select_columns("origin").rename_column("origin", "text"))
+    with pytest.raises(DataError, match=r"expected a datasets.Dataset, found list"):
+        found.clean(list(train))
     with pytest.raises(DataError, match=r"expected the 7 rows"):
         found.clean(train.select([1, 0, 2, 3, 4, 5, 6]))
     with pytest.raises(DataError, match=r"expected level to be a finite number above 0 to 1|expected level to be"):
@@ -281,15 +285,26 @@ def test_a_model_without_forward_mode_is_screened_without_tokens(monkeypatch):
 
 
 def test_too_few_null_rows_and_wrong_methods_are_refused():
-    with pytest.raises(DataError, match=r"expected at least 20 benign rows to compare with, found 4; give more"):
+    with pytest.raises(
+        DataError, match=r"expected at least 20 different benign rows to compare with, found 4; give more"
+    ):
         screened(benign=UTILITY)
-    with pytest.raises(DataError, match=r"expected at least 20 training rows to compare with, found 4"):
+    with pytest.raises(DataError, match=r"expected at least 20 different training rows to compare with, found 4"):
         screened(benign=None)
+    with pytest.raises(DataError, match=r"expected at least 20 different benign rows to compare with, found 4"):
+        screened(benign=concatenate_datasets([UTILITY] * 6))
     with pytest.raises(GeometryError, match=r"expected a method among cosine, raw, adam, found 'cos'; choose one"):
         screened(method="cos")
     same = conversations(*(("paint the fence", "sure"),) * 24)
     with pytest.raises(DataError, match=r"expected responses that differ, .*give benign= rows"):
         screened(train=same, benign=None)
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_any_gradient(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "safety_reference", lambda *_, **__: pytest.fail("a gradient was computed"))
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"expected a folder for finished rows at .*file/parts, found Not a directory"):
+        screened(folder=tmp_path / "file")
 
 
 def test_divisors_of_adam_are_never_zero():
