@@ -131,6 +131,7 @@ class FineTuneResult(DrawnResult):
             DataError: If the hub refuses the upload or cannot be reached.
         """
         from huggingface_hub import HfApi
+        from huggingface_hub.errors import HfHubHTTPError
 
         api = HfApi(token=token, library_name="geomkit", library_version=__version__)
         with tempfile.TemporaryDirectory() as folder:
@@ -138,7 +139,7 @@ class FineTuneResult(DrawnResult):
             try:
                 made = api.create_repo(repo_id, private=private, exist_ok=True)
                 commit = api.upload_folder(repo_id=made.repo_id, folder_path=folder, commit_message=commit_message)
-            except (OSError, ValueError) as error:  # all errors of the hub and the network are among these
+            except (OSError, ValueError, *HfHubHTTPError.__bases__) as error:  # a base is that of the network's errors
                 raise DataError(
                     f"expected the hub to take {repo_id}, found {' '.join(str(error).split())}; check the name, the "
                     "network and the token (hf auth login)"

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import huggingface_hub
 import pytest
 from huggingface_hub import ModelCard
-from huggingface_hub.errors import OfflineModeIsEnabled
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
@@ -67,6 +67,10 @@ def test_a_checkpoint_has_its_card(tuned, tmp_path):
     assert (tmp_path / "run" / "README.md").read_text(encoding="utf-8") == tuned.card()
 
 
+UNREACHABLE = HfHubHTTPError.__bases__[0]
+"""The base of what the hub's HTTP client raises without a connection: of requests, httpx or httpx2."""
+
+
 class Hub:
     """A stand-in for the hub that keeps what it is given."""
 
@@ -96,7 +100,9 @@ def test_the_hub_gets_one_commit_with_everything(tuned, monkeypatch):
     assert unchanged(hub.loaded, weights(tuned.model))
 
 
-@pytest.mark.parametrize("error", [OfflineModeIsEnabled("no network"), ValueError("a\nbad name")])
+@pytest.mark.parametrize(
+    "error", [OfflineModeIsEnabled("no network"), ValueError("a\nbad name"), UNREACHABLE("no network")]
+)
 def test_a_hub_that_refuses_is_one_line(tuned, monkeypatch, error):
     Hub(monkeypatch, error)
     with pytest.raises(DataError, match=r"expected the hub to take a/b, found (no network|a bad name); check"):
