@@ -61,7 +61,8 @@ def measure_insights(
         The frame of :func:`load_insights`.
 
     Raises:
-        DataError: If there is no such world or stage, or the base model of the English world cannot be read.
+        DataError: If there is no such world or stage, a set has fewer examples, or the base model of the English world
+            cannot be read.
     """
     _check(world, stages)
     out.mkdir(parents=True, exist_ok=True)
@@ -175,8 +176,14 @@ def _analysis(world: str, stage: str, examples: int, progress: bool) -> "Analysi
 
 
 def world_probe(world: str, examples: int) -> Probe:
-    """Return the probe of a world: the first safety and utility examples, and the last of the control set."""
+    """Return the probe of a world: the first safety and utility examples, and the last of the control set.
+
+    Raises:
+        DataError: If a set has fewer examples.
+    """
     safety, control, utility = map(load_examples, _SETS[world])
+    if examples > (most := min(map(len, (safety, control, utility)))):
+        raise DataError(f"expected at most {most} examples of each set, found {examples}; give a smaller number")
     # The shipped controls go with the safety examples row by row; pairs would not be independent.
     others = control.select(range(len(control) - examples, len(control)))
     return Probe(safety.select(range(examples)), utility.select(range(examples)), others, examples=None)

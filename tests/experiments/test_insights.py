@@ -64,6 +64,8 @@ def test_wrong_names_and_missing_files_are_named(tmp_path):
         load_insights("large", tmp_path)
     with pytest.raises(DataError, match="expected stages of 'aligned', 'base', 'untrained', found 'tuned'"):
         measure_insights("small", tmp_path, stages=("tuned",))
+    with pytest.raises(DataError, match="expected at most 64 examples of each set, found 65"):
+        measure_insights("small", tmp_path, examples=65, stages=("base",))
     with pytest.raises(DataError, match="expected stored numbers at"):
         load_insights("small", tmp_path)
 
