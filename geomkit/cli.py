@@ -341,10 +341,18 @@ def screen(
     show_table(frame.head(20)[["row", "score", "p", "q", "share", "loss_tokens", "carried_by"]], "The highest scores")
     result.save(out)
     write_atomically(out / "rows.csv", frame.to_csv(index=False))
-    kept = result.clean(sets[0], level)
-    write_atomically(out / "clean.jsonl", "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in kept))
-    typer.echo(f"wrote {out / 'clean.jsonl'}: {len(kept)} of {len(result.rows)} rows")
+    # The report comes first: where nothing is left, it shows why.
     _write_report(out, result, f"Screen of {train} for {model}")
+    kept = result.clean(sets[0], level)
+    try:
+        lines = [json.dumps(row, ensure_ascii=False) for row in kept]
+    except TypeError as error:
+        raise DataError(
+            f"expected columns of texts and numbers for clean.jsonl, found: {error}; leave out such a column, or "
+            "take what clean() returns in Python"
+        ) from None
+    write_atomically(out / "clean.jsonl", "".join(f"{line}\n" for line in lines))
+    typer.echo(f"wrote {out / 'clean.jsonl'}: {len(kept)} of {len(result.rows)} rows")
 
 
 @app.command()
@@ -383,6 +391,7 @@ def finetune(
     from geomkit.inputs.models import require_peft, with_lora
     from geomkit.spf.rules import DEFAULT_RULE, get_rule
     from geomkit.spf.settings import SPF
+    from geomkit.training.checkpoints import MARK
     from geomkit.training.finetune import finetune as run_finetune
     from geomkit.training.result import new_or_empty_folder
 
@@ -419,7 +428,8 @@ def finetune(
     )
     say(f"{result}.")
     if result.interrupted and checkpoints is not None:
-        say("The same command goes on from the last checkpoint.")
+        any_kept = any(checkpoints.glob(f"checkpoint-*/{MARK}"))
+        say(f"The same command {'goes on from the last checkpoint' if any_kept else 'begins anew: no checkpoint yet'}.")
     else:
         typer.echo(f"wrote {result.save(out, tokenizer)}")
     if result.interrupted:

@@ -151,8 +151,15 @@ def test_finetune_takes_pairs_prefixes_a_pad_token_and_no_anchors(files, monkeyp
     assert "spf.jsonl" not in names("run")
 
 
-@pytest.mark.parametrize("checkpoints", [(), ("--checkpoints", "kept")])
-def test_an_interrupted_finetune_writes_what_was_trained_or_goes_on_later(files, monkeypatch, capfd, checkpoints):
+@pytest.mark.parametrize(
+    ("checkpoints", "said"),
+    [
+        ((), "wrote run"),
+        (("--checkpoints", "kept"), "The same command begins anew: no checkpoint yet."),
+        (("--checkpoints", "kept", "--save-steps", 2), "The same command goes on from the last checkpoint."),
+    ],
+)
+def test_an_interrupted_finetune_writes_what_was_trained_or_goes_on_later(files, monkeypatch, capfd, checkpoints, said):
     def press(self, args, state, control, **kwargs):
         if state.global_step == 2:
             os.kill(os.getpid(), signal.SIGINT)
@@ -162,7 +169,7 @@ def test_an_interrupted_finetune_writes_what_was_trained_or_goes_on_later(files,
     assert status == 130, err
     assert "Fine-tune of 3 steps" in " ".join(out.split())  # logs are written after a step
     assert Path("run").exists() is not bool(checkpoints)
-    assert ("goes on from the last checkpoint" in out) is bool(checkpoints)
+    assert " ".join(out.split()).endswith(said)
 
 
 def test_analyze_writes_a_report_and_the_promised_numbers(files, monkeypatch, capfd):
@@ -402,11 +409,19 @@ def test_a_screen_writes_what_it_found_and_resumes(files, monkeypatch, capfd):
     assert (status, Path("found/rows.csv").read_text()) == (0, rows)
 
 
+def test_a_screen_of_rows_that_are_no_json_is_reported_first(files, monkeypatch, capfd):
+    UTILITY.add_column("raw", [b"a"] * len(UTILITY)).to_parquet(files / "bytes.parquet")
+    status, _, err = run(monkeypatch, capfd, *screening(files, train="bytes.parquet"), "--out", "found")
+    assert status == 1
+    assert "geomkit: expected columns of texts and numbers for clean.jsonl, found: Object of type bytes" in err
+    assert {"report.html", "rows.csv"} < set(names("found"))
+
+
 @pytest.mark.parametrize(
     ("changes", "arguments", "message"),
     [
         ({}, ["--method", "cos"], "expected a method among cosine, raw, adam, found 'cos'"),
-        ({"benign": "utility.jsonl"}, [], "expected at least 20 benign rows to compare with, found 4"),
+        ({"benign": "utility.jsonl"}, [], "expected at least 20 different benign rows to compare with, found 4"),
         ({"train": "requests.txt"}, [], "expected"),
     ],
 )
