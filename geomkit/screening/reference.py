@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from geomkit.collection.collect import collect_from_tokens
 from geomkit.collection.streaming import stream
+from geomkit.errors import CollectionError
 from geomkit.gradients.gradient_set import GradientSet
 from geomkit.gradients.layer_gradient import LayerGradient, as_matrix
 from geomkit.inputs.parameters import Layers, as_selection
@@ -84,11 +85,16 @@ def safety_reference(
 
     Raises:
         DataError, CollectionError: See :func:`geomkit.collect_gradients`.
+        CollectionError: If the safety gradient is zero.
     """
     gradients = collect_from_tokens(
         model, safety, pad, layers=layers, tokens_per_batch=tokens_per_batch, progress=progress, workers=workers
     )
     matrices = {name: as_matrix(gradient) for name, gradient in gradients.items()}
+    if not (norm := _norm(matrices)):
+        raise CollectionError(
+            "expected a safety gradient other than zero, found none; check the choice of layers and the model's weights"
+        )
     bases = {name: layer_subspace(gradient, rank=RANK).basis for name, gradient in gradients.matrices().items()}
     scaled = None
     if preconditioned:
@@ -101,7 +107,6 @@ def safety_reference(
             name: matrix / divisors[name] if name in divisors else torch.zeros_like(matrix)
             for name, matrix in matrices.items()
         }
-    norm = _norm(matrices)
     return SafetyReference(gradients, matrices, scaled, bases, norm, _norm(scaled) if scaled else float("nan"))
 
 

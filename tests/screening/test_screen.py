@@ -9,7 +9,7 @@ import torch
 from datasets import concatenate_datasets
 
 import geomkit as gk
-from geomkit.errors import DataError, GeometryError
+from geomkit.errors import CollectionError, DataError, GeometryError
 from geomkit.inputs.batches import collate
 from geomkit.inputs.loss import example_losses, token_losses
 from geomkit.screening import row_scores
@@ -305,6 +305,14 @@ def test_a_folder_that_cannot_be_made_is_refused_before_any_gradient(tmp_path, m
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match=r"expected a folder for finished rows at .*file/parts, found Not a directory"):
         screened(folder=tmp_path / "file")
+
+
+def test_a_safety_gradient_of_zero_is_refused():
+    model = tiny_llama()
+    with torch.no_grad():
+        model.lm_head.weight.zero_()  # nothing before the head has a gradient
+    with pytest.raises(CollectionError, match="expected a safety gradient other than zero, found none; check"):
+        screened(model, layers="*.mlp.*")
 
 
 def test_divisors_of_adam_are_never_zero():
