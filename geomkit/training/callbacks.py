@@ -77,7 +77,8 @@ class StopAfterStep(TrainerCallback):
         """Catch interruptions inside the block.
 
         Signals reach the main thread only, and processes that train together would stop at different steps, so in
-        other threads and with several processes an interruption stays an exception.
+        other threads and with several processes an interruption stays an exception. A process that ignores them, such
+        as one in the background of a shell script, goes on to ignore them.
 
         Args:
             processes: Number of processes that train together.
@@ -85,7 +86,11 @@ class StopAfterStep(TrainerCallback):
         if processes > 1 or threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = signal.signal(signal.SIGINT, self._ask)
+        before = signal.getsignal(signal.SIGINT)
+        if before in {None, signal.SIG_IGN}:  # None: a handler that is not Python's could not be restored
+            yield
+            return
+        signal.signal(signal.SIGINT, self._ask)
         try:
             yield
         finally:

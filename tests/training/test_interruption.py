@@ -81,6 +81,17 @@ def test_an_interrupted_run_with_checkpoints_goes_on_to_the_weights_of_a_whole_r
     assert all(torch.equal(a, b) for a, b in zip(weights(rest.model), weights(whole.model), strict=True))
 
 
+def test_a_process_that_ignores_interruptions_goes_on_to():
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        result, _ = run(step=3)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert not result.interrupted
+    assert result.certificate.steps == 5
+
+
 def test_in_another_thread_no_signal_is_caught():
     done = []
     thread = threading.Thread(target=lambda: done.append(run()[0]))
