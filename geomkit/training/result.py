@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from geomkit.errors import DataError
 from geomkit.spf.certificate import Certificate
@@ -133,13 +133,16 @@ class FineTuneResult(DrawnResult):
         from huggingface_hub import HfApi
         from huggingface_hub.errors import HfHubHTTPError
 
+        # The base class of a lost connection's error is that of the HTTP client, which changes between hub versions.
+        network = cast("tuple[type[Exception], ...]", HfHubHTTPError.__bases__)
+        expected: tuple[type[Exception], ...] = (OSError, ValueError, *network)
         api = HfApi(token=token, library_name="geomkit", library_version=__version__)
         with tempfile.TemporaryDirectory() as folder:
             self.save(folder, tokenizer)
             try:
                 made = api.create_repo(repo_id, private=private, exist_ok=True)
                 commit = api.upload_folder(repo_id=made.repo_id, folder_path=folder, commit_message=commit_message)
-            except (OSError, ValueError, *HfHubHTTPError.__bases__) as error:  # a base is that of the network's errors
+            except expected as error:
                 raise DataError(
                     f"expected the hub to take {repo_id}, found {' '.join(str(error).split())}; check the name, the "
                     "network and the token (hf auth login)"
