@@ -87,7 +87,7 @@ class Series:
 
 
 def series_of(result: object, name: str = "") -> list[Series]:
-    """Return all series of a result, or of a mapping of results.
+    """Return all series of a result, or of a mapping of results, whose values may be mappings too.
 
     Args:
         result: A result, or results by name.
@@ -99,7 +99,8 @@ def series_of(result: object, name: str = "") -> list[Series]:
     if isinstance(result, Mapping):
         if not result:
             raise GeometryError("expected at least one result to explore, found none; give explore(result)")
-        return [series for key, value in result.items() for series in series_of(value, str(key))]
+        prefix = f"{name}: " if name else ""
+        return [series for key, value in result.items() for series in series_of(value, f"{prefix}{key}")]
     for cls in type(result).__mro__:
         if read := _READERS.get(cls.__name__):
             return list(read(result, name))

@@ -188,6 +188,11 @@ def analysis(spectrum: Spectrum, angles: Angles, measured: object) -> SimpleName
     return SimpleNamespace(spectra={"safety": spectrum}, conflict=measured, angles=angles)
 
 
+def test_sets_of_two_models_are_kept_apart(safety: Spectrum, utility: Spectrum) -> None:
+    figure = gk.explore({"base": {"safety": safety}, "aligned": {"safety": utility}})
+    assert labels(figure)["set"] == ["all sets", "base: safety", "aligned: safety"]
+
+
 def test_what_cannot_be_explored_is_refused() -> None:
     with pytest.raises(GeometryError, match="or a dict of these by name, found a list"):
         gk.explore([1])
