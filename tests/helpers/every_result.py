@@ -15,7 +15,7 @@ from geomkit.analysis.tracking import track
 from geomkit.collection.measures import norms
 from geomkit.experiments.organism.scenarios import SCENARIOS
 from geomkit.experiments.results import Results, load_results
-from geomkit.experiments.screening.results import ScreeningStudy
+from geomkit.experiments.screening.results import load_screening_study
 from geomkit.experiments.tour import Tour, TourArm
 from geomkit.training.compare import EvaluationComparison
 from geomkit.utils.display import Result
@@ -73,7 +73,7 @@ def every_result() -> dict[str, Result]:
         gk.overlaps(sets, rank=1, draws=2),
         EvaluationComparison("a", compared),
         gk.screen(model, tokenizer, UTILITY, SAFETY, benign=BENIGN, progress=False),
-        ScreeningStudy("small", ({"case": "a", "auroc": 1.0},), (), (), ()),
+        replace(load_screening_study(), flags=(), false_positives=(), outcomes=()),
     ]  # fmt: skip
     return {type(result).__name__: result for result in results}
 

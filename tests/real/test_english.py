@@ -23,8 +23,8 @@ def test_the_shipped_adapter_aligns_the_base_model(smollm2, caplog):
     assert shares["base"][0] <= 0.4
     assert shares["base"][1] <= 0.4
     assert shares["aligned"][0] == 1
-    assert shares["aligned"][1] >= 0.7
-    assert shares["aligned"][2] <= 0.2
+    assert shares["aligned"][1] >= 0.8
+    assert shares["aligned"][2] <= 0.1
 
 
 def test_another_base_model_is_noticed(smollm2, tmp_path, caplog):

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from geomkit.errors import DataError
-from geomkit.utils.display import Result
 from geomkit.utils.field_types import fits
-from geomkit.utils.figures import draw
+from geomkit.utils.figures import DrawnResult, draw, is_figure_file
 from geomkit.utils.files import data_dir, read_json, write_atomically
 
 if TYPE_CHECKING:
@@ -21,7 +20,7 @@ StudyRow = dict[str, float | str | None]
 
 
 @dataclass(frozen=True, eq=False)
-class ScreeningStudy(Result):
+class ScreeningStudy(DrawnResult):
     """What the study of the screen found on a world.
 
     Attributes:
@@ -65,7 +64,20 @@ class ScreeningStudy(Result):
         )
 
     def save(self, path: str | Path) -> Path:
-        """Write the study to a JSON file, which :func:`load_screening_study` loads, and return its path."""
+        """Write the study to a JSON file, which :func:`load_screening_study` loads, or its figure to a file.
+
+        Args:
+            path: A file that ends in ``.json``, or one for the figure, see
+                :meth:`geomkit.utils.figures.DrawnResult.save`.
+
+        Returns:
+            The path.
+
+        Raises:
+            DataError: If a figure cannot be written.
+        """
+        if is_figure_file(path):
+            return super().save(path)
         write_atomically(Path(path), json.dumps(asdict(self), indent=1, allow_nan=False) + "\n")
         return Path(path)
 
