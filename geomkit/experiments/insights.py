@@ -37,6 +37,7 @@ _SETS = {
 _ALIGNMENT = f"alignment-{ENGLISH}.csv.gz"
 
 _COLUMNS = ["parameter", "kind", "layer", "measure", "of", "value", "low", "high", "null", "null_low", "null_high"]
+"""Columns of a frame, besides the stage and the number of examples."""
 
 _PER_LAYER = ("effective_rank", "cer10")
 
@@ -69,7 +70,12 @@ def measure_insights(
     with locked(out):
         for path, stage in ((out / _file(world, stage), stage) for stage in stages):
             if not path.exists():
-                write_numbers(insights_frame(_analysis(world, stage, examples, progress)), path)
+                frame = insights_frame(_analysis(world, stage, examples, progress))
+                write_numbers(frame.assign(examples=examples), path)
+            elif (stored := int(read_numbers(path)["examples"].iloc[0])) != examples:
+                raise DataError(
+                    f"expected the numbers of {examples} examples in {path}, found {stored}; take another folder"
+                )
     return load_insights(world, out, stages)
 
 
@@ -84,7 +90,7 @@ def load_insights(world: str = "small", folder: Path | None = None, stages: Sequ
     Returns:
         One row per stage, parameter, measure and set of examples: ``stage``, ``parameter`` (:data:`ALL` for the whole
         model), ``kind``, ``layer``, ``measure``, ``of``, ``value`` with its interval ``low`` to ``high`` over examples,
-        and ``null`` with ``null_low`` to ``null_high``.
+        ``null`` with ``null_low`` to ``null_high``, and ``examples``, the number of examples of each set.
 
     Raises:
         DataError: If there is no such world or stage, or a file is missing.
@@ -94,7 +100,7 @@ def load_insights(world: str = "small", folder: Path | None = None, stages: Sequ
     _check(world, stages)
     folder = data_dir() / "experiments" if folder is None else folder
     frames = [read_numbers(folder / _file(world, stage)).assign(stage=stage) for stage in stages]
-    return pd.concat(frames, ignore_index=True)[["stage", *_COLUMNS]]
+    return pd.concat(frames, ignore_index=True)[["stage", *_COLUMNS, "examples"]]
 
 
 def read_numbers(path: Path) -> "pd.DataFrame":

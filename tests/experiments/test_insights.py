@@ -57,6 +57,8 @@ def test_a_stage_is_measured_once(folder):
     assert set(before) == {"insights-small-base.csv.gz", "insights-small-untrained.csv.gz"}
     measure_insights("small", folder, examples=6, stages=("base", "untrained"), progress=False)
     assert before == {path.name: path.stat().st_mtime_ns for path in folder.glob("*.gz")}
+    with pytest.raises(DataError, match=r"expected the numbers of 7 examples in .*, found 6; take another folder"):
+        measure_insights("small", folder, examples=7, stages=("base",), progress=False)
 
 
 def test_wrong_names_and_missing_files_are_named(tmp_path):
