@@ -626,11 +626,14 @@ def organism_insights(
 ) -> None:
     """Measure the paper's claims on gradients before alignment, after it, and on an untrained model."""
     _prepare(threads=1)
+    from geomkit.experiments.english.course import steps_in
     from geomkit.experiments.insights import measure_alignment, measure_insights
     from geomkit.experiments.organisms import ENGLISH
 
     if states is not None and world != ENGLISH:
         raise DataError(f"expected --states with --world english only, found '{states}'; leave it out")
+    if states is not None:
+        steps_in(states)  # before the hour that the stages take
     _check_writable(out)
     rows = len(measure_insights(world, out, examples=examples))
     if states is not None:

@@ -6,7 +6,7 @@ from numpy.typing import NDArray
 
 from geomkit.correlation.token_conflict import ExampleTokens
 from geomkit.plots.labels import coloured, per_cent
-from geomkit.plots.style import title
+from geomkit.plots.style import fitted, title
 from geomkit.plots.themes import COLOURS, palette, template
 from geomkit.screening.screening import LEVEL, Screening
 from geomkit.utils.display import counted
@@ -48,7 +48,7 @@ def plot_screening(screening: Screening, *, level: float = LEVEL, count: int = 8
     if len(flagged):
         figure.add_trace(_marks(screening, flagged))
     shown = list(zip(screening.top[:count], screening.top_tokens, strict=False))
-    below = (_LINE * (len(shown) + 1) if shown else 0) + 84
+    below = _LINE * (len(shown) + 1) if shown else 0
     figure.update_layout(
         title=title(
             "Which rows raise the loss on refusals?",
@@ -58,9 +58,9 @@ def plot_screening(screening: Screening, *, level: float = LEVEL, count: int = 8
         barmode="overlay",
         xaxis_title="score (standard deviations of the null)",
         yaxis={"title": "share of rows (%)", "type": "log", "dtick": 1},
-        height=_HISTOGRAM + 82 + below,
-        margin={"b": below + 40},
     )
+    fitted(figure, _HISTOGRAM)
+    figure.update_layout(height=figure.layout.height + below, margin_b=figure.layout.margin.b + below)
     for place, (row, example) in enumerate(shown, 1):
         figure.add_annotation(
             text=f"<b>{screening.scores[row]:+.1f}</b>  row {row}: {_answer(example)}",

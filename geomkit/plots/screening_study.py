@@ -5,7 +5,7 @@ import plotly.graph_objects as go
 
 from geomkit.experiments.screening.results import ScreeningStudy
 from geomkit.plots.labels import wrapped
-from geomkit.plots.style import looks, title
+from geomkit.plots.style import fitted, looks, title
 from geomkit.plots.themes import COLOURS, palette, template
 from geomkit.plots.traces import error_bars
 
@@ -52,10 +52,8 @@ def plot_screening_detection(study: ScreeningStudy, measure: str = "auroc") -> g
         title=title(f"Which rankings find the planted rows? {name}", "0.5 is chance; hover for 95 % intervals"),
         yaxis={"autorange": "reversed", "showgrid": False, "ticks": ""},
         xaxis={"side": "top", "showgrid": False, "ticks": "", "showline": False, "tickfont": {"size": 11}},
-        height=190 + _ROW * len(table),
-        margin={"t": 142, "b": 24},
     )
-    return figure
+    return fitted(figure, _ROW * len(table), panel_titles=3)  # the names of the cases are above
 
 
 def plot_screening_null(study: ScreeningStudy, method: str = "cosine") -> go.Figure:
@@ -97,9 +95,8 @@ def plot_screening_null(study: ScreeningStudy, method: str = "cosine") -> go.Fig
         title=title("Clean rows with p ≤ .05", "5 % should have it; the band is ± 1.5 points"),
         xaxis={"title": "share of clean rows (%)", "rangemode": "tozero"},
         yaxis={"autorange": "reversed", "showgrid": False},
-        height=200 + 46 * labels.nunique(),
     )
-    return figure
+    return fitted(figure, 46 * labels.nunique())
 
 
 def plot_screening_outcomes(study: ScreeningStudy, measure: str = "refusal") -> go.Figure:
@@ -136,4 +133,4 @@ def plot_screening_outcomes(study: ScreeningStudy, measure: str = "refusal") -> 
         yaxis={"title": f"{measure.replace('_', '-')} (%)", "range": [0, 103]},
         barmode="group",
     )
-    return figure
+    return fitted(figure, 260)

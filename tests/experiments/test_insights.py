@@ -85,6 +85,10 @@ def test_numbers_along_the_alignment_are_stored(tmp_path, monkeypatch):
     [
         (["insights", "--out", "there", "--world", "large"], "expected a world, 'small' or 'english', found 'large'"),
         (["insights", "--out", "there", "--states", "kept"], "expected --states with --world english only"),
+        (
+            ["insights", "--out", "there", "--world", "english", "--states", "kept"],
+            "expected states of an alignment in kept, found none",
+        ),
         (["build", "--out", "there", "--states", "kept"], "expected --base and --states with --world english only"),
     ],
 )

@@ -29,11 +29,21 @@ def measure_course(
     """
     from tqdm.auto import tqdm
 
-    steps = sorted(int(path.stem) for path in states.glob("*.pt") if path.stem.isdigit())
-    if not steps:
-        raise DataError(f"expected states of an alignment in {states}, found none; keep them when you build")
+    steps = steps_in(states)
     tracker = Tracker(probe)
     for step in tqdm(steps, desc="states of the alignment", unit="state", disable=not progress):
         model, tokenizer = load_base(base)
         tracker.measure_at(step, model_at(model, states / f"{step}.pt"), tokenizer)
     return tracker.trajectory
+
+
+def steps_in(states: Path) -> list[int]:
+    """Return the steps at which states of an alignment were kept in a folder, ascending.
+
+    Raises:
+        DataError: If there is none.
+    """
+    steps = sorted(int(path.stem) for path in states.glob("*.pt") if path.stem.isdigit())
+    if not steps:
+        raise DataError(f"expected states of an alignment in {states}, found none; keep them when you build")
+    return steps
