@@ -619,7 +619,7 @@ def organism_insights(
         Path, typer.Option(help="Folder for the numbers; what is there is not measured again.", file_okay=False)
     ],
     world: Annotated[str, typer.Option(help="small: the organism. english: the aligned SmolLM2.")] = "small",
-    examples: Annotated[int, typer.Option(min=3, help="Examples of each set.")] = 32,
+    examples: Annotated[int, _number("Examples of each set.")] = 32,
     states: Annotated[
         Path | None, typer.Option(help="States that `organism build --states` kept, to measure along the alignment.")
     ] = None,

@@ -88,7 +88,7 @@ def html_table(title: str, frame: "pd.DataFrame", *, rows: int = 20) -> Html:
     """
     parts = [element("p", element("b", title)), html_rows(frame.head(rows))]
     if len(frame) > rows:
-        parts.append(element("p", f"… {len(frame) - rows} more rows: ", element("code", ".to_frame()")))
+        parts.append(element("p", f"… {counted(len(frame) - rows, 'more row')}: ", element("code", ".to_frame()")))
     return element("div", *parts)
 
 

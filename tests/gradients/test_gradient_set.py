@@ -82,7 +82,7 @@ def test_one_row_per_parameter(safety):
     assert row["norm"] == safety[row.name].norm
     assert frame.loc["model.embed_tokens.weight", "form"] == "indexed"
     assert math.isnan(frame.loc["lm_head.weight", "layer"])
-    assert "9 more rows" in safety._repr_html_()
+    assert "1 more row:" in safety._repr_html_()
 
 
 def test_norm_and_inner_product_over_all_parameters(safety, utility):
