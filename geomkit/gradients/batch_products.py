@@ -5,7 +5,6 @@ costs one more product of the forward pass, since the factors of its examples ar
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -51,32 +50,7 @@ def products_with(gradients: Sequence[LayerGradient], matrix: Tensor) -> Tensor:
     return total
 
 
-@dataclass
-class SharedInputs:
-    """The last Gram matrices of inputs: layers with the same input (queries, keys, values) share them.
-
-    Attributes:
-        rows: The inputs of which ``grams`` are, which must stay alive for their address to tell them from others.
-        runs: The rows of each example.
-        grams: Their Gram matrices.
-    """
-
-    rows: Tensor | None = None
-    runs: tuple[slice, ...] = ()
-    grams: Tensor | None = None
-
-    def of(self, rows: Tensor, runs: Sequence[slice], padded: Tensor) -> Tensor:
-        """Return the (B, T, T) Gram matrices of the rows of each example; rows of padding are any numbers."""
-        known = self.rows is not None and self.rows.data_ptr() == rows.data_ptr() and self.rows.shape == rows.shape
-        if self.grams is None or not known or self.runs != tuple(runs):
-            inputs = rows[padded]
-            self.rows, self.runs, self.grams = rows, tuple(runs), plain_matmul(inputs, inputs.mT)
-        return self.grams
-
-
-def squared_norms(
-    gradients: Sequence[LayerGradient], basis: Tensor | None = None, *, shared: SharedInputs | None = None
-) -> tuple[Tensor, Tensor]:
+def squared_norms(gradients: Sequence[LayerGradient], basis: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return the squared Frobenius norm of each gradient, and that of its part in a subspace of the output space.
 
     With few tokens both follow from T × T Gram matrices of the factors, ‖G‖² = Σ_st (LLᵀ)_st (RRᵀ)_st and
@@ -85,7 +59,6 @@ def squared_norms(
     Args:
         gradients: B gradients of one parameter.
         basis: U, (rows, k) orthonormal columns; the part in the subspace is zero without one.
-        shared: Gram matrices of inputs that are kept from one call to the next.
 
     Returns:
         (B,) ‖G‖² and (B,) ‖UᵀG‖², fp64.
@@ -98,7 +71,7 @@ def squared_norms(
     """
     factored = factored_of(gradients)
     if len(factored) == len(gradients):
-        return _factored_norms(factored, basis, shared or SharedInputs())
+        return _factored_norms(factored, basis)
     dense = [gradient.tensor.flatten() for gradient in gradients if isinstance(gradient, DenseGradient)]
     if len(dense) == len(gradients):
         squares = torch.stack(dense).square().sum(1, dtype=torch.float64)
@@ -153,16 +126,14 @@ def _squared_norm(gradient: LayerGradient) -> Tensor:
     return torch.tensor(gradient.norm**2, dtype=torch.float64, device=gradient.device)
 
 
-def _factored_norms(
-    parts: Sequence[FactoredGradient], basis: Tensor | None, shared: SharedInputs
-) -> tuple[Tensor, Tensor]:
+def _factored_norms(parts: Sequence[FactoredGradient], basis: Tensor | None) -> tuple[Tensor, Tensor]:
     rows, columns = parts[0].matrix_shape
     squares, inside = [], []
     for start, stop in _runs([part.tokens for part in parts], rows + columns):
         run = parts[start:stop]
         longest = max(part.tokens for part in run)
         if longest * (rows + columns) < rows * columns:
-            norms = _norms_by_tokens(run, basis, shared)
+            norms = _norms_by_tokens(run, basis)
         else:
             norms = _norms_by_forming(run, basis)
         squares.append(norms[0])
@@ -181,9 +152,7 @@ def _runs(tokens: Sequence[int], width: int) -> list[tuple[int, int]]:
     return list(zip(starts, [*starts[1:], len(tokens)], strict=True))
 
 
-def _norms_by_tokens(
-    parts: Sequence[FactoredGradient], basis: Tensor | None, shared: SharedInputs
-) -> tuple[Tensor, Tensor]:
+def _norms_by_tokens(parts: Sequence[FactoredGradient], basis: Tensor | None) -> tuple[Tensor, Tensor]:
     lefts, rights, runs = _common_factors(parts)
     tokens = torch.tensor([part.tokens for part in parts], device=lefts.device)
     places = torch.arange(int(tokens.max()), device=lefts.device)
@@ -194,8 +163,8 @@ def _norms_by_tokens(
         zeros = torch.zeros(len(parts), dtype=torch.float64, device=lefts.device)
         return zeros, zeros.clone()
     is_token = places < tokens[:, None]
-    grams = shared.of(rights, runs, padded) * (is_token[:, :, None] & is_token[:, None])
-    left = lefts[padded]
+    left, right = lefts[padded], rights[padded]
+    grams = plain_matmul(right, right.mT) * (is_token[:, :, None] & is_token[:, None])
     squares = _summed_product(plain_matmul(left, left.mT), grams)
     if basis is None:
         return squares, torch.zeros_like(squares)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from geomkit.collection.streaming import stream
-from geomkit.gradients.batch_products import SharedInputs, products_with, squared_norms
+from geomkit.gradients.batch_products import products_with, squared_norms
 from geomkit.gradients.layer_gradient import LayerGradient
 from geomkit.inputs.batches import longest_first
 from geomkit.inputs.parameters import Layers, as_selection
@@ -166,14 +166,14 @@ class _Sums:
 
     def __init__(self, rows: int, reference: SafetyReference) -> None:
         self.table = torch.zeros(5, rows, dtype=torch.float64)
-        self._reference, self._shared = reference, SharedInputs()
+        self._reference = reference
 
     def add(self, name: str, examples: Sequence[int], gradients: Sequence[LayerGradient]) -> None:
         """Add a parameter to the sums of a batch's rows."""
         reference = self._reference
         with torch.no_grad(), no_autocast(gradients[0].device):
             basis = reference.bases.get(name)
-            squares, inside = squared_norms(gradients, basis, shared=self._shared)
+            squares, inside = squared_norms(gradients, basis)
             terms: list[Any] = [0.0, 0.0, squares, squares if basis is not None else 0.0, inside]
             # A parameter without a safety gradient has a part in the norm only.
             if name in reference.matrices:
