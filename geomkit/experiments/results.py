@@ -24,7 +24,7 @@ from geomkit.experiments.records import (
 from geomkit.stats.proportions import Rate, summarize_runs
 from geomkit.utils.field_types import fits
 from geomkit.utils.figures import DrawnResult, draw, is_figure_file
-from geomkit.utils.files import Draft, data_dir, parse_json
+from geomkit.utils.files import data_dir, parse_json, write_atomically
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -242,14 +242,10 @@ class Results(DrawnResult):
         """
         if is_figure_file(path):
             return super().save(path)
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
         lines = [{"format": _FORMAT, "name": self.name}, *self.records]
         text = "".join(json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n" for line in lines)
-        with Draft(target.parent, target.name) as draft:
-            draft.write(gzip.compress(text.encode(), mtime=0))
-            draft.move_to(target)
-        return target
+        write_atomically(Path(path), gzip.compress(text.encode(), mtime=0))
+        return Path(path)
 
     def plot(self) -> "Figure":
         """Draw refusal against utility, a panel per scenario; see :func:`geomkit.plots.outcomes.plot_frontier`."""

@@ -7,7 +7,7 @@ import plotly.graph_objects as go
 
 from geomkit.errors import DataError
 from geomkit.utils.figures import FIGURE_SUFFIXES
-from geomkit.utils.files import Draft
+from geomkit.utils.files import write_atomically
 
 _WIDTH = 900
 """Width of a picture, in pixels of a page; a PNG has twice as many."""
@@ -36,10 +36,7 @@ def save_figure(figure: go.Figure, path: Path) -> Path:
     page = figure.to_html(include_plotlyjs=True, config=PAGE).encode() if suffix == ".html" else None
     content = page or _picture(figure, suffix.removeprefix("."), path.name)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with Draft(path.parent, path.name) as draft:
-            draft.write(content)
-            draft.move_to(path)
+        write_atomically(path, content)
     except OSError as error:
         raise DataError(f"expected to write {path}, found {error.strerror or error}; choose another place") from None
     return path

@@ -10,7 +10,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from geomkit.errors import SPFError
-from geomkit.utils.files import Draft, parse_json
+from geomkit.utils.files import parse_json, write_atomically
 
 STATE_FILE = "spf.safetensors"
 """The last file of a checkpoint, moved into it atomically: a checkpoint that has it is complete."""
@@ -25,9 +25,7 @@ def save_state(state: Mapping[str, Tensor], description: Mapping[str, object], f
         folder: The checkpoint, which exists.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    with Draft(folder, STATE_FILE) as draft:
-        draft.write(save(tensors, {"spf": _to_json(description)}))
-        draft.move_to(folder / STATE_FILE)
+    write_atomically(folder / STATE_FILE, save(tensors, {"spf": _to_json(description)}))
 
 
 def load_state(folder: Path, description: Mapping[str, object]) -> dict[str, Tensor]:

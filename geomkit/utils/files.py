@@ -55,14 +55,14 @@ class Draft:
         self._path.unlink(missing_ok=True)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write UTF-8 text to a file, replacing it if it exists.
+def write_atomically(path: Path, content: str | bytes | memoryview) -> None:
+    """Write text in UTF-8, or bytes, to a file, replacing it if it exists.
 
     Missing folders are made. If writing fails, an old file stays as it was and no part of the new one remains.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with Draft(path.parent, path.name) as draft:
-        draft.write(text.encode())
+        draft.write(content.encode() if isinstance(content, str) else content)
         draft.move_to(path)
 
 
