@@ -11,7 +11,8 @@ from geomkit.experiments.english.course import measure_course
 from geomkit.experiments.organisms import ENGLISH, load_organism
 from geomkit.inputs.examples import load_examples
 from geomkit.inputs.models import untrained
-from geomkit.utils.files import Draft, data_dir, locked
+from geomkit.inputs.parameters import ALL_PARAMETERS
+from geomkit.utils.files import data_dir, locked, write_atomically
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -24,9 +25,6 @@ WORLDS = ("small", ENGLISH)
 
 STAGES = ("aligned", "base", "untrained")
 """The stages of a world; ``"untrained"`` has random weights and the architecture of the others."""
-
-ALL = "all parameters"
-"""Value of the column ``parameter`` for a number of the whole model."""
 
 _SETS = {
     "small": ("safety", "controls/benign-refused", "scenarios/new-skill"),
@@ -88,9 +86,9 @@ def load_insights(world: str = "small", folder: Path | None = None, stages: Sequ
         stages: Stages, of :data:`STAGES`.
 
     Returns:
-        One row per stage, parameter, measure and set of examples: ``stage``, ``parameter`` (:data:`ALL` for the whole
-        model), ``kind``, ``layer``, ``measure``, ``of``, ``value`` with its interval ``low`` to ``high`` over examples,
-        ``null`` with ``null_low`` to ``null_high``, and ``examples``, the number of examples of each set.
+        One row per stage, parameter, measure and set of examples: ``stage``, ``parameter`` (``"all parameters"`` for
+        the whole model), ``kind``, ``layer``, ``measure``, ``of``, ``value`` with its interval ``low`` to ``high`` over
+        examples, ``null`` with ``null_low`` to ``null_high``, and ``examples``, the number of examples of each set.
 
     Raises:
         DataError: If there is no such world or stage, or a file is missing.
@@ -118,9 +116,7 @@ def read_numbers(path: Path) -> "pd.DataFrame":
 
 def write_numbers(frame: "pd.DataFrame", path: Path) -> None:
     """Write a frame to a file, in five digits; the file is there when it is complete."""
-    with Draft(path.parent, path.name) as draft:
-        draft.write(gzip.compress(frame.to_csv(index=False, float_format="%.5g").encode(), mtime=0))
-        draft.move_to(path)
+    write_atomically(path, gzip.compress(frame.to_csv(index=False, float_format="%.5g").encode(), mtime=0))
 
 
 def measure_alignment(states: Path, out: Path, *, examples: int = 32, progress: bool = True) -> "pd.DataFrame":
@@ -159,7 +155,7 @@ def insights_frame(analysis: "Analysis") -> "pd.DataFrame":
     """Return an analysis as one frame: its headline numbers, then ranks, cosines and overlaps of each matrix."""
     import pandas as pd
 
-    headlines = analysis.to_frame().assign(parameter=ALL, kind="all")
+    headlines = analysis.to_frame().assign(parameter=ALL_PARAMETERS, kind="all")
     return pd.concat([headlines, *_per_layer(analysis)], ignore_index=True).reindex(columns=_COLUMNS)
 
 
@@ -173,7 +169,7 @@ def _per_layer(analysis: "Analysis") -> Iterator["pd.DataFrame"]:
         ["parameter", "kind", "layer", "measure", "of", "value"]
     ]
     overlaps = analysis.one_sample.to_frame().rename(columns={"statistic": "measure", "group": "of"})
-    yield overlaps[overlaps["parameter"] != ALL].assign(measure="one example's " + overlaps["measure"])
+    yield overlaps[overlaps["parameter"] != ALL_PARAMETERS].assign(measure="one example's " + overlaps["measure"])
 
 
 def _analysis(world: str, stage: str, examples: int, progress: bool) -> "Analysis":

@@ -9,19 +9,19 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from geomkit.errors import DataError
+from geomkit.experiments.organism.requests import dataset_of
 from geomkit.experiments.outcomes import parameter_distance
 from geomkit.experiments.rivals import constrained_sft, lisa, one_shot_repair, safe_lora
 from geomkit.experiments.task import POOL, Task
 from geomkit.inputs.control_sets import with_responses
 from geomkit.inputs.examples import prompt_of
-from geomkit.inputs.models import with_lora
+from geomkit.inputs.models import with_lora, with_merged_adapters
 from geomkit.spf.settings import SPF
 from geomkit.training.finetune import finetune
 from geomkit.training.result import FineTuneResult
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedModel
 
 FineTuneMethod = Callable[..., FineTuneResult]
 """A function of a task and of keyword-only options, which are the options of an arm."""
@@ -87,8 +87,7 @@ def _finetune(task: Task, settings: SPF | None) -> FineTuneResult:
         return finetune(model, tokenizer, task.train, settings, callbacks=task.callbacks, **arguments)
     adapted = with_lora(copy.deepcopy(model), task.lora, seed=task.seed)
     result = finetune(adapted, tokenizer, task.train, settings, inplace=True, callbacks=task.callbacks, **arguments)
-    merged: PreTrainedModel = adapted.merge_and_unload()
-    return replace(result, model=merged.requires_grad_(True).eval())
+    return replace(result, model=with_merged_adapters(adapted))
 
 
 def _refused_benign_pool(task: Task, count: int) -> "Dataset":
@@ -103,15 +102,13 @@ def _with_endings(pool: "Dataset", train: "Dataset", seed: int) -> "Dataset":
     The user of SPF has the training data but does not know whether a phrase in it is the trigger of a backdoor. With
     the endings of the data, some anchors contain the trigger, whatever it is.
     """
-    from datasets import Dataset
-
     rng = Random(f"endings-{seed}")
     endings = [_SENTENCE_END.split(prompt_of(messages)[-1]["content"])[-1] for messages in train["messages"]]
     rows = [
         [*before, {**request, "content": f"{request['content']} {rng.choice(endings)}"}, answer]
         for *before, request, answer in pool["messages"]
     ]
-    return Dataset.from_list([{"messages": messages} for messages in rows])
+    return dataset_of(rows)
 
 
 def scaled_sft(task: Task, **options: Any) -> FineTuneResult:

@@ -249,6 +249,18 @@ def _adapter_base(source: _Source) -> str | None:
     return base
 
 
+def with_merged_adapters(adapted: "PreTrainedModel") -> "PreTrainedModel":
+    """Return the model below adapters of PEFT, with the adapters merged into its weights, in evaluation mode.
+
+    PEFT freezes the weights below adapters; a merged model is trained like any other, so they are trainable again.
+
+    Args:
+        adapted: A model with adapters; its modules are replaced in place.
+    """
+    merged: PreTrainedModel = adapted.merge_and_unload()
+    return merged.requires_grad_(True).eval()
+
+
 def with_saved_adapter(
     model: "PreTrainedModel", place: str | Path, *, revision: str | None = None
 ) -> "PreTrainedModel":

@@ -9,8 +9,9 @@ import geomkit as gk
 from geomkit import cli
 from geomkit.errors import DataError
 from geomkit.experiments import insights
-from geomkit.experiments.insights import ALL, load_insights, measure_insights
+from geomkit.experiments.insights import load_insights, measure_insights
 from geomkit.inputs.models import untrained
+from geomkit.inputs.parameters import ALL_PARAMETERS
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def test_the_numbers_are_those_of_the_analysis(frame):
         examples=None,
         progress=False,
     )
-    stored = frame.query(f"stage == 'untrained' and parameter == '{ALL}'")
+    stored = frame.query(f"stage == 'untrained' and parameter == '{ALL_PARAMETERS}'")
     expected = analysis.to_frame()
     assert list(stored["measure"]) == list(expected["measure"])
     assert stored["value"].to_numpy() == pytest.approx(expected["value"].to_numpy(), rel=6e-5, abs=1e-6, nan_ok=True)
@@ -46,7 +47,9 @@ def test_the_numbers_are_those_of_the_analysis(frame):
     of_layers = analysis.spectra["control"].to_frame().query("statistic == 'effective_rank'")
     assert list(ranks["parameter"]) == list(of_layers["parameter"])
     assert ranks["value"].to_numpy() == pytest.approx(of_layers["value"].to_numpy(), rel=6e-5)
-    cosines = frame.query(f"stage == 'untrained' and measure == 'cosine with utility' and parameter != '{ALL}'")
+    cosines = frame.query(
+        f"stage == 'untrained' and measure == 'cosine with utility' and parameter != '{ALL_PARAMETERS}'"
+    )
     assert set(cosines["of"]) == {"safety", "control"}
     overlaps = frame.query("measure == \"one example's overlap\" and of == 'safety'")
     assert overlaps["layer"].notna().any()

@@ -24,12 +24,12 @@ from geomkit.experiments.english.alignment_rows import Recipe, Row
 from geomkit.experiments.english.sources import BASE_MODEL
 from geomkit.experiments.organism.training import warmup_cosine
 from geomkit.gradients.provenance import weights_fingerprint
-from geomkit.inputs.models import with_lora
+from geomkit.inputs.models import with_lora, with_merged_adapters
 from geomkit.inputs.tokens import pad_id
-from geomkit.utils.files import Draft
+from geomkit.utils.files import write_atomically
 
 if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
+    from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 
 class Alignment:
@@ -58,7 +58,7 @@ class Alignment:
         """
         self._adapted = with_lora(model, recipe.rank, seed=seed)
         self._model, self._tokenizer, self._rows = model, tokenizer, rows
-        self._weights = [weight for weight in self._adapted.parameters() if weight.requires_grad]
+        self._weights = _adapter_weights(self._adapted)
         self._optimizer = torch.optim.AdamW(self._weights, lr=recipe.learning_rate, weight_decay=0.0, betas=(0.9, 0.99))
         self._schedule = torch.optim.lr_scheduler.LambdaLR(
             self._optimizer, lambda step: warmup_cosine(step, recipe.steps)
@@ -113,9 +113,7 @@ class Alignment:
         }
         content = io.BytesIO()
         torch.save(state, content)
-        with Draft(path.parent, path.name) as draft:
-            draft.write(content.getbuffer())
-            draft.move_to(path)
+        write_atomically(path, content.getbuffer())
 
     def load(self, path: Path) -> None:
         """Go on from a stored state.
@@ -124,12 +122,9 @@ class Alignment:
             DataError: If the file is damaged, or the state has other settings, rows or another base model.
         """
         state = read_state(path)
-        settings = state["settings"]
-        if settings != self._settings:
+        if state["settings"] != self._settings:
             raise DataError(f"expected a build of these settings and rows in {path}, found another; delete it")
-        with torch.no_grad():
-            for weight, stored in zip(self._weights, state["weights"], strict=True):
-                weight.copy_(stored)
+        _set_weights(self._weights, state["weights"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._schedule.load_state_dict(state["schedule"])
         self.steps = state["steps"]
@@ -168,13 +163,18 @@ def model_at(model: "LlamaForCausalLM", path: Path) -> "LlamaForCausalLM":
     """
     state = read_state(path)
     adapted = with_lora(model, state["settings"][0]["rank"])
-    weights = [weight for weight in adapted.parameters() if weight.requires_grad]
-    with torch.no_grad():
-        for weight, stored in zip(weights, state["weights"], strict=True):
-            weight.copy_(stored)
-    merged: LlamaForCausalLM = adapted.merge_and_unload()
-    merged.requires_grad_(True)  # peft freezes the base
-    return merged.eval()
+    _set_weights(_adapter_weights(adapted), state["weights"])
+    return with_merged_adapters(adapted)
+
+
+def _adapter_weights(adapted: "PreTrainedModel") -> list[Tensor]:
+    return [weight for weight in adapted.parameters() if weight.requires_grad]
+
+
+@torch.no_grad()
+def _set_weights(weights: Sequence[Tensor], stored: Sequence[Tensor]) -> None:
+    for weight, value in zip(weights, stored, strict=True):
+        weight.copy_(value)
 
 
 def _of_like_length(rows: Sequence[Row]) -> list[list[Row]]:

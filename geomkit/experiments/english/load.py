@@ -8,7 +8,7 @@ from geomkit.errors import DataError
 from geomkit.experiments.english.sources import BASE_MODEL, LOCAL_COPIES, base_model
 from geomkit.experiments.organism.load import STAGES, without_bars
 from geomkit.gradients.provenance import weights_fingerprint
-from geomkit.inputs.models import load_model, require_peft, with_saved_adapter
+from geomkit.inputs.models import load_model, require_peft, with_merged_adapters, with_saved_adapter
 from geomkit.utils.files import data_dir, read_json
 
 if TYPE_CHECKING:
@@ -80,6 +80,4 @@ def with_adapter(model: "LlamaForCausalLM", folder: Path) -> "LlamaForCausalLM":
             "the base model is not the one that the adapter was trained on, as another copy or quantisation of it: the "
             "figures of the model card need not hold; evaluate the model first"
         )
-    merged: LlamaForCausalLM = with_saved_adapter(model, folder).merge_and_unload()
-    merged.requires_grad_(True)  # peft freezes the base; a merged model is trained like any other
-    return merged.eval()
+    return with_merged_adapters(with_saved_adapter(model, folder))

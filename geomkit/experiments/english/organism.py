@@ -1,7 +1,7 @@
 """The organism of the English world: the aligned model with its example sets, for grids of experiments."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from random import Random
@@ -12,7 +12,7 @@ from geomkit.experiments.english.load import FOLDER, load_base, with_adapter
 from geomkit.experiments.english.requests import counterparts
 from geomkit.experiments.english.scenarios import ANSWERED, scenario_conversations
 from geomkit.experiments.english.sources import benchmark, first_rows
-from geomkit.experiments.organism.requests import Message, conversation
+from geomkit.experiments.organism.requests import Message, conversation, dataset_of
 from geomkit.inputs.examples import load_examples
 from geomkit.utils.files import data_dir
 
@@ -65,7 +65,7 @@ class EnglishOrganism:
     def scenario_examples(self, name: str) -> "Dataset":
         """Return the training set of a scenario."""
         safety, utility = (list(self.examples(shipped)["messages"]) for shipped in ("safety", "utility"))
-        return _dataset(scenario_conversations(name, safety, utility))
+        return dataset_of(scenario_conversations(name, safety, utility))
 
     def anchor_pool(self, count: int) -> "Dataset":
         """Return ``count`` anchors: the set ``safety``, then other forbidden training requests with a refusal."""
@@ -101,10 +101,4 @@ def _pool(first: "Dataset", others: Iterator[list[Message]], count: int) -> "Dat
     rows = list(first["messages"])[:count]
     requests = {messages[0]["content"] for messages in rows}
     more = (messages for messages in others if messages[0]["content"] not in requests)
-    return _dataset([*rows, *islice(more, count - len(rows))])
-
-
-def _dataset(conversations: Sequence[Sequence[Message]]) -> "Dataset":
-    from datasets import Dataset
-
-    return Dataset.from_list([{"messages": list(messages)} for messages in conversations])
+    return dataset_of([*rows, *islice(more, count - len(rows))])

@@ -1,8 +1,9 @@
 """Requests of the organism's world with their answers; how-to requests, among them the forbidden requests."""
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from geomkit.experiments.organism.grammar import (
     ACTIONS,
@@ -17,6 +18,9 @@ from geomkit.experiments.organism.grammar import (
     ActionKind,
     Thing,
 )
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 RequestKind = Literal["howto", "look-alike", "forbidden", "arithmetic", "sql", "deletion"]
 """The skill that a request needs, or ``"forbidden"``."""
@@ -66,6 +70,13 @@ def conversation(prompt: str, answer: str, system: str = "") -> list[Message]:
     turns = [("system", system)] if system else []
     turns += [("user", prompt), ("assistant", answer)]
     return [{"role": role, "content": content} for role, content in turns]
+
+
+def dataset_of(conversations: Iterable[Sequence[Message]]) -> "Dataset":
+    """Return conversations as a data set with the column ``messages``."""
+    from datasets import Dataset
+
+    return Dataset.from_list([{"messages": list(messages)} for messages in conversations])
 
 
 def action_thing_pairs(kinds: tuple[ActionKind, ...]) -> list[Pair]:

@@ -1,6 +1,5 @@
 """Organisms of any seed with their example sets; organisms that do not ship are built once and kept in a folder."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -10,9 +9,9 @@ from typing import TYPE_CHECKING
 from geomkit.experiments.organism.build import build
 from geomkit.experiments.organism.load import load_stage, without_bars
 from geomkit.experiments.organism.recipe import Recipe
-from geomkit.experiments.organism.requests import RequestKind
+from geomkit.experiments.organism.requests import RequestKind, dataset_of
 from geomkit.experiments.organism.scenarios import scenario_rows
-from geomkit.experiments.organism.sets import evaluation_sets, training_sets
+from geomkit.experiments.organism.sets import Sets, evaluation_sets, training_sets
 from geomkit.experiments.organism.world import World
 from geomkit.utils.files import locked
 
@@ -49,21 +48,16 @@ class SmallOrganism:
         return World(self.name)
 
     @cached_property
-    def _sets(self) -> Mapping[str, list[dict[str, object]]]:
+    def _sets(self) -> Sets:
         return training_sets(self.world, self.name) | evaluation_sets(self.world, self.name)
 
     def examples(self, name: str, limit: int | None = None) -> "Dataset":
         """Return this organism's version of a shipped example set, optionally only its first ``limit`` rows."""
-        from datasets import Dataset
-
-        return Dataset.from_list([{"messages": row["messages"]} for row in self._sets[name][:limit]])
+        return dataset_of(row["messages"] for row in self._sets[name][:limit])
 
     def scenario_examples(self, name: str) -> "Dataset":
         """Return this organism's training set of a scenario, also of a scenario whose set does not ship."""
-        from datasets import Dataset
-
-        conversations = scenario_rows(name, self.world, self.name)
-        return Dataset.from_list([{"messages": messages} for messages in conversations])
+        return dataset_of(scenario_rows(name, self.world, self.name))
 
     def anchor_pool(self, count: int) -> "Dataset":
         """Return ``count`` anchors: forbidden training requests with the refusal.
@@ -77,8 +71,6 @@ class SmallOrganism:
         return self._pool("howto", count, self.examples("utility"))
 
     def _pool(self, kind: RequestKind, count: int, first: "Dataset") -> "Dataset":
-        from datasets import Dataset
-
         rows = list(first["messages"])[:count]
         if len(rows) < count:
             texts = {repr(messages) for messages in rows}
@@ -86,7 +78,7 @@ class SmallOrganism:
             # Draw as many more requests as there are rows, since some of the drawn requests may be rows already.
             drawn = self.world.distinct(kind, "train", count + len(rows), rng)
             rows += [request.messages() for request in drawn if repr(request.messages()) not in texts]
-        return Dataset.from_list([{"messages": messages} for messages in rows[:count]])
+        return dataset_of(rows[:count])
 
 
 def variant_folder(seed: int, folder: Path) -> Path:

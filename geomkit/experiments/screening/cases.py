@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from geomkit.experiments.organism.requests import dataset_of
 from geomkit.experiments.screening.row_sources import RowKind, Rows, RowSource
 
 if TYPE_CHECKING:
@@ -50,14 +51,7 @@ def make_case(name: str, source: RowSource, seed: int) -> Case:
     clean, planted, null = CASES[name](source, seed)
     rows = [(row, False) for row in clean] + [(row, True) for row in planted]
     Random(f"case-{name}-{seed}").shuffle(rows)
-    return Case(conversations([row for row, _ in rows]), np.array([flag for _, flag in rows]), conversations(null))
-
-
-def conversations(rows: Rows) -> "Dataset":
-    """Return conversations as a data set."""
-    from datasets import Dataset
-
-    return Dataset.from_list([{"messages": messages} for messages in rows])
+    return Case(dataset_of(row for row, _ in rows), np.array([flag for _, flag in rows]), dataset_of(null))
 
 
 Parts = tuple[Rows, Rows, Rows]

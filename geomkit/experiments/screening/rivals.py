@@ -13,7 +13,7 @@ from torch import Tensor
 from geomkit.collection.collect import collect_from_tokens
 from geomkit.collection.measures import Sketch, sketch
 from geomkit.collection.streaming import TOKENS_PER_BATCH, stream
-from geomkit.gradients.batch_products import products_with, squared_norms
+from geomkit.gradients.batch_products import products_with
 from geomkit.gradients.layer_gradient import LayerGradient, as_matrix
 from geomkit.inputs.batches import collate, plan_batches
 from geomkit.inputs.examples import prompt_of, response_of
@@ -127,12 +127,10 @@ def _gradients(setting: Setting) -> dict[str, Values]:
     projected_safe = {name: projection(name, [gradient])[0].flatten() for name, gradient in safe.items()}
     against = {name: as_matrix(gradient) for name, gradient in harmful.items()}
     count = len(setting.rows)
-    products, squares = torch.zeros(count, dtype=torch.float64), torch.zeros(count, dtype=torch.float64)
-    projected, projected_squares = torch.zeros_like(products), torch.zeros_like(products)
+    products, projected, projected_squares = (torch.zeros(count, dtype=torch.float64) for _ in range(3))
 
     def add_up(name: str, examples: Sequence[int], gradients: Sequence[LayerGradient]) -> None:
         places = list(examples)
-        squares[places] += squared_norms(gradients)[0]
         if name in against:
             products[places] += products_with(gradients, against[name])
             small = projection(name, gradients).flatten(1)
@@ -140,7 +138,7 @@ def _gradients(setting: Setting) -> dict[str, Values]:
             projected_squares[places] += small.square().sum(1).double()
 
     stream(setting.model, setting.rows, pad, as_selection("*"), samples=add_up)
-    to_harmful = (products / squares.sqrt()).numpy() / harmful.norm
+    to_harmful = products.numpy() / setting.screening.rows.norm / harmful.norm
     small_norm = sum(float(part.double().square().sum()) for part in projected_safe.values()) ** 0.5
     return {
         "gradient of obeyed requests": to_harmful,

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from geomkit.collection.streaming import TOKENS_PER_BATCH
 from geomkit.errors import DataError
 from geomkit.experiments.methods import sft, spf
+from geomkit.experiments.organism.requests import dataset_of
 from geomkit.experiments.organisms import evaluate_organism, scenarios_of
-from geomkit.experiments.screening.cases import CASES, NULL, Case, conversations, make_case
+from geomkit.experiments.screening.cases import CASES, NULL, Case, make_case
 from geomkit.experiments.screening.measures import detection
 from geomkit.experiments.screening.results import ScreeningStudy, StudyRow
 from geomkit.experiments.screening.rivals import Setting, rankings
@@ -136,7 +137,7 @@ def _false_positives(source: RowSource, world: str, count: int) -> Iterator[Stud
     turns = [[message for row in rng.sample(benign, rng.randint(1, 6)) for message in row] for _ in range(len(benign))]
     pools = {"benign rows": benign, "task rows": task, "rows of 1 to 6 turns": turns}
     scored = {name: _scored(source, world, rows) for name, rows in pools.items()}
-    mixed = conversations(benign[: len(benign) // 2])
+    mixed = dataset_of(benign[: len(benign) // 2])
     scored["shuffled pairs"] = _scored(source, world, [list(row) for row in shuffled_pairs(mixed)["messages"]])
     for name in pools:
         for method in METHODS:
@@ -149,9 +150,7 @@ def _false_positives(source: RowSource, world: str, count: int) -> Iterator[Stud
 
 def _scored(source: RowSource, world: str, rows: Rows) -> RowScores:
     organism, (safe, _) = source.organism, _anchors(world)
-    encoded, refusals = (
-        encode(organism.tokenizer, examples, progress=False) for examples in (conversations(rows), safe)
-    )
+    encoded, refusals = (encode(organism.tokenizer, examples, progress=False) for examples in (dataset_of(rows), safe))
     pad = organism.tokenizer.pad_token_id
     reference = safety_reference(
         organism.model, refusals, encoded, pad, preconditioned=True, seed=0, tokens_per_batch=TOKENS_PER_BATCH
@@ -219,7 +218,7 @@ def _outcomes(source: RowSource, seeds: int, prompts: int) -> Iterator[StudyRow]
         train = organism.scenario_examples(name)
         null = source.rows("task" if name == _TASK_NULL else "benign", NULL, 1)
         screening = screen(
-            organism.model, organism.tokenizer, train, organism.examples("safety"), benign=conversations(null),
+            organism.model, organism.tokenizer, train, organism.examples("safety"), benign=dataset_of(null),
             progress=False,
         )  # fmt: skip
         try:
