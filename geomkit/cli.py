@@ -544,15 +544,21 @@ def bench(
     shard: Annotated[
         str | None, typer.Option(help="Run only part I of N, as 3/8, where jobs share the folder; the last one joins.")
     ] = None,
+    earlier: Annotated[
+        str | None, typer.Option(help="Earlier results, whose cells are not run again: a file, or english.")
+    ] = None,
 ) -> None:
     """Run a grid of fine-tunes on the organism, or the rest of an interrupted grid, and write results.jsonl.gz."""
     _prepare(threads=1)
     from geomkit.experiments.grid import load_grid
-    from geomkit.experiments.running import run_experiments, stored_results
+    from geomkit.experiments.results import load_results
+    from geomkit.experiments.running import run_experiments, stored_results, take_over
 
     whole = load_grid(grid)
     part = whole if shard is None else whole.shard(*_shard(shard))
     _check_writable(out)
+    if earlier is not None:
+        typer.echo(f"took {take_over(load_results(earlier), whole, out)} cells over from {earlier}")
     run_experiments(part, out, processes=processes)
     results = stored_results(whole, out)
     if missing := len(whole.cells) - len(results):

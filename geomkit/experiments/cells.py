@@ -54,9 +54,14 @@ def run_cell(cell: Cell, folder: Path) -> Record:
         result = _run(cell, organism)
     except GeomkitError as error:
         result = {"error": str(error)}
-    record = {"cell": cell.describe(), **result}
-    write_atomically(_path(cell, folder), json.dumps(record, ensure_ascii=False))
+    record = {"cell": cell.describe(), "digest": cell.digest, **result}
+    store_record(record, cell, folder)
     return record
+
+
+def store_record(record: Record, cell: Cell, folder: Path) -> None:
+    """Write the record of a cell into the folder of an experiment."""
+    write_atomically(_path(cell, folder), json.dumps(record, ensure_ascii=False))
 
 
 def stored_record(cell: Cell, folder: Path) -> Record | None:

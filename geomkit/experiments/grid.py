@@ -104,12 +104,16 @@ class Cell:
         return values | {"arm": self.arm.name, "attacks": list(self.attacks)}
 
     @property
-    def file_name(self) -> str:
-        """A readable file name with a hash of all that the result depends on: version, cell, arm and scenario."""
+    def digest(self) -> str:
+        """Ten hexadecimal digits, a hash of all that the result depends on: version, cell, arm and scenario."""
         everything = [__version__, asdict(self), asdict(self.scenario_definition)]
-        digest = hashlib.sha256(json.dumps(everything, sort_keys=True, default=str).encode()).hexdigest()[:10]
+        return hashlib.sha256(json.dumps(everything, sort_keys=True, default=str).encode()).hexdigest()[:10]
+
+    @property
+    def file_name(self) -> str:
+        """A readable file name that ends in the digest."""
         words = (self.scenario, self.arm.name, f"x{self.rate:g}", f"x{self.length:g}", self.organism, self.seed)
-        return re.sub(r"[^\w.-]+", "-", "_".join(map(str, words))) + f"_{digest}.json"
+        return re.sub(r"[^\w.-]+", "-", "_".join(map(str, words))) + f"_{self.digest}.json"
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from geomkit.utils.field_types import fits
 Record = dict[str, Any]
 """The record of a cell, as JSON.
 
-``cell`` has the cell's fields. A cell that broke off has ``error``; every other cell has ``numbers``, ``flags``
-(outcomes per prompt, by measure), ``attacks`` (outcomes per prompt, by jailbreak) and ``along`` (pairs of a step and
-the refusal rate during training). An arm under SPF also has ``certificate``, a summary, and ``curve``, sums along
-training.
+``cell`` has the cell's fields, ``digest`` is :attr:`geomkit.experiments.grid.Cell.digest`. A cell that broke off has
+``error``; every other cell has ``numbers``, ``flags`` (outcomes per prompt, by measure), ``attacks`` (outcomes per
+prompt, by jailbreak) and ``along`` (pairs of a step and the refusal rate during training). An arm under SPF also has
+``certificate``, a summary, and ``curve``, sums along training.
 """
 
 KEYS = ("organism", "scenario", "arm", "rate", "length", "seed")
@@ -25,7 +25,7 @@ SETTING = ("organism", "scenario", "rate", "length")
 
 
 _PARTS: Mapping[str, Any] = {
-    "cell": Mapping[str, object], "error": str, "numbers": Mapping[str, float | bool | None],
+    "cell": Mapping[str, object], "digest": str, "error": str, "numbers": Mapping[str, float | bool | None],
     "flags": Mapping[str, str], "attacks": Mapping[str, str], "along": list[list[float]],
     "certificate": Mapping[str, float | bool | None], "curve": Mapping[str, list[float | None]],
 }  # fmt: skip

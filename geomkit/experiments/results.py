@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 _FORMAT = 1
 _SUFFIX = ".jsonl.gz"
+_SMALL_WORLD = ("default", "limits")
+"""The shipped grids of the small organisms."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -256,8 +258,8 @@ def load_results(source: str | Path | None = None) -> Results:
     """Return results from a saved file, or the results that ship with geomkit.
 
     Args:
-        source: A file that :meth:`Results.save` wrote, or a shipped grid, ``"default"`` or ``"limits"``; both shipped
-            grids together when left out.
+        source: A file that :meth:`Results.save` wrote, or a shipped grid, ``"default"``, ``"limits"`` or ``"english"``;
+            when left out, the two grids of the small organisms together.
 
     Raises:
         DataError: If there is no such file, or it was not written by :meth:`Results.save`.
@@ -269,7 +271,7 @@ def load_results(source: str | Path | None = None) -> Results:
     """
     folder = data_dir() / "experiments"
     if source is None:
-        files = sorted(folder.glob(f"*{_SUFFIX}"))
+        files = [folder / f"{name}{_SUFFIX}" for name in _SMALL_WORLD]
         return Results("shipped", tuple(record for file in files for record in _read(file).records))
     shipped = folder / f"{source}{_SUFFIX}"
     return _read(shipped if shipped.is_file() and not Path(source).exists() else Path(source))

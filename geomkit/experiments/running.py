@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from geomkit.errors import GeomkitError
-from geomkit.experiments.cells import run_cell, stored_record
+from geomkit.experiments.cells import run_cell, store_record, stored_record
 from geomkit.experiments.grid import Cell, Grid, load_grid
 from geomkit.experiments.organism.variants import SHIPPED, build_variant
 from geomkit.experiments.organisms import ENGLISH
@@ -62,6 +62,27 @@ def run_experiments(
             bar.update()
             bar.set_postfix_str(f"{cell.scenario}, {cell.arm.name}", refresh=False)
     return Results(grid.name, tuple(records[cell.file_name] for cell in grid.cells))
+
+
+def take_over(results: Results, grid: Grid, folder: str | Path) -> int:
+    """Store earlier results in the folder of an experiment, so that :func:`run_experiments` runs the other cells only.
+
+    A record is taken over if its digest says that it is the result of a cell of the grid, and the cell has no record in
+    the folder.
+
+    Args:
+        results: The earlier results.
+        grid: The grid.
+        folder: The folder for the cells.
+
+    Returns:
+        The number of records that were taken over.
+    """
+    records = {record["digest"]: record for record in results.records if "digest" in record}
+    missing = [cell for cell in grid.cells if cell.digest in records and stored_record(cell, Path(folder)) is None]
+    for cell in missing:
+        store_record(records[cell.digest], cell, Path(folder))
+    return len(missing)
 
 
 def stored_results(grid: Grid, folder: str | Path) -> Results:

@@ -16,7 +16,7 @@ from geomkit.experiments import running
 from geomkit.experiments.grid import load_grid
 from geomkit.experiments.methods import METHODS
 from geomkit.experiments.results import load_results
-from geomkit.experiments.running import run_experiments, stored_results
+from geomkit.experiments.running import run_experiments, stored_results, take_over
 
 SMALL = """
 prompts = 8
@@ -150,6 +150,19 @@ def test_results_of_a_grid_that_is_not_complete(small, tmp_path):
     assert [record["cell"] for record in stored_results(grid, tmp_path).records] == [
         cell.describe() for cell in grid.shard(2, 2).cells
     ]
+
+
+def test_cells_of_earlier_results_are_not_run_again(small, tmp_path):
+    run = run_experiments(small, tmp_path / "earlier", progress=False, processes=1)
+    earlier = load_results(run.save(tmp_path / "earlier.jsonl.gz"))
+    changed = tmp_path / "changed.toml"
+    changed.write_text(SMALL.replace("anchors = 8", "anchors = 7"))
+    grid, folder = load_grid(changed), tmp_path / "again"
+    assert take_over(earlier, grid, folder) == 2
+    assert take_over(earlier, grid, folder) == 0
+    results = run_experiments(grid, folder, progress=False, processes=1)
+    assert results.records[:2] == earlier.records[:2]  # their times as well
+    assert results.records[2] != earlier.records[2]
 
 
 def test_a_cell_that_is_cut_short_is_run_again(small, tmp_path):
