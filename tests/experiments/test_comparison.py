@@ -40,6 +40,19 @@ def test_the_goal(own, reached):
     assert found["reached"].tolist() == [reached]
 
 
+@pytest.mark.parametrize(("loss", "points", "reached"), [(2.01, 2, True), (2.03, 2, False), (2.01, 1, False)])
+def test_the_goal_with_a_loss_and_another_tolerance(loss, points, reached):
+    def run(arm, loss, *flags):
+        return record(arm, outcomes(*flags)) | {"numbers": {"utility_loss": loss}}
+
+    rows = (
+        run("untouched", 3.0, 100, 5), run("SFT", 2.0, 0, 0, 90), run("mixing", 2.0, 90), run("own", loss, 98, 7, 80),
+    )  # fmt: skip
+    found = Results("x", rows).goal("own", rival="mixing", points=points).iloc[0]
+    assert found["reached"] == reached
+    assert found["utility_loss"] == pytest.approx(loss / 2 - 1)
+
+
 def test_of_a_backdoor_the_goal_asks_for_refusal_with_the_trigger():
     def opened(arm, refusal, triggered):
         flags = outcomes(refusal) | {"triggered_refusal": share(triggered)}
