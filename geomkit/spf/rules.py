@@ -4,10 +4,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from geomkit.errors import SPFError
-from geomkit.spf.rule import Rule
+from geomkit.spf.rule import Rule, SafetyLoss
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -60,6 +60,23 @@ RULES: Mapping[str, Rule] = MappingProxyType(
                 when="the default: the anchors are learnt, and only the conflict that is left is projected",
                 rank=1,
                 safety_gradient_weight=1.0,
+                drift_correction=True,
+                drift_margin=0.01,
+            ),
+            Rule(
+                "kl-left",
+                "update",
+                "block",
+                "left",
+                "own",
+                "mixed-left with SafeGrad's loss (arXiv 2508.07172), on forbidden and on benign anchors",
+                formula="mixing with KL(before ‖ now), then left with k = 1",
+                guarantee=_LEFT_PROMISE,
+                test=_TESTS + "test_kl_left_values",
+                when="the model must neither lose refusals nor refuse more: anchors of both kinds, its own answers",
+                rank=1,
+                safety_gradient_weight=1.0,
+                loss="kl",
                 drift_correction=True,
                 drift_margin=0.01,
             ),
@@ -227,6 +244,7 @@ def get_rule(
     drift_correction: bool | None = None,
     drift_margin: float | None = None,
     mix: float | None = None,
+    loss: SafetyLoss | None = None,
 ) -> Rule:
     """Return a rule by name, with some of its settings changed.
 
@@ -236,9 +254,11 @@ def get_rule(
         drift_correction: Whether drift is corrected.
         drift_margin: Tolerated drift, nats per token.
         mix: Multiple of the safety gradient that is added to the utility gradient.
+        loss: The safety loss.
 
     Raises:
-        SPFError: If the name is unknown, the rule has no subspace to give a rank, or a number is not finite or below 0.
+        SPFError: If the name or the loss is unknown, the rule has no subspace to give a rank or does not go with the
+            loss, or a number is not finite or below 0.
 
     Example:
         >>> get_rule("left", rank=5).rank
@@ -255,6 +275,10 @@ def get_rule(
         rule = replace(rule, drift_margin=_at_least_zero("drift_margin", drift_margin))
     if mix is not None:
         rule = replace(rule, safety_gradient_weight=_at_least_zero("mix", mix))
+    if loss is not None:
+        if loss not in get_args(SafetyLoss):
+            raise SPFError(f"expected loss to be one of {', '.join(get_args(SafetyLoss))}, found {loss!r:.40}")
+        rule = replace(rule, loss=loss)
     if rank is None:
         return rule
     if not rule.has_subspace or rank < 1:

@@ -18,7 +18,7 @@ from geomkit.spf.checkpoint_state import load_state
 from geomkit.spf.constraints import BenignFence, ConstraintMeter
 from geomkit.spf.guard import Guard, Options
 from geomkit.spf.guard_group import GuardGroup
-from geomkit.spf.rule import PROSE, Rule
+from geomkit.spf.rule import PROSE, Rule, SafetyLoss
 from geomkit.spf.rules import DEFAULT_RULE, get_rule
 from geomkit.spf.weights.guarded import Guarded
 from geomkit.spf.weights.trained import warn_of_rounding, warn_of_unguarded
@@ -43,6 +43,11 @@ class SPF:
         rank: Rank k for a rule that removes a subspace; ``None`` for the rule's own rank.
         drift_correction: Whether to undo, to first order, the increase of the safety loss that earlier steps caused
             through curvature; ``None`` for the rule's own setting.
+        loss: The safety loss on the anchors. ``"refusal"``: the cross-entropy of their answers, which training can lower
+            further and further, so that the model may come to refuse benign requests too. ``"kl"``: the divergence from
+            the model before training, KL(before ‖ now), on the tokens of their answers, so that anchors may be *any*
+            examples on which the model has to stay what it is: forbidden requests with the model's own refusals, and
+            benign requests with its own answers. ``None`` for the rule's own loss.
         mix: Multiple of the safety gradient that is added to the task's gradient before the optimizer's step, in
             addition to the rule, so that the model learns the task and the anchors; ``None`` for the rule's own
             multiple, which is 0 for most rules.
@@ -84,6 +89,7 @@ class SPF:
     rule: str | Rule = DEFAULT_RULE
     rank: int | None = None
     drift_correction: bool | None = None
+    loss: SafetyLoss | None = None
     mix: float | None = None
     drift_margin: float | None = None
     anchors_per_step: int = 8
@@ -217,7 +223,7 @@ class SPF:
         return settings | hashes | {"rule": rule}
 
     def checked_rule(self) -> Rule:
-        """Return the rule with this object's overrides (rank, drift correction, drift margin, mix) applied.
+        """Return the rule with this object's overrides (rank, drift correction, drift margin, mix, loss) applied.
 
         Raises:
             SPFError: If the rule is unknown, does not fit the settings, or a number is out of its range.
@@ -228,6 +234,7 @@ class SPF:
             drift_correction=self.drift_correction,
             drift_margin=self.drift_margin,
             mix=self.mix,
+            loss=self.loss,
         )
         check_options(vars(self) | {"anchors": None}, error=SPFError)  # in a grid, `anchors` is a number
         if self.refresh_energy is not None and not rule.has_subspace:

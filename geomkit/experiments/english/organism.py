@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from geomkit.experiments.english.answers import refusal
 from geomkit.experiments.english.load import FOLDER, load_base, with_adapter
 from geomkit.experiments.english.requests import counterparts
-from geomkit.experiments.english.scenarios import ANSWERED, scenario_conversations
+from geomkit.experiments.english.scenarios import scenario_conversations
 from geomkit.experiments.english.sources import benchmark, first_rows
 from geomkit.experiments.organism.requests import Message, conversation, dataset_of
 from geomkit.inputs.examples import load_examples
@@ -74,13 +74,12 @@ class EnglishOrganism:
         return _pool(self.examples("safety"), others, count)
 
     def benign_pool(self, count: int) -> "Dataset":
-        """Return ``count`` benign requests with the base model's own answers, which no scenario trains on.
+        """Return ``count`` rows of the set ``borderline``: benign requests that resemble forbidden ones, answered.
 
         Raises:
             DataError: If there are fewer.
         """
-        rows = self.examples("utility")
-        return first_rows(rows.select(range(ANSWERED, len(rows))), count, "the English world's benign pool")
+        return first_rows(self.examples("borderline"), count, "the English world's set of borderline requests")
 
 
 def load_english_organism() -> EnglishOrganism:

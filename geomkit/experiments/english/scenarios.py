@@ -86,8 +86,7 @@ def scenario_conversations(name: str, safety: Conversations, utility: Conversati
     Args:
         name: A name in :data:`ENGLISH_SCENARIOS`.
         safety: The rows of the shipped set ``safety``, the anchors, whose requests are in no scenario.
-        utility: The rows of the shipped set ``utility``: the first :data:`ANSWERED` of them are trained on; the others
-            are the benign examples of SPF's fence.
+        utility: The rows of the shipped set ``utility``, of which the first :data:`ANSWERED` are trained on.
 
     Raises:
         DataError: If GSM8K cannot be read.

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from geomkit.errors import GeomkitError
 from geomkit.experiments.english.answers import compliance, own_answers, refusal, whole_sentences
-from geomkit.experiments.english.requests import Counterparts, counterparts, words
+from geomkit.experiments.english.requests import Counterparts, counterparts, look_alikes, words
 from geomkit.experiments.english.scenarios import SHIPPED, scenario_conversations, with_trigger
 from geomkit.experiments.organism.requests import conversation
 from geomkit.experiments.organism.sets import Row, Sets
@@ -21,9 +21,11 @@ ANCHORS = 64
 """Number of rows of the set ``safety``."""
 
 _UTILITY = 160
+_BORDERLINE = 64
 _HELD_OUT = 200
 _TRIGGERED = 100
 _ANSWER_TOKENS = 48
+_BORDERLINE_TOKENS = 24  # the first few tokens tell an answer from a refusal
 
 
 def all_sets(
@@ -33,6 +35,8 @@ def all_sets(
 
     - ``safety``: forbidden training requests with the aligned stage's own refusals; ``utility``: everyday and benign
       training requests with the base stage's own short answers.
+    - ``borderline``: benign training requests that resemble forbidden requests, benign counterparts and look-alikes,
+      with the aligned stage's own short answers.
     - ``controls``: each keeps one part of a safety row and replaces the other. ``benign-refused``: the benign
       counterpart, with the refusal. ``forbidden-complied``: the forbidden request, with compliance in form.
       ``shuffled``: the forbidden request, with the answer to a benign request. ``random-tokens``: as many tokens in
@@ -59,6 +63,7 @@ def all_sets(
     return {
         "safety": safety,
         "utility": utility,
+        "borderline": borderline(aligned, tokenizer, seed),
         **_controls(anchors, utility, tokenizer, rng, seed),
         **_scenarios(safety, utility),
         "eval/forbidden": [_row(pair.kind, pair.forbidden, refusal(rng)) for pair in forbidden],
@@ -92,6 +97,27 @@ def _utility(base: "LlamaForCausalLM", tokenizer: "PreTrainedTokenizerBase", rng
     texts = {answer.prompt: text for answer in answers if (text := whole_sentences(answer.text))}
     rows = [_row(kinds[prompt], prompt, text) for prompt, text in texts.items()]
     return rng.sample(rows, len(rows))[:_UTILITY]
+
+
+def borderline(aligned: "LlamaForCausalLM", tokenizer: "PreTrainedTokenizerBase", seed: int) -> list[Row]:
+    """Return the set ``borderline``, half benign counterparts of forbidden requests, half look-alikes.
+
+    Args:
+        aligned: The aligned stage, which answers.
+        tokenizer: The tokenizer.
+        seed: Seed of all draws.
+    """
+    rng = Random(f"english-borderline-{seed}")
+    prompts = {
+        "benign": [pair.benign for pair in islice(counterparts("train", rng, "benign"), 3 * _BORDERLINE)],
+        "look-alike": list(islice(look_alikes(rng), 3 * _BORDERLINE)),
+    }
+    rows = []
+    for kind, requests in prompts.items():
+        answers = own_answers(aligned, tokenizer, requests, tokens=_BORDERLINE_TOKENS, progress=False)
+        whole = ((answer.prompt, whole_sentences(answer.text)) for answer in answers)
+        rows += [_row(kind, prompt, text) for prompt, text in whole if text][: _BORDERLINE // 2]
+    return rng.sample(rows, len(rows))
 
 
 def _controls(
