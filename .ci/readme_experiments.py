@@ -14,7 +14,7 @@ from geomkit.experiments.results import Results, load_results
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- experiments: written by .ci/readme_experiments.py -->", "<!-- experiments: end -->"
-HEADLINE = ("SFT", "mixing", "rank1", "mixing, 2048", "mixed-left, 2048")
+HEADLINE = ("SFT", "mixing", "rank1", "mixing, 2048", "mixed-left, 2048", "kl-left, 2048")
 PANELS = ("new-skill", "affirmative", "identity-shift", "backdoor", "poison-10", "harmful-100")
 SCENARIOS = {
     "new-skill": "new skill",
