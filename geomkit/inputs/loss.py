@@ -37,11 +37,23 @@ def token_losses(model: nn.Module, batch: Batch) -> Tensor:
         CollectionError: If the model returns logits for another number of tokens.
     """
     mask = scored(batch)
-    places = functional.pad(mask, (0, 1)).flatten().nonzero()[:, 0]
-    # Logits are by far the largest tensor: only those of scored tokens are copied and converted.
-    logits = at_least_fp32(_logits(model, batch).flatten(0, 1).index_select(0, places))
-    losses = functional.cross_entropy(logits, batch.labels[:, 1:][mask], reduction="none")
+    losses = functional.cross_entropy(scored_logits(model, batch), batch.labels[:, 1:][mask], reduction="none")
     return losses.new_zeros(mask.shape).masked_scatter(mask, losses)
+
+
+def scored_logits(model: nn.Module, batch: Batch) -> Tensor:
+    """Return (N, vocabulary) logits of the N scored next tokens, fp32 or better, from one run of the model.
+
+    Args:
+        model: A causal language model.
+        batch: B examples padded to length L, on the model's device.
+
+    Raises:
+        CollectionError: If the model returns logits for another number of tokens.
+    """
+    places = functional.pad(scored(batch), (0, 1)).flatten().nonzero()[:, 0]
+    # Logits are by far the largest tensor: only those of scored tokens are copied and converted.
+    return at_least_fp32(_logits(model, batch).flatten(0, 1).index_select(0, places))
 
 
 def next_token_logits(model: nn.Module, batch: Batch) -> Tensor:

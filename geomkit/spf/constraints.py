@@ -148,18 +148,18 @@ class ConstraintMeter:
 
     def state(self) -> dict[str, Tensor]:
         """Return the measurements before training, which a resumed run needs."""
-        before = [] if self.reference_model is None else self.reference_model.log_probabilities
+        before = [] if self.reference_model is None else self.reference_model.probabilities
         return {
             "references": torch.from_numpy(self.references),
             "benign_references": torch.from_numpy(self.benign_references),
-            **{f"teacher.{index}": log_probabilities for index, log_probabilities in enumerate(before)},
+            **{f"teacher.{index}": probabilities for index, probabilities in enumerate(before)},
         }
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Load the measurements before training of another run with the same settings."""
         self.references, self.benign_references = (state[name].numpy() for name in ("references", "benign_references"))
         if self.reference_model is not None:
-            before = self.reference_model.log_probabilities
+            before = self.reference_model.probabilities
             device = before[0].device
             before[:] = [state[f"teacher.{index}"].to(device) for index in range(len(before))]
 

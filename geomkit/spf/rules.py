@@ -53,11 +53,11 @@ RULES: Mapping[str, Rule] = MappingProxyType(
                 "block",
                 "left",
                 "own",
-                "mixing, then left on the optimizer's update; the best rule in the shipped experiments",
+                "mixing, then left on the optimizer's update",
                 formula="mixing, then left with k = 1",
                 guarantee=_LEFT_PROMISE,
                 test=_TESTS + "test_mixed_left_values",
-                when="the default: the anchors are learnt, and only the conflict that is left is projected",
+                when="the model has still to learn the anchors' refusals",
                 rank=1,
                 safety_gradient_weight=1.0,
                 drift_correction=True,
@@ -73,7 +73,7 @@ RULES: Mapping[str, Rule] = MappingProxyType(
                 formula="mixing with KL(before ‖ now), then left with k = 1",
                 guarantee=_LEFT_PROMISE,
                 test=_TESTS + "test_kl_left_values",
-                when="the model must neither lose refusals nor refuse more: anchors of both kinds, its own answers",
+                when="the default: the model has to stay as it is on forbidden and on benign requests",
                 rank=1,
                 safety_gradient_weight=1.0,
                 loss="kl",
@@ -210,7 +210,7 @@ RULES: Mapping[str, Rule] = MappingProxyType(
 )
 """Every rule by name; see :func:`get_rule` for a rule with changed settings."""
 
-DEFAULT_RULE = "mixed-left"
+DEFAULT_RULE = "kl-left"
 """The rule of a :class:`geomkit.SPF` that names no rule: the best one in the shipped experiments."""
 
 _OLD_NAMES = {"measure": "monitor"}

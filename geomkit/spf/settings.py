@@ -38,8 +38,8 @@ class SPF:
             :func:`geomkit.load_examples` finds them; the model's own refusals are the safe choice, see
             :func:`geomkit.own_refusals`.
         rule: A name in :data:`geomkit.spf.rules.RULES`, or a rule; :func:`geomkit.spf.rules.rules` says when to choose
-            each rule. ``"mixed-left"`` also learns the anchors; ``"rank1"`` is the cheapest rule that only removes the
-            conflict with the anchors.
+            each rule. ``"kl-left"`` keeps the model's answers to the anchors what they were; ``"mixed-left"`` teaches
+            it the anchors' refusals; ``"rank1"`` is the cheapest rule that only removes the conflict with the anchors.
         rank: Rank k for a rule that removes a subspace; ``None`` for the rule's own rank.
         drift_correction: Whether to undo, to first order, the increase of the safety loss that earlier steps caused
             through curvature; ``None`` for the rule's own setting.
@@ -54,10 +54,12 @@ class SPF:
         drift_margin: Excess of the anchors' loss over its value before training above which drift is corrected, nats
             per token; ``None`` for the rule's own margin.
         anchors_per_step: Number of anchors that each step draws from the pool.
-        benign: The benign fence: requests that the model has to keep answering, with the answers. Where their loss
-            exceeds its value before training by more than ``benign_margin``, the update must bring it back, to first
-            order and without a conflict with safety.
-        benign_per_step: Number of benign examples that each step draws.
+        benign: Requests that the model has to keep answering, with the answers, best the model's own; requests that
+            resemble forbidden ones tell it most. Under a rule with the KL loss they are anchors too:
+            ``anchors_per_step`` examples are drawn from both sets together. Under the other rules they are the benign
+            fence: where their loss exceeds its value before training by more than ``benign_margin``, the update must
+            bring it back, to first order and without a conflict with safety.
+        benign_per_step: Number of benign examples that each step draws for the fence.
         benign_margin: Tolerated excess of the benign examples' loss over its value before training, nats per token.
         correction_limit: Largest correction for drift and the benign fence, as a fraction of the norm of the update.
         refresh_every: Number of steps from one measurement of the safety gradient to the next.
@@ -192,7 +194,10 @@ class SPF:
         rule = self.checked_rule()
         pool, pad = self._pool(model, self.anchors, self.anchors_per_step, tokenizer, progress)
         fence = None
-        if self.benign is not None:
+        if self.benign is not None and rule.loss == "kl":
+            benign, _ = self._pool(model, self.benign, self.anchors_per_step, tokenizer, progress)
+            pool = replace(pool, rows=pool.rows + benign.rows)
+        elif self.benign is not None:
             benign, _ = self._pool(model, self.benign, self.benign_per_step, tokenizer, progress)
             fence = BenignFence(benign, self.benign_margin)
         guarded = Guarded(model, optimizer, rule.level, master=self.master_weights)

@@ -43,7 +43,9 @@ def settings_of(
     if spf is None:
         return {"training": facts | told}
     rule = spf.checked_rule()
-    fence = "none" if spf.benign is None else f"{spf.benign_per_step} drawn for each step from {_count(spf.benign)}"
+    benign = "none" if spf.benign is None else f"{spf.benign_per_step} drawn for each step from {_count(spf.benign)}"
+    if spf.benign is not None and rule.loss == "kl":
+        benign = f"{_count(spf.benign)} more anchors"
     return {
         "training": facts | told,
         "protection": {
@@ -53,7 +55,7 @@ def settings_of(
             "promise": rule.guarantee,
             "anchors": f"{spf.anchors_per_step} drawn for each step from {_count(spf.anchors)}",
             "steps between two safety gradients": spf.refresh_every,
-            "benign fence": fence,
+            "benign examples": benign,
             "seed of the draws": spf.seed,
         },
     }

@@ -286,7 +286,7 @@ def deepspeed():
     accelerator = Accelerator(deepspeed_plugin=plugin)
     model = uneven_llama()
     early = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    spf = SPF(SAFETY, tokenizer=TOKENIZER)
+    spf = SPF(SAFETY, rule="mixed-left", tokenizer=TOKENIZER)
     guard = spf.attach(model, early)
     engine, optimizer = accelerator.prepare(model, early)
     found = {

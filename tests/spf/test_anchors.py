@@ -102,7 +102,17 @@ def test_kl_is_zero_before_training_and_torchs_afterwards():
         counts = torch.tensor(rows[index].loss_mask[1:])
         now, before = (torch.log_softmax(one(input_ids=ids).logits[0, :-1], -1)[counts] for one in (moved, model))
         expected = torch.nn.functional.kl_div(now, before, log_target=True, reduction="none").sum(-1).mean()
-        assert float(found[place].detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+        assert float(found[place].detach()) == pytest.approx(float(expected.detach()), rel=3e-4)  # p is stored in fp16
+
+
+def divergence(before, now, rows):
+    """KL(before ‖ now), the mean over the tokens of each row and then over the rows; torch."""
+    losses = []
+    for row in rows:
+        ids, counts = torch.tensor([row.input_ids]), torch.tensor(row.loss_mask[1:])
+        new, old = (torch.log_softmax(model(input_ids=ids).logits[0, :-1], -1)[counts] for model in (now, before))
+        losses.append(torch.nn.functional.kl_div(new, old.detach(), log_target=True, reduction="none").sum(-1).mean())
+    return torch.stack(losses).mean()
 
 
 def test_safegrad_adds_the_gradient_of_the_divergence_after_the_projection():
@@ -119,19 +129,36 @@ def test_safegrad_adds_the_gradient_of_the_divergence_after_the_projection():
             optimizer.step()
     parameters = list(twin.parameters())
     utility = torch.autograd.grad(task_loss(twin), parameters)
-    losses = []
-    for row in rows:
-        ids, counts = torch.tensor([row.input_ids]), torch.tensor(row.loss_mask[1:])
-        now, before = (torch.log_softmax(one(input_ids=ids).logits[0, :-1], -1)[counts] for one in (twin, start))
-        losses.append(
-            torch.nn.functional.kl_div(now, before.detach(), log_target=True, reduction="none").sum(-1).mean()
-        )
-    safety = torch.autograd.grad(torch.stack(losses).mean(), parameters)
+    safety = torch.autograd.grad(divergence(start, twin, rows), parameters)
     dot = sum((u * s).sum() for u, s in zip(utility, safety, strict=True))
     squared = sum((s * s).sum() for s in safety)
     share = min(float(dot / squared), 0.0)
     for one, new, u, s in zip(parameters, model.parameters(), utility, safety, strict=True):
-        torch.testing.assert_close(new, one - 0.3 * (u - share * s + s), atol=2e-6, rtol=1e-5)
+        torch.testing.assert_close(new, one - 0.3 * (u - share * s + s), atol=1e-5, rtol=1e-5)
+
+
+def test_the_default_rule_keeps_its_promise_on_forbidden_and_benign_anchors():
+    """⟨Δθ, ∇KL⟩ of every step by autograd, over both sets."""
+    model = tiny_llama()
+    start, rows = copy.deepcopy(model), [*encode(TOKENIZER, SAFETY), *encode(TOKENIZER, CONTROL)]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    spf = SPF(SAFETY, benign=CONTROL, anchors_per_step=len(rows), tokenizer=TOKENIZER)
+    with spf.attach(model, optimizer) as guard:
+        for _ in range(4):
+            before = copy.deepcopy(model)
+            optimizer.zero_grad()
+            task_loss(model).backward()
+            optimizer.step()
+            parameters = list(before.parameters())
+            gradients = torch.autograd.grad(divergence(start, before, rows), parameters)
+            moves = [new - old for new, old in zip(model.parameters(), parameters, strict=True)]
+            change = sum(float((move * gradient).sum()) for move, gradient in zip(moves, gradients, strict=True))
+            record = guard.records[-1]
+            assert record.anchor_loss == pytest.approx(float(divergence(start, before, rows)), rel=1e-3, abs=1e-6)
+            assert record.first_order == pytest.approx(change, rel=1e-3, abs=1e-6)
+            assert change <= 1e-6
+    assert guard.certificate.violations == 0
+    assert record.anchor_loss > 0.01
 
 
 # -------------------------------------------------------------------------------------------------- the fence
@@ -139,8 +166,9 @@ def test_safegrad_adds_the_gradient_of_the_divergence_after_the_projection():
 
 def test_the_fence_asks_for_nothing_inside_and_brings_benign_loss_back_outside():
     """A task that unlearns the benign answers: with the fence their loss rises less, and safety is kept."""
-    inside = run(tiny_llama(), SPF(SAFETY, tokenizer=TOKENIZER, drift_correction=False), sgd(0.2), steps=4)
-    wide = SPF(SAFETY, tokenizer=TOKENIZER, drift_correction=False, benign=CONTROL, benign_margin=1e6)
+    plain = {"rule": "mixed-left", "drift_correction": False}
+    inside = run(tiny_llama(), SPF(SAFETY, tokenizer=TOKENIZER, **plain), sgd(0.2), steps=4)
+    wide = SPF(SAFETY, tokenizer=TOKENIZER, **plain, benign=CONTROL, benign_margin=1e6)
     fenced = run(tiny_llama(), wide, sgd(0.2), steps=4)
     assert [one.first_order for one in fenced.records] == pytest.approx([one.first_order for one in inside.records])
     assert not any(one.corrected for one in fenced.records)
@@ -150,7 +178,7 @@ def test_the_fence_asks_for_nothing_inside_and_brings_benign_loss_back_outside()
     losses = {"before": mean_loss(learnt, TOKENIZER, answers)}
     for name, benign in (("free", None), ("fenced", answers)):
         model = copy.deepcopy(learnt)
-        certificate = run(model, SPF(SAFETY, tokenizer=TOKENIZER, benign=benign), sgd(0.1), steps=12)
+        certificate = run(model, SPF(SAFETY, rule="mixed-left", tokenizer=TOKENIZER, benign=benign), sgd(0.1), steps=12)
         assert certificate.violations == 0
         losses[name] = mean_loss(model, TOKENIZER, answers)
     assert any(record.corrected > 0 for record in certificate.records)

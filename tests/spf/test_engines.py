@@ -82,7 +82,7 @@ def judged(run, make=tiny_llama, tolerance=1e-6, agreement=1e-5):
         tolerance: The largest ⟨Δθ, g_s⟩ of a step, relative to ‖Δθ‖ ‖g_s‖; what a plain run must exceed tenfold.
         agreement: How far the certificate's own numbers may be off.
     """
-    steps, certificate = run(SPF(SAFETY, tokenizer=TOKENIZER))
+    steps, certificate = run(SPF(SAFETY, rule="mixed-left", tokenizer=TOKENIZER))
     changes = [change_of_safety(*step, make) for step in steps]
     plain = [change_of_safety(*step, make) for step in run(None)[0]]
     assert len(steps) == len(plain) > 0

@@ -165,6 +165,15 @@ def test_mixed_left_values():
     np.testing.assert_allclose(found["a"], rest - max((rest * tail).sum(), 0) / (tail**2).sum() * tail, atol=1e-6)
 
 
+def test_kl_left_values():
+    """What mixed-left does, with the gradient of another loss: the divergence, which is tested with the anchors."""
+    prose = ("source", "formula", "test", "when", "name")
+    kept = {name: getattr(RULES["kl-left"], name) for name in prose}
+    assert replace(get_rule("mixed-left", loss="kl"), **kept) == RULES["kl-left"]
+    with pytest.raises(gk.GeomkitError, match="expected loss to be one of refusal, kl, found 'odd'"):
+        get_rule("left", loss="odd")
+
+
 def test_two_sided_values():
     """(I − UUᵀ) d (I − VVᵀ), and what conflicts with the rest of g_s; numpy."""
     safety, step = pair(3)
