@@ -1,7 +1,7 @@
 """Write the tables of data/experiments/README.md, and its figure, from the shipped results.
 
 python .ci/readme_experiments.py            # the tables, between their two marks
-python .ci/readme_experiments.py --figure   # and notebooks/figures/experiments.png, which needs kaleido and a browser
+python .ci/readme_experiments.py --figure   # and notebooks/figures, which needs kaleido and a browser
 """
 
 import argparse
@@ -124,10 +124,13 @@ def main() -> None:
     readme.write_text(between_marks(readme.read_text("utf-8"), tables), "utf-8")
     if options.figure:
         from geomkit.plots.outcomes import plot_frontier
+        from geomkit.plots.refusals import plot_refusals
 
         shown = load_results("default").where(organism=0, rate=1.0, length=1.0, scenario=list(PANELS))
         figure = plot_frontier(shown, arms=["untouched", "paper", "left", *HEADLINE])
         figure.write_image(ROOT / "notebooks" / "figures" / "experiments.png", width=900, scale=2)
+        figure = plot_refusals(load_results("english"), arms=["untouched", "SFT", "mixing", "kl-left"])
+        figure.write_image(ROOT / "notebooks" / "figures" / "english.png", width=900, scale=2)
 
 
 if __name__ == "__main__":

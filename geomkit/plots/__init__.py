@@ -18,6 +18,7 @@ from geomkit.plots.one_sample import plot_anchor_curve, plot_gradient_map, plot_
 from geomkit.plots.outcomes import plot_attacks, plot_frontier
 from geomkit.plots.principal_angles import plot_angles
 from geomkit.plots.ranks import plot_effective_rank, plot_spectrum_contrast
+from geomkit.plots.refusals import plot_refusals
 from geomkit.plots.runs import plot_evaluation, plot_history
 from geomkit.plots.screening import plot_screening
 from geomkit.plots.screening_study import plot_screening_detection, plot_screening_null, plot_screening_outcomes
@@ -71,6 +72,7 @@ __all__ = [  # noqa: RUF022 - grouped by the result that is drawn
     "plot_history",
     # Results of a grid of experiments.
     "plot_frontier",
+    "plot_refusals",
     "plot_breakdown",
     "plot_attacks",
     "plot_refusal_during_training",

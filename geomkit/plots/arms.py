@@ -27,6 +27,8 @@ def _fixed_looks() -> dict[str, Look]:
         "mixing, 2048": Look(palette().others[5], "longdashdot", "diamond-wide"),
         "mixed-left": Look(COLOURS["safety"], "dot", "cross"),
         "mixed-left, 2048": Look(COLOURS["safety"], "solid", "star"),
+        "kl-left": Look(COLOURS["safety"], "solid", "star-diamond"),
+        "kl-left, 2048": Look(COLOURS["safety"], "longdash", "hexagram"),
         "left": Look(COLOURS["control"], "dashdot", "triangle-down"),
         "left + fence": Look(palette().others[1], "longdash", "hourglass"),
     }

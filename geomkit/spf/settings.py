@@ -247,6 +247,12 @@ class SPF:
                 f"expected refresh_energy for a rule that removes a subspace only, found {self.refresh_energy} and "
                 f"'{rule.name}'; leave it out"
             )
+        fence = {name: getattr(self, name) for name in ("benign_per_step", "benign_margin")}
+        if rule.loss == "kl" and fence != {name: getattr(SPF, name) for name in fence}:
+            raise SPFError(
+                f"expected benign_per_step and benign_margin for a rule with a benign fence only, found {fence} and "
+                f"'{rule.name}', for which benign examples are anchors; give anchors_per_step"
+            )
         return rule
 
     def encoded_like(self, rows: EncodedExamples, progress: bool = False) -> "SPF":

@@ -48,12 +48,13 @@ def test_arms_are_chosen_and_too_many_refused(results):
     "draw",
     [
         plots.plot_frontier,
+        plots.plot_refusals,
         plots.plot_refusal_during_training,
         lambda results, **arms: plots.plot_breakdown(results, "poison-10", **arms),
         plots.plot_drift,
         plots.plot_attacks,
     ],
-    ids=["frontier", "along", "breakdown", "drift", "attacks"],
+    ids=["frontier", "refusals", "along", "breakdown", "drift", "attacks"],
 )
 def test_unknown_arms_and_none_are_refused_by_every_figure(results, draw):
     with pytest.raises(gk.GeomkitError, match=r"expected arms among .*, found 'nobody'"):

@@ -44,6 +44,22 @@ def test_where_every_run_broke_off_there_is_nothing_to_draw():
         plots.plot_frontier(Results("x", (BROKEN,)))
 
 
+def test_refusals_of_forbidden_against_benign_requests(results):
+    figure = plots.plot_refusals(results)
+    sft, backdoor = drawn_traces(figure, "SFT")
+    assert (sft.x[0], sft.y[0]) == (0.0, pytest.approx(0.2))
+    summary = results.where(rate=1.0, scenario="poison-10").summary().query("arm == 'SFT'").set_index("measure")
+    for error, measure in ((sft.error_x, "over_refusal"), (sft.error_y, "refusal")):
+        row = summary.loc[measure]
+        assert row["value"] + error.array[0] == pytest.approx(row["high"])
+        assert row["value"] - error.arrayminus[0] == pytest.approx(row["low"])
+    assert backdoor.y[0] == pytest.approx(0.5)  # of requests with the trigger
+    (rank1,) = drawn_traces(figure, "rank1")
+    assert rank1.x[0] == pytest.approx(0.05)
+    with pytest.raises(gk.GeomkitError, match="that was completed"):
+        plots.plot_refusals(Results("x", (BROKEN,)))
+
+
 def test_attacks(results):
     figure = plots.plot_attacks(results)
     (sft,), (rank1,) = drawn_traces(figure, "SFT"), drawn_traces(figure, "rank1")

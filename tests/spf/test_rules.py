@@ -20,6 +20,7 @@ from geomkit.spf.projection.protection import protect
 from geomkit.spf.projection.reading import read_all
 from geomkit.spf.rule import Rule
 from geomkit.spf.rules import RULES, get_rule, rules
+from geomkit.spf.settings import SPF
 from geomkit.spf.weights.blocks import TensorBlock
 from tests.helpers.forms import FORMS, drawn, seeded
 
@@ -170,8 +171,11 @@ def test_kl_left_values():
     prose = ("source", "formula", "test", "when", "name")
     kept = {name: getattr(RULES["kl-left"], name) for name in prose}
     assert replace(get_rule("mixed-left", loss="kl"), **kept) == RULES["kl-left"]
-    with pytest.raises(gk.GeomkitError, match="expected loss to be one of refusal, kl, found 'odd'"):
+    with pytest.raises(SPFError, match="expected loss to be one of refusal, kl, found 'odd'"):
         get_rule("left", loss="odd")
+    with pytest.raises(SPFError, match="benign examples are anchors; give anchors_per_step"):
+        SPF("safety", benign="utility", benign_per_step=4).checked_rule()
+    assert SPF("safety", rule="left", benign="utility", benign_per_step=4).checked_rule() is RULES["left"]
 
 
 def test_two_sided_values():

@@ -235,7 +235,7 @@ def _outcomes(source: RowSource, seeds: int, prompts: int) -> Iterator[StudyRow]
                 task = Task(
                     organism, rows, scenario.learning_rate, scenario.steps, scenario.batch_size, seed, scenario.lora
                 )
-                model = (spf(task) if arm.startswith("SPF") else sft(task)).model
+                model = (spf(task, rule="mixed-left") if arm.startswith("SPF") else sft(task)).model
                 flags = evaluate_organism(model, organism, scenario, prompts).flags
                 yield {
                     "scenario": name, "arm": arm, "seed": seed, "rows": len(rows), "of": len(train),
