@@ -363,7 +363,7 @@ def finetune(
     anchors: Annotated[str | None, typer.Option(help="Safety examples; SPF is used when given.")] = None,
     rule: Annotated[
         str | None,
-        typer.Option(help="kl-left (default), mixed-left, rank1, left, cone, …: geomkit/spf/README.md has all."),
+        typer.Option(help="kl-left (default), mixed-left, rank1, left, …: geomkit/spf/README.md has all."),
     ] = None,
     rank: Annotated[int | None, _number("Rank of a rule that removes a subspace.")] = None,
     anchors_per_step: Annotated[int | None, _number("Anchors drawn for each step; 8 when left out.")] = None,

@@ -10,7 +10,6 @@ from geomkit.inputs.loss import scored, scored_logits
 from geomkit.inputs.model_state import model_state_kept
 from geomkit.inputs.tokens import Tokens
 
-
 _SCALE = 2**15
 """Factor of stored probabilities, with which fp16 has all its digits for probabilities from 2e-9 to 1."""
 

@@ -43,11 +43,11 @@ class SPF:
         rank: Rank k for a rule that removes a subspace; ``None`` for the rule's own rank.
         drift_correction: Whether to undo, to first order, the increase of the safety loss that earlier steps caused
             through curvature; ``None`` for the rule's own setting.
-        loss: The safety loss on the anchors. ``"refusal"``: the cross-entropy of their answers, which training can lower
-            further and further, so that the model may come to refuse benign requests too. ``"kl"``: the divergence from
-            the model before training, KL(before ‖ now), on the tokens of their answers, so that anchors may be *any*
-            examples on which the model has to stay what it is: forbidden requests with the model's own refusals, and
-            benign requests with its own answers. ``None`` for the rule's own loss.
+        loss: The safety loss on the anchors. ``"refusal"``: the cross-entropy of their answers, which training can
+            lower further and further, so that the model may come to refuse benign requests too. ``"kl"``: the
+            divergence from the model before training, KL(before ‖ now), on the tokens of their answers, so that anchors
+            may be *any* examples on which the model has to stay what it is: forbidden requests with the model's own
+            refusals, and benign requests with its own answers. ``None`` for the rule's own loss.
         mix: Multiple of the safety gradient that is added to the task's gradient before the optimizer's step, in
             addition to the rule, so that the model learns the task and the anchors; ``None`` for the rule's own
             multiple, which is 0 for most rules.
