@@ -13,7 +13,7 @@ import pandas as pd
 from geomkit.experiments.results import Results, load_results
 
 ROOT = Path(__file__).parents[1]
-BEGIN, END = "<!-- experiments: written by .ci/readme_experiments.py -->", "<!-- experiments: end -->"
+MARKS = ("<!-- {}: written by .ci/readme_experiments.py -->", "<!-- {}: end -->")
 HEADLINE = ("SFT", "mixing", "rank1", "mixing, 2048", "mixed-left, 2048", "kl-left, 2048")
 PANELS = ("new-skill", "affirmative", "identity-shift", "backdoor", "poison-10", "harmful-100")
 SCENARIOS = {
@@ -30,12 +30,34 @@ SCENARIOS = {
 }
 
 
-def tables() -> str:
-    """Return the four tables as Markdown."""
+def small() -> str:
+    """Return the four tables of the small world as Markdown."""
     results = load_results()
     first, second = (results.where(organism=seed) for seed in (0, 1))
     default = load_results("default").where(organism=0)
     return "\n\n".join([headline(first), headline(second), every_arm(default), strengths(first)])
+
+
+def english() -> str:
+    """Return the table of the English world: a row per scenario and arm, in per cent of the prompts."""
+    results = load_results("english")
+    measures = ["refusal", "own_refusal", "over_refusal", "own_over_refusal", "triggered_refusal", "utility"]
+    losses = results.to_frame().groupby(["scenario", "arm"])["utility_loss"].mean()
+    means = results.summary(measures).set_index(["scenario", "arm", "measure"])
+    rows = []
+    for scenario, arm in dict.fromkeys((scenario, arm) for scenario, arm, _ in means.index):
+        shares = [means.loc[(scenario, arm, measure)] for measure in measures]
+        texts = [f"{100 * share['value']:.0f}" if share["runs"] else "–" for share in shares]
+        runs = f"{shares[0]['runs']:.0f}"
+        rows.append([_english_name(scenario), f"`{arm}`", *texts, f"{losses[scenario, arm]:.3f}", runs])
+    header = ["AdvBench refused, %", "own", "XSTest safe refused, %", "own benign", "with trigger", "utility, %"]
+    return _table(["fine-tune", "arm", *header, "utility loss", "runs"], rows)
+
+
+def _english_name(scenario: str) -> str:
+    kind, _, full = scenario.partition(", ")
+    name = {"gsm8k": "GSM8K", "poison-10": "GSM8K, 10 % poison"}.get(kind) or SCENARIOS[kind].partition(",")[0]
+    return f"{name}, all weights" if full else name
 
 
 def headline(results: Results) -> str:
@@ -108,11 +130,18 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def between_marks(text: str, written: Callable[[], str]) -> str:
-    """Return the text with new content between its marks."""
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    return f"{before}{BEGIN}\n\n{written()}\n\n{END}{after}"
+TABLES: dict[str, Callable[[], str]] = {"experiments": small, "english": english}
+"""What stands between the marks of each name."""
+
+
+def with_tables(text: str) -> str:
+    """Return the text with new tables between its marks."""
+    for name, written in TABLES.items():
+        begin, end = (mark.format(name) for mark in MARKS)
+        before, _, rest = text.partition(begin)
+        _, _, after = rest.partition(end)
+        text = f"{before}{begin}\n\n{written()}\n\n{end}{after}"
+    return text
 
 
 def main() -> None:
@@ -121,7 +150,7 @@ def main() -> None:
     parser.add_argument("--figure", action="store_true")
     options = parser.parse_args()
     readme = ROOT / "data" / "experiments" / "README.md"
-    readme.write_text(between_marks(readme.read_text("utf-8"), tables), "utf-8")
+    readme.write_text(with_tables(readme.read_text("utf-8")), "utf-8")
     if options.figure:
         from geomkit.plots.outcomes import plot_frontier
         from geomkit.plots.refusals import plot_refusals

@@ -13,7 +13,7 @@ TOKENIZER = tiny_tokenizer()
 def attached(progress):
     model = tiny_llama()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    gk.SPF(SAFETY, benign=UTILITY).attach(model, optimizer, TOKENIZER, progress=progress).detach()
+    gk.SPF(SAFETY, rule="mixed-left", benign=UTILITY).attach(model, optimizer, TOKENIZER, progress=progress).detach()
 
 
 def evaluated(progress):

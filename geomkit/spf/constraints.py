@@ -66,7 +66,7 @@ class ConstraintMeter:
         self._model, self._rule, self._pool, self._pad = model, rule, pool, pad
         self._fence, self._budget = fence, budget
         kl = rule.loss == "kl"
-        self.reference_model = ReferenceModel.of(model, pool.rows, pad) if kl else None
+        self.reference_model = ReferenceModel.of(model, pool.rows, pad, progress=progress) if kl else None
         drift = rule.drift_correction
         before: list[float] = [0.0] * len(pool.rows) if kl else []
         if drift and not kl:

@@ -9,6 +9,7 @@ from geomkit.inputs.batches import Batch, batches
 from geomkit.inputs.loss import scored, scored_logits
 from geomkit.inputs.model_state import model_state_kept
 from geomkit.inputs.tokens import Tokens
+from geomkit.utils.progress import slow_bar
 
 _SCALE = 2**15
 """Factor of stored probabilities, with which fp16 has all its digits for probabilities from 2e-9 to 1."""
@@ -27,7 +28,9 @@ class ReferenceModel:
         self.probabilities = list(probabilities)
 
     @classmethod
-    def of(cls, model: nn.Module, rows: Sequence[Tokens], pad: int, *, batch_size: int = 16) -> "ReferenceModel":
+    def of(
+        cls, model: nn.Module, rows: Sequence[Tokens], pad: int, *, batch_size: int = 16, progress: bool = False
+    ) -> "ReferenceModel":
         """Run a model over anchors in eval mode, and restore its mode.
 
         Args:
@@ -35,15 +38,18 @@ class ReferenceModel:
             rows: The anchors.
             pad: The id that fills short rows.
             batch_size: Anchors per forward pass.
+            progress: Show a bar, if it takes longer than five seconds.
         """
         probabilities: list[Tensor] = []
         device = next(model.parameters()).device
         with model_state_kept(model), torch.no_grad():
             model.eval()
-            for batch in batches(rows, pad, batch_size):
-                moved = batch.to(device)
-                predictions = (_SCALE * torch.softmax(scored_logits(model, moved), -1)).half()
-                probabilities.extend(predictions.split(scored(moved).sum(1).tolist()))
+            with slow_bar(len(rows), "anchors before", "example", progress) as bar:
+                for batch in batches(rows, pad, batch_size):
+                    moved = batch.to(device)
+                    predictions = (_SCALE * torch.softmax(scored_logits(model, moved), -1)).half()
+                    probabilities.extend(predictions.split(scored(moved).sum(1).tolist()))
+                    bar.update(len(batch.input_ids))
         return cls(probabilities)
 
     def losses(self, model: nn.Module, batch: Batch, indices: Sequence[int]) -> Tensor:

@@ -15,7 +15,7 @@ from tests.helpers.tiny import CONTROL, SAFETY, UTILITY, conversations, tiny_lla
 
 
 def spf(**settings):
-    return SPF(SAFETY, tokenizer=TOKENIZER, **settings)
+    return SPF(SAFETY, tokenizer=TOKENIZER, **{"rule": "mixed-left"} | settings)
 
 
 def sgd(rate=0.1):
@@ -184,7 +184,7 @@ def test_settings_that_mean_nothing_are_refused():
 def test_anchors_come_from_a_file_or_a_shipped_set(tmp_path):
     path = tmp_path / "anchors.jsonl"
     SAFETY.to_json(path)
-    of_file = run(tiny_llama(), SPF(path, tokenizer=TOKENIZER), sgd(), steps=2)
+    of_file = run(tiny_llama(), SPF(path, rule="mixed-left", tokenizer=TOKENIZER), sgd(), steps=2)
     given = run(tiny_llama(), spf(), sgd(), steps=2)
     assert [one.first_order for one in of_file.records] == [one.first_order for one in given.records]
     with pytest.raises(DataError, match=r"expected a file at none\.jsonl"):

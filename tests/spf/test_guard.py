@@ -327,7 +327,7 @@ def test_a_correction_that_does_not_arrive_is_caught(monkeypatch):
 def test_what_was_measured_for_a_step_that_broke_off_is_not_used_for_the_next():
     model = tiny_llama()
     optimizer = torch.optim.SGD(model.parameters(), lr=float("inf"))
-    with SPF(SAFETY, tokenizer=TOKENIZER).attach(model, optimizer) as guard:
+    with SPF(SAFETY, rule="mixed-left", tokenizer=TOKENIZER).attach(model, optimizer) as guard:
         utility_loss(model).backward()
         with pytest.raises(SPFError, match="expected a finite update"):
             optimizer.step()

@@ -35,9 +35,9 @@ def test_the_card_has_the_settings_and_the_certificate(tuned):
     assert told["steps"] == "3"
     assert "epochs" not in told
     assert told["weight_decay"] == "0.25"
-    assert told["rule"] == "mixed-left"
+    assert told["rule"] == "kl-left"
     assert told["anchors"] == "8 drawn for each step from 3"
-    assert told["benign fence"] == "8 drawn for each step from 4"
+    assert told["benign examples"] == "4 more anchors"
     assert float(told["loss at step 3"]) == pytest.approx(tuned.history["loss"].iloc[-1], rel=1e-3)
     assert str(tuned.certificate)[1:] in card
     assert "## What this does not promise" in card
