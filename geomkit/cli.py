@@ -546,7 +546,7 @@ def bench(
         str | None, typer.Option(help="Run only part I of N, as 3/8, where jobs share the folder; the last one joins.")
     ] = None,
     earlier: Annotated[
-        str | None, typer.Option(help="Earlier results, whose cells are not run again: a file, or english.")
+        str | None, typer.Option(help="Earlier results, whose cells are not run again: a file, or a shipped grid.")
     ] = None,
 ) -> None:
     """Run a grid of fine-tunes on the organism, or the rest of an interrupted grid, and write results.jsonl.gz."""

@@ -90,7 +90,10 @@ def goal_table(
             and parts["rival"] >= -point
         )
         rows.append(dict(zip(SETTING, setting, strict=True)) | parts | {"reached": bool(reached)})
-    return pd.DataFrame(rows).dropna(axis="columns", how="all")
+    goals = pd.DataFrame(rows)
+    return (
+        goals.drop(columns="utility_loss") if goals.get("utility_loss", pd.Series(dtype=float)).isna().all() else goals
+    )
 
 
 def _aligned_means(means: "pd.DataFrame", aligned: str, setting: tuple[Any, ...]) -> "pd.Series[float]":

@@ -105,7 +105,7 @@ class Cell:
 
     @property
     def digest(self) -> str:
-        """Ten hexadecimal digits, a hash of all that the result depends on: version, cell, arm and scenario."""
+        """Ten hexadecimal digits, a hash of geomkit's version, the cell, its arm and its scenario."""
         everything = [__version__, asdict(self), asdict(self.scenario_definition)]
         return hashlib.sha256(json.dumps(everything, sort_keys=True, default=str).encode()).hexdigest()[:10]
 

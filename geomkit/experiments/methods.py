@@ -57,7 +57,7 @@ def spf(
         task: The task.
         anchors: Number of anchors in the pool.
         fence: Number of benign examples in the pool of the benign fence, which limits over-refusal; 0 for no fence.
-        mixed: Number of benign examples that are added to the anchors, so that mixing needs the compute of a fence.
+        mixed: Number of benign examples that are added to the anchors.
         response: ``"refusal"`` for anchors; ``"benign"`` for benign requests with the refusal, as a control.
         endings: Whether the pool contains each anchor a second time, its request followed by the last sentence of a
             random training request.

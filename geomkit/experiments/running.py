@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from geomkit.errors import GeomkitError
+from geomkit.errors import DataError, GeomkitError
 from geomkit.experiments.cells import run_cell, store_record, stored_record
 from geomkit.experiments.grid import Cell, Grid, load_grid
 from geomkit.experiments.organism.variants import SHIPPED, build_variant
@@ -33,7 +33,7 @@ def run_experiments(
     :meth:`~geomkit.experiments.grid.Grid.shard`.
 
     Args:
-        grid: A shipped grid (``"default"``, ``"limits"``, ``"smoke"``), a TOML file, or a
+        grid: A shipped grid (``"default"``, ``"limits"``, ``"english"``, ``"smoke"``), a TOML file, or a
             :class:`~geomkit.experiments.grid.Grid`.
         folder: The folder for the cells, and for organisms that do not ship.
         processes: Number of processes, each on one thread; 1 runs all cells in the present process.
@@ -67,7 +67,7 @@ def run_experiments(
 def take_over(results: Results, grid: Grid, folder: str | Path) -> int:
     """Store earlier results in the folder of an experiment, so that :func:`run_experiments` runs the other cells only.
 
-    A record is taken over if its digest says that it is the result of a cell of the grid, and the cell has no record in
+    A record is taken over if its digest says that it is the result of a cell of the grid, and the cell has no result in
     the folder.
 
     Args:
@@ -77,9 +77,18 @@ def take_over(results: Results, grid: Grid, folder: str | Path) -> int:
 
     Returns:
         The number of records that were taken over.
+
+    Raises:
+        DataError: If no result is that of a cell of the grid.
     """
-    records = {record["digest"]: record for record in results.records if "digest" in record}
-    missing = [cell for cell in grid.cells if cell.digest in records and stored_record(cell, Path(folder)) is None]
+    records = {record["digest"]: record for record in results.records if "digest" in record and "error" not in record}
+    known = [cell for cell in grid.cells if cell.digest in records]
+    if not known:
+        raise DataError(
+            f"expected earlier results of the grid '{grid.name}', found none of its cells among {len(results)} of "
+            f"'{results.name}': they are of another grid or version; leave them out"
+        )
+    missing = [cell for cell in known if "error" in (stored_record(cell, Path(folder)) or {"error": "no record"})]
     for cell in missing:
         store_record(records[cell.digest], cell, Path(folder))
     return len(missing)

@@ -20,6 +20,9 @@ from geomkit.spf.demands import Demands, Measured
 from geomkit.spf.kl import ReferenceModel
 from geomkit.spf.rule import Rule
 
+_LEAST_DIVERGENCE = 1e-6
+"""Divergence from the model before training, in nats per token, below which it is taken for rounding."""
+
 
 @dataclass(frozen=True)
 class BenignFence:
@@ -88,6 +91,8 @@ class ConstraintMeter:
     def measure(self, step: int, blocks: Iterable[str]) -> Measured:
         """Collect the gradients of a step's constraints, and set their bounds.
 
+        Under a rule with the KL loss there are no gradients until the model has moved.
+
         Args:
             step: Number of the step, from 0.
             blocks: Names of the parameters to collect.
@@ -126,8 +131,10 @@ class ConstraintMeter:
             benign, bound = self._benign(step, self._fence)
             constraints.append(benign)
             weights, hard, soft = np.append(weights, 0.0), np.append(hard, np.inf), np.append(soft, bound)
+        # 4. Before the model has moved, the divergence and its gradient are rounding: there is nothing to protect yet.
+        is_rounding = self._rule.loss == "kl" and safety.loss < _LEAST_DIVERGENCE
         return Measured(
-            {name: gradients for name in blocks if (gradients := _of_block(constraints, name))},
+            {name: gradients for name in blocks if not is_rounding and (gradients := _of_block(constraints, name))},
             Demands(weights, hard, soft, self._budget),
             safety.loss,
             indices,
@@ -152,7 +159,7 @@ class ConstraintMeter:
         return {
             "references": torch.from_numpy(self.references),
             "benign_references": torch.from_numpy(self.benign_references),
-            **{f"teacher.{index}": probabilities for index, probabilities in enumerate(before)},
+            **{f"before.{index}": probabilities for index, probabilities in enumerate(before)},
         }
 
     def load(self, state: Mapping[str, Tensor]) -> None:
@@ -160,8 +167,7 @@ class ConstraintMeter:
         self.references, self.benign_references = (state[name].numpy() for name in ("references", "benign_references"))
         if self.reference_model is not None:
             before = self.reference_model.probabilities
-            device = before[0].device
-            before[:] = [state[f"teacher.{index}"].to(device) for index in range(len(before))]
+            before[:] = [state[f"before.{index}"].cpu() for index in range(len(before))]
 
 
 def _divergences(reference_model: ReferenceModel, indices: Sequence[int], model: nn.Module, batch: Batch) -> Tensor:

@@ -83,6 +83,10 @@ class Rule:
             (self.has_subspace != (self.rank > 0), "a rank for a rule that removes a subspace, and for no other"),
             (self.closed_subspace and self.removal != "left", "removal 'left' for a closed subspace"),
             (
+                self.closed_subspace and self.loss == "kl",
+                "the loss 'refusal' for a closed subspace, as there is no divergence before training",
+            ),
+            (
                 self.each_anchor and (self.scope, self.removal, self.loss) != ("global", "rank1", "refusal"),
                 "scope 'global', removal 'rank1' and the loss 'refusal' where each anchor is a constraint",
             ),

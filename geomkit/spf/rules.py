@@ -69,10 +69,10 @@ RULES: Mapping[str, Rule] = MappingProxyType(
                 "block",
                 "left",
                 "own",
-                "mixed-left with SafeGrad's loss (arXiv 2508.07172), on forbidden and on benign anchors",
+                "mixed-left with SafeGrad's loss (arXiv 2508.07172)",
                 formula="mixing with KL(before ‖ now), then left with k = 1",
                 guarantee=_LEFT_PROMISE,
-                test=_TESTS + "test_kl_left_values",
+                test="tests/spf/test_anchors.py::test_the_default_rule_keeps_its_promise_on_forbidden_and_benign_anchors",
                 when="the default: the model has to stay as it is on forbidden and on benign requests",
                 rank=1,
                 safety_gradient_weight=1.0,
@@ -211,7 +211,7 @@ RULES: Mapping[str, Rule] = MappingProxyType(
 """Every rule by name; see :func:`get_rule` for a rule with changed settings."""
 
 DEFAULT_RULE = "kl-left"
-"""The rule of a :class:`geomkit.SPF` that names no rule: the best one in the shipped experiments."""
+"""The rule of a :class:`geomkit.SPF` that names no rule: the best one on the real model of data/experiments."""
 
 _OLD_NAMES = {"measure": "monitor"}
 """Former names of rules, which grids of experiments still use."""

@@ -54,11 +54,12 @@ class SPF:
         drift_margin: Excess of the anchors' loss over its value before training above which drift is corrected, nats
             per token; ``None`` for the rule's own margin.
         anchors_per_step: Number of anchors that each step draws from the pool.
-        benign: Requests that the model has to keep answering, with the answers, best the model's own; requests that
-            resemble forbidden ones tell it most. Under a rule with the KL loss they are anchors too:
-            ``anchors_per_step`` examples are drawn from both sets together. Under the other rules they are the benign
-            fence: where their loss exceeds its value before training by more than ``benign_margin``, the update must
-            bring it back, to first order and without a conflict with safety.
+        benign: Requests that the model has to keep answering, with the answers, best the model's own (see
+            :func:`geomkit.training.responses.own_responses`); best are requests that resemble forbidden ones. Under a
+            rule with the KL loss they are anchors too: ``anchors_per_step`` examples are drawn from both sets together,
+            so that their sizes set the mixture. Under the other rules they are the benign fence: where their loss
+            exceeds its value before training by more than ``benign_margin``, the update must bring it back, to first
+            order and without a conflict with safety.
         benign_per_step: Number of benign examples that each step draws for the fence.
         benign_margin: Tolerated excess of the benign examples' loss over its value before training, nats per token.
         correction_limit: Largest correction for drift and the benign fence, as a fraction of the norm of the update.
@@ -248,7 +249,7 @@ class SPF:
                 f"'{rule.name}'; leave it out"
             )
         fence = {name: getattr(self, name) for name in ("benign_per_step", "benign_margin")}
-        if rule.loss == "kl" and fence != {name: getattr(SPF, name) for name in fence}:
+        if rule.loss == "kl" and self.benign is not None and fence != {name: getattr(SPF, name) for name in fence}:
             raise SPFError(
                 f"expected benign_per_step and benign_margin for a rule with a benign fence only, found {fence} and "
                 f"'{rule.name}', for which benign examples are anchors; give anchors_per_step"

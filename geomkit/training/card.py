@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from geomkit.spf.certificate import Certificate
+from geomkit.spf.rule import SafetyLoss
 from geomkit.spf.settings import SPF
 from geomkit.version import __version__
 
@@ -19,6 +20,10 @@ _NO_PROMISE = """
 - Nothing is promised after the last step: another fine-tune, a merge or a quantisation is not covered.
 - This card has no evaluation. `geomkit evaluate` measures refusals, over-refusals and skills.
 """
+
+_LOSSES: Mapping[SafetyLoss, str] = {
+    "refusal": "cross-entropy of their answers", "kl": "divergence from the model before training",
+}  # fmt: skip
 
 
 def settings_of(
@@ -43,9 +48,11 @@ def settings_of(
     if spf is None:
         return {"training": facts | told}
     rule = spf.checked_rule()
-    benign = "none" if spf.benign is None else f"{spf.benign_per_step} drawn for each step from {_count(spf.benign)}"
+    anchors, fence = str(_count(spf.anchors)), "none"
     if spf.benign is not None and rule.loss == "kl":
-        benign = f"{_count(spf.benign)} more anchors"
+        anchors += f" with refusals and {_count(spf.benign)} benign ones"
+    elif spf.benign is not None:
+        fence = f"{spf.benign_per_step} drawn for each step from {_count(spf.benign)}"
     return {
         "training": facts | told,
         "protection": {
@@ -53,9 +60,10 @@ def settings_of(
             "what the rule is": rule.source,
             "a step in conflict becomes": rule.formula or "unchanged",
             "promise": rule.guarantee,
-            "anchors": f"{spf.anchors_per_step} drawn for each step from {_count(spf.anchors)}",
+            "loss on the anchors": _LOSSES[rule.loss],
+            "anchors": f"{spf.anchors_per_step} drawn for each step from {anchors}",
             "steps between two safety gradients": spf.refresh_every,
-            "benign examples": benign,
+            "benign fence": fence,
             "seed of the draws": spf.seed,
         },
     }
@@ -117,8 +125,8 @@ def _parts(
         yield "None: this was a plain fine-tune, after which a model may have lost refusals of its base model."
         return
     yield (
-        "Safety-preserving fine-tuning ([SPF](https://arxiv.org/abs/2601.10141)) on anchors, which are forbidden "
-        "requests with the refusals that should stay. Its rule says what becomes of a step that would raise the loss "
+        "Safety-preserving fine-tuning ([SPF](https://arxiv.org/abs/2601.10141)) on anchors, which are requests "
+        "with the answers that should stay. Its rule says what becomes of a step that would raise the loss "
         "on the anchors."
     )
     yield _table(settings.get("protection", {}))

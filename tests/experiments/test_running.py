@@ -163,6 +163,8 @@ def test_cells_of_earlier_results_are_not_run_again(small, tmp_path):
     results = run_experiments(grid, folder, progress=False, processes=1)
     assert results.records[:2] == earlier.records[:2]  # their times as well
     assert results.records[2] != earlier.records[2]
+    with pytest.raises(gk.GeomkitError, match="found none of its cells among 3 of 'small'"):
+        take_over(earlier, load_grid("smoke"), folder)
 
 
 def test_a_cell_that_is_cut_short_is_run_again(small, tmp_path):

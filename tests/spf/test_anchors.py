@@ -46,7 +46,9 @@ def test_draws_depend_on_seed_and_step_only():
 
 
 def test_anchors_are_measured_every_so_many_steps(passes):
-    certificate = run(tiny_llama(), SPF(SAFETY, tokenizer=TOKENIZER, refresh_every=3), sgd(), steps=7)
+    certificate = run(
+        tiny_llama(), SPF(SAFETY, rule="mixed-left", tokenizer=TOKENIZER, refresh_every=3), sgd(), steps=7
+    )
     assert len(passes) == 3
     assert [record.fresh for record in certificate.records] == [True, False, False, True, False, False, True]
     assert certificate.violations == 0  # of the gradient that was measured
@@ -157,11 +159,29 @@ def test_the_default_rule_keeps_its_promise_on_forbidden_and_benign_anchors():
             assert record.anchor_loss == pytest.approx(
                 float(divergence(start, before, rows).detach()), rel=1e-3, abs=1e-6
             )
-            # The probabilities before training are stored in fp16: at first the divergence is their rounding.
+            # The probabilities before training are stored in fp16.
             assert record.first_order == pytest.approx(sum(changes), rel=1e-3, abs=3e-5)
             assert max(changes) <= 3e-5
     assert guard.certificate.violations == 0
     assert record.anchor_loss > 0.01
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_where_the_model_has_not_moved_there_is_nothing_to_protect(every):
+    """The first step is that of the task alone, and the second is measured anew."""
+    spf = SPF(SAFETY, benign=CONTROL, refresh_every=every, tokenizer=TOKENIZER)
+    guarded, free = tiny_llama(), tiny_llama()
+    certificate = run(guarded, spf, sgd(0.1), steps=1)
+    optimizer = torch.optim.SGD(free.parameters(), lr=0.1)
+    task_loss(free).backward()
+    optimizer.step()
+    for one, other in zip(guarded.parameters(), free.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+    assert certificate.records[0].anchor_loss < 1e-6
+    certificate = run(tiny_llama(), spf, sgd(0.1), steps=4)
+    assert certificate.violations == 0
+    fresh = [True] * 4 if every == 1 else [True, True, False, True]
+    assert [record.fresh for record in certificate.records] == fresh
 
 
 # -------------------------------------------------------------------------------------------------- the fence

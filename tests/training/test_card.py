@@ -36,8 +36,9 @@ def test_the_card_has_the_settings_and_the_certificate(tuned):
     assert "epochs" not in told
     assert told["weight_decay"] == "0.25"
     assert told["rule"] == "kl-left"
-    assert told["anchors"] == "8 drawn for each step from 3"
-    assert told["benign examples"] == "4 more anchors"
+    assert told["anchors"] == "8 drawn for each step from 3 with refusals and 4 benign ones"
+    assert told["loss on the anchors"] == "divergence from the model before training"
+    assert told["benign fence"] == "none"
     assert float(told["loss at step 3"]) == pytest.approx(tuned.history["loss"].iloc[-1], rel=1e-3)
     assert str(tuned.certificate)[1:] in card
     assert "## What this does not promise" in card
