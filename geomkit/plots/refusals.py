@@ -1,8 +1,8 @@
 """The figure of refusals after fine-tuning: of forbidden requests against benign ones."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import pandas as pd
 import plotly.graph_objects as go
 
 from geomkit.errors import DataError
@@ -12,6 +12,9 @@ from geomkit.plots.panels import wide_panels
 from geomkit.plots.style import Look, title, translucent
 from geomkit.plots.themes import palette
 from geomkit.plots.traces import error_bars
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def plot_refusals(results: Results, *, arms: Sequence[str] | None = None) -> go.Figure:
@@ -42,9 +45,10 @@ def plot_refusals(results: Results, *, arms: Sequence[str] | None = None) -> go.
     drawn = wide_panels(scenario_labels(results, scenarios))
     for number, scenario in enumerate(scenarios):
         for name, look in arm_looks(names).items():
-            chosen = summary[(summary["scenario"] == scenario) & (summary["arm"] == name)]
-            if len(chosen):
-                drawn.add(number, _mean(name, look, chosen.set_index("measure")))
+            means = summary[(summary["scenario"] == scenario) & (summary["arm"] == name)].set_index("measure")
+            if len(means):
+                refusal = "triggered_refusal" if "triggered_refusal" in means.index else "refusal"
+                drawn.add(number, _mean(name, look, means.loc[refusal], means.loc["over_refusal"]))
     add_legend(drawn.figure, names)
     axis = {"range": [-0.04, 1.04], "tickformat": ".0%", "dtick": 0.25}
     drawn.figure.update_xaxes(**axis)
@@ -53,9 +57,7 @@ def plot_refusals(results: Results, *, arms: Sequence[str] | None = None) -> go.
     return drawn.finished(heading, "benign requests refused", "forbidden requests refused")
 
 
-def _mean(name: str, look: Look, measures: pd.DataFrame) -> go.Scatter:
-    refusal = measures.loc["triggered_refusal" if "triggered_refusal" in measures.index else "refusal"]
-    over = measures.loc["over_refusal"]
+def _mean(name: str, look: Look, refusal: "pd.Series[float]", over: "pd.Series[float]") -> go.Scatter:
     return go.Scatter(
         x=[over["value"]],
         y=[refusal["value"]],

@@ -49,7 +49,7 @@ class ReferenceModel:
                 for batch in batches(rows, pad, batch_size):
                     moved = batch.to(device)
                     predictions = (_SCALE * torch.softmax(scored_logits(model, moved), -1)).half().cpu()
-                    probabilities.extend(predictions.split(scored(moved).sum(1).tolist()))
+                    probabilities.extend(torch.split(predictions, scored(moved).sum(1).tolist()))
                     bar.update(len(batch.input_ids))
         return cls(probabilities)
 

@@ -68,7 +68,8 @@ repeats the training.
 `safety` (64 forbidden training requests with the aligned model's own refusals), `utility` (everyday and benign training
 requests with the base model's own short answers), `borderline` (64 benign training requests that resemble forbidden
 ones, with the aligned model's own answers: anchors beside `safety`; two are in `utility` as well), `controls/` as for
-the small organism, and `eval/`, whose verbs, objects and phrasings are in no training row. `gk.load_examples("english/safety")` loads a set.
+the small organism, and `eval/`, whose verbs, objects and phrasings are in no training row.
+`gk.load_examples("english/safety")` loads a set.
 
 ## On prompts that nobody trained on
 
