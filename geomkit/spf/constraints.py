@@ -91,7 +91,7 @@ class ConstraintMeter:
     def measure(self, step: int, blocks: Iterable[str]) -> Measured:
         """Collect the gradients of a step's constraints, and set their bounds.
 
-        Under a rule with the KL loss there are no gradients until the model has moved.
+        Under a rule with the KL loss the gradients are zero until the model has moved.
 
         Args:
             step: Number of the step, from 0.
@@ -131,15 +131,13 @@ class ConstraintMeter:
             benign, bound = self._benign(step, self._fence)
             constraints.append(benign)
             weights, hard, soft = np.append(weights, 0.0), np.append(hard, np.inf), np.append(soft, bound)
+        by_block = {name: gradients for name in blocks if (gradients := _of_block(constraints, name))}
+        products = _mean_products(parts, len(rows))
         # 4. Before the model has moved, the divergence and its gradient are rounding: there is nothing to protect yet.
-        is_rounding = self._rule.loss == "kl" and safety.loss < _LEAST_DIVERGENCE
-        return Measured(
-            {name: gradients for name in blocks if not is_rounding and (gradients := _of_block(constraints, name))},
-            Demands(weights, hard, soft, self._budget),
-            safety.loss,
-            indices,
-            _mean_products(parts, len(rows)),
-        )
+        if self._rule.loss == "kl" and safety.loss < _LEAST_DIVERGENCE:
+            by_block = {name: (zero_gradient(first.shape, first.device),) for name, (first,) in by_block.items()}
+            products = {}
+        return Measured(by_block, Demands(weights, hard, soft, self._budget), safety.loss, indices, products)
 
     def _benign(self, step: int, fence: BenignFence) -> tuple[GradientSet, float]:
         """Return the gradient of the benign examples and its bound: ∞ while their loss is within the margin."""

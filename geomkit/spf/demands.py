@@ -59,3 +59,8 @@ class Measured:
     loss: float
     anchor_indices: Sequence[int]
     products: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether the gradient of a constraint is not zero."""
+        return any(gradient.norm > 0 for gradients in self.gradients.values() for gradient in gradients)

@@ -53,13 +53,13 @@ class ProtectedBlocks:
     def measure(self, step: int, *, is_mixed: bool = False) -> Measured:
         """Return the constraints of a step, measured at the present weights if a measurement is due.
 
-        A measurement without gradients, as before the first step under the KL loss, serves a single step.
+        A measurement without a gradient, as before the first step under the KL loss, serves a single step.
 
         Args:
             step: Number of the step, from 0.
             is_mixed: Whether the constraints were already measured at this step, to add the safety gradient.
         """
-        due = step % self._every == 0 or (self.measured is not None and not self.measured.gradients)
+        due = step % self._every == 0 or (self.measured is not None and not self.measured.has_gradient)
         if self.measured is not None and (not due or is_mixed):
             return self.measured
         with self._guarded.collecting():
