@@ -318,7 +318,7 @@ def test_a_correction_that_does_not_arrive_is_caught(monkeypatch):
     monkeypatch.setattr("geomkit.spf.weights.blocks.TensorBlock.apply", lambda *_: None)
     utility_loss(model).backward()
     with (
-        SPF(SAFETY, tokenizer=TOKENIZER).attach(model, optimizer),
+        SPF(SAFETY, rule="mixed-left", tokenizer=TOKENIZER).attach(model, optimizer),
         pytest.raises(SPFError, match=r"step 1: expected .* no block's beyond its bound"),
     ):
         optimizer.step()
