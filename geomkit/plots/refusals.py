@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import plotly.graph_objects as go
 
 from geomkit.errors import DataError
@@ -44,11 +45,13 @@ def plot_refusals(results: Results, *, arms: Sequence[str] | None = None) -> go.
     scenarios = list(dict.fromkeys(summary["scenario"]))
     drawn = wide_panels(scenario_labels(results, scenarios))
     for number, scenario in enumerate(scenarios):
-        for name, look in arm_looks(names).items():
+        # Markers become smaller from arm to arm, so that a marker is visible inside the marker of an earlier arm.
+        sizes = np.linspace(16, 8, len(names)) if len(names) > 1 else [10]
+        for (name, look), size in zip(arm_looks(names).items(), sizes, strict=True):
             means = summary[(summary["scenario"] == scenario) & (summary["arm"] == name)].set_index("measure")
             if len(means):
                 refusal = "triggered_refusal" if "triggered_refusal" in means.index else "refusal"
-                drawn.add(number, _mean(name, look, means.loc[refusal], means.loc["over_refusal"]))
+                drawn.add(number, _mean(name, look, size, means.loc[refusal], means.loc["over_refusal"]))
     add_legend(drawn.figure, names)
     axis = {"range": [-0.04, 1.04], "tickformat": ".0%", "dtick": 0.25}
     drawn.figure.update_xaxes(**axis)
@@ -57,7 +60,7 @@ def plot_refusals(results: Results, *, arms: Sequence[str] | None = None) -> go.
     return drawn.finished(heading, "benign requests refused", "forbidden requests refused")
 
 
-def _mean(name: str, look: Look, refusal: "pd.Series[float]", over: "pd.Series[float]") -> go.Scatter:
+def _mean(name: str, look: Look, size: float, refusal: "pd.Series[float]", over: "pd.Series[float]") -> go.Scatter:
     return go.Scatter(
         x=[over["value"]],
         y=[refusal["value"]],
@@ -66,7 +69,7 @@ def _mean(name: str, look: Look, refusal: "pd.Series[float]", over: "pd.Series[f
         showlegend=False,
         mode="markers",
         marker={
-            "color": look.colour, "symbol": look.symbol, "size": 11, "line": {"width": 1, "color": palette().paper},
+            "color": look.colour, "symbol": look.symbol, "size": size, "line": {"width": 1, "color": palette().paper},
         },
         error_x=_interval(over, look),
         error_y=_interval(refusal, look),
