@@ -114,7 +114,7 @@ def _from_token_grams(left: Tensor, right: Tensor, b: Tensor) -> TokenDecomposit
 
     # 3. UᵀLᵀ = EᵀCᵀ, and with v_i = Rᵀ L u_i / σ_i: token t has the part (CE)_ti (BCE)_ti / σ_i.
     def products() -> Tensor:
-        images = lower @ vectors.flip(1)
+        images: Tensor = lower @ vectors.flip(1)
         return images * (b @ images)
 
     def leading(k: int) -> Tensor:
