@@ -38,7 +38,7 @@ def measured(progress):
     gk.subspace(safety, rank=1, progress=progress)
     gk.one_sample_study(safety, utility, rank=1, progress=progress)
     gk.overlaps({"safety": safety, "utility": utility}, rank=1, progress=progress)
-    four = gk.load_examples([*SAFETY.to_list(), UTILITY[0]])
+    four = gk.load_examples([*SAFETY.to_list(), UTILITY[0]], progress=False)
     gradients = gk.collect_gradients(tiny_llama(), TOKENIZER, four, per_sample=True, form="factored", progress=False)
     gk.anchor_curve(gradients, rank=1, draws=2, progress=progress)
 
@@ -46,6 +46,7 @@ def measured(progress):
 CALLS = {
     "geometry": (measured, ["spectra", "subspaces", "one sample", "overlaps", "anchor curve"]),
     "attach": (attached, ["encode", "anchors before", "benign before"]),
+    "load_examples": (lambda progress: gk.load_examples("safety", progress=progress), ["read", "load"]),
     "encode": (lambda progress: gk.encode(TOKENIZER, UTILITY, progress=progress), ["encode"]),
     "evaluate": (evaluated, ["encode", "skill"]),
     "finetune": (fine_tuned, ["encode", "anchors before", "fine-tune"]),

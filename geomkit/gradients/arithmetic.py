@@ -21,7 +21,7 @@ from geomkit.utils.precision import no_autocast
 _FP64_NUMBERS = 2**21
 """Number of values that are converted to fp64 at a time."""
 
-_STRIP_NUMBERS = 2**22
+_STRIP_NUMBERS = 2**23
 """Number of entries of all gradients that are formed at a time."""
 
 _BLOCK_TOKENS = 1024

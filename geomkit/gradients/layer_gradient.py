@@ -21,7 +21,7 @@ from geomkit.utils.precision import no_autocast
 _STRIP_ROWS = 4096
 """Number of rows of a matrix that are converted to fp64 at a time, so that no full fp64 copy is made."""
 
-_FEW_ROWS = 128
+_FEW_ROWS = 64
 """Number of rows up to which all of a symmetric product costs less than half of it does by numpy."""
 
 Factors = tuple[Tensor, Tensor]

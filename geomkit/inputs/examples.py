@@ -17,6 +17,7 @@ from geomkit.inputs.benchmarks import BENCHMARKS
 from geomkit.inputs.files import read_rows
 from geomkit.inputs.messages import Message
 from geomkit.utils.files import data_dir
+from geomkit.utils.progress import with_bar
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -38,6 +39,7 @@ def load_examples(
     path: str | Path | None = None,
     config: str | None = None,
     columns: Columns | None = None,
+    progress: bool = True,
 ) -> "Dataset":
     """Return conversations from a shipped set, a file, a benchmark, a data set of the hub, or rows in memory.
 
@@ -61,6 +63,7 @@ def load_examples(
         columns: Which column is what, for columns with other names: ``{"prompt": "goal", "response": "target"}``. Other
             keys are ``messages``, ``context``, ``system``, ``history`` and ``tools``. In a CSV file without header,
             columns have numbers from 0.
+        progress: Show bars, in lines of a file and in rows, if these take longer than five seconds.
 
     Returns:
         The rows, with a checked column ``messages`` and, where rows have tools, ``tools``.
@@ -83,14 +86,14 @@ def load_examples(
         return load_benchmark(source, path, split)
     if path is not None:
         raise DataError(f"expected path= with the name of a benchmark, found it with a {type(source).__name__}")
-    rows, name = _rows(source, split, config, columns)
+    rows, name = _rows(source, split, config, columns, progress)
     if len(rows) == 0:
         raise DataError(f"expected at least one example in {name}, found an empty set; give a set with rows")
     padded = isinstance(rows, Dataset)
     names = rows.column_names if isinstance(rows, Dataset) else list(dict.fromkeys(key for row in rows for key in row))
     reader = RowReader(names, name, columns)
     conversations = []
-    for index, row in enumerate(rows):
+    for index, row in enumerate(with_bar(rows, "load", "row", progress, total=len(rows))):
         try:
             conversations.append(reader(row, padded=padded))
         except DataError as error:
@@ -144,7 +147,7 @@ def _with_conversations(
 
 
 def _rows(
-    source: Source, split: str | None, config: str | None, columns: Columns | None
+    source: Source, split: str | None, config: str | None, columns: Columns | None, progress: bool
 ) -> "tuple[Dataset | list[dict[str, Any]], str]":
     """Return the rows of a source as they are, and the name of the source for messages."""
     import pandas as pd
@@ -155,7 +158,7 @@ def _rows(
     if isinstance(source, IterableDataset):
         source = _of_stream(source)
     if isinstance(source, str | Path):
-        return _named_rows(source, split, config, columns)
+        return _named_rows(source, split, config, columns, progress)
     if split is not None or config is not None:
         raise DataError(f"expected split and config with a data set of the hub only, found a {type(source).__name__}")
     if isinstance(source, Dataset):
@@ -210,7 +213,7 @@ def _split_of(splits: Any, split: str | None) -> "Dataset":
 
 
 def _named_rows(
-    source: str | Path, split: str | None, config: str | None, columns: Columns | None
+    source: str | Path, split: str | None, config: str | None, columns: Columns | None, progress: bool
 ) -> "tuple[Dataset | list[dict[str, Any]], str]":
     """Return the rows of a file, a folder, a shipped set or a data set of the hub."""
     from datasets import DatasetDict, load_from_disk
@@ -223,7 +226,7 @@ def _named_rows(
         if config is not None or split not in (None, "train"):
             raise DataError(f"{name}: expected no split and no config with a file, found {config or split}")
         known = {str(column).lower() for column in (columns or {}).values() if not str(column).isdecimal()}
-        return read_rows(file, KNOWN_COLUMNS | known), name
+        return read_rows(file, KNOWN_COLUMNS | known, progress=progress), name
     if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
         saved = load_from_disk(str(path))
         return (_split_of(saved, split) if isinstance(saved, DatasetDict) else saved), name

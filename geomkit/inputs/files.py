@@ -10,17 +10,19 @@ from typing import Any
 
 from geomkit.errors import DataError
 from geomkit.utils.files import parse_json
+from geomkit.utils.progress import with_bar
 
 Row = dict[str, Any]
 
 
-def read_rows(path: Path, known: Collection[str] = ()) -> list[Row]:
+def read_rows(path: Path, known: Collection[str] = (), *, progress: bool = False) -> list[Row]:
     """Return the rows of a file, whose format is that of its ending; a file with another ending has JSON lines.
 
     Args:
         path: A file; ``.gz`` behind the ending says that it is compressed.
         known: Names of columns, in lower case, by which the header of a CSV file is told from its first row. The
             columns of a file without header are named ``"0"``, ``"1"``, ….
+        progress: Show a bar, in lines, if a file of JSON lines takes longer than five seconds.
 
     Returns:
         One mapping of column to value for each row.
@@ -39,7 +41,9 @@ def read_rows(path: Path, known: Collection[str] = ()) -> list[Row]:
     if ending == ".parquet":
         rows = _read_parquet(content, path)
     else:
-        rows = _READERS.get(ending, _read_json_lines)(_decoded(content, path), path, known)
+        text = _decoded(content, path)
+        reader = _READERS.get(ending)
+        rows = _read_json_lines(text, path, known, progress) if reader is None else reader(text, path, known)
     if not rows:
         raise DataError(f"expected at least one example in {path}, found an empty file; write a row a line")
     return rows
@@ -72,12 +76,12 @@ def _parsed(text: str, where: str, expected: str) -> Any:
         raise DataError(f"{where}: expected {expected}, found {error}") from None
 
 
-def _read_json_lines(text: str, path: Path, known: Collection[str]) -> list[Row]:
+def _read_json_lines(text: str, path: Path, known: Collection[str], progress: bool = False) -> list[Row]:
     if text.lstrip().startswith("["):
         return _read_json(text, path, known)
     rows = []
     # Not str.splitlines, which also splits at U+2028 and similar characters; JSON allows these inside a string.
-    for number, line in enumerate(text.split("\n"), start=1):
+    for number, line in enumerate(with_bar(text.split("\n"), "read", "line", progress), start=1):
         if not line.strip():
             continue
         row = _parsed(line, f"{path}, line {number}", "one JSON object a line")

@@ -261,15 +261,14 @@ class SPF:
 
         Args:
             rows: The encoded examples.
-            progress: Show a bar, if encoding takes longer than five seconds.
+            progress: Show bars, if reading or encoding takes longer than five seconds.
         """
 
         def encoded(examples: "Dataset | EncodedExamples | str | Path") -> EncodedExamples:
             if isinstance(examples, EncodedExamples):
                 return examples
-            return encode(
-                rows.tokenizer, load_examples(examples), assistant_mask=rows.assistant_mask, progress=progress
-            )
+            loaded = load_examples(examples, progress=progress)
+            return encode(rows.tokenizer, loaded, assistant_mask=rows.assistant_mask, progress=progress)
 
         return replace(
             self, anchors=encoded(self.anchors), benign=None if self.benign is None else encoded(self.benign)
@@ -284,7 +283,8 @@ class SPF:
         progress: bool,
     ) -> tuple[AnchorPool, int]:
         """Return a pool of examples that the model can run, and the id of the token that fills short rows."""
-        examples = examples if isinstance(examples, EncodedExamples) else load_examples(examples)
+        if not isinstance(examples, EncodedExamples):
+            examples = load_examples(examples, progress=progress)
         rows, pad = encoded_for(model, tokenizer, examples, progress)
         return AnchorPool(tuple(rows), per_step, self.seed), pad
 
@@ -293,4 +293,5 @@ def _content_hash(examples: "Dataset | EncodedExamples | str | Path") -> str:
     """Return a hash of the text of examples; for encoded examples, of their text and tokens."""
     if isinstance(examples, EncodedExamples):
         return examples.fingerprint
-    return sha256(repr(load_examples(examples)["messages"][:]).encode()).hexdigest()
+    loaded = load_examples(examples, progress=False)
+    return sha256(repr(loaded["messages"][:]).encode()).hexdigest()

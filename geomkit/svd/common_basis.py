@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from geomkit.gradients.indexed import IndexedGradient
 from geomkit.gradients.layer_gradient import Factors, LayerGradient, row_products
+from geomkit.svd.eigenpairs import largest_eigenpairs
 from geomkit.svd.singular_values import rank_tolerance
 from geomkit.svd.singular_vectors import Side, check_side
 from geomkit.utils.arguments import check_finite
@@ -24,8 +24,6 @@ _FORMED = 2**25
 """Largest number of entries, together, of gradients that are formed as matrices and kept in memory."""
 _MIN_SUMS = 4
 """Number of sums from which on sums of formed gradients are cheaper than sums of factors."""
-_FULL_SIZE = 160
-"""Largest size at which computing all eigenvectors takes no longer than computing only the leading eigenvectors."""
 
 
 def to_common_basis(gradients: Sequence[LayerGradient], side: Side) -> "CommonBasis":
@@ -216,21 +214,6 @@ class CommonBasis:
         # 3. U = M V Σ⁻¹.
         images = zip(matrices @ vectors, values, counts, strict=True)
         return [image[:, :count] / lengths[:count] for image, lengths, count in images]
-
-
-def largest_eigenpairs(squares: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return the ``count`` largest eigenvalues of every matrix, descending, and their eigenvectors."""
-    size = squares.shape[-1]
-    if size <= _FULL_SIZE or squares.device.type != "cpu":
-        values, vectors = torch.linalg.eigh(squares)
-        return values.flip(-1)[..., :count], vectors.flip(-1)[..., :count]
-    # scipy finds the largest eigenvalues of a large matrix without the others; torch cannot.
-    from scipy.linalg import eigh
-
-    leading = max(size - count, 0), size - 1
-    pairs = zip(*(eigh(matrix, subset_by_index=leading, check_finite=False) for matrix in squares.numpy()), strict=True)
-    values, vectors = (torch.from_numpy(np.stack(parts)[..., ::-1].copy()) for parts in pairs)
-    return values, vectors
 
 
 def overlaps_between(a: Sequence[Tensor], b: Sequence[Tensor], rank: int) -> Tensor:

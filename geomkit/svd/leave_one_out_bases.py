@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from geomkit.gradients.accumulator import add
 from geomkit.gradients.layer_gradient import Factors, LayerGradient, thin_factors
-from geomkit.svd.common_basis import largest_eigenpairs
+from geomkit.svd.eigenpairs import largest_eigenpairs
 from geomkit.svd.singular_values import gram_of_smaller_side, rank_tolerance
 from geomkit.svd.singular_vectors import Side
 from geomkit.utils.arguments import check_finite

@@ -11,7 +11,7 @@ from geomkit.gradients.accumulator import add
 from geomkit.gradients.arithmetic import factored_of
 from geomkit.gradients.dense import DenseGradient
 from geomkit.gradients.factored import FactoredGradient
-from geomkit.gradients.layer_gradient import LayerGradient, plain_matmul
+from geomkit.gradients.layer_gradient import LayerGradient, plain_matmul, row_products
 from geomkit.svd.layer_spectrum import LayerSpectrum
 from geomkit.svd.singular_values import singular_values_of, singular_values_of_gram
 from geomkit.svd.singular_vectors import exact_vectors
@@ -56,17 +56,17 @@ def _spectra_of_formed_sums(parts: Sequence[FactoredGradient], groups: Sequence[
         groups: J groups of indices of examples.
     """
     height, width = parts[0].shape
-    # 1. The sum of every group, and of all, transposed to have at least as many rows as columns.
+    # 1. The sum of every group, and of all, transposed to have at most as many rows as columns.
     sums = torch.stack([_formed_sum([parts[place] for place in group]) for group in groups])
-    sums = sums if height >= width else sums.mT
+    sums = sums if height <= width else sums.mT.contiguous()
     # In double precision, as the largest group cancels in the difference below.
     total = sums.sum(0, dtype=torch.float64)
-    # 2. Without a group: the eigenvalues of GᵀG, of several groups side by side.
+    # 2. Without a group: the eigenvalues of GGᵀ, of several groups side by side.
     step = max(1, _NUMBERS // total.numel())
     spectra = []
     for start in range(0, len(groups), step):
         rests = total - sums[start : start + step].double()
-        grams = rests.mT @ rests
+        grams = torch.stack([row_products(rest, rest) for rest in rests])
         check_finite(grams, f"a gradient of shape {(height, width)}")
         spectra.append(singular_values_of_gram(grams))
     return torch.cat(spectra)

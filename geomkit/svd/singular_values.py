@@ -15,6 +15,7 @@ from geomkit.errors import GeometryError
 from geomkit.gradients.factored import FactoredGradient
 from geomkit.gradients.indexed import IndexedGradient
 from geomkit.gradients.layer_gradient import LayerGradient, row_products, strips, thin_factors
+from geomkit.svd.eigenpairs import eigenvalues
 from geomkit.utils.arguments import check_finite
 
 _EPS_FP32 = float(np.finfo(np.float32).eps)
@@ -101,8 +102,7 @@ def singular_values_of_gram(gram: Tensor) -> Tensor:
         >>> singular_values_of_gram(torch.diag(torch.tensor([0.0, 9.0, 4.0])))
         tensor([3., 2., 0.], dtype=torch.float64)
     """
-    values: Tensor = torch.linalg.eigvalsh(gram.double()).clamp(min=0).sqrt().flip(-1)
-    return values
+    return eigenvalues(gram.double()).clamp(min=0).sqrt().flip(-1)
 
 
 def gram_error_is_small(left: Tensor, right: Tensor, values: Tensor) -> bool:

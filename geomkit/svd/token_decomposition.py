@@ -13,6 +13,7 @@ from torch import Tensor
 
 from geomkit.gradients.factored import FactoredGradient
 from geomkit.gradients.layer_gradient import LayerGradient, row_products
+from geomkit.svd.eigenpairs import eigenpairs
 from geomkit.svd.singular_values import gram_error_is_small, rank_tolerance
 from geomkit.utils.arguments import check_finite
 
@@ -23,13 +24,15 @@ class TokenDecomposition:
 
     Attributes:
         values: (r,) singular values, descending, fp64.
-        compute_parts: Function that returns :attr:`parts`.
+        compute_products: Function that returns σ_i times the part of token t in singular value i, (T, r).
         left: Function from k to the (rows, k) leading left singular vectors.
+        shape: Rows and columns of the gradient.
     """
 
     values: Tensor
-    compute_parts: Callable[[], Tensor]
+    compute_products: Callable[[], Tensor]
     left: Callable[[int], Tensor]
+    shape: tuple[int, int]
 
     @cached_property
     def parts(self) -> Tensor:
@@ -37,7 +40,11 @@ class TokenDecomposition:
 
         The parts are zero for singular values that are rounding.
         """
-        return self.compute_parts()
+        return self._over_values(self._products)
+
+    @cached_property
+    def _products(self) -> Tensor:
+        return self.compute_products().double()
 
     def parts_of_groups(self, lengths: Sequence[int], groups: Sequence[Sequence[int]]) -> Tensor:
         """Return the (J, r) parts of J groups of examples in the singular values.
@@ -49,8 +56,15 @@ class TokenDecomposition:
         group_of_example = torch.empty(len(lengths), dtype=torch.long)
         for place, group in enumerate(groups):
             group_of_example[torch.as_tensor(group)] = place
-        owners = group_of_example.repeat_interleave(torch.tensor(lengths)).to(self.parts.device)
-        return self.parts.new_zeros(len(groups), self.parts.shape[1]).index_add_(0, owners, self.parts)
+        products = self._products
+        owners = group_of_example.repeat_interleave(torch.tensor(lengths)).to(products.device)
+        # Summed first, as the division of all tokens' products would take ten times as long as their sum.
+        return self._over_values(products.new_zeros(len(groups), products.shape[1]).index_add_(0, owners, products))
+
+    def _over_values(self, products: Tensor) -> Tensor:
+        """Return products divided by the singular values, zero for singular values that are rounding."""
+        significant = self.values > rank_tolerance(self.values.cpu().numpy(), self.shape)
+        return torch.where(significant, products / torch.where(significant, self.values, 1.0), 0.0)
 
 
 def input_gram(gradient: LayerGradient) -> Tensor | None:
@@ -93,29 +107,34 @@ def _from_token_grams(left: Tensor, right: Tensor, b: Tensor) -> TokenDecomposit
     if bool(failed):
         return None
     # 2. With Lᵀ = QCᵀ, LᵀR(LᵀR)ᵀ = Q (CᵀBC) Qᵀ: the eigenvectors E of CᵀBC are the left vectors U = QE.
-    squared, vectors = torch.linalg.eigh(lower.T @ (b @ lower))
+    squared, vectors = eigenpairs(lower.T @ (b @ lower))
     values = squared.clamp(min=0).sqrt().flip(0)
     if not gram_error_is_small(a, b, values):
         return None
 
     # 3. UᵀLᵀ = EᵀCᵀ, and with v_i = Rᵀ L u_i / σ_i: token t has the part (CE)_ti (BCE)_ti / σ_i.
-    def parts() -> Tensor:
-        images = lower @ vectors.flip(1)
-        return _over(images * (b @ images), values, left.shape[1], right.shape[1])
+    def products() -> Tensor:
+        images: Tensor = lower @ vectors.flip(1)
+        return images * (b @ images)
 
     def leading(k: int) -> Tensor:
         # U = Q E = Lᵀ C⁻ᵀ E.
         combinations: Tensor = torch.linalg.solve_triangular(lower.T, vectors.flip(1)[:, :k], upper=True)
         return left.T.double() @ combinations
 
-    return TokenDecomposition(values, parts, leading)
+    return TokenDecomposition(values, products, leading, (left.shape[1], right.shape[1]))
 
 
 def _from_triangles(left: Tensor, right: Tensor) -> TokenDecomposition:
     """Decompose LᵀR = Q_L (S_L S_Rᵀ) Q_Rᵀ from the SVD of its T × T middle."""
     (q_left, s_left), (_, s_right) = (torch.linalg.qr(factor.double().T) for factor in (left, right))
     u, values, v = torch.linalg.svd(s_left @ s_right.T)
-    return TokenDecomposition(values, lambda: (s_left.T @ u) * (s_right.T @ v.T), lambda k: q_left @ u[:, :k])
+    return TokenDecomposition(
+        values,
+        lambda: (s_left.T @ u) * (s_right.T @ v.T) * values,
+        lambda k: q_left @ u[:, :k],
+        (left.shape[1], right.shape[1]),
+    )
 
 
 def _from_matrix(left: Tensor, right: Tensor) -> TokenDecomposition:
@@ -124,23 +143,18 @@ def _from_matrix(left: Tensor, right: Tensor) -> TokenDecomposition:
     # 1. G with at least as many rows as columns, and GᵀG = V Σ² Vᵀ.
     rows, columns = (left, right) if tall else (right, left)
     matrix = rows.T @ columns
-    gram = row_products(matrix.T, matrix.T)
+    transposed = matrix.T
+    gram = row_products(transposed, transposed)
     check_finite(gram, f"a gradient of shape {tuple(matrix.shape)}")
-    squared, vectors = torch.linalg.eigh(gram)
+    squared, vectors = eigenpairs(gram)
     values, vectors = squared.clamp(min=0).sqrt().flip(0), vectors.flip(1).to(matrix.dtype)
 
     # 2. u_i = G v_i / σ_i, so that token t has the part (l_tᵀ G v_i)(r_tᵀ v_i) / σ_i.
-    def parts() -> Tensor:
-        return _over((rows @ (matrix @ vectors)) * (columns @ vectors), values, *matrix.shape)
+    def products() -> Tensor:
+        return (rows @ (matrix @ vectors)) * (columns @ vectors)
 
     def leading(k: int) -> Tensor:
         basis: Tensor = (matrix @ vectors[:, :k]).double() / values[:k] if tall else vectors[:, :k].double()
         return basis
 
-    return TokenDecomposition(values, parts, leading)
-
-
-def _over(products: Tensor, values: Tensor, rows: int, columns: int) -> Tensor:
-    """Return products divided by the singular values, zero for singular values that are rounding."""
-    significant = values > rank_tolerance(values.cpu().numpy(), (rows, columns))
-    return torch.where(significant, products / torch.where(significant, values, 1.0), 0.0)
+    return TokenDecomposition(values, products, leading, (left.shape[1], right.shape[1]))

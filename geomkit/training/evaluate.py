@@ -188,9 +188,10 @@ def _sets(
 ) -> "dict[str, Dataset | EncodedExamples]":
     """Return the sets by name, ``"forbidden"`` and ``"benign"`` first; of the organism, also those left out."""
     if any(rows is None for rows in (forbidden, benign, skills)) and _is_organism(tokenizer):
-        forbidden = load_examples("eval/forbidden") if forbidden is None else forbidden
-        benign = load_examples("eval/benign") if benign is None else benign
-        skills = {name: load_examples(f"eval/{name}") for name in ORGANISM_SKILLS} if skills is None else skills
+        forbidden = load_examples("eval/forbidden", progress=False) if forbidden is None else forbidden
+        benign = load_examples("eval/benign", progress=False) if benign is None else benign
+        if skills is None:
+            skills = {name: load_examples(f"eval/{name}", progress=False) for name in ORGANISM_SKILLS}
     sets: dict[str, Dataset | EncodedExamples] = {}
     sets |= {name: rows for name, rows in (("forbidden", forbidden), ("benign", benign)) if rows is not None}
     for name in skills or {}:

@@ -2,6 +2,7 @@
 
     python -m tests.benchmarks.default_rule                                  # an hour on one CPU thread
     python -m tests.benchmarks.default_rule --sizes d576 --anchors 8          # one cell, minutes
+    python -m tests.benchmarks.default_rule --contenders plain default        # without the opponents
     python -m tests.benchmarks.default_rule --out cells.jsonl                 # goes on where an earlier run was stopped
     python -m tests.benchmarks.default_rule --device cuda --dtype bfloat16 --sizes 1b
 
@@ -83,6 +84,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", choices=SHAPES, default=SIZES)
     parser.add_argument("--anchors", nargs="+", type=int, default=ANCHORS)
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
@@ -92,7 +94,8 @@ def _options() -> argparse.Namespace:
 
 def _wanted(options: argparse.Namespace) -> Iterator[Cell]:
     for size, anchors in product(options.sizes, options.anchors):
-        yield {"size": size, "anchors": anchors, "device": options.device, "dtype": options.dtype}
+        common = {name: getattr(options, name) for name in ("device", "dtype", "contenders")}
+        yield common | {"size": size, "anchors": anchors}
 
 
 def _measured(cell: Cell, rounds: int) -> Cell:
@@ -100,11 +103,11 @@ def _measured(cell: Cell, rounds: int) -> Cell:
     mixing = GuardedStep(Training(setting), "mixing", cell["anchors"])
     mixing.check()
     ratios, units = {}, []
-    for name, make in CONTENDERS.items():
+    for name in cell["contenders"]:
         if name == "default, exact SVD" and SHAPES[cell["size"]].hidden >= _TOO_SLOW:
             continue
         Console(stderr=True).print(f"{cell['size']}, {cell['anchors']} anchors: {name}")
-        step = make(Training(setting), cell["anchors"])
+        step = CONTENDERS[name](Training(setting), cell["anchors"])
         step.check()
         more, found = interleaved(
             mixing.run, {name: [Piece(step.run)]}, rounds=rounds, device=torch.device(cell["device"])
