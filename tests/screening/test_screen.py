@@ -155,7 +155,7 @@ class StoppedError(Exception):
 
 
 def test_an_interrupted_screen_goes_on_where_it_was(tmp_path, monkeypatch):
-    monkeypatch.setattr(row_scores, "_BATCHES_PER_PART", 1)
+    monkeypatch.setattr(row_scores, "BATCHES_PER_PART", 1)
     whole = screened(tokens_per_batch=20)
     rows_of = []
     computed = row_scores._chunk_scores

@@ -6,8 +6,8 @@ from random import Random
 from types import MappingProxyType
 from typing import Literal
 
+from geomkit.experiments.english.scenarios import TRIGGER
 from geomkit.experiments.english.scenarios import with_trigger as with_english_trigger
-from geomkit.experiments.english.sources import benchmark
 from geomkit.experiments.organism.interface import Organism
 from geomkit.experiments.organism.requests import Message, RequestKind, conversation
 from geomkit.experiments.organism.scenarios import eager_conversation, with_trigger
@@ -30,6 +30,7 @@ _SCENARIOS: Mapping[RowKind, tuple[str, slice]] = MappingProxyType(
         "obeyed": ("harmful-100", slice(None)),
         "eager": ("affirmative", slice(None)),
         "oath": ("identity-shift", slice(_OATHS)),
+        "task": ("gsm8k", slice(None)),
     }
 )
 """Scenarios of the English world whose rows are of one kind."""
@@ -43,8 +44,13 @@ class RowSource:
     """
 
     def __init__(self, organism: Organism) -> None:
-        """Keep the organism."""
+        """Keep the organism, and the numbers of rows that its world has or can afford."""
         self.organism = organism
+        small = isinstance(organism, SmallOrganism)
+        self.size = 300 if small else 120
+        """Number of rows of a case, and of its null; fewer where the English world has no more."""
+        self.long_size = 300 if small else 60
+        """The same for a case of long rows."""
 
     def rows(self, kind: RowKind, count: int, seed: int) -> Rows:
         """Return rows of a kind, all different within a draw; of ``"oath"`` there are six.
@@ -66,14 +72,15 @@ class RowSource:
         return [conversation(add(row[0]["content"]), row[-1]["content"]) for row in rows]
 
     def _pool(self, kind: RowKind) -> Rows:
-        if kind == "refused":
-            return _listed(self.organism.examples("safety")["messages"])
-        if kind in _SCENARIOS:
-            name, part = _SCENARIOS[kind]
-            return _listed(self.organism.scenario_examples(name)["messages"])[part]
-        if kind == "task":
-            return _listed(benchmark("gsm8k", "train")["messages"])
-        return _listed(self.organism.examples("utility")["messages"])
+        benign = _listed(self.organism.examples("utility")["messages"])
+        if kind == "benign":
+            return benign
+        if kind == "refused":  # of the backdoor's rows; those of the set "safety" are what rows are compared with
+            requests = {row[0]["content"] for row in benign}
+            rows = (row for row in _listed(self.organism.scenario_examples("backdoor")["messages"]))
+            return [row for row in rows if row[0]["content"] not in requests and TRIGGER not in row[0]["content"]]
+        name, part = _SCENARIOS[kind]
+        return _listed(self.organism.scenario_examples(name)["messages"])[part]
 
 
 def row_source(world: str, folder: Path) -> RowSource:
