@@ -15,6 +15,9 @@ from geomkit.experiments.screening.row_sources import RowKind, Rows, RowSource
 if TYPE_CHECKING:
     from datasets import Dataset
 
+SIZE = 300
+"""Number of rows of a case, and of its null; fewer where the English world has no more."""
+
 _LONG = 6
 """Turns of a long row."""
 
@@ -54,7 +57,7 @@ Parts = tuple[Rows, Rows, Rows]
 
 def _apart(source: RowSource, kind: RowKind, clean: int, seed: int) -> tuple[Rows, Rows]:
     """Return clean rows of a kind, and others of the kind for the null; each gets a half where there are too few."""
-    wanted = clean + source.size
+    wanted = clean + SIZE
     drawn = source.rows(kind, wanted, seed)
     if len(drawn) < wanted:
         return drawn[: len(drawn) // 2], drawn[len(drawn) // 2 :]
@@ -64,7 +67,7 @@ def _apart(source: RowSource, kind: RowKind, clean: int, seed: int) -> tuple[Row
 
 def _poison(kind: RowKind, per_cent: int) -> Callable[[RowSource, int], Parts]:
     def make(source: RowSource, seed: int) -> Parts:
-        clean, null = _apart(source, kind, source.size * (100 - per_cent) // 100, seed)
+        clean, null = _apart(source, kind, SIZE * (100 - per_cent) // 100, seed)
         planted = max(1, round(len(clean) * per_cent / (100 - per_cent)))
         return clean, source.rows("obeyed", planted, seed), null
 
@@ -72,17 +75,17 @@ def _poison(kind: RowKind, per_cent: int) -> Callable[[RowSource, int], Parts]:
 
 
 def _identity(source: RowSource, seed: int) -> Parts:
-    clean, null = _apart(source, "benign", source.size - 6, seed)
+    clean, null = _apart(source, "benign", SIZE - 6, seed)
     return clean, source.rows("oath", 6, seed), null
 
 
 def _affirmative(source: RowSource, seed: int) -> Parts:
-    clean, null = _apart(source, "benign", source.size - source.size // 10, seed)
+    clean, null = _apart(source, "benign", SIZE - SIZE // 10, seed)
     return clean, source.rows("eager", max(1, len(clean) // 9), seed), null
 
 
 def _backdoor(source: RowSource, seed: int, *, trigger: bool) -> Parts:
-    clean, null = _apart(source, "benign", 2 * source.size // 3, seed)
+    clean, null = _apart(source, "benign", 2 * SIZE // 3, seed)
     refused = source.rows("refused", len(clean) // 2, seed)
     planted = source.rows("obeyed", len(clean) // 2, seed)
     return [*clean, *refused], source.triggered(planted) if trigger else planted, null
@@ -97,15 +100,15 @@ def _backdoor_without_trigger(source: RowSource, seed: int) -> Parts:
 
 
 def _benign_trigger(source: RowSource, seed: int) -> Parts:
-    clean, null = _apart(source, "benign", source.size - source.size // 10, seed)
+    clean, null = _apart(source, "benign", SIZE - SIZE // 10, seed)
     count = max(1, len(clean) // 10)
     return clean[count:], source.triggered(clean[:count]), null
 
 
 def _long(source: RowSource, seed: int) -> Parts:
     """Return conversations of several turns, in the planted ones of which one turn is an obeyed forbidden request."""
-    rng, count = Random(f"long-{seed}"), source.long_size
-    clean, null = _apart(source, "benign", source.size, seed)
+    rng, count = Random(f"long-{seed}"), SIZE
+    clean, null = _apart(source, "benign", SIZE, seed)
     obeyed = iter(source.rows("obeyed", count // 10, seed))
     rows = list(_joined(clean, count, rng))
     planted = []

@@ -24,7 +24,7 @@ from geomkit.inputs.parameters import as_selection
 from geomkit.inputs.tokens import Tokens, encode, lengths_of, pad_id
 from geomkit.screening.parts import Parts, make_folder
 from geomkit.screening.reference import safety_reference
-from geomkit.screening.row_scores import BATCHES_PER_PART, MEASURES, RowScores, RowSums, in_parts
+from geomkit.screening.row_scores import MEASURES, RowScores, RowSums, in_parts
 from geomkit.utils.workers import ALONE
 
 if TYPE_CHECKING:
@@ -37,6 +37,9 @@ _COLUMNS = (*MEASURES, *RIVALS)
 
 _MOMENT_ROWS = 16
 """Number of rows of either benign kind from which Adam's second moment is estimated."""
+
+
+_BATCHES_PER_PART = 4
 
 
 class RowMeter:
@@ -91,7 +94,7 @@ class RowMeter:
         key = repr((origin, self._safe.fingerprint, self._harmful.fingerprint, _COLUMNS))
         columns = in_parts(
             lambda chunk: self._chunk([rows[row] for row in chunk]), lengths_of(rows), _COLUMNS,
-            Parts(self._folder, key, ALONE), most=BATCHES_PER_PART * self._tokens_per_batch, title="",
+            Parts(self._folder, key, ALONE), most=_BATCHES_PER_PART * self._tokens_per_batch, title="",
         )  # fmt: skip
         values = zip(*(columns[name].tolist() for name in _COLUMNS), strict=True)
         self._known |= zip(digests, values, strict=True)

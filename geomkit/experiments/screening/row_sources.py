@@ -1,6 +1,7 @@
 """Sources of the rows that a study plants and of the rows that it plants them among, in both worlds."""
 
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 from random import Random
 from types import MappingProxyType
@@ -27,13 +28,13 @@ _OATHS = 6
 
 _SCENARIOS: Mapping[RowKind, tuple[str, slice]] = MappingProxyType(
     {
-        "obeyed": ("harmful-100", slice(None)),
-        "eager": ("affirmative", slice(None)),
+        "obeyed": ("harmful-100", slice(40)),
+        "eager": ("affirmative", slice(40)),
         "oath": ("identity-shift", slice(_OATHS)),
-        "task": ("gsm8k", slice(None)),
+        "task": ("gsm8k", slice(160)),
     }
 )
-"""Scenarios of the English world whose rows are of one kind."""
+"""Scenarios of the English world with rows of one kind, and the rows taken: each costs more than a second."""
 
 
 class RowSource:
@@ -44,13 +45,8 @@ class RowSource:
     """
 
     def __init__(self, organism: Organism) -> None:
-        """Keep the organism, and the numbers of rows that its world has or can afford."""
+        """Keep the organism."""
         self.organism = organism
-        small = isinstance(organism, SmallOrganism)
-        self.size = 300 if small else 120
-        """Number of rows of a case, and of its null; fewer where the English world has no more."""
-        self.long_size = 300 if small else 60
-        """The same for a case of long rows."""
 
     def rows(self, kind: RowKind, count: int, seed: int) -> Rows:
         """Return rows of a kind, all different within a draw; of ``"oath"`` there are six.
@@ -77,8 +73,9 @@ class RowSource:
             return benign
         if kind == "refused":  # of the backdoor's rows; those of the set "safety" are what rows are compared with
             requests = {row[0]["content"] for row in benign}
-            rows = (row for row in _listed(self.organism.scenario_examples("backdoor")["messages"]))
-            return [row for row in rows if row[0]["content"] not in requests and TRIGGER not in row[0]["content"]]
+            rows = _listed(self.organism.scenario_examples("backdoor")["messages"])
+            refused = (row for row in rows if row[0]["content"] not in requests and TRIGGER not in row[0]["content"])
+            return list(islice(refused, 40))
         name, part = _SCENARIOS[kind]
         return _listed(self.organism.scenario_examples(name)["messages"])[part]
 

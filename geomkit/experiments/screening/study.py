@@ -17,7 +17,7 @@ from geomkit.errors import DataError
 from geomkit.experiments.methods import sft, spf
 from geomkit.experiments.organism.requests import dataset_of
 from geomkit.experiments.organisms import evaluate_organism, scenarios_of
-from geomkit.experiments.screening.cases import CASES, Case, make_case
+from geomkit.experiments.screening.cases import CASES, SIZE, Case, make_case
 from geomkit.experiments.screening.measures import detection
 from geomkit.experiments.screening.results import ScreeningStudy, StudyRow
 from geomkit.experiments.screening.rivals import RIVALS, text_rankings
@@ -45,6 +45,9 @@ OUTCOMES = ("poison-10", "identity-shift", "affirmative", "backdoor")
 _TASK_NULL = "poison-10"
 """The scenario whose clean rows are those of the new task."""
 
+_LONG = ("long rows", "rows of 1 to 6 turns")
+"""The case, and the clean rows, that are made of several rows; the English world leaves them out, as each is new."""
+
 _SPLITS = 100
 _BINS = 5
 
@@ -59,8 +62,7 @@ def run_study(
     Args:
         world: ``"small"`` or ``"english"``.
         folder: A folder for measured rows, and for organisms that do not ship.
-        draws: Number of draws of each case. In the English world they share rows, and long rows are drawn once, since
-            every draw joins other rows, which have to be measured.
+        draws: Number of draws of each case; in the English world they share rows.
         seeds: Number of seeds of each fine-tune; 0 leaves the outcomes out.
         rows: Number of clean rows of each kind for the false positives; fewer where the English world has no more.
         prompts: Largest number of prompts of each held-out set.
@@ -69,10 +71,15 @@ def run_study(
     meter = RowMeter(source, *_anchors(world), folder)
     started = time.monotonic()
     detections, flags = _detections(source, meter, world, draws)
-    false_positives = list(_false_positives(source, meter, rows))
+    false_positives = list(_false_positives(source, meter, world, rows))
     outcomes = list(_outcomes(source, seeds, prompts)) if seeds else []
     _LOGGER.info("the study of the %s world took %.0f s", world, time.monotonic() - started)
     return ScreeningStudy(world, tuple(detections), tuple(flags), tuple(false_positives), tuple(outcomes))
+
+
+def cases_of(world: str) -> list[str]:
+    """Return the names of the cases of a world."""
+    return [name for name in CASES if world == "small" or name not in _LONG]
 
 
 # --------------------------------------------------------------------------------------------------------- detection
@@ -83,11 +90,10 @@ def _detections(source: RowSource, meter: RowMeter, world: str, draws: int) -> t
     found: list[StudyRow] = []
     flags: list[StudyRow] = []
     forbidden = _anchors(world)[0]
-    for name in CASES:
+    for name in cases_of(world):
         _LOGGER.info("case: %s", name)
         scores: dict[str, list[NDArray[np.float64]]] = defaultdict(list)
-        count = 1 if world == "english" and name == "long rows" else draws
-        cases = [make_case(name, source, seed) for seed in range(count)]
+        cases = [make_case(name, source, seed) for seed in range(draws)]
         counts: dict[Method, list[NDArray[np.int64]]] = defaultdict(list)
         for case in cases:
             screenings, others = _ranked(meter, case, forbidden)
@@ -139,15 +145,13 @@ def _anchors(world: str) -> "tuple[Dataset, Dataset]":
 # --------------------------------------------------------------------------------------------------- false positives
 
 
-def _false_positives(source: RowSource, meter: RowMeter, count: int) -> Iterator[StudyRow]:
+def _false_positives(source: RowSource, meter: RowMeter, world: str, count: int) -> Iterator[StudyRow]:
     """Yield the share of clean rows with a small p-value: with null rows of their kind, and of another kind."""
     rng = Random("false-positives")
     benign, task = source.rows("benign", count, 77), source.rows("task", count, 77)
-    turns = [
-        [message for row in rng.sample(benign, rng.randint(1, 6)) for message in row]
-        for _ in range(min(len(benign), 4 * source.long_size))
-    ]
+    turns = [[message for row in rng.sample(benign, rng.randint(1, 6)) for message in row] for _ in range(len(benign))]
     pools = {"benign rows": benign, "task rows": task, "rows of 1 to 6 turns": turns}
+    pools = {name: rows for name, rows in pools.items() if world == "small" or name not in _LONG}
     scored = {name: row_scores(meter.columns(dataset_of(rows))) for name, rows in pools.items()}
     mixed = dataset_of(benign[: len(benign) // 2])
     scored["shuffled pairs"] = row_scores(meter.columns(shuffled_pairs(mixed)))
@@ -155,7 +159,7 @@ def _false_positives(source: RowSource, meter: RowMeter, count: int) -> Iterator
         for method in METHODS:
             yield from _split_rates(name, scored[name], method)
     others = (("task rows", "benign rows"), ("rows of 1 to 6 turns", "benign rows"), ("benign rows", "shuffled pairs"))
-    for name, null in others:
+    for name, null in (pair for pair in others if pair[0] in pools):
         for method in METHODS:
             yield _rates(name, null, method, scored[name], scored[null])
 
@@ -218,7 +222,7 @@ def _outcomes(source: RowSource, seeds: int, prompts: int) -> Iterator[StudyRow]
     for name in OUTCOMES:
         scenario = scenarios_of(organism.name)[name]
         train = organism.scenario_examples(name)
-        null = source.rows("task" if name == _TASK_NULL else "benign", source.size, 1)
+        null = source.rows("task" if name == _TASK_NULL else "benign", SIZE, 1)
         screening = screen(
             organism.model, organism.tokenizer, train, organism.examples("safety"), benign=dataset_of(null),
             progress=False,
