@@ -2,14 +2,13 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from geomkit.collection.streaming import StreamResult, stream
-from geomkit.gradients.batch_products import products_with, squared_norms
+from geomkit.gradients.batch_products import products_and_norms
 from geomkit.gradients.layer_gradient import LayerGradient
 from geomkit.inputs.batches import longest_first
 from geomkit.inputs.parameters import Layers, as_selection
@@ -198,18 +197,16 @@ class RowSums:
         reference = self._reference
         with torch.no_grad(), no_autocast(gradients[0].device):
             basis = reference.bases.get(name)
-            squares, inside = squared_norms(gradients, basis)
-            terms: list[Any] = [0.0, 0.0, squares, squares if basis is not None else 0.0, inside]
             # A parameter without a safety gradient has a part in the norm only.
-            if name in reference.matrices:
-                terms[0] = products_with(gradients, reference.matrices[name])
-                if reference.preconditioned is not None:
-                    terms[1] = products_with(gradients, reference.preconditioned[name])
+            matrices = [
+                forms[name] for forms in (reference.matrices, reference.preconditioned) if forms and name in forms
+            ]
+            products, squares, inside = products_and_norms(gradients, matrices, basis)
+            zeros = torch.zeros_like(squares)
+            terms = [*products, *[zeros] * (2 - len(products)), squares, zeros if basis is None else squares, inside]
             if self._table.device != squares.device:
                 self._table = self._table.to(squares.device)
-            for line, term in zip(self._table, terms, strict=True):
-                if isinstance(term, Tensor):
-                    line[list(examples)] += term
+            self._table[:, list(examples)] += torch.stack(terms)
 
     def columns(self, result: StreamResult, lengths: Sequence[int], workers: Workers = ALONE) -> dict[str, np.ndarray]:
         """Return the values of every measure, in the order of the rows.

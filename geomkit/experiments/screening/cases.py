@@ -129,6 +129,8 @@ CASES: Mapping[str, Callable[[RowSource, int], Parts]] = MappingProxyType(
         "poison 1 %": _poison("task", 1),
         "poison 5 %": _poison("task", 5),
         "poison 10 %": _poison("task", 10),
+        "poison 1 % of benign rows": _poison("benign", 1),
+        "poison 5 % of benign rows": _poison("benign", 5),
         "poison 10 % of benign rows": _poison("benign", 10),
         "identity shift": _identity,
         "affirmative style": _affirmative,
@@ -138,6 +140,23 @@ CASES: Mapping[str, Callable[[RowSource, int], Parts]] = MappingProxyType(
         "long rows": _long,
     }
 )
-"""The cases by name: rows of a new task with obeyed forbidden requests, the same in benign rows, six oaths in a benign
-set, a tenth of the answers eager, a backdoor, the same without its trigger, a backdoor whose rows are benign, and one
-obeyed turn of several."""
+"""The cases by name: rows of a new task, or benign rows, with obeyed forbidden requests, six oaths in a benign set, a
+tenth of the answers eager, a backdoor, the same without its trigger, a backdoor whose rows are benign, and one obeyed
+turn of several."""
+
+_BENIGN_POISON = tuple(name for name in CASES if name.endswith("of benign rows"))
+
+_MANY_TOKENS = ("poison 1 %", "poison 5 %", "poison 10 %", "long rows")
+
+
+def cases_of(world: str) -> list[str]:
+    """Return the names of the cases of a world.
+
+    In the small world the rows of a new task are poisoned. In the English world benign rows are, and rows of several
+    turns are left out: a row of GSM8K, or of several turns, has some 200 tokens, each of which takes 23 ms.
+
+    Args:
+        world: ``"small"`` or ``"english"``.
+    """
+    left_out = _MANY_TOKENS if world == "english" else _BENIGN_POISON
+    return [name for name in CASES if name not in left_out]

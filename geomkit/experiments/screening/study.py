@@ -17,12 +17,12 @@ from geomkit.errors import DataError
 from geomkit.experiments.methods import sft, spf
 from geomkit.experiments.organism.requests import dataset_of
 from geomkit.experiments.organisms import evaluate_organism, scenarios_of
-from geomkit.experiments.screening.cases import CASES, SIZE, Case, make_case
+from geomkit.experiments.screening.cases import SIZE, Case, cases_of, make_case
 from geomkit.experiments.screening.measures import detection
 from geomkit.experiments.screening.results import ScreeningStudy, StudyRow
 from geomkit.experiments.screening.rivals import RIVALS, text_rankings
 from geomkit.experiments.screening.row_measures import RowMeter, row_scores
-from geomkit.experiments.screening.row_sources import RowSource, row_source
+from geomkit.experiments.screening.row_sources import Rows, RowSource, row_source
 from geomkit.experiments.task import Task
 from geomkit.inputs.control_sets import shuffled_pairs
 from geomkit.inputs.copies import row_digests
@@ -45,9 +45,6 @@ OUTCOMES = ("poison-10", "identity-shift", "affirmative", "backdoor")
 _TASK_NULL = "poison-10"
 """The scenario whose clean rows are those of the new task."""
 
-_LONG = ("long rows", "rows of 1 to 6 turns")
-"""The case, and the clean rows, that are made of several rows; the English world leaves them out, as each is new."""
-
 _SPLITS = 100
 _BINS = 5
 
@@ -55,7 +52,7 @@ _BINS = 5
 def run_study(
     world: str, folder: Path, *, draws: int = 5, seeds: int = 3, rows: int = 1200, prompts: int = 240
 ) -> ScreeningStudy:
-    """Run the study, which takes about half an hour for the small world on one thread, for the English one an hour.
+    """Run the study, which takes half an hour on one thread.
 
     Measured rows are kept in the folder, so that an interrupted study goes on from them; fine-tunes begin anew.
 
@@ -75,11 +72,6 @@ def run_study(
     outcomes = list(_outcomes(source, seeds, prompts)) if seeds else []
     _LOGGER.info("the study of the %s world took %.0f s", world, time.monotonic() - started)
     return ScreeningStudy(world, tuple(detections), tuple(flags), tuple(false_positives), tuple(outcomes))
-
-
-def cases_of(world: str) -> list[str]:
-    """Return the names of the cases of a world."""
-    return [name for name in CASES if world == "small" or name not in _LONG]
 
 
 # --------------------------------------------------------------------------------------------------------- detection
@@ -147,21 +139,27 @@ def _anchors(world: str) -> "tuple[Dataset, Dataset]":
 
 def _false_positives(source: RowSource, meter: RowMeter, world: str, count: int) -> Iterator[StudyRow]:
     """Yield the share of clean rows with a small p-value: with null rows of their kind, and of another kind."""
-    rng = Random("false-positives")
-    benign, task = source.rows("benign", count, 77), source.rows("task", count, 77)
-    turns = [[message for row in rng.sample(benign, rng.randint(1, 6)) for message in row] for _ in range(len(benign))]
-    pools = {"benign rows": benign, "task rows": task, "rows of 1 to 6 turns": turns}
-    pools = {name: rows for name, rows in pools.items() if world == "small" or name not in _LONG}
+    pools = _clean_rows(source, world, count)
     scored = {name: row_scores(meter.columns(dataset_of(rows))) for name, rows in pools.items()}
-    mixed = dataset_of(benign[: len(benign) // 2])
+    mixed = dataset_of(pools["benign rows"][: len(pools["benign rows"]) // 2])
     scored["shuffled pairs"] = row_scores(meter.columns(shuffled_pairs(mixed)))
     for name in pools:
         for method in METHODS:
             yield from _split_rates(name, scored[name], method)
     others = (("task rows", "benign rows"), ("rows of 1 to 6 turns", "benign rows"), ("benign rows", "shuffled pairs"))
-    for name, null in (pair for pair in others if pair[0] in pools):
-        for method in METHODS:
+    for name, null in others:
+        for method in METHODS if name in pools else ():
             yield _rates(name, null, method, scored[name], scored[null])
+
+
+def _clean_rows(source: RowSource, world: str, count: int) -> dict[str, Rows]:
+    """Return clean rows by their kind; of the English world the short ones only, see :func:`~.cases.cases_of`."""
+    rng = Random("false-positives")
+    benign = source.rows("benign", count, 77)
+    if world == "english":
+        return {"benign rows": benign}
+    turns = [[message for row in rng.sample(benign, rng.randint(1, 6)) for message in row] for _ in range(len(benign))]
+    return {"benign rows": benign, "task rows": source.rows("task", count, 77), "rows of 1 to 6 turns": turns}
 
 
 def _split_rates(name: str, scores: RowScores, method: Method) -> Iterator[StudyRow]:
