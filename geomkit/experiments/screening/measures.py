@@ -49,7 +49,9 @@ def detection(
         seed: Seed of the bootstrap.
     """
     generator = np.random.default_rng(seed)
-    names = rows or [[(draw, row) for row in range(len(flags))] for draw, flags in enumerate(planted)]
+    names: Sequence[Sequence[Hashable]] = rows or [
+        [(draw, row) for row in range(len(flags))] for draw, flags in enumerate(planted)
+    ]
     # Whether planted row i is above clean row j, for every draw: resampled rows are resampled rows and columns of it.
     above = [_above(values[flags], values[~flags]) for values, flags in zip(scores, planted, strict=True)]
     places = [_places(names, planted, flag=flag) for flag in (True, False)]

@@ -17,7 +17,8 @@ from geomkit.experiments.screening.rivals import (
     Representations,
     gradient_anchors,
 )
-from geomkit.experiments.screening.row_sources import RowSource
+from geomkit.experiments.screening.row_sources import RowKind, RowSource
+from geomkit.gradients.layer_gradient import LayerGradient
 from geomkit.gradients.provenance import provenance_of
 from geomkit.inputs.copies import row_digests
 from geomkit.inputs.parameters import as_selection
@@ -38,8 +39,8 @@ _COLUMNS = (*MEASURES, *RIVALS)
 _MOMENT_ROWS = 16
 """Number of rows of either benign kind from which Adam's second moment is estimated."""
 
-
 _BATCHES_PER_PART = 4
+"""Number of full batches whose rows are one part: the most work that an interruption costs."""
 
 
 class RowMeter:
@@ -60,7 +61,8 @@ class RowMeter:
         self._tokens_per_batch = TOKENS_PER_BATCH if self._model.config.vocab_size < 2**14 else 512
         self._folder = folder / "rows"
         self._known: dict[bytes, tuple[float, ...]] = {}
-        moment = dataset_of(row for kind in ("benign", "task") for row in source.rows(kind, _MOMENT_ROWS, 99))
+        kinds: tuple[RowKind, ...] = ("benign", "task")
+        moment = dataset_of(row for kind in kinds for row in source.rows(kind, _MOMENT_ROWS, 99))
         self._safe, self._harmful, drawn = (
             encode(self._tokenizer, examples, progress=False) for examples in (safe, harmful, moment)
         )
@@ -102,7 +104,7 @@ class RowMeter:
     def _chunk(self, rows: Sequence[Tokens]) -> dict[str, NDArray[np.float64]]:
         sums, rivals = RowSums(len(rows), self._reference), GradientSums(len(rows), self._anchors)
 
-        def add(name, examples, gradients):  # type: ignore[no-untyped-def]
+        def add(name: str, examples: Sequence[int], gradients: Sequence[LayerGradient]) -> None:
             sums.add(name, examples, gradients)
             rivals.add(name, examples, gradients)
 
