@@ -152,3 +152,9 @@ def test_the_shipped_study_has_every_case_and_every_ranking():
     frame = load_screening_study().to_frame()
     assert set(frame["case"]) == set(cases_of("small"))
     assert (frame.groupby("case")["ranking"].nunique() == 16).all()
+
+
+def test_the_shipped_english_study_has_every_ranking_of_some_cases():
+    frame = load_screening_study("english").to_frame()
+    assert {"poison 10 % of benign rows", "identity shift"} < set(frame["case"]) < set(cases_of("english"))
+    assert (frame.groupby("case")["ranking"].nunique() == 16).all()
