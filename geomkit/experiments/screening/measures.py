@@ -54,13 +54,13 @@ def detection(
     ]
     # Whether planted row i is above clean row j, for every draw: resampled rows are resampled rows and columns of it.
     above = [_above(values[flags], values[~flags]) for values, flags in zip(scores, planted, strict=True)]
-    places = [_places(names, planted, flag=flag) for flag in (True, False)]
-    resampled = [_resampled_mean(above, *places, generator) for _ in range(_DRAWS)]
+    places, clean = (_places(names, planted, flag=flag) for flag in (True, False))
+    resampled = [_resampled_mean(above, places, clean, generator) for _ in range(_DRAWS)]
     low, high = np.nanquantile(resampled, [0.025, 0.975])
     found = [_found(values, flags) for values, flags in zip(scores, planted, strict=True)]
     # The interval is that of as many rows as there are different planted ones.
     share = sum(found) / sum(int(flags.sum()) for flags in planted)
-    different = 1 + max(int(each.max()) for each in places[0])
+    different = 1 + max(int(each.max()) for each in places)
     precision = Rate(round(share * different), different)
     return Detection(
         float(np.mean([table.mean() for table in above])), float(low), float(high),
@@ -73,7 +73,8 @@ def _places(
 ) -> list[NDArray[np.int64]]:
     """Return, for each draw, the numbers of its planted or clean rows among the different ones of all draws."""
     chosen = [
-        [names_[row] for row in np.flatnonzero(flags == flag)] for names_, flags in zip(names, planted, strict=True)
+        [names_[row] for row in np.flatnonzero(flags == flag).tolist()]
+        for names_, flags in zip(names, planted, strict=True)
     ]
     numbers = {name: number for number, name in enumerate(dict.fromkeys(name for each in chosen for name in each))}
     return [np.array([numbers[name] for name in each]) for each in chosen]
