@@ -334,11 +334,13 @@ def screen(
         tokens_per_batch=tokens_per_batch,
         seed=seed,
     )
-    typer.echo(f"{result}.")
+    say(f"{result}.")
     if not first_process():
         return
     frame = result.to_frame().sort_values("score", ascending=False, ignore_index=True)
     show_table(frame.head(20)[["row", "score", "p", "q", "share", "loss_tokens", "carried_by"]], "The highest scores")
+    # The files of one screen stay together: where no row is left, there is no clean.jsonl.
+    (out / "clean.jsonl").unlink(missing_ok=True)
     result.save(out)
     write_atomically(out / "rows.csv", frame.to_csv(index=False))
     # The report comes first: where nothing is left, it shows why.

@@ -15,6 +15,7 @@ from geomkit.errors import DataError
 from geomkit.experiments.results import load_results
 from geomkit.inputs.models import load_model
 from geomkit.inputs.tokens import encode
+from geomkit.screening.screening import Screening
 from geomkit.version import __version__
 from tests.helpers.tiny import BENIGN, CONTROL, PLAIN_TEMPLATE, SAFETY, TEMPLATE, UTILITY, tiny_llama, tiny_tokenizer
 
@@ -407,6 +408,20 @@ def test_a_screen_writes_what_it_found_and_resumes(files, monkeypatch, capfd):
     rows = Path("found/rows.csv").read_text()
     status, _, err = run(monkeypatch, capfd, *screening(files), "--out", "found")
     assert (status, Path("found/rows.csv").read_text()) == (0, rows)
+
+
+def test_a_screen_that_leaves_no_row_leaves_no_older_rows(files, monkeypatch, capfd):
+    Path("found").mkdir()
+    Path("found/clean.jsonl").write_text("{}\n")
+    monkeypatch.setattr(Screening, "clean", _nothing_left)
+    status, _, err = run(monkeypatch, capfd, *screening(files), "--out", "found")
+    assert (status, err.splitlines()[-1]) == (1, "geomkit: expected a row that is left, found none")
+    assert "report.html" in names("found")
+    assert "clean.jsonl" not in names("found")
+
+
+def _nothing_left(*_):
+    raise DataError("expected a row that is left, found none")
 
 
 def test_a_screen_of_rows_that_are_no_json_is_reported_first(files, monkeypatch, capfd):

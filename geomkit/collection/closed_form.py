@@ -166,15 +166,13 @@ def _positions(value: Tensor) -> Tensor:
 
 def _runs(live: np.ndarray) -> list[slice] | None:
     """Return the run of live positions of each example, or ``None`` if the positions of an example are not one run."""
-    runs = []
-    for example, flags in enumerate(live):
-        flag_bytes = flags.tobytes()  # much faster to search than an array of a few values
-        first, count = max(flag_bytes.find(1), 0), flag_bytes.count(1)
-        if count and flag_bytes.rfind(1) + 1 - first != count:
-            return None
-        start = example * len(flags) + first
-        runs.append(slice(start, start + count))
-    return runs
+    length = live.shape[1]
+    counts, first = live.sum(1), live.argmax(1)
+    last = length - 1 - live[:, ::-1].argmax(1)
+    if ((last + 1 - first != counts) & (counts > 0)).any():
+        return None
+    starts = np.arange(len(live)) * length + first
+    return [slice(start, stop) for start, stop in zip(starts.tolist(), (starts + counts).tolist(), strict=True)]
 
 
 def _consecutive_runs(counts: np.ndarray) -> list[slice]:

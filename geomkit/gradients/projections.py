@@ -82,16 +82,20 @@ def common_rows(views: Sequence[Tensor]) -> tuple[Tensor, list[slice]]:
         >>> len(rows), slices, rows.data_ptr() == whole.data_ptr()
         (6, [slice(0, 2, None), slice(3, 6, None)], True)
     """
-    first, lengths = views[0], [len(view) for view in views]
-    stride = first.stride(0)
-    offsets = [view.storage_offset() - first.storage_offset() for view in views]
-    starts = [offset // stride if stride else 0 for offset in offsets]
+    lengths = [view.shape[0] for view in views]
+    first = next((view for view in views if view.shape[0]), views[0])
+    strides, size, base = first.stride(), first.element_size(), first.storage_offset()
+    offsets = [view.storage_offset() - base if length else 0 for view, length in zip(views, lengths, strict=True)]
+    starts = [offset // strides[0] if strides[0] else 0 for offset in offsets]
     end = max(start + length for start, length in zip(starts, lengths, strict=True))
+    # Two views share their memory if the same number of bytes lies before the first number of both.
+    memory = first.data_ptr()
     shared = all(
-        view.stride() == first.stride()
-        and view.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
-        and offset == start * stride >= 0
-        for view, offset, start in zip(views, offsets, starts, strict=True)
+        not length
+        or (
+            view.data_ptr() - memory == offset * size and view.stride() == strides and offset == start * strides[0] >= 0
+        )
+        for view, length, offset, start in zip(views, lengths, offsets, starts, strict=True)
     )
     if not shared or end > _MOST_ROWS * sum(lengths):
         ends = torch.tensor(lengths).cumsum(0).tolist()

@@ -22,7 +22,7 @@ RANK = 10
 """Dimension of the safety subspace of each matrix: the leading left singular vectors of the mean safety gradient."""
 
 MOMENT_ROWS = 32
-"""Number of training rows from which Adam's second moment is estimated."""
+"""Number of rows from which Adam's second moment is estimated."""
 
 _BATCH_SIZE = 16
 """Rows of the batches whose gradients Adam would see."""
@@ -59,7 +59,7 @@ class SafetyReference:
 def safety_reference(
     model: nn.Module,
     safety: Sequence[Tokens],
-    train: Sequence[Tokens],
+    usual: Sequence[Tokens],
     pad: int,
     *,
     preconditioned: bool,
@@ -74,12 +74,12 @@ def safety_reference(
     Args:
         model: A causal language model.
         safety: Refusals of forbidden requests.
-        train: The training rows, from which Adam's second moment is estimated.
+        usual: Rows from which Adam's second moment is estimated.
         pad: Id of the token that fills short rows.
         preconditioned: Whether the preconditioned gradient is needed.
         layers: The choice of parameters.
         tokens_per_batch: Largest number of token positions in a batch.
-        seed: Seed of the draw of training rows.
+        seed: Seed of the draw of these rows.
         progress: Show progress bars.
         workers: The workers that divide the examples.
 
@@ -98,9 +98,9 @@ def safety_reference(
     bases = {name: layer_subspace(gradient, rank=RANK).basis for name, gradient in gradients.matrices().items()}
     scaled = None
     if preconditioned:
-        drawn = Random(seed).sample(range(len(train)), min(MOMENT_ROWS, len(train)))
+        drawn = Random(seed).sample(range(len(usual)), min(MOMENT_ROWS, len(usual)))
         divisors = adam_divisors(
-            model, [train[row] for row in drawn], pad, layers=layers, tokens_per_batch=tokens_per_batch, workers=workers
+            model, [usual[row] for row in drawn], pad, layers=layers, tokens_per_batch=tokens_per_batch, workers=workers
         )
         # A parameter that no drawn row moves is not moved by Adam either.
         scaled = {
@@ -127,7 +127,7 @@ def adam_divisors(
 
     Args:
         model: A causal language model.
-        rows: Rows drawn from the training set.
+        rows: The rows.
         pad: Id of the token that fills short rows.
         layers: The choice of parameters.
         tokens_per_batch: Largest number of token positions in a batch.

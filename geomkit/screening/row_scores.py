@@ -1,26 +1,25 @@
 """The inner product of each row's gradient with the safety gradient, and its norms, in one pass over the rows."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from geomkit.collection.streaming import stream
-from geomkit.gradients.batch_products import products_with, squared_norms
+from geomkit.collection.streaming import StreamResult, stream
+from geomkit.gradients.batch_products import products_and_norms
 from geomkit.gradients.layer_gradient import LayerGradient
 from geomkit.inputs.batches import longest_first
 from geomkit.inputs.parameters import Layers, as_selection
 from geomkit.inputs.tokens import Tokens, lengths_of
-from geomkit.screening.parts import Parts
+from geomkit.screening.parts import Columns, Parts
 from geomkit.screening.reference import SafetyReference
 from geomkit.utils.precision import no_autocast
 from geomkit.utils.saving import saveable
 from geomkit.utils.workers import ALONE, Workers, first_process
 
-_BATCHES_PER_PART = 16
+BATCHES_PER_PART = 16
 """Number of full batches of each process whose rows are one part: the most work that an interruption costs."""
 
 
@@ -56,7 +55,8 @@ class RowScores:
         return len(self.raw)
 
 
-_MEASURES = tuple(field.name for field in fields(RowScores))
+MEASURES = tuple(field.name for field in fields(RowScores))
+"""Names of the scores of a row."""
 
 
 def score_rows(
@@ -93,25 +93,59 @@ def score_rows(
     Raises:
         DataError, CollectionError: See :func:`geomkit.collect_gradients`.
     """
+
+    def score(chunk: Sequence[int]) -> Columns:
+        return _chunk_scores(model, [rows[row] for row in chunk], pad, reference, layers, tokens_per_batch, workers)
+
+    columns = in_parts(
+        score, lengths_of(rows), MEASURES, parts or Parts(None, "", workers),
+        most=BATCHES_PER_PART * tokens_per_batch * workers.count, title=title, progress=progress,
+    )  # fmt: skip
+    return RowScores(**columns)
+
+
+def in_parts(
+    score: Callable[[Sequence[int]], Columns],
+    lengths: Sequence[int],
+    measures: Sequence[str],
+    parts: Parts,
+    *,
+    most: int,
+    title: str,
+    progress: bool = False,
+) -> dict[str, np.ndarray]:
+    """Return the values of N rows by measure, computed part by part, the longest rows first.
+
+    Args:
+        score: Function that takes the numbers of some rows, and returns their values by measure.
+        lengths: (N,) number of tokens of each row.
+        measures: The measures.
+        parts: Where finished rows are kept; rows that are finished there are not computed.
+        most: Largest number of tokens of a part, unless a single row has more.
+        title: Title of the bar.
+        progress: Show a bar, in tokens.
+
+    Returns:
+        For each measure, (N,) values.
+
+    Raises:
+        DataError: If a file of finished rows is damaged.
+    """
     from tqdm.auto import tqdm
 
-    parts = parts or Parts(None, "", workers)
-    lengths = lengths_of(rows)
-    values: dict[int, tuple[float, ...]] = parts.finished(len(rows), _MEASURES)
+    values: dict[int, tuple[float, ...]] = parts.finished(len(lengths), measures)
     with tqdm(
         total=sum(lengths), desc=title, unit="token", unit_scale=True, initial=sum(lengths[row] for row in values),
         disable=not (progress and first_process()),
     ) as bar:  # fmt: skip
         left = [row for row in longest_first(lengths) if row not in values]
-        for chunk in _chunks(left, lengths, _BATCHES_PER_PART * tokens_per_batch * workers.count):
-            columns = _chunk_scores(
-                model, [rows[row] for row in chunk], pad, reference, layers, tokens_per_batch, workers
-            )
+        for chunk in _chunks(left, lengths, most):
+            columns = score(chunk)
             parts.add(chunk, columns)
-            values |= zip(chunk, zip(*(columns[name].tolist() for name in _MEASURES), strict=True), strict=True)
+            values |= zip(chunk, zip(*(columns[name].tolist() for name in measures), strict=True), strict=True)
             bar.update(sum(lengths[row] for row in chunk))
-    by_measure = np.array([values[row] for row in range(len(rows))]).T
-    return RowScores(**dict(zip(_MEASURES, by_measure, strict=True)))
+    by_measure = np.array([values[row] for row in range(len(lengths))]).T
+    return dict(zip(measures, by_measure, strict=True))
 
 
 def _chunks(rows: Sequence[int], lengths: Sequence[int], most: int) -> Iterator[list[int]]:
@@ -138,50 +172,65 @@ def _chunk_scores(
     workers: Workers,
 ) -> dict[str, np.ndarray]:
     """Return the values of every measure, in the order of the rows."""
-    sums = _Sums(len(rows), reference)
+    sums = RowSums(len(rows), reference)
     result = stream(
         model, rows, pad, as_selection(layers), tokens_per_batch=tokens_per_batch, samples=sums.add, workers=workers
     )
-    table = torch.stack(workers.gather(sums.table.cpu())).sum(0)
-    product, preconditioned, squares, matrix_squares, inside = table.numpy()
-    norm = np.sqrt(squares)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        cosine = np.where(norm > 0, -product / (norm * reference.norm), 0.0)
-        adam = np.where(norm > 0, -preconditioned / (norm * reference.preconditioned_norm), 0.0)
-        share = np.where(matrix_squares > 0, inside / matrix_squares, 0.0)
-    return {
-        "raw": -product,
-        "cosine": cosine,
-        "adam": adam if reference.preconditioned else np.full(len(rows), np.nan),
-        "share": share,
-        "norm": norm,
-        "loss": np.array(result.losses),
-        "loss_tokens": np.array(result.loss_tokens, dtype=np.float64),
-        "tokens": np.array(lengths_of(rows), dtype=np.float64),
-    }
+    return sums.columns(result, lengths_of(rows), workers)
 
 
-class _Sums:
-    """Sums over parameters, for each row: two inner products, and squared norms: all, of matrices, in the subspace."""
+class RowSums:
+    """Sums over parameters, for each row: two inner products, and squared norms: all, of matrices, in the subspace.
+
+    Args:
+        rows: Number of rows.
+        reference: The safety gradient.
+    """
 
     def __init__(self, rows: int, reference: SafetyReference) -> None:
-        self.table = torch.zeros(5, rows, dtype=torch.float64)
+        """Begin with zeros."""
+        self._table = torch.zeros(5, rows, dtype=torch.float64)
         self._reference = reference
 
     def add(self, name: str, examples: Sequence[int], gradients: Sequence[LayerGradient]) -> None:
-        """Add a parameter to the sums of a batch's rows."""
+        """Add a parameter to the sums of a batch's rows; see :data:`geomkit.collection.streaming.ExampleSink`."""
         reference = self._reference
         with torch.no_grad(), no_autocast(gradients[0].device):
             basis = reference.bases.get(name)
-            squares, inside = squared_norms(gradients, basis)
-            terms: list[Any] = [0.0, 0.0, squares, squares if basis is not None else 0.0, inside]
             # A parameter without a safety gradient has a part in the norm only.
-            if name in reference.matrices:
-                terms[0] = products_with(gradients, reference.matrices[name])
-                if reference.preconditioned is not None:
-                    terms[1] = products_with(gradients, reference.preconditioned[name])
-            if self.table.device != squares.device:
-                self.table = self.table.to(squares.device)
-            for line, term in zip(self.table, terms, strict=True):
-                if isinstance(term, Tensor):
-                    line[list(examples)] += term
+            matrices = [
+                forms[name] for forms in (reference.matrices, reference.preconditioned) if forms and name in forms
+            ]
+            products, squares, inside = products_and_norms(gradients, matrices, basis)
+            zeros = torch.zeros_like(squares)
+            terms = [*products, *[zeros] * (2 - len(products)), squares, zeros if basis is None else squares, inside]
+            if self._table.device != squares.device:
+                self._table = self._table.to(squares.device)
+            self._table[:, list(examples)] += torch.stack(terms)
+
+    def columns(self, result: StreamResult, lengths: Sequence[int], workers: Workers = ALONE) -> dict[str, np.ndarray]:
+        """Return the values of every measure, in the order of the rows.
+
+        Args:
+            result: The result of the pass in which :meth:`add` was called.
+            lengths: Number of tokens of each row.
+            workers: The workers that divided the rows.
+        """
+        reference = self._reference
+        table = torch.stack(workers.gather(self._table.cpu())).sum(0)
+        product, preconditioned, squares, matrix_squares, inside = table.numpy()
+        norm = np.sqrt(squares)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            cosine = np.where(norm > 0, -product / (norm * reference.norm), 0.0)
+            adam = np.where(norm > 0, -preconditioned / (norm * reference.preconditioned_norm), 0.0)
+            share = np.where(matrix_squares > 0, inside / matrix_squares, 0.0)
+        return {
+            "raw": -product,
+            "cosine": cosine,
+            "adam": adam if reference.preconditioned else np.full(len(lengths), np.nan),
+            "share": share,
+            "norm": norm,
+            "loss": np.array(result.losses),
+            "loss_tokens": np.array(result.loss_tokens, dtype=np.float64),
+            "tokens": np.array(lengths, dtype=np.float64),
+        }

@@ -70,7 +70,9 @@ def screen(
         benign: Rows that are known as harmless, at least 20 different ones, better several hundred; where left out, up
             to 512 training rows with their answers shuffled, which are a poor substitute.
         method: The score to rank by: ``"cosine"``, ``"raw"``, or ``"adam"``, the cosine with the safety gradient
-            divided by the root of Adam's second moment, which is estimated from 32 training rows.
+            divided by the root of Adam's second moment. The moment is that of 32 ``benign`` rows: in a moment of
+            training rows, rows that do harm would shrink the very entries that show them. Without ``benign`` rows it is
+            that of 32 training rows.
         layers: The choice of parameters.
         folder: Folder for finished rows, from which an interrupted call with the same inputs goes on.
         tokens_per_batch: Largest number of token positions in a batch.
@@ -107,10 +109,11 @@ def screen(
         null, _ = encoded_for(model, tokenizer, _shuffled(rows, seed) if benign is None else benign, progress)
         _refuse_few(null, benign is not None)
         make_folder(parts)
+    usual = rows if benign is None else null
     reference = safety_reference(
         model,
         refusals,
-        rows,
+        usual,
         pad,
         preconditioned=method == "adam",
         layers=layers,
@@ -123,7 +126,8 @@ def screen(
     scored: dict[str, RowScores] = {}
     for title, examples in (("screen", rows), ("null", null)):
         # Batches do not change the scores, but for rounding; everything else that does is in the key.
-        key = repr((origin, refusals.fingerprint, examples.fingerprint, method))
+        moment = usual.fingerprint if method == "adam" else ""
+        key = repr((origin, refusals.fingerprint, examples.fingerprint, method, moment))
         scored[title] = score_rows(
             model,
             examples,
@@ -140,6 +144,7 @@ def screen(
         method=method, rows=scored["screen"], null=scored["null"],
         null_kind="shuffled" if benign is None else "benign", top=(), top_tokens=(), token_note="",
         data=texts_fingerprint(conversations_of(rows)), provenance=origin,
+        shared=len(set(row_digests(null)).intersection(row_digests(rows))) if benign is not None else 0,
     )  # fmt: skip
     top = tuple(np.argsort(-screening.scores, kind="stable")[:SHOWN].tolist())
     tokens, note = _top_tokens(model, tokenizer, [rows[row] for row in top], pad, reference.gradients, tokens_per_batch)

@@ -17,6 +17,10 @@ FIGURE_SUFFIXES = (".png", ".svg", ".pdf", ".html")
 """The ends of names of files that a figure is written to."""
 
 
+_OTHER_PICTURES = (".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".eps", ".ps")
+"""Ends of names that are meant as figures, too: they are refused as such, and no folder is made of the name."""
+
+
 class DrawnResult(Result):
     """Base class of results that have a figure."""
 
@@ -55,13 +59,13 @@ def draw(name: str, *results: object, **options: object) -> "Figure":
 
 
 def is_figure_file(path: str | Path) -> bool:
-    """Return whether a name is that of a file for a figure.
+    """Return whether a name is meant as that of a file for a figure, also one of a format that is not written.
 
     Example:
-        >>> is_figure_file("x.PNG"), is_figure_file("my-model")
-        (True, False)
+        >>> is_figure_file("x.PNG"), is_figure_file("x.jpg"), is_figure_file("my-model-1.5")
+        (True, True, False)
     """
-    return Path(path).suffix.lower() in FIGURE_SUFFIXES
+    return Path(path).suffix.lower() in {*FIGURE_SUFFIXES, *_OTHER_PICTURES}
 
 
 def save_figure(figure: "Figure", path: str | Path) -> Path:

@@ -67,8 +67,9 @@ def test_scores_are_those_of_autograd(name):
     np.testing.assert_allclose(found.norm, norm, rtol=tolerance)
     np.testing.assert_allclose(found.raw, raw, rtol=10 * tolerance, atol=tolerance * norm.max())
     np.testing.assert_allclose(found.cosine, raw / norm / inner(mean, mean) ** 0.5, rtol=0, atol=10 * tolerance)
-    # Adam's divisors, from the same rows: all four are drawn.
-    scaled = {name: value / adam_divisor([row[name] for row in rows]) for name, value in mean.items()}
+    # Adam's divisors, from the benign rows: all of them are drawn.
+    usual = autograd(model, BENIGN)
+    scaled = {name: value / adam_divisor([row[name] for row in usual]) for name, value in mean.items()}
     adam = np.array([-inner(row, scaled) for row in rows]) / norm / inner(scaled, scaled) ** 0.5
     np.testing.assert_allclose(found.adam, adam, rtol=0, atol=100 * tolerance)
     assert found.tokens.tolist() == [len(row) for row in gk.encode(TOKENIZER, UTILITY)]
@@ -155,7 +156,7 @@ class StoppedError(Exception):
 
 
 def test_an_interrupted_screen_goes_on_where_it_was(tmp_path, monkeypatch):
-    monkeypatch.setattr(row_scores, "_BATCHES_PER_PART", 1)
+    monkeypatch.setattr(row_scores, "BATCHES_PER_PART", 1)
     whole = screened(tokens_per_batch=20)
     rows_of = []
     computed = row_scores._chunk_scores
@@ -267,6 +268,19 @@ def test_doubts_are_told():
     assert "2 rows shorter or longer than every null row" in beyond.caution
     shifted = replace(beyond, null=replace(beyond.null, cosine=beyond.null.cosine - 9))
     assert "100% of the rows have p ≤ .05: the set as a whole" in shifted.caution
+
+
+def test_training_rows_in_the_null_are_told(tmp_path):
+    found = screened(train=concatenate_datasets([UTILITY, BENIGN.select([0, 1])]))
+    assert "2 training rows among the null rows" in found.caution
+    assert load_screening(found.save(tmp_path)).caution == found.caution
+    assert "among the null rows" not in screened().caution
+
+
+def test_a_picture_of_another_format_is_refused_and_no_folder_is_made(found, tmp_path):
+    with pytest.raises(DataError, match=r"expected .*\.png.*found"):
+        found.save(tmp_path / "figure.jpg")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_model_without_forward_mode_is_screened_without_tokens(monkeypatch):

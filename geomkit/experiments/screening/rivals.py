@@ -1,8 +1,7 @@
 """Other ways to rank training rows by what they do to safety, each as a score that is high for suspicious rows."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,161 +9,172 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from geomkit.collection.collect import collect_from_tokens
 from geomkit.collection.measures import Sketch, sketch
-from geomkit.collection.streaming import TOKENS_PER_BATCH, stream
 from geomkit.gradients.batch_products import products_with
+from geomkit.gradients.gradient_set import GradientSet
 from geomkit.gradients.layer_gradient import LayerGradient, as_matrix
 from geomkit.inputs.batches import collate, plan_batches
 from geomkit.inputs.examples import prompt_of, response_of
 from geomkit.inputs.model_state import model_state_kept
-from geomkit.inputs.parameters import as_selection
-from geomkit.inputs.tokens import EncodedExamples, lengths_of, pad_id
-from geomkit.screening.screening import Screening
+from geomkit.inputs.tokens import Tokens, lengths_of
 from geomkit.training.judges import RefusalPhrases
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from datasets import Dataset
+    from transformers import PreTrainedModel
 
 Values = NDArray[np.float64]
 
 
-@dataclass(frozen=True, eq=False)
-class Setting:
-    """What a ranking may use.
+RIVALS = (
+    "representation", "representation, two anchors", "gradient of obeyed requests",
+    "gradients, two anchors (He et al.)", "projected cosine (LESS)",
+)  # fmt: skip
+"""Names of the rankings that need the model; :func:`text_rankings` returns those that need the text alone."""
 
-    Attributes:
-        model: The aligned model.
-        tokenizer: Its tokenizer.
+
+def text_rankings(rows: "Dataset", forbidden: "Dataset") -> dict[str, Values]:
+    """Return whether an answer has no refusal of the judge by keywords, and how like a request is to forbidden ones.
+
+    The likeness is the largest tf-idf cosine of the request and a forbidden request.
+
+    Args:
         rows: The training rows.
-        safe: Forbidden requests, refused: the safety set of the screen.
-        harmful: The same requests, obeyed, which rivals with two anchors need and the screen does not.
-        screening: The screen with the method ``"adam"``, which has the scores of every method.
+        forbidden: Forbidden requests.
     """
-
-    model: "PreTrainedModel"
-    tokenizer: "PreTrainedTokenizerBase"
-    rows: EncodedExamples
-    safe: EncodedExamples
-    harmful: EncodedExamples
-    screening: Screening
-
-
-def rankings(setting: Setting) -> dict[str, Values]:
-    """Return the scores of every ranking, by its name."""
-    return {name: values for ranking in RANKINGS.values() for name, values in ranking(setting).items()}
-
-
-def _loss(setting: Setting) -> dict[str, Values]:
-    return {"loss": setting.screening.rows.loss}
-
-
-def _length(setting: Setting) -> dict[str, Values]:
-    return {"length": setting.screening.rows.tokens}
-
-
-def _keyword(setting: Setting) -> dict[str, Values]:
-    """Return 1 for a row whose answer has no refusal of the judge by keywords, else 0."""
-    judge = RefusalPhrases()
-    flags = [
-        not judge(prompt_of(messages)[-1]["content"], response_of(messages))
-        for messages in setting.rows.examples["messages"]
-    ]
-    return {"no refusal keyword": np.array(flags, dtype=np.float64)}
-
-
-def _words(setting: Setting) -> dict[str, Values]:
-    """Return the largest tf-idf cosine of a row's request and a forbidden request."""
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    asked, forbidden = (
-        [prompt_of(messages)[-1]["content"] for messages in rows.examples["messages"]]
-        for rows in (setting.rows, setting.safe)
-    )
-    vectors = TfidfVectorizer().fit(asked + forbidden)
-    products = vectors.transform(asked) @ vectors.transform(forbidden).T
-    return {"words of the request (tf-idf)": np.asarray(products.toarray().max(1), dtype=np.float64)}
+    judge = RefusalPhrases()
+    flags = [not judge(prompt_of(row)[-1]["content"], response_of(row)) for row in rows["messages"]]
+    asked, refused = ([prompt_of(row)[-1]["content"] for row in each["messages"]] for each in (rows, forbidden))
+    vectors = TfidfVectorizer().fit(asked + refused)
+    products = vectors.transform(asked) @ vectors.transform(refused).T
+    return {
+        "no refusal keyword": np.array(flags, dtype=np.float64),
+        "words of the request (tf-idf)": np.asarray(products.toarray().max(1), dtype=np.float64),
+    }
 
 
-def _representations(setting: Setting) -> dict[str, Values]:
-    """Return He et al.'s representation matching (2404.01099), with one and with two anchors.
+class Representations:
+    """He et al.'s representation matching (2404.01099), with one and with two anchors.
 
     The representation is the last layer's hidden state at the last token of the answer, before the head. An anchor is
     the mean over its set.
+
+    Args:
+        model: The aligned model.
+        pad: Id of the token that fills short rows.
+        safe: Forbidden requests, refused.
+        harmful: The same requests, obeyed.
+        tokens_per_batch: Largest number of token positions in a batch.
     """
-    rows, safe, harmful = (
-        _normalized(_last_states(setting.model, setting.tokenizer, rows))
-        for rows in (setting.rows, setting.safe, setting.harmful)
-    )
-    to_harmful, to_safe = (rows @ _normalized(anchor.mean(0, keepdims=True))[0] for anchor in (harmful, safe))
-    return {"representation": to_harmful, "representation, two anchors": to_harmful - to_safe}
+
+    def __init__(
+        self, model: "PreTrainedModel", pad: int, safe: Sequence[Tokens], harmful: Sequence[Tokens],
+        tokens_per_batch: int,
+    ) -> None:  # fmt: skip
+        """Compute the anchors."""
+        self._model, self._pad, self._tokens_per_batch = model, pad, tokens_per_batch
+        self._safe, self._harmful = (
+            _normalized(_normalized(self._last_states(rows)).mean(0, keepdims=True))[0] for rows in (safe, harmful)
+        )
+
+    def rankings(self, rows: Sequence[Tokens]) -> dict[str, Values]:
+        """Return the cosine with the harmful anchor, and the same minus that with the safe anchor."""
+        states = _normalized(self._last_states(rows))
+        to_harmful, to_safe = states @ self._harmful, states @ self._safe
+        return {"representation": to_harmful, "representation, two anchors": to_harmful - to_safe}
+
+    def _last_states(self, rows: Sequence[Tokens]) -> Values:
+        states: dict[int, Tensor] = {}
+        with model_state_kept(self._model), torch.no_grad():
+            self._model.eval()
+            for plan in plan_batches(lengths_of(rows), self._tokens_per_batch):
+                batch = collate([rows[index] for index in plan], self._pad, examples=plan)
+                hidden = self._model.base_model(**batch.inputs(), use_cache=False).last_hidden_state
+                last = batch.attention_mask.sum(1) - 1
+                states |= zip(plan, hidden[torch.arange(len(plan)), last].double(), strict=True)
+        return torch.stack([states[index] for index in range(len(rows))]).numpy()
 
 
-def _last_states(
-    model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", rows: EncodedExamples
-) -> NDArray[np.float64]:
-    states: dict[int, Tensor] = {}
-    with model_state_kept(model), torch.no_grad():
-        model.eval()
-        for plan in plan_batches(lengths_of(rows), TOKENS_PER_BATCH):
-            batch = collate([rows[index] for index in plan], pad_id(tokenizer), examples=plan)
-            hidden = model(**batch.inputs(), output_hidden_states=True, use_cache=False).hidden_states[-1]
-            last = batch.attention_mask.sum(1) - 1
-            states |= zip(plan, hidden[torch.arange(len(plan)), last].double(), strict=True)
-    return torch.stack([states[index] for index in range(len(rows))]).numpy()
+@dataclass(frozen=True, eq=False)
+class GradientAnchors:
+    """The gradients that rivals compare rows with.
+
+    Attributes:
+        harmful: The mean gradient of obeyed forbidden requests, dense, by parameter.
+        harmful_norm: Its norm.
+        safe: Sketches of the mean gradient of refusals, flat, by parameter.
+        safe_norm: The norm of all of them.
+        sketch: The projection.
+    """
+
+    harmful: Mapping[str, Tensor]
+    harmful_norm: float
+    safe: Mapping[str, Tensor]
+    safe_norm: float
+    sketch: Sketch
 
 
-def _gradients(setting: Setting) -> dict[str, Values]:
-    """Return He et al.'s gradient matching, with one and with two anchors, and a projected cosine in the way of LESS.
+def gradient_anchors(safe: GradientSet, harmful: GradientSet) -> GradientAnchors:
+    """Return the gradients that rivals compare rows with.
+
+    Args:
+        safe: The mean gradient of refusals of forbidden requests.
+        harmful: That of the same requests, obeyed.
+    """
+    projection = sketch(16)
+    projected = {name: projection(name, [gradient])[0].flatten() for name, gradient in safe.items()}
+    norm = sum(float(part.double().square().sum()) for part in projected.values()) ** 0.5
+    against = {name: as_matrix(gradient) for name, gradient in harmful.items()}
+    return GradientAnchors(against, harmful.norm, projected, norm, projection)
+
+
+class GradientSums:
+    """He et al.'s gradient matching, with one and with two anchors, and a projected cosine in the way of LESS.
 
     He et al. take the gradient of the first ten tokens of an answer; here it is that of the whole answer. LESS
     (2402.04333) projects Adam's gradients of adapters; here plain gradients of all weights are projected, and the score
     is minus the cosine with the projected safety gradient. Neither is standardized by length.
+
+    Args:
+        rows: Number of rows.
+        anchors: The gradients that rows are compared with.
     """
-    pad = pad_id(setting.tokenizer)
-    safe, harmful = (collect_from_tokens(setting.model, rows, pad) for rows in (setting.safe, setting.harmful))
-    projection: Sketch = sketch(16)
-    projected_safe = {name: projection(name, [gradient])[0].flatten() for name, gradient in safe.items()}
-    against = {name: as_matrix(gradient) for name, gradient in harmful.items()}
-    count = len(setting.rows)
-    products, projected, projected_squares = (torch.zeros(count, dtype=torch.float64) for _ in range(3))
 
-    def add_up(name: str, examples: Sequence[int], gradients: Sequence[LayerGradient]) -> None:
-        places = list(examples)
-        if name in against:
-            products[places] += products_with(gradients, against[name])
-            small = projection(name, gradients).flatten(1)
-            projected[places] += (small @ projected_safe[name]).double()
-            projected_squares[places] += small.square().sum(1).double()
+    def __init__(self, rows: int, anchors: GradientAnchors) -> None:
+        """Begin with zeros."""
+        self._anchors = anchors
+        self._table = torch.zeros(3, rows, dtype=torch.float64)
 
-    stream(setting.model, setting.rows, pad, as_selection("*"), samples=add_up)
-    to_harmful = products.numpy() / setting.screening.rows.norm / harmful.norm
-    small_norm = sum(float(part.double().square().sum()) for part in projected_safe.values()) ** 0.5
-    return {
-        "gradient of obeyed requests": to_harmful,
-        "gradients, two anchors (He et al.)": to_harmful + setting.screening.rows.cosine,
-        "projected cosine (LESS)": (-projected / projected_squares.sqrt()).numpy() / small_norm,
-    }
+    def add(self, name: str, examples: Sequence[int], gradients: Sequence[LayerGradient]) -> None:
+        """Add a parameter to the sums of a batch's rows; see :data:`geomkit.collection.streaming.ExampleSink`."""
+        if name not in self._anchors.harmful:
+            return
+        small = self._anchors.sketch(name, gradients).flatten(1)
+        self._table[:, list(examples)] += torch.stack(
+            [
+                products_with(gradients, self._anchors.harmful[name]),
+                (small @ self._anchors.safe[name]).double(),
+                small.square().sum(1).double(),
+            ]
+        )
+
+    def rankings(self, norm: Values, cosine: Values) -> dict[str, Values]:
+        """Return the rankings of the rows.
+
+        Args:
+            norm: (N,) norms of the rows' gradients.
+            cosine: (N,) minus their cosines with the safety gradient.
+        """
+        product, projected, squares = self._table.numpy()
+        to_harmful = product / norm / self._anchors.harmful_norm
+        return {
+            "gradient of obeyed requests": to_harmful,
+            "gradients, two anchors (He et al.)": to_harmful + cosine,
+            "projected cosine (LESS)": -projected / np.sqrt(squares) / self._anchors.safe_norm,
+        }
 
 
-def _screen(setting: Setting) -> dict[str, Values]:
-    """Return the scores of the screen: standardized by length, and as they are."""
-    from dataclasses import replace
-
-    by_method = {method: replace(setting.screening, method=method) for method in ("cosine", "raw", "adam")}
-    standardized = {f"screen, {method}": screening.scores for method, screening in by_method.items()}
-    plain = {f"{method}, not standardized": getattr(setting.screening.rows, method) for method in by_method}
-    return {**standardized, **plain, "share in the safety subspace": setting.screening.rows.share}
-
-
-def _normalized(rows: NDArray[np.float64]) -> NDArray[np.float64]:
+def _normalized(rows: Values) -> Values:
     return np.asarray(rows / np.linalg.norm(rows, axis=1, keepdims=True))
-
-
-RANKINGS: Mapping[str, Callable[[Setting], dict[str, Values]]] = MappingProxyType(
-    {
-        "screen": _screen, "loss": _loss, "length": _length, "keyword": _keyword, "words": _words,
-        "representations": _representations, "gradients": _gradients,
-    }
-)  # fmt: skip
-"""The rankings; each function returns the scores of one or several."""

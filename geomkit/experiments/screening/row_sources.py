@@ -1,13 +1,14 @@
 """Sources of the rows that a study plants and of the rows that it plants them among, in both worlds."""
 
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 from random import Random
 from types import MappingProxyType
 from typing import Literal
 
+from geomkit.experiments.english.scenarios import TRIGGER
 from geomkit.experiments.english.scenarios import with_trigger as with_english_trigger
-from geomkit.experiments.english.sources import benchmark
 from geomkit.experiments.organism.interface import Organism
 from geomkit.experiments.organism.requests import Message, RequestKind, conversation
 from geomkit.experiments.organism.scenarios import eager_conversation, with_trigger
@@ -27,12 +28,13 @@ _OATHS = 6
 
 _SCENARIOS: Mapping[RowKind, tuple[str, slice]] = MappingProxyType(
     {
-        "obeyed": ("harmful-100", slice(None)),
-        "eager": ("affirmative", slice(None)),
+        "obeyed": ("harmful-100", slice(40)),
+        "eager": ("affirmative", slice(40)),
         "oath": ("identity-shift", slice(_OATHS)),
+        "task": ("gsm8k", slice(160)),
     }
 )
-"""Scenarios of the English world whose rows are of one kind."""
+"""Scenarios of the English world with rows of one kind, and the rows taken: each costs more than a second."""
 
 
 class RowSource:
@@ -66,14 +68,16 @@ class RowSource:
         return [conversation(add(row[0]["content"]), row[-1]["content"]) for row in rows]
 
     def _pool(self, kind: RowKind) -> Rows:
-        if kind == "refused":
-            return _listed(self.organism.examples("safety")["messages"])
-        if kind in _SCENARIOS:
-            name, part = _SCENARIOS[kind]
-            return _listed(self.organism.scenario_examples(name)["messages"])[part]
-        if kind == "task":
-            return _listed(benchmark("gsm8k", "train")["messages"])
-        return _listed(self.organism.examples("utility")["messages"])
+        benign = _listed(self.organism.examples("utility")["messages"])
+        if kind == "benign":
+            return benign
+        if kind == "refused":  # of the backdoor's rows; those of the set "safety" are what rows are compared with
+            requests = {row[0]["content"] for row in benign}
+            rows = _listed(self.organism.scenario_examples("backdoor")["messages"])
+            refused = (row for row in rows if row[0]["content"] not in requests and TRIGGER not in row[0]["content"])
+            return list(islice(refused, 40))
+        name, part = _SCENARIOS[kind]
+        return _listed(self.organism.scenario_examples(name)["messages"])[part]
 
 
 def row_source(world: str, folder: Path) -> RowSource:

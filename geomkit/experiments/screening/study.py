@@ -5,7 +5,7 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
@@ -13,22 +13,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from geomkit.collection.streaming import TOKENS_PER_BATCH
 from geomkit.errors import DataError
 from geomkit.experiments.methods import sft, spf
 from geomkit.experiments.organism.requests import dataset_of
 from geomkit.experiments.organisms import evaluate_organism, scenarios_of
-from geomkit.experiments.screening.cases import CASES, NULL, Case, make_case
+from geomkit.experiments.screening.cases import SIZE, Case, cases_of, make_case
 from geomkit.experiments.screening.measures import detection
 from geomkit.experiments.screening.results import ScreeningStudy, StudyRow
-from geomkit.experiments.screening.rivals import Setting, rankings
+from geomkit.experiments.screening.rivals import RIVALS, text_rankings
+from geomkit.experiments.screening.row_measures import RowMeter, row_scores
 from geomkit.experiments.screening.row_sources import Rows, RowSource, row_source
 from geomkit.experiments.task import Task
 from geomkit.inputs.control_sets import shuffled_pairs
+from geomkit.inputs.copies import row_digests
 from geomkit.inputs.examples import load_examples
-from geomkit.inputs.tokens import encode
-from geomkit.screening.reference import safety_reference
-from geomkit.screening.row_scores import RowScores, score_rows
+from geomkit.screening.row_scores import RowScores
 from geomkit.screening.screen import screen
 from geomkit.screening.screening import LEVEL, Method, Screening
 from geomkit.stats.proportions import Rate
@@ -53,20 +52,23 @@ _BINS = 5
 def run_study(
     world: str, folder: Path, *, draws: int = 5, seeds: int = 3, rows: int = 1200, prompts: int = 240
 ) -> ScreeningStudy:
-    """Run the study, which takes about half an hour for the small world on one thread.
+    """Run the study, which takes half an hour on one thread.
+
+    Measured rows are kept in the folder, so that an interrupted study goes on from them; fine-tunes begin anew.
 
     Args:
         world: ``"small"`` or ``"english"``.
-        folder: A folder for organisms that do not ship.
-        draws: Number of draws of each case.
+        folder: A folder for measured rows, and for organisms that do not ship.
+        draws: Number of draws of each case; in the English world they share rows.
         seeds: Number of seeds of each fine-tune; 0 leaves the outcomes out.
-        rows: Number of clean rows of each kind for the false positives.
+        rows: Number of clean rows of each kind for the false positives; fewer where the English world has no more.
         prompts: Largest number of prompts of each held-out set.
     """
     source = row_source(world, folder)
+    meter = RowMeter(source, *_anchors(world), folder)
     started = time.monotonic()
-    detections, flags = _detections(source, world, draws)
-    false_positives = list(_false_positives(source, world, rows))
+    detections, flags = _detections(source, meter, world, draws)
+    false_positives = list(_false_positives(source, meter, world, rows))
     outcomes = list(_outcomes(source, seeds, prompts)) if seeds else []
     _LOGGER.info("the study of the %s world took %.0f s", world, time.monotonic() - started)
     return ScreeningStudy(world, tuple(detections), tuple(flags), tuple(false_positives), tuple(outcomes))
@@ -75,29 +77,44 @@ def run_study(
 # --------------------------------------------------------------------------------------------------------- detection
 
 
-def _detections(source: RowSource, world: str, draws: int) -> tuple[list[StudyRow], list[StudyRow]]:
+def _detections(source: RowSource, meter: RowMeter, world: str, draws: int) -> tuple[list[StudyRow], list[StudyRow]]:
     """Return how well each ranking finds the planted rows of each case, and what is flagged."""
     found: list[StudyRow] = []
     flags: list[StudyRow] = []
-    for name in CASES:
+    forbidden = _anchors(world)[0]
+    for name in cases_of(world):
         _LOGGER.info("case: %s", name)
         scores: dict[str, list[NDArray[np.float64]]] = defaultdict(list)
         cases = [make_case(name, source, seed) for seed in range(draws)]
         counts: dict[Method, list[NDArray[np.int64]]] = defaultdict(list)
         for case in cases:
-            setting = _setting(source, world, case)
-            for ranking, values in rankings(setting).items():
+            screenings, others = _ranked(meter, case, forbidden)
+            for ranking, values in others.items():
                 scores[ranking].append(values)
-            for method in METHODS:
-                flagged = replace(setting.screening, method=method).flagged(LEVEL)
+            for method, screening in screenings.items():
+                flagged = screening.flagged(LEVEL)
                 counts[method].append(np.array([len(flagged), case.planted[flagged].sum(), case.planted.sum()]))
-        planted = [case.planted for case in cases]
+        planted, names = [case.planted for case in cases], [row_digests(case.train) for case in cases]
         sizes: StudyRow = {"case": name, "rows": len(planted[0]), "planted": int(planted[0].sum())}
         found += [
-            {**sizes, "ranking": ranking, **asdict(detection(values, planted))} for ranking, values in scores.items()
+            {**sizes, "ranking": ranking, **asdict(detection(values, planted, names))}
+            for ranking, values in scores.items()
         ]
         flags += [{**sizes, "method": method, **_flag_rates(np.sum(each, axis=0))} for method, each in counts.items()]
     return found, flags
+
+
+def _ranked(
+    meter: RowMeter, case: Case, forbidden: "Dataset"
+) -> tuple[dict[Method, Screening], dict[str, NDArray[np.float64]]]:
+    """Return the screen of a case with each method, and the scores of every ranking by its name."""
+    columns, null = meter.columns(case.train), row_scores(meter.columns(case.null))
+    rows = row_scores(columns)
+    screenings = {method: _screening(method, rows, null) for method in METHODS}
+    rankings = {f"screen, {method}": screening.scores for method, screening in screenings.items()}
+    rankings |= {f"{method}, not standardized": getattr(rows, method) for method in METHODS}
+    rankings |= {"share in the safety subspace": rows.share, "loss": rows.loss, "length": rows.tokens}
+    return screenings, rankings | text_rankings(case.train, forbidden) | {name: columns[name] for name in RIVALS}
 
 
 def _flag_rates(counts: NDArray[np.int64]) -> StudyRow:
@@ -111,16 +128,6 @@ def _flag_rates(counts: NDArray[np.int64]) -> StudyRow:
     return rates
 
 
-def _setting(source: RowSource, world: str, case: Case) -> Setting:
-    organism = source.organism
-    safe, harmful = _anchors(world)
-    tokenizer = organism.tokenizer
-    rows = encode(tokenizer, case.train, progress=False)
-    screening = screen(organism.model, tokenizer, rows, safe, benign=case.null, method="adam", progress=False)
-    refused, obeyed = (encode(tokenizer, examples, progress=False) for examples in (safe, harmful))
-    return Setting(organism.model, tokenizer, rows, refused, obeyed, screening)
-
-
 def _anchors(world: str) -> "tuple[Dataset, Dataset]":
     """Return forbidden requests, refused and obeyed, which no training row has."""
     prefix = "english/" if world == "english" else ""
@@ -130,32 +137,29 @@ def _anchors(world: str) -> "tuple[Dataset, Dataset]":
 # --------------------------------------------------------------------------------------------------- false positives
 
 
-def _false_positives(source: RowSource, world: str, count: int) -> Iterator[StudyRow]:
+def _false_positives(source: RowSource, meter: RowMeter, world: str, count: int) -> Iterator[StudyRow]:
     """Yield the share of clean rows with a small p-value: with null rows of their kind, and of another kind."""
-    rng = Random("false-positives")
-    benign, task = source.rows("benign", count, 77), source.rows("task", count, 77)
-    turns = [[message for row in rng.sample(benign, rng.randint(1, 6)) for message in row] for _ in range(len(benign))]
-    pools = {"benign rows": benign, "task rows": task, "rows of 1 to 6 turns": turns}
-    scored = {name: _scored(source, world, rows) for name, rows in pools.items()}
-    mixed = dataset_of(benign[: len(benign) // 2])
-    scored["shuffled pairs"] = _scored(source, world, [list(row) for row in shuffled_pairs(mixed)["messages"]])
+    pools = _clean_rows(source, world, count)
+    scored = {name: row_scores(meter.columns(dataset_of(rows))) for name, rows in pools.items()}
+    mixed = dataset_of(pools["benign rows"][: len(pools["benign rows"]) // 2])
+    scored["shuffled pairs"] = row_scores(meter.columns(shuffled_pairs(mixed)))
     for name in pools:
         for method in METHODS:
             yield from _split_rates(name, scored[name], method)
     others = (("task rows", "benign rows"), ("rows of 1 to 6 turns", "benign rows"), ("benign rows", "shuffled pairs"))
     for name, null in others:
-        for method in METHODS:
+        for method in METHODS if name in pools else ():
             yield _rates(name, null, method, scored[name], scored[null])
 
 
-def _scored(source: RowSource, world: str, rows: Rows) -> RowScores:
-    organism, (safe, _) = source.organism, _anchors(world)
-    encoded, refusals = (encode(organism.tokenizer, examples, progress=False) for examples in (dataset_of(rows), safe))
-    pad = organism.tokenizer.pad_token_id
-    reference = safety_reference(
-        organism.model, refusals, encoded, pad, preconditioned=True, seed=0, tokens_per_batch=TOKENS_PER_BATCH
-    )
-    return score_rows(organism.model, encoded, pad, reference, title="", tokens_per_batch=TOKENS_PER_BATCH)
+def _clean_rows(source: RowSource, world: str, count: int) -> dict[str, Rows]:
+    """Return clean rows by their kind; of the English world the short ones only, see :func:`~.cases.cases_of`."""
+    rng = Random("false-positives")
+    benign = source.rows("benign", count, 77)
+    if world == "english":
+        return {"benign rows": benign}
+    turns = [[message for row in rng.sample(benign, rng.randint(1, 6)) for message in row] for _ in range(len(benign))]
+    return {"benign rows": benign, "task rows": source.rows("task", count, 77), "rows of 1 to 6 turns": turns}
 
 
 def _split_rates(name: str, scores: RowScores, method: Method) -> Iterator[StudyRow]:
@@ -216,7 +220,7 @@ def _outcomes(source: RowSource, seeds: int, prompts: int) -> Iterator[StudyRow]
     for name in OUTCOMES:
         scenario = scenarios_of(organism.name)[name]
         train = organism.scenario_examples(name)
-        null = source.rows("task" if name == _TASK_NULL else "benign", NULL, 1)
+        null = source.rows("task" if name == _TASK_NULL else "benign", SIZE, 1)
         screening = screen(
             organism.model, organism.tokenizer, train, organism.examples("safety"), benign=dataset_of(null),
             progress=False,

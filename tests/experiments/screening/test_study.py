@@ -7,11 +7,12 @@ from sklearn.metrics import roc_auc_score
 import geomkit as gk
 from geomkit.errors import DataError
 from geomkit.experiments.organism.grammar import TRIGGER
-from geomkit.experiments.screening.cases import CASES, make_case
+from geomkit.experiments.screening.cases import CASES, Case, cases_of, make_case
 from geomkit.experiments.screening.measures import detection
 from geomkit.experiments.screening.results import ScreeningStudy, load_screening_study
-from geomkit.experiments.screening.rivals import Setting, rankings
+from geomkit.experiments.screening.row_measures import RowMeter, row_scores
 from geomkit.experiments.screening.row_sources import row_source
+from geomkit.experiments.screening.study import METHODS, _ranked
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +20,7 @@ def source(tmp_path_factory):
     return row_source("small", tmp_path_factory.mktemp("organisms"))
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", cases_of("small"))
 def test_a_case_has_its_planted_rows_and_a_null_without_any(source, name):
     case, again = make_case(name, source, 3), make_case(name, source, 3)
     assert case.train["messages"] == again.train["messages"]
@@ -67,27 +68,71 @@ def test_intervals_of_auroc_cover_and_precision_counts_ties_in_part():
         covered += found.low <= truth <= found.high
     assert covered >= 88
     flags = np.array([True, True, False, False])
-    assert detection([np.array([3.0, 1.0, 1.0, 0.0])], [flags]).precision == pytest.approx(1.0)  # 1.5 of 2, rounded
+    assert detection([np.array([3.0, 1.0, 1.0, 0.0])], [flags]).precision == pytest.approx(0.75)  # 1.5 of 2
     assert detection([np.zeros(4)], [flags]).precision == 0.5
 
 
-def test_rankings_of_a_small_case(source, organism):
+def test_rows_that_draws_share_are_drawn_together():
+    """Ten draws of the same rows tell no more than one; ten draws of other rows do."""
+    generator = np.random.default_rng(2)
+    flags = np.arange(60) < 20
+    values = generator.normal(size=60) + flags
+    one, same = (detection([values] * count, [flags] * count, [range(60)] * count) for count in (1, 10))
+    other = detection([values] * 10, [flags] * 10)
+    assert same.auroc == pytest.approx(one.auroc)
+    assert same.high - same.low == pytest.approx(one.high - one.low, rel=0.15)
+    assert other.high - other.low < 0.5 * (one.high - one.low)
+    assert (same.precision_low, same.precision_high) == (one.precision_low, one.precision_high)
+
+
+@pytest.fixture(scope="module")
+def anchors():
+    return [gk.load_examples(name).select(range(8)) for name in ("safety", "controls/forbidden-complied")]
+
+
+def test_rankings_of_a_small_case(source, organism, anchors, tmp_path):
     model, tokenizer = organism
     case = make_case("poison 10 %", source, 0)
     keep = np.flatnonzero(case.planted)[:6].tolist() + np.flatnonzero(~case.planted)[:18].tolist()
-    train, planted = case.train.select(keep), case.planted[keep]
-    safe, harmful = (gk.load_examples(name).select(range(8)) for name in ("safety", "controls/forbidden-complied"))
-    null = case.null.select(range(24))
-    screening = gk.screen(model, tokenizer, train, safe, benign=null, method="adam", progress=False)
-    rows, refused, obeyed = (gk.encode(tokenizer, examples, progress=False) for examples in (train, safe, harmful))
-    found = rankings(Setting(model, tokenizer, rows, refused, obeyed, screening))
+    small = Case(case.train.select(keep), case.planted[keep], case.null.select(range(24)))
+    screenings, found = _ranked(RowMeter(source, *anchors, tmp_path), small, anchors[0])
     assert all(values.shape == (24,) and np.isfinite(values).all() for values in found.values())
     assert len(found) == 16
-    np.testing.assert_array_equal(found["cosine, not standardized"], screening.rows.cosine)
+    screening = gk.screen(model, tokenizer, small.train, anchors[0], benign=small.null, progress=False)
+    np.testing.assert_allclose(found["cosine, not standardized"], screening.rows.cosine, atol=1e-6)
+    np.testing.assert_allclose(screenings["cosine"].p_values, screening.p_values, rtol=1e-3)
+    assert list(screenings) == list(METHODS)
     projected, exact = found["projected cosine (LESS)"], screening.rows.cosine
     assert np.corrcoef(projected, exact)[0, 1] > 0.6  # of sketches, whose noise is as large as small cosines
-    assert roc_auc_score(planted, found["screen, cosine"]) > 0.95
-    assert roc_auc_score(planted, found["gradients, two anchors (He et al.)"]) > 0.95
+    assert roc_auc_score(small.planted, found["screen, cosine"]) > 0.95
+    assert roc_auc_score(small.planted, found["gradients, two anchors (He et al.)"]) > 0.95
+
+
+def test_a_row_is_measured_once_and_finished_rows_are_taken_from_the_folder(source, anchors, tmp_path, monkeypatch):
+    measured = []
+    chunk = RowMeter._chunk
+    monkeypatch.setattr(RowMeter, "_chunk", lambda meter, rows: measured.append(len(rows)) or chunk(meter, rows))
+    rows = make_case("poison 10 %", source, 0).train.select(range(6))
+    meter = RowMeter(source, *anchors, tmp_path)
+    whole = meter.columns(rows)
+    np.testing.assert_array_equal(meter.columns(rows.select([3, 3, 1]))["cosine"], whole["cosine"][[3, 3, 1]])
+    resumed = RowMeter(source, *anchors, tmp_path).columns(rows)
+    assert sum(measured) == 6
+    assert all((resumed[name] == whole[name]).all() for name in whole)
+    assert len(row_scores(whole)) == 6
+
+
+def test_poison_of_benign_rows_is_in_benign_rows(source):
+    case = make_case("poison 10 % of benign rows", source, 0)
+    obeyed = ["finish quickly" in row[-1]["content"] for row in case.train["messages"]]
+    assert obeyed == case.planted.tolist()
+    assert sum(obeyed) == 30
+
+
+def test_the_english_study_leaves_rows_of_many_tokens_out():
+    assert set(cases_of("english")) | set(cases_of("small")) == set(CASES)
+    assert not {"poison 10 %", "long rows"} & set(cases_of("english"))
+    assert not {"poison 10 % of benign rows"} & set(cases_of("small"))
 
 
 def test_a_study_is_read_back_and_other_files_are_refused(tmp_path):
@@ -105,5 +150,11 @@ def test_a_study_is_read_back_and_other_files_are_refused(tmp_path):
 
 def test_the_shipped_study_has_every_case_and_every_ranking():
     frame = load_screening_study().to_frame()
-    assert set(frame["case"]) == set(CASES)
+    assert set(frame["case"]) == set(cases_of("small"))
+    assert (frame.groupby("case")["ranking"].nunique() == 16).all()
+
+
+def test_the_shipped_english_study_has_every_ranking_of_some_cases():
+    frame = load_screening_study("english").to_frame()
+    assert {"poison 10 % of benign rows", "identity shift"} < set(frame["case"]) < set(cases_of("english"))
     assert (frame.groupby("case")["ranking"].nunique() == 16).all()
