@@ -41,10 +41,11 @@ def products_and_norms(
         For each matrix M, (B,) ⟨G, M⟩; (B,) ‖G‖²; (B,) ‖UᵀG‖², zero without a basis. All fp64.
 
     Example:
-        >>> gradient, matrix = FactoredGradient(torch.eye(2), torch.eye(2)), torch.tensor([[1.0, 7.0], [7.0, 2.0]])
+        >>> gradient = FactoredGradient(torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0, 0.0]]))
+        >>> matrix = torch.tensor([[1.0, 7.0], [7.0, 2.0]])
         >>> products, squares, inside = products_and_norms([gradient], [matrix, 2 * matrix])
         >>> [float(product) for product in products], float(squares), float(inside)
-        ([3.0, 6.0], 2.0, 0.0)
+        ([31.0, 62.0], 25.0, 0.0)
     """
     factored = factored_of(gradients)
     if len(factored) == len(gradients) and _forming_is_cheaper(factored, len(matrices)):
@@ -99,10 +100,10 @@ def squared_norms(gradients: Sequence[LayerGradient], basis: Tensor | None = Non
         (B,) ‖G‖² and (B,) ‖UᵀG‖², fp64.
 
     Example:
-        >>> gradient = FactoredGradient(torch.eye(2), torch.eye(2))
+        >>> gradient = FactoredGradient(torch.tensor([[3.0, 4.0]]), torch.tensor([[1.0, 0.0]]))
         >>> squares, inside = squared_norms([gradient], torch.tensor([[1.0], [0.0]]))
         >>> float(squares), float(inside)
-        (2.0, 1.0)
+        (25.0, 9.0)
     """
     factored = factored_of(gradients)
     if len(factored) == len(gradients):

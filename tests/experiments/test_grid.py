@@ -78,7 +78,7 @@ def test_an_arm_that_trains_all_weights_is_refused_where_adapters_are_trained(tm
 def test_the_shipped_english_grid_has_the_headline_arms_with_two_seeds():
     grid = load_grid("english")
     assert {cell.organism for cell in grid.cells} == {"english"}
-    for arm in ("SFT", "mixing", "mixed-left"):
+    for arm in ("SFT", "mixing", "kl-left"):
         seeds = {cell.seed for cell in grid.cells if cell.arm.name == arm and cell.scenario == "harmful-100"}
         assert seeds == {0, 1}
 
