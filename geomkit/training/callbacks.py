@@ -48,7 +48,7 @@ class ProgressBar(TrainerCallback):
         if "loss" in logs:
             shown = {"loss": f"{logs['loss']:.3f}"}
             if "spf/fired" in logs:
-                shown |= {"safety": f"{logs['spf/anchor_loss']:.4f}", "fired": f"{logs['spf/fired']:.0%}"}
+                shown |= {"safety": f"{logs['spf/anchor_loss']:z.4f}", "fired": f"{logs['spf/fired']:.0%}"}
             self._bar.set_postfix(shown, refresh=False)
 
     def on_train_end(
