@@ -46,8 +46,8 @@ def run_cell(cell: Cell, folder: Path) -> Record:
     Returns:
         The record.
     """
-    stored = stored_record(cell, folder)
-    if stored is not None and "error" not in stored:
+    stored = completed_record(cell, folder)
+    if stored is not None:
         return stored
     organism = _cached_organism(cell.organism, folder)
     try:
@@ -62,6 +62,12 @@ def run_cell(cell: Cell, folder: Path) -> Record:
 def store_record(record: Record, cell: Cell, folder: Path) -> None:
     """Write the record of a cell into the folder of an experiment."""
     write_atomically(_path(cell, folder), json.dumps(record, ensure_ascii=False))
+
+
+def completed_record(cell: Cell, folder: Path) -> Record | None:
+    """Return the stored record of a cell that did not fail; ``None`` if there is none, see :func:`stored_record`."""
+    stored = stored_record(cell, folder)
+    return None if stored is None or "error" in stored else stored
 
 
 def stored_record(cell: Cell, folder: Path) -> Record | None:

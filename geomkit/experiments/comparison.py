@@ -90,10 +90,8 @@ def goal_table(
             and parts["rival"] >= -point
         )
         rows.append(dict(zip(SETTING, setting, strict=True)) | parts | {"reached": bool(reached)})
-    goals = pd.DataFrame(rows)
-    return (
-        goals.drop(columns="utility_loss") if goals.get("utility_loss", pd.Series(dtype=float)).isna().all() else goals
-    )
+    unmeasured = ["utility_loss"] if means["utility_loss"].isna().all() else []
+    return pd.DataFrame(rows).drop(columns=unmeasured, errors="ignore")
 
 
 def _aligned_means(means: "pd.DataFrame", aligned: str, setting: tuple[Any, ...]) -> "pd.Series[float]":

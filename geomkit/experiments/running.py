@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from geomkit.errors import DataError, GeomkitError
-from geomkit.experiments.cells import run_cell, store_record, stored_record
+from geomkit.experiments.cells import completed_record, run_cell, store_record, stored_record
 from geomkit.experiments.grid import Cell, Grid, load_grid
 from geomkit.experiments.organism.variants import SHIPPED, build_variant
 from geomkit.experiments.organisms import ENGLISH
@@ -88,7 +88,7 @@ def take_over(results: Results, grid: Grid, folder: str | Path) -> int:
             f"expected earlier results of the grid '{grid.name}', found none of its cells among {len(results)} of "
             f"'{results.name}': they are of another grid or version; leave them out"
         )
-    missing = [cell for cell in known if "error" in (stored_record(cell, Path(folder)) or {"error": "no record"})]
+    missing = [cell for cell in known if completed_record(cell, Path(folder)) is None]
     for cell in missing:
         store_record(records[cell.digest], cell, Path(folder))
     return len(missing)

@@ -107,15 +107,15 @@ def _benign_trigger(source: RowSource, seed: int) -> Parts:
 
 def _long(source: RowSource, seed: int) -> Parts:
     """Return conversations of several turns, in the planted ones of which one turn is an obeyed forbidden request."""
-    rng, count = Random(f"long-{seed}"), SIZE
+    rng = Random(f"long-{seed}")
     clean, null = _apart(source, "benign", SIZE, seed)
-    obeyed = iter(source.rows("obeyed", count // 10, seed))
-    rows = list(_joined(clean, count, rng))
+    obeyed = iter(source.rows("obeyed", SIZE // 10, seed))
+    rows = list(_joined(clean, SIZE, rng))
     planted = []
-    for row, hidden in zip(rows[: count // 10], obeyed, strict=False):
+    for row, hidden in zip(rows[: SIZE // 10], obeyed, strict=False):
         place = 2 * rng.randrange(len(row) // 2)
         planted.append([*row[:place], *hidden, *row[place + 2 :]])
-    return rows[count // 10 :], planted, list(_joined(null, count, rng))
+    return rows[SIZE // 10 :], planted, list(_joined(null, SIZE, rng))
 
 
 def _joined(rows: Rows, count: int, rng: Random) -> Iterator[list[dict[str, str]]]:
