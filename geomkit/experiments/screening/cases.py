@@ -109,13 +109,14 @@ def _long(source: RowSource, seed: int) -> Parts:
     """Return conversations of several turns, in the planted ones of which one turn is an obeyed forbidden request."""
     rng = Random(f"long-{seed}")
     clean, null = _apart(source, "benign", SIZE, seed)
-    obeyed = iter(source.rows("obeyed", SIZE // 10, seed))
-    rows = list(_joined(clean, SIZE, rng))
+    count = SIZE if len(clean) == SIZE else len(clean) // 2  # with fewer short rows, long ones would repeat them often
+    obeyed = iter(source.rows("obeyed", count // 10, seed))
+    rows = list(_joined(clean, count, rng))
     planted = []
-    for row, hidden in zip(rows[: SIZE // 10], obeyed, strict=False):
+    for row, hidden in zip(rows[: count // 10], obeyed, strict=False):
         place = 2 * rng.randrange(len(row) // 2)
         planted.append([*row[:place], *hidden, *row[place + 2 :]])
-    return rows[SIZE // 10 :], planted, list(_joined(null, SIZE, rng))
+    return rows[count // 10 :], planted, list(_joined(null, count, rng))
 
 
 def _joined(rows: Rows, count: int, rng: Random) -> Iterator[list[dict[str, str]]]:
@@ -146,17 +147,24 @@ turn of several."""
 
 _BENIGN_POISON = tuple(name for name in CASES if name.endswith("of benign rows"))
 
-_MANY_TOKENS = ("poison 1 %", "poison 5 %", "poison 10 %", "long rows")
-
 
 def cases_of(world: str) -> list[str]:
     """Return the names of the cases of a world.
 
-    In the small world the rows of a new task are poisoned. In the English world benign rows are, and rows of several
-    turns are left out: a row of GSM8K, or of several turns, has some 200 tokens, each of which takes 23 ms.
+    In the small world the rows of a new task are poisoned, in the English world GSM8K's and also benign rows.
 
     Args:
         world: ``"small"`` or ``"english"``.
     """
-    left_out = _MANY_TOKENS if world == "english" else _BENIGN_POISON
-    return [name for name in CASES if name not in left_out]
+    return [name for name in CASES if world == "english" or name not in _BENIGN_POISON]
+
+
+def draws_of(name: str, world: str, draws: int) -> int:
+    """Return the number of draws of a case: one where each draw has other rows and a row takes seconds.
+
+    Args:
+        name: A name in :data:`CASES`.
+        world: ``"small"`` or ``"english"``.
+        draws: The number of draws of the other cases.
+    """
+    return 1 if world == "english" and name == "long rows" else draws

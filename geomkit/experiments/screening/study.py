@@ -17,7 +17,7 @@ from geomkit.errors import DataError
 from geomkit.experiments.methods import sft, spf
 from geomkit.experiments.organism.requests import dataset_of
 from geomkit.experiments.organisms import evaluate_organism, scenarios_of
-from geomkit.experiments.screening.cases import SIZE, Case, cases_of, make_case
+from geomkit.experiments.screening.cases import SIZE, Case, cases_of, draws_of, make_case
 from geomkit.experiments.screening.measures import detection
 from geomkit.experiments.screening.results import ScreeningStudy, StudyRow
 from geomkit.experiments.screening.rivals import RIVALS, text_rankings
@@ -85,7 +85,7 @@ def _detections(source: RowSource, meter: RowMeter, world: str, draws: int) -> t
     for name in cases_of(world):
         _LOGGER.info("case: %s", name)
         scores: dict[str, list[NDArray[np.float64]]] = defaultdict(list)
-        cases = [make_case(name, source, seed) for seed in range(draws)]
+        cases = [make_case(name, source, seed) for seed in range(draws_of(name, world, draws))]
         counts: dict[Method, list[NDArray[np.int64]]] = defaultdict(list)
         for case in cases:
             screenings, others = _ranked(meter, case, forbidden)
@@ -153,13 +153,14 @@ def _false_positives(source: RowSource, meter: RowMeter, world: str, count: int)
 
 
 def _clean_rows(source: RowSource, world: str, count: int) -> dict[str, Rows]:
-    """Return clean rows by their kind; of the English world the short ones only, see :func:`~.cases.cases_of`."""
+    """Return clean rows by their kind; of the English world those of one turn only, since a token takes 23 ms there."""
     rng = Random("false-positives")
     benign = source.rows("benign", count, 77)
+    pools = {"benign rows": benign, "task rows": source.rows("task", count, 77)}
     if world == "english":
-        return {"benign rows": benign}
+        return pools
     turns = [[message for row in rng.sample(benign, rng.randint(1, 6)) for message in row] for _ in range(len(benign))]
-    return {"benign rows": benign, "task rows": source.rows("task", count, 77), "rows of 1 to 6 turns": turns}
+    return pools | {"rows of 1 to 6 turns": turns}
 
 
 def _split_rates(name: str, scores: RowScores, method: Method) -> Iterator[StudyRow]:
