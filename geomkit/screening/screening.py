@@ -130,9 +130,6 @@ class Screening(DrawnResult):
     def flagged(self, level: float = LEVEL) -> np.ndarray:
         """Return the numbers of the rows with a q-value up to a false-discovery level, the highest score first.
 
-        The level is exceeded where a null of a few hundred rows has heavy tails: with noise of Student's t distribution
-        of 3 degrees of freedom, a row is flagged in 18 to 29 % of clean sets at a level of 10 %.
-
         Args:
             level: The share of the returned rows that may be false discoveries, between 0 and 1.
 

@@ -17,6 +17,9 @@ _TAIL_SHARE = 0.1
 _FEWEST_IN_TAIL = 10
 _SCALE_FLOOR = 0.1
 _HEAVIEST_TAIL = 0.5
+_UPPER_LIMIT = 1.28 * float(np.sqrt(4 / 3))
+"""Upper 90 % confidence limit of a fitted shape above the shape, times the root of the number of values in the tail."""
+
 _NORMAL = float(np.sqrt(np.pi / 2))  # σ over the mean absolute deviation of a normal distribution
 
 Values = NDArray[np.float64]
@@ -90,7 +93,8 @@ def upper_p_values(values: ArrayLike, null: ArrayLike) -> Values:
     Below the largest tenth of the null values, it is the share (1 + number of null values ≥ v) / (n + 1), which is
     exact for exchangeable values. Beyond, where the share would end at 1/(n + 1), the tail is a generalized Pareto
     distribution (Pickands 1975), fitted by probability-weighted moments (Hosking and Wallis 1987), with a shape between
-    0 (exponential) and 1/2: a tail that ends is not believed.
+    0 (exponential) and 1/2: a tail that ends is not believed. A few null values do not tell how heavy their tail is, so
+    the p-value is the larger of two: with the fitted shape, and with its upper 90 % confidence limit.
 
     Args:
         values: (N,) values.
@@ -114,10 +118,20 @@ def upper_p_values(values: ArrayLike, null: ArrayLike) -> Values:
     shape, scale = _pareto(ordered[-tail:] - start)
     if scale <= 0:  # the tail is one value
         return empirical
-    excess = np.maximum(given - start, 0.0) / scale
-    survival = np.exp(-excess) if shape == 0 else (1 + shape * excess) ** (-1 / shape)
+    heavier = min(shape + _UPPER_LIMIT / np.sqrt(tail), _HEAVIEST_TAIL)
+    excess = np.maximum(given - start, 0.0)
+    # Both tails have the mean of the excesses, scale / (1 − shape).
+    survival = np.maximum(
+        _survival(excess, shape, scale), _survival(excess, heavier, scale * (1 - heavier) / (1 - shape))
+    )
     beyond = np.maximum((tail + 1) / (n + 1) * survival, np.finfo(np.float64).tiny)
     return np.asarray(np.where(given > start, beyond, empirical))
+
+
+def _survival(excess: Values, shape: float, scale: float) -> Values:
+    """Return the probability that a generalized Pareto variable is larger than each excess."""
+    scaled = excess / scale
+    return np.asarray(np.exp(-scaled) if shape == 0 else (1 + shape * scaled) ** (-1 / shape))
 
 
 def _pareto(excesses: Values) -> tuple[float, float]:

@@ -6,6 +6,7 @@ from scipy.stats import genpareto
 
 from geomkit.stats import conditional_null
 from geomkit.stats.conditional_null import FEWEST, outside, standardized, upper_p_values
+from geomkit.stats.multiple_testing import benjamini_hochberg
 
 
 def drawn(generator, count, shape, low=5, high=500):
@@ -32,6 +33,15 @@ def test_false_positives_at_the_stated_level_for_rows_of_5_to_500_tokens(shape):
     assert (found <= 0.05).mean() == pytest.approx(0.05, abs=0.015)
     assert (found <= 0.01).mean() == pytest.approx(0.01, abs=0.005)
     assert (found <= 0.001).mean() < 0.003
+
+
+@pytest.mark.parametrize("shape", ["normal", "heavy", "skewed"])
+@pytest.mark.parametrize("null", [80, 300])
+def test_a_clean_set_has_a_false_discovery_no_more_often_than_the_level(shape, null):
+    generator = np.random.default_rng(8)
+    sets = [p_values(generator, shape, null=null) for _ in range(120)]
+    flagged = np.mean([(benjamini_hochberg(found) <= 0.1).any() for found in sets])
+    assert flagged <= 0.155  # .1 and two standard errors
 
 
 @pytest.mark.parametrize("lengths", [(5, 15), (15, 60), (60, 200), (200, 500)])
