@@ -1,4 +1,7 @@
-"""The safety gradient that rows are compared with: dense by parameter, preconditioned as by Adam, and its subspaces."""
+"""The safety gradient that rows are compared with: dense by parameter, preconditioned as by Adam, and its subspaces.
+
+Where obeyed requests are given as well, the gradient of their answers is subtracted.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,7 +14,7 @@ from torch import Tensor, nn
 from geomkit.collection.collect import collect_from_tokens
 from geomkit.collection.streaming import stream
 from geomkit.errors import CollectionError
-from geomkit.gradients.gradient_set import GradientSet
+from geomkit.gradients.accumulator import add
 from geomkit.gradients.layer_gradient import LayerGradient, as_matrix
 from geomkit.inputs.parameters import Layers, as_selection
 from geomkit.inputs.tokens import Tokens
@@ -39,7 +42,7 @@ class SafetyReference:
     """The mean safety gradient in the forms that a row's gradient is multiplied with.
 
     Attributes:
-        gradients: The mean safety gradient, as collected.
+        gradients: The mean safety gradient, less the mean gradient of obeyed requests where there are any.
         matrices: The same, dense, by parameter: (rows, columns), see
             :attr:`~geomkit.gradients.layer_gradient.LayerGradient.matrix_shape`.
         preconditioned: The same, every entry divided by the root of Adam's second moment; ``None`` if not asked for.
@@ -48,7 +51,7 @@ class SafetyReference:
         preconditioned_norm: Norm of ``preconditioned``; NaN without it.
     """
 
-    gradients: GradientSet
+    gradients: Mapping[str, LayerGradient]
     matrices: Mapping[str, Tensor]
     preconditioned: Mapping[str, Tensor] | None
     bases: Mapping[str, Tensor]
@@ -62,6 +65,7 @@ def safety_reference(
     usual: Sequence[Tokens],
     pad: int,
     *,
+    obeyed: Sequence[Tokens] | None = None,
     preconditioned: bool,
     layers: Layers = "*",
     tokens_per_batch: int,
@@ -76,6 +80,7 @@ def safety_reference(
         safety: Refusals of forbidden requests.
         usual: Rows from which Adam's second moment is estimated.
         pad: Id of the token that fills short rows.
+        obeyed: Forbidden requests with answers that obey.
         preconditioned: Whether the preconditioned gradient is needed.
         layers: The choice of parameters.
         tokens_per_batch: Largest number of token positions in a batch.
@@ -87,15 +92,25 @@ def safety_reference(
         DataError, CollectionError: See :func:`geomkit.collect_gradients`.
         CollectionError: If the safety gradient is zero.
     """
-    gradients = collect_from_tokens(
-        model, safety, pad, layers=layers, tokens_per_batch=tokens_per_batch, progress=progress, workers=workers
+    gradients, against = (
+        collect_from_tokens(
+            model, rows, pad, layers=layers, tokens_per_batch=tokens_per_batch, progress=progress, workers=workers
+        ).layers
+        if rows
+        else {}
+        for rows in (safety, obeyed)
     )
+    gradients = difference(gradients, against)
     matrices = {name: as_matrix(gradient) for name, gradient in gradients.items()}
     if not (norm := _norm(matrices)):
         raise CollectionError(
             "expected a safety gradient other than zero, found none; check the choice of layers and the model's weights"
         )
-    bases = {name: layer_subspace(gradient, rank=RANK).basis for name, gradient in gradients.matrices().items()}
+    bases = {
+        name: layer_subspace(gradient, rank=RANK).basis
+        for name, gradient in gradients.items()
+        if min(gradient.matrix_shape) > 1
+    }
     scaled = None
     if preconditioned:
         drawn = Random(seed).sample(range(len(usual)), min(MOMENT_ROWS, len(usual)))
@@ -108,6 +123,16 @@ def safety_reference(
             for name, matrix in matrices.items()
         }
     return SafetyReference(gradients, matrices, scaled, bases, norm, _norm(scaled) if scaled else float("nan"))
+
+
+def difference(
+    gradients: Mapping[str, LayerGradient], subtracted: Mapping[str, LayerGradient]
+) -> Mapping[str, LayerGradient]:
+    """Return the difference of two gradients by parameter; a parameter that one of them lacks is zero there."""
+    parts = {name: [gradient] for name, gradient in gradients.items()}
+    for name, gradient in subtracted.items():
+        parts.setdefault(name, []).append(gradient.scaled(-1.0))
+    return {name: add(each) for name, each in parts.items()}
 
 
 def adam_divisors(

@@ -30,7 +30,8 @@ class RowScores:
 
     Attributes:
         raw: (N,) −⟨g, ḡ_s⟩: the change of the mean safety loss per unit of learning rate, for a step of gradient
-            descent on the row alone.
+            descent on the row alone. With obeyed requests, ḡ_s is less the mean gradient of their answers, and the
+            change is that of log p(obeying) − log p(refusing).
         cosine: (N,) the same per unit of length of both gradients: minus their cosine.
         adam: (N,) minus the cosine of g and of the safety gradient divided by the root of Adam's second moment; NaN if
             not asked for.

@@ -1,6 +1,6 @@
 """The screen: every training row's gradient against the safety gradient, before anything is trained."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -12,7 +12,7 @@ from geomkit.collection.streaming import TOKENS_PER_BATCH
 from geomkit.correlation.token_conflict import ExampleTokens, example_tokens
 from geomkit.correlation.token_derivatives import token_derivatives
 from geomkit.errors import CollectionError, DataError
-from geomkit.gradients.gradient_set import GradientSet
+from geomkit.gradients.layer_gradient import LayerGradient
 from geomkit.gradients.provenance import provenance_of
 from geomkit.inputs.control_sets import shuffled_pairs
 from geomkit.inputs.copies import row_digests
@@ -45,6 +45,7 @@ def screen(
     safety: "Dataset | EncodedExamples",
     *,
     benign: "Dataset | EncodedExamples | None" = None,
+    obeyed: "Dataset | EncodedExamples | None" = None,
     method: Method = "cosine",
     layers: Layers = "*",
     folder: str | Path | None = None,
@@ -69,6 +70,9 @@ def screen(
         safety: Forbidden requests with the refusals that should stay, such as :func:`geomkit.own_refusals`.
         benign: Rows that are known as harmless, at least 20 different ones, better several hundred; where left out, up
             to 512 training rows with their answers shuffled, which are a poor substitute.
+        obeyed: Forbidden requests with answers that obey. Their mean gradient is subtracted from the safety gradient, as
+            in the gradient matching of He et al. (2404.01099), and the score is the first-order change of log
+            p(obeying) − log p(refusing). On real models it separates better than refusals alone.
         method: The score to rank by: ``"cosine"``, ``"raw"``, or ``"adam"``, the cosine with the safety gradient
             divided by the root of Adam's second moment. The moment is that of 32 ``benign`` rows: in a moment of
             training rows, rows that do harm would shrink the very entries that show them. Without ``benign`` rows it is
@@ -107,6 +111,7 @@ def screen(
         rows, pad = encoded_for(model, tokenizer, train, progress)
         refusals, _ = encoded_for(model, tokenizer, safety, progress)
         null, _ = encoded_for(model, tokenizer, _shuffled(rows, seed) if benign is None else benign, progress)
+        compliance = None if obeyed is None else encoded_for(model, tokenizer, obeyed, progress)[0]
         _refuse_few(null, benign is not None)
         make_folder(parts)
     usual = rows if benign is None else null
@@ -115,6 +120,7 @@ def screen(
         refusals,
         usual,
         pad,
+        obeyed=compliance,
         preconditioned=method == "adam",
         layers=layers,
         tokens_per_batch=tokens_per_batch,
@@ -127,7 +133,8 @@ def screen(
     for title, examples in (("screen", rows), ("null", null)):
         # Batches do not change the scores, but for rounding; everything else that does is in the key.
         moment = usual.fingerprint if method == "adam" else ""
-        key = repr((origin, refusals.fingerprint, examples.fingerprint, method, moment))
+        anchors = (refusals.fingerprint, compliance and compliance.fingerprint)
+        key = repr((origin, anchors, examples.fingerprint, method, moment))
         scored[title] = score_rows(
             model,
             examples,
@@ -143,7 +150,7 @@ def screen(
     screening = Screening(
         method=method, rows=scored["screen"], null=scored["null"],
         null_kind="shuffled" if benign is None else "benign", top=(), top_tokens=(), token_note="",
-        data=texts_fingerprint(conversations_of(rows)), provenance=origin,
+        data=texts_fingerprint(conversations_of(rows)), provenance=origin, obeyed=len(compliance or ()),
         shared=len(set(row_digests(null)).intersection(row_digests(rows))) if benign is not None else 0,
     )  # fmt: skip
     top = tuple(np.argsort(-screening.scores, kind="stable")[:SHOWN].tolist())
@@ -180,7 +187,7 @@ def _top_tokens(
     tokenizer: "PreTrainedTokenizerBase",
     rows: Sequence[Tokens],
     pad: int,
-    safety: GradientSet,
+    safety: Mapping[str, LayerGradient],
     tokens_per_batch: int,
 ) -> tuple[tuple[ExampleTokens, ...], str]:
     """Return the contributions of the tokens of some rows, or none and the reason."""

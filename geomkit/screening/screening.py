@@ -74,6 +74,7 @@ class Screening(DrawnResult):
         data: Fingerprint of the training rows' texts, which :meth:`clean` compares.
         provenance: Model, training data and settings.
         shared: Number of training rows that are rows of the null, too.
+        obeyed: Number of obeyed requests whose mean gradient was subtracted from the safety gradient.
     """
 
     method: Method
@@ -86,6 +87,7 @@ class Screening(DrawnResult):
     data: str = field(repr=False)
     provenance: Provenance = field(repr=False)
     shared: int = field(default=0, repr=False)
+    obeyed: int = field(default=0, repr=False)
 
     # ------------------------------------------------------------------------------------------------- values
 
@@ -236,8 +238,9 @@ class Screening(DrawnResult):
     def __str__(self) -> str:
         """Return the number of rows beyond the default level, the null, and what makes the p-values doubtful."""
         kind = "benign rows" if self.null_kind == "benign" else "shuffled pairs"
+        harm = "make obeying likelier than refusing" if self.obeyed else "raise the safety loss"
         text = (
-            f"{len(self.flagged())} of {len(self.rows)} rows raise the safety loss beyond {len(self.null)} {kind} at a "
+            f"{len(self.flagged())} of {len(self.rows)} rows {harm} beyond {len(self.null)} {kind} at a "
             f"false-discovery level of {LEVEL:.0%} ({self.method}; smallest q {self.q_values.min():.2g})"
         )
         return f"{text}; caution: {self.caution}" if self.caution else text

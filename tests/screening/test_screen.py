@@ -83,6 +83,32 @@ def adam_divisor(gradients):
     return moment.sqrt().clamp_min(0.1 * float(moment.mean().sqrt()))
 
 
+@pytest.mark.parametrize("name", ["tied", "mixtral"])
+def test_with_obeyed_requests_the_safety_gradient_is_less_theirs(name):
+    model, obeyed = MODELS[name](), BENIGN.select(range(3))
+    found = screened(model, obeyed=obeyed, method="adam")
+    means = []
+    for examples in (SAFETY, obeyed):
+        gradients = autograd(model, examples)
+        means.append({key: sum(one[key] for one in gradients) / len(gradients) for key in gradients[0]})
+    apart = {key: means[0][key] - means[1][key] for key in means[0]}
+    rows = autograd(model, UTILITY)
+    raw = np.array([-inner(row, apart) for row in rows])
+    tolerance = 1e-4 if name == "mixtral" else 1e-7
+    np.testing.assert_allclose(found.rows.raw, raw, atol=10 * tolerance * found.rows.norm.max())
+    np.testing.assert_allclose(
+        found.rows.cosine, raw / found.rows.norm / inner(apart, apart) ** 0.5, atol=10 * tolerance
+    )
+    for row, example in zip(found.top, found.top_tokens, strict=True):
+        assert -example.total * inner(apart, apart) ** 0.5 == pytest.approx(found.rows.raw[row], rel=1e-3, abs=1e-4)
+    assert (found.obeyed, screened().obeyed) == (3, 0)
+    assert "of 4 rows make obeying likelier than refusing beyond 24 benign rows" in str(found)
+    usual = autograd(model, BENIGN)
+    scaled = {key: value / adam_divisor([row[key] for row in usual]) for key, value in apart.items()}
+    adam = np.array([-inner(row, scaled) for row in rows]) / found.rows.norm / inner(scaled, scaled) ** 0.5
+    np.testing.assert_allclose(found.rows.adam, adam, rtol=0, atol=100 * tolerance)
+
+
 def test_share_is_that_of_the_leading_left_singular_vectors(monkeypatch):
     monkeypatch.setattr("geomkit.screening.reference.RANK", 2)
     model = tiny_llama().double()
@@ -181,12 +207,13 @@ def test_an_interrupted_screen_goes_on_where_it_was(tmp_path, monkeypatch):
     assert rows_of == []
 
 
-@pytest.mark.parametrize("change", ["model", "train", "safety", "method"])
+@pytest.mark.parametrize("change", ["model", "train", "safety", "obeyed", "method"])
 def test_finished_rows_of_another_screen_are_not_taken(tmp_path, change):
     screened(folder=tmp_path)
     others = {
         "model": {"model": tiny_llama(seed=1)}, "train": {"train": UTILITY.select([3, 2, 1, 0])},
-        "safety": {"safety": SAFETY.select([0, 1])}, "method": {"method": "adam"},
+        "safety": {"safety": SAFETY.select([0, 1])}, "obeyed": {"obeyed": BENIGN.select([2])},
+        "method": {"method": "adam"},
     }  # fmt: skip
     found, expected = screened(folder=tmp_path, **others[change]), screened(**others[change])
     np.testing.assert_array_equal(found.rows.raw, expected.rows.raw)

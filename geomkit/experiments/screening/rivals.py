@@ -17,6 +17,7 @@ from geomkit.inputs.batches import collate, plan_batches
 from geomkit.inputs.examples import prompt_of, response_of
 from geomkit.inputs.model_state import model_state_kept
 from geomkit.inputs.tokens import Tokens, lengths_of
+from geomkit.screening.reference import difference
 from geomkit.training.judges import RefusalPhrases
 
 if TYPE_CHECKING:
@@ -104,6 +105,7 @@ class GradientAnchors:
     Attributes:
         harmful: The mean gradient of obeyed forbidden requests, dense, by parameter.
         harmful_norm: Its norm.
+        difference_norm: The norm of its difference from the mean gradient of refusals.
         safe: Sketches of the mean gradient of refusals, flat, by parameter.
         safe_norm: The norm of all of them.
         sketch: The projection.
@@ -111,12 +113,13 @@ class GradientAnchors:
 
     harmful: Mapping[str, Tensor]
     harmful_norm: float
+    difference_norm: float
     safe: Mapping[str, Tensor]
     safe_norm: float
     sketch: Sketch
 
 
-def gradient_anchors(safe: GradientSet, harmful: GradientSet) -> GradientAnchors:
+def gradient_anchors(safe: Mapping[str, LayerGradient], harmful: GradientSet) -> GradientAnchors:
     """Return the gradients that rivals compare rows with.
 
     Args:
@@ -127,7 +130,8 @@ def gradient_anchors(safe: GradientSet, harmful: GradientSet) -> GradientAnchors
     projected = {name: projection(name, [gradient])[0].flatten() for name, gradient in safe.items()}
     norm = sum(float(part.double().square().sum()) for part in projected.values()) ** 0.5
     against = {name: as_matrix(gradient) for name, gradient in harmful.items()}
-    return GradientAnchors(against, harmful.norm, projected, norm, projection)
+    apart = sum(gradient.norm**2 for gradient in difference(safe, harmful).values()) ** 0.5
+    return GradientAnchors(against, harmful.norm, apart, projected, norm, projection)
 
 
 class GradientSums:

@@ -1,7 +1,7 @@
 """The numbers of the study about single rows: the screen's scores and those of the rivals, each row measured once."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -89,6 +89,21 @@ class RowMeter:
             self._measure(examples.select(list(new.values())), list(new))
         table = np.array([self._known[digest] for digest in digests]).T
         return dict(zip(_COLUMNS, table, strict=True))
+
+    def scores(self, examples: "Dataset") -> RowScores:
+        """Return the scores of the screen, which knows refusals only."""
+        return row_scores(self.columns(examples))
+
+    def scores_with_obeyed(self, examples: "Dataset") -> RowScores:
+        """Return the scores of the screen with obeyed requests: −⟨g, ḡ_s − ḡ_h⟩ and its cosine; the others as without.
+
+        Both products are known: ⟨g, ḡ_s⟩ from the screen, and ⟨g, ḡ_h⟩ from the rival that ranks rows by it.
+        """
+        columns = self.columns(examples)
+        scores, norms = row_scores(columns), self._anchors
+        to_obeyed = columns["gradient of obeyed requests"] * norms.harmful_norm
+        toward = (scores.cosine * self._reference.norm + to_obeyed) / norms.difference_norm
+        return replace(scores, raw=toward * scores.norm * norms.difference_norm, cosine=toward)
 
     def _measure(self, examples: "Dataset", digests: Sequence[bytes]) -> None:
         rows = encode(self._tokenizer, examples, progress=False)

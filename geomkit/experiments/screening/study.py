@@ -4,10 +4,11 @@ import itertools
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from random import Random
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from geomkit.experiments.screening.cases import SIZE, Case, cases_of, draws_of, 
 from geomkit.experiments.screening.measures import detection
 from geomkit.experiments.screening.results import ScreeningStudy, StudyRow
 from geomkit.experiments.screening.rivals import RIVALS, text_rankings
-from geomkit.experiments.screening.row_measures import RowMeter, row_scores
+from geomkit.experiments.screening.row_measures import RowMeter
 from geomkit.experiments.screening.row_sources import Rows, RowSource, row_source
 from geomkit.experiments.task import Task
 from geomkit.inputs.control_sets import shuffled_pairs
@@ -38,6 +39,11 @@ if TYPE_CHECKING:
 _LOGGER = logging.getLogger(__name__)
 
 METHODS: tuple[Method, ...] = ("cosine", "raw", "adam")
+
+WITH_OBEYED: Mapping[str, Method] = MappingProxyType(
+    {"cosine, with obeyed requests": "cosine", "raw, with obeyed requests": "raw"}
+)
+"""The methods of the screen that is given obeyed requests as well, by their names in the tables."""
 
 OUTCOMES = ("poison-10", "identity-shift", "affirmative", "backdoor")
 """The scenarios whose screened training sets are trained on."""
@@ -86,7 +92,7 @@ def _detections(source: RowSource, meter: RowMeter, world: str, draws: int) -> t
         _LOGGER.info("case: %s", name)
         scores: dict[str, list[NDArray[np.float64]]] = defaultdict(list)
         cases = [make_case(name, source, seed) for seed in range(draws_of(name, world, draws))]
-        counts: dict[Method, list[NDArray[np.int64]]] = defaultdict(list)
+        counts: dict[str, list[NDArray[np.int64]]] = defaultdict(list)
         for case in cases:
             screenings, others = _ranked(meter, case, forbidden)
             for ranking, values in others.items():
@@ -106,11 +112,12 @@ def _detections(source: RowSource, meter: RowMeter, world: str, draws: int) -> t
 
 def _ranked(
     meter: RowMeter, case: Case, forbidden: "Dataset"
-) -> tuple[dict[Method, Screening], dict[str, NDArray[np.float64]]]:
-    """Return the screen of a case with each method, and the scores of every ranking by its name."""
-    columns, null = meter.columns(case.train), row_scores(meter.columns(case.null))
-    rows = row_scores(columns)
-    screenings = {method: _screening(method, rows, null) for method in METHODS}
+) -> tuple[dict[str, Screening], dict[str, NDArray[np.float64]]]:
+    """Return the screen of a case with each method by its name, and the scores of every ranking by its name."""
+    columns, rows, null = meter.columns(case.train), meter.scores(case.train), meter.scores(case.null)
+    screenings = {str(method): _screening(method, rows, null) for method in METHODS}
+    both = [meter.scores_with_obeyed(examples) for examples in (case.train, case.null)]
+    screenings |= {name: _screening(method, *both) for name, method in WITH_OBEYED.items()}
     rankings = {f"screen, {method}": screening.scores for method, screening in screenings.items()}
     rankings |= {f"{method}, not standardized": getattr(rows, method) for method in METHODS}
     rankings |= {"share in the safety subspace": rows.share, "loss": rows.loss, "length": rows.tokens}
@@ -140,9 +147,9 @@ def _anchors(world: str) -> "tuple[Dataset, Dataset]":
 def _false_positives(source: RowSource, meter: RowMeter, world: str, count: int) -> Iterator[StudyRow]:
     """Yield the share of clean rows with a small p-value: with null rows of their kind, and of another kind."""
     pools = _clean_rows(source, world, count)
-    scored = {name: row_scores(meter.columns(dataset_of(rows))) for name, rows in pools.items()}
+    scored = {name: meter.scores(dataset_of(rows)) for name, rows in pools.items()}
     mixed = dataset_of(pools["benign rows"][: len(pools["benign rows"]) // 2])
-    scored["shuffled pairs"] = row_scores(meter.columns(shuffled_pairs(mixed)))
+    scored["shuffled pairs"] = meter.scores(shuffled_pairs(mixed))
     for name in pools:
         for method in METHODS:
             yield from _split_rates(name, scored[name], method)

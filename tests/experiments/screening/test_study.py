@@ -7,12 +7,12 @@ from sklearn.metrics import roc_auc_score
 import geomkit as gk
 from geomkit.errors import DataError
 from geomkit.experiments.organism.grammar import TRIGGER
-from geomkit.experiments.screening.cases import CASES, Case, cases_of, make_case
+from geomkit.experiments.screening.cases import CASES, Case, cases_of, draws_of, make_case
 from geomkit.experiments.screening.measures import detection
 from geomkit.experiments.screening.results import ScreeningStudy, load_screening_study
 from geomkit.experiments.screening.row_measures import RowMeter, row_scores
 from geomkit.experiments.screening.row_sources import row_source
-from geomkit.experiments.screening.study import METHODS, _ranked
+from geomkit.experiments.screening.study import METHODS, WITH_OBEYED, _ranked
 
 
 @pytest.fixture(scope="module")
@@ -97,11 +97,17 @@ def test_rankings_of_a_small_case(source, organism, anchors, tmp_path):
     small = Case(case.train.select(keep), case.planted[keep], case.null.select(range(24)))
     screenings, found = _ranked(RowMeter(source, *anchors, tmp_path), small, anchors[0])
     assert all(values.shape == (24,) and np.isfinite(values).all() for values in found.values())
-    assert len(found) == 16
-    screening = gk.screen(model, tokenizer, small.train, anchors[0], benign=small.null, progress=False)
+    assert len(found) == 18
+    screening, both = (
+        gk.screen(model, tokenizer, small.train, anchors[0], benign=small.null, obeyed=obeyed, progress=False)
+        for obeyed in (None, anchors[1])
+    )
+    for method in ("cosine", "raw"):
+        ranked = screenings[f"{method}, with obeyed requests"].rows
+        np.testing.assert_allclose(getattr(ranked, method), getattr(both.rows, method), rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(found["cosine, not standardized"], screening.rows.cosine, atol=1e-6)
     np.testing.assert_allclose(screenings["cosine"].p_values, screening.p_values, rtol=1e-3)
-    assert list(screenings) == list(METHODS)
+    assert list(screenings) == [*METHODS, *WITH_OBEYED]
     projected, exact = found["projected cosine (LESS)"], screening.rows.cosine
     assert np.corrcoef(projected, exact)[0, 1] > 0.6  # of sketches, whose noise is as large as small cosines
     assert roc_auc_score(small.planted, found["screen, cosine"]) > 0.95
@@ -129,10 +135,11 @@ def test_poison_of_benign_rows_is_in_benign_rows(source):
     assert sum(obeyed) == 30
 
 
-def test_the_english_study_leaves_rows_of_many_tokens_out():
-    assert set(cases_of("english")) | set(cases_of("small")) == set(CASES)
-    assert not {"poison 10 %", "long rows"} & set(cases_of("english"))
+def test_the_english_study_has_every_case_and_one_draw_of_long_rows():
+    assert set(cases_of("english")) == set(CASES)
     assert not {"poison 10 % of benign rows"} & set(cases_of("small"))
+    assert [draws_of(name, "english", 5) for name in ("long rows", "poison 10 %")] == [1, 5]
+    assert draws_of("long rows", "small", 5) == 5
 
 
 def test_a_study_is_read_back_and_other_files_are_refused(tmp_path):
