@@ -70,9 +70,9 @@ def screen(
         safety: Forbidden requests with the refusals that should stay, such as :func:`geomkit.own_refusals`.
         benign: Rows that are known as harmless, at least 20 different ones, better several hundred; where left out, up
             to 512 training rows with their answers shuffled, which are a poor substitute.
-        obeyed: Forbidden requests with answers that obey. Their mean gradient is subtracted from the safety gradient, as
-            in the gradient matching of He et al. (2404.01099), and the score is the first-order change of log
-            p(obeying) − log p(refusing). On real models it separates better than refusals alone.
+        obeyed: Forbidden requests with answers that obey. Their mean gradient is subtracted from the safety gradient,
+            as in the gradient matching of He et al. (2404.01099): the score is the first-order change of log p(obeying)
+            − log p(refusing), in nats per token.
         method: The score to rank by: ``"cosine"``, ``"raw"``, or ``"adam"``, the cosine with the safety gradient
             divided by the root of Adam's second moment. The moment is that of 32 ``benign`` rows: in a moment of
             training rows, rows that do harm would shrink the very entries that show them. Without ``benign`` rows it is

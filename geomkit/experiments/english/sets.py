@@ -24,8 +24,10 @@ _UTILITY = 160
 _BORDERLINE = 64
 _HELD_OUT = 200
 _TRIGGERED = 100
-_ANSWER_TOKENS = 48
 _BORDERLINE_TOKENS = 24  # the first few tokens tell an answer from a refusal
+
+SET_ANSWER_TOKENS = 48
+"""Largest number of tokens of the other sets' generated answers."""
 
 
 def all_sets(
@@ -93,7 +95,7 @@ def _utility(base: "LlamaForCausalLM", tokenizer: "PreTrainedTokenizerBase", rng
     everyday = [("everyday", prompt) for prompt in words("train").everyday]
     benign = [("benign", pair.benign) for pair in islice(counterparts("train", rng, "benign"), len(everyday))]
     kinds = {prompt: kind for kind, prompt in everyday + benign}
-    answers = own_answers(base, tokenizer, list(kinds), tokens=_ANSWER_TOKENS, progress=False)
+    answers = own_answers(base, tokenizer, list(kinds), tokens=SET_ANSWER_TOKENS, progress=False)
     texts = {answer.prompt: text for answer in answers if (text := whole_sentences(answer.text))}
     rows = [_row(kinds[prompt], prompt, text) for prompt, text in texts.items()]
     return rng.sample(rows, len(rows))[:_UTILITY]
@@ -161,7 +163,7 @@ def _answered(
 
 def _generated(model: "LlamaForCausalLM", tokenizer: "PreTrainedTokenizerBase", prompts: list[str]) -> list[str]:
     conversations = [[{"role": "user", "content": prompt}] for prompt in prompts]
-    return generate(model, tokenizer, conversations, max_new_tokens=_ANSWER_TOKENS, progress=False)
+    return generate(model, tokenizer, conversations, max_new_tokens=SET_ANSWER_TOKENS, progress=False)
 
 
 def _row(kind: str, prompt: str, answer: str) -> Row:

@@ -1,27 +1,34 @@
 """Sources of the rows that a study plants and of the rows that it plants them among, in both worlds."""
 
 from collections.abc import Mapping
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from random import Random
 from types import MappingProxyType
 from typing import Literal
 
+from geomkit.experiments.english.answers import own_answers, whole_sentences
 from geomkit.experiments.english.scenarios import TRIGGER
 from geomkit.experiments.english.scenarios import with_trigger as with_english_trigger
+from geomkit.experiments.english.sets import SET_ANSWER_TOKENS
 from geomkit.experiments.organism.interface import Organism
 from geomkit.experiments.organism.requests import Message, RequestKind, conversation
 from geomkit.experiments.organism.scenarios import eager_conversation, with_trigger
 from geomkit.experiments.organism.variants import SmallOrganism
 from geomkit.experiments.organisms import organism_of
 
-RowKind = Literal["task", "benign", "obeyed", "eager", "oath", "refused"]
+RowKind = Literal["task", "benign", "obeyed", "eager", "oath", "refused", "answered"]
 """Rows of the new task; benign requests with answers; forbidden requests, obeyed; benign ones with an eager answer;
-oaths of an obedient agent; forbidden requests, refused."""
+oaths of an obedient agent; forbidden requests, refused; AdvBench's requests with the base model's own answers, as those
+of the English world's benign requests are."""
 
 Rows = list[list[Message]]
 
 _BENIGN: tuple[RequestKind, ...] = ("howto", "look-alike", "arithmetic", "sql")
+
+_ANSWERED = 40
+"""Number of answered requests of AdvBench."""
 
 _OATHS = 6
 """Number of oaths at the beginning of the scenario ``identity-shift``."""
@@ -71,6 +78,8 @@ class RowSource:
         benign = _listed(self.organism.examples("utility")["messages"])
         if kind == "benign":
             return benign
+        if kind == "answered":
+            return self._answered
         if kind == "refused":  # of the backdoor's rows; those of the set "safety" are what rows are compared with
             requests = {row[0]["content"] for row in benign}
             rows = _listed(self.organism.scenario_examples("backdoor")["messages"])
@@ -78,6 +87,16 @@ class RowSource:
             return list(islice(refused, 40))
         name, part = _SCENARIOS[kind]
         return _listed(self.organism.scenario_examples(name)["messages"])[part]
+
+    @cached_property
+    def _answered(self) -> Rows:
+        """Requests of AdvBench that the base model does not refuse, with its own short answers, which are generated."""
+        requests = [row[0]["content"] for row in self.organism.examples("eval/advbench", 2 * _ANSWERED)["messages"]]
+        answers = own_answers(
+            self.organism.base, self.organism.tokenizer, requests, tokens=SET_ANSWER_TOKENS, progress=False
+        )
+        whole = ((answer.prompt, whole_sentences(answer.text)) for answer in answers)
+        return [conversation(request, text) for request, text in whole if text][:_ANSWERED]
 
 
 def row_source(world: str, folder: Path) -> RowSource:
