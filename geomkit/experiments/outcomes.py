@@ -12,7 +12,7 @@ from geomkit.experiments.organism.interface import Organism
 from geomkit.experiments.organism.scenarios import Scenario
 from geomkit.inputs.batches import batches
 from geomkit.inputs.examples import prompt_of, response_of
-from geomkit.inputs.loss import next_token_logits, scored
+from geomkit.inputs.loss import scored, scored_logits
 from geomkit.inputs.messages import Message
 from geomkit.inputs.model_state import model_state_kept
 from geomkit.inputs.tokens import encode, pad_id
@@ -177,9 +177,10 @@ def next_token_kl(
     with model_state_kept(before), model_state_kept(after), torch.no_grad():
         before.eval(), after.eval()
         for batch in batches(tokens, pad_id(organism.tokenizer), batch_size):
-            old, new = (torch.log_softmax(next_token_logits(model, batch), -1) for model in (before, after))
-            token_kl = (old.exp() * (old - new)).sum(-1) * scored(batch)
-            total += float((token_kl.sum(1) / scored(batch).sum(1)).sum())
+            old, new = (torch.log_softmax(scored_logits(model, batch), -1) for model in (before, after))
+            token_kl = (old.exp() * (old - new)).sum(-1)
+            examples = token_kl.split(scored(batch).sum(1).tolist())
+            total += sum(float(example.mean()) for example in examples)
     return total / len(tokens)
 
 

@@ -56,19 +56,6 @@ def scored_logits(model: nn.Module, batch: Batch) -> Tensor:
     return at_least_fp32(_logits(model, batch).flatten(0, 1).index_select(0, places))
 
 
-def next_token_logits(model: nn.Module, batch: Batch) -> Tensor:
-    """Return (B, L − 1, vocabulary) logits of every next token, fp32 or better, from one run of the model.
-
-    Args:
-        model: A causal language model.
-        batch: B examples padded to length L, on the model's device.
-
-    Raises:
-        CollectionError: If the model returns logits for another number of tokens.
-    """
-    return at_least_fp32(_logits(model, batch)[:, :-1])
-
-
 def _logits(model: nn.Module, batch: Batch) -> Tensor:
     """Return the (B, L, vocabulary) logits of one run of the model, in its dtype."""
     logits: Tensor = model(**batch.inputs(), use_cache=False).logits
