@@ -25,6 +25,7 @@ from geomkit.stats.proportions import Rate, summarize_runs
 from geomkit.utils.field_types import fits
 from geomkit.utils.figures import DrawnResult, draw, is_figure_file
 from geomkit.utils.files import data_dir, parse_json, write_atomically
+from geomkit.utils.options import check_option
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -237,8 +238,9 @@ class Results(DrawnResult):
             difference ``utility_loss`` where it was measured, and ``reached``.
 
         Raises:
-            DataError: If a scenario of the arm has no cell of the aligned model.
+            DataError: If a scenario of the arm has no cell of the aligned model, or ``points`` is no finite number from 0.
         """
+        check_option("points", points)
         measures = ["refusal", "triggered_refusal", "over_refusal", "utility", "utility_loss"]
         means = self.to_frame().reindex(columns=[*SETTING, "arm", *measures]).groupby([*SETTING, "arm"], sort=False)
         return goal_table(means.mean(), arm, aligned=aligned, plain=plain, rival=rival, points=points)

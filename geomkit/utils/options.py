@@ -92,7 +92,7 @@ OPTIONS: Mapping[str, Range] = MappingProxyType(
         "betas": _AMOUNT, "threshold": Range(-1, 1, whole=False),
         # 6. Statistics.
         "draws": Range(0, 10**7), "null_draws": Range(0, 10**7), "groups": Range(0, 10**6),
-        "level": _SHARE,
+        "level": _SHARE, "points": _AMOUNT,
     }
 )  # fmt: skip
 """The range of every numeric option, by the option's name in Python."""

@@ -51,6 +51,8 @@ def test_the_goal_with_a_loss_and_another_tolerance(loss, points, reached):
     found = Results("x", rows).goal("own", rival="mixing", points=points).iloc[0]
     assert found["reached"] == reached
     assert found["utility_loss"] == pytest.approx(loss / 2 - 1)
+    with pytest.raises(gk.GeomkitError, match="expected points to be a finite number from 0, found nan"):
+        Results("x", rows).goal("own", rival="mixing", points=float("nan"))
 
 
 def test_of_a_backdoor_the_goal_asks_for_refusal_with_the_trigger():
