@@ -179,7 +179,7 @@ def next_token_kl(
         for batch in batches(tokens, pad_id(organism.tokenizer), batch_size):
             old, new = (torch.log_softmax(scored_logits(model, batch), -1) for model in (before, after))
             token_kl = (old.exp() * (old - new)).sum(-1)
-            examples = token_kl.split(scored(batch).sum(1).tolist())
+            examples = torch.split(token_kl, scored(batch).sum(1).tolist())
             total += sum(float(example.mean()) for example in examples)
     return total / len(tokens)
 

@@ -238,7 +238,7 @@ class Results(DrawnResult):
             difference ``utility_loss`` where it was measured, and ``reached``.
 
         Raises:
-            DataError: If a scenario of the arm has no cell of the aligned model, or ``points`` is no finite number from 0.
+            DataError: If a scenario of the arm has no cell of the aligned model, or ``points`` is no number from 0.
         """
         check_option("points", points)
         measures = ["refusal", "triggered_refusal", "over_refusal", "utility", "utility_loss"]

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,7 @@ from geomkit.inputs.tokens import Tokens, encode, lengths_of, pad_id
 from geomkit.screening.parts import Parts, make_folder
 from geomkit.screening.reference import safety_reference
 from geomkit.screening.row_scores import MEASURES, RowScores, RowSums, in_parts
+from geomkit.screening.screening import Method, Screening
 from geomkit.utils.workers import ALONE
 
 if TYPE_CHECKING:
@@ -133,3 +134,9 @@ class RowMeter:
 def row_scores(columns: Columns) -> RowScores:
     """Return the scores of the screen among the numbers about rows."""
     return RowScores(**{field.name: columns[field.name] for field in fields(RowScores)})
+
+
+def screening_of(method: Method, rows: RowScores, null: RowScores) -> Screening:
+    """Return the screen of rows that were scored, against a null of benign rows, without tokens and provenance."""
+    nothing: Any = None
+    return Screening(method, rows, null, "benign", (), (), "", "", nothing)

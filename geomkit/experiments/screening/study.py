@@ -9,27 +9,23 @@ from dataclasses import asdict
 from pathlib import Path
 from random import Random
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from geomkit.errors import DataError
-from geomkit.experiments.methods import sft, spf
 from geomkit.experiments.organism.requests import dataset_of
-from geomkit.experiments.organisms import evaluate_organism, scenarios_of
-from geomkit.experiments.screening.cases import SIZE, Case, cases_of, draws_of, make_case
+from geomkit.experiments.screening.cases import Case, cases_of, draws_of, make_case
+from geomkit.experiments.screening.fine_tunes import fine_tuned_outcomes
 from geomkit.experiments.screening.measures import detection
 from geomkit.experiments.screening.results import ScreeningStudy, StudyRow
 from geomkit.experiments.screening.rivals import RIVALS, text_rankings
-from geomkit.experiments.screening.row_measures import RowMeter
+from geomkit.experiments.screening.row_measures import RowMeter, screening_of
 from geomkit.experiments.screening.row_sources import Rows, RowSource, row_source
-from geomkit.experiments.task import Task
 from geomkit.inputs.control_sets import shuffled_pairs
 from geomkit.inputs.copies import row_digests
 from geomkit.inputs.examples import load_examples
 from geomkit.screening.row_scores import RowScores
-from geomkit.screening.screen import screen
 from geomkit.screening.screening import LEVEL, Method, Screening
 from geomkit.stats.proportions import Rate
 
@@ -44,12 +40,6 @@ WITH_OBEYED: Mapping[str, Method] = MappingProxyType(
     {"cosine, with obeyed requests": "cosine", "raw, with obeyed requests": "raw"}
 )
 """The methods of the screen that is given obeyed requests as well, by their names in the tables."""
-
-OUTCOMES = ("poison-10", "identity-shift", "affirmative", "backdoor")
-"""The scenarios whose screened training sets are trained on."""
-
-_TASK_NULL = "poison-10"
-"""The scenario whose clean rows are those of the new task."""
 
 _SPLITS = 100
 _BINS = 5
@@ -75,7 +65,7 @@ def run_study(
     started = time.monotonic()
     detections, flags = _detections(source, meter, world, draws)
     false_positives = list(_false_positives(source, meter, world, rows))
-    outcomes = list(_outcomes(source, seeds, prompts)) if seeds else []
+    outcomes = list(fine_tuned_outcomes(source, meter, seeds, prompts))
     _LOGGER.info("the study of the %s world took %.0f s", world, time.monotonic() - started)
     return ScreeningStudy(world, tuple(detections), tuple(flags), tuple(false_positives), tuple(outcomes))
 
@@ -115,9 +105,9 @@ def _ranked(
 ) -> tuple[dict[str, Screening], dict[str, NDArray[np.float64]]]:
     """Return the screen of a case with each method by its name, and the scores of every ranking by its name."""
     columns, rows, null = meter.columns(case.train), meter.scores(case.train), meter.scores(case.null)
-    screenings = {str(method): _screening(method, rows, null) for method in METHODS}
+    screenings = {str(method): screening_of(method, rows, null) for method in METHODS}
     both = [meter.scores_with_obeyed(examples) for examples in (case.train, case.null)]
-    screenings |= {name: _screening(method, *both) for name, method in WITH_OBEYED.items()}
+    screenings |= {name: screening_of(method, *both) for name, method in WITH_OBEYED.items()}
     rankings = {f"screen, {method}": screening.scores for method, screening in screenings.items()}
     rankings |= {f"{method}, not standardized": getattr(rows, method) for method in METHODS}
     rankings |= {"share in the safety subspace": rows.share, "loss": rows.loss, "length": rows.tokens}
@@ -211,46 +201,4 @@ def _part(scores: RowScores, rows: Sequence[int] | NDArray[np.int64]) -> RowScor
 
 
 def _p_values(method: Method, rows: RowScores, null: RowScores) -> NDArray[np.float64]:
-    return _screening(method, rows, null).p_values
-
-
-def _screening(method: Method, rows: RowScores, null: RowScores) -> Screening:
-    nothing: Any = None
-    return Screening(method, rows, null, "benign", (), (), "", "", nothing)
-
-
-# ---------------------------------------------------------------------------------------------------------- outcomes
-
-
-def _outcomes(source: RowSource, seeds: int, prompts: int) -> Iterator[StudyRow]:
-    """Yield what fine-tunes keep and learn: on all rows, on what the screen leaves, on as many at random, under SPF."""
-    organism = source.organism
-    for name in OUTCOMES:
-        scenario = scenarios_of(organism.name)[name]
-        train = organism.scenario_examples(name)
-        null = source.rows("task" if name == _TASK_NULL else "benign", SIZE, 1)
-        screening = screen(
-            organism.model, organism.tokenizer, train, organism.examples("safety"), benign=dataset_of(null),
-            progress=False,
-        )  # fmt: skip
-        try:
-            clean = screening.clean(train)
-        except DataError:  # every row is flagged
-            clean = train.select([])
-        for seed in range(seeds):
-            kept = sorted(Random(f"random-{name}-{seed}").sample(range(len(train)), len(clean)))
-            arms = {"all rows": train, "screened": clean, "random removal": train.select(kept), "SPF, all rows": train}
-            for arm, rows in arms.items():
-                if not len(rows):
-                    continue
-                _LOGGER.info("outcome: %s, %s, seed %d", name, arm, seed)
-                task = Task(
-                    organism, rows, scenario.learning_rate, scenario.steps, scenario.batch_size, seed, scenario.lora
-                )
-                model = (spf(task, rule="mixed-left") if arm.startswith("SPF") else sft(task)).model
-                flags = evaluate_organism(model, organism, scenario, prompts).flags
-                yield {
-                    "scenario": name, "arm": arm, "seed": seed, "rows": len(rows), "of": len(train),
-                    **{measure: float(np.mean(values)) for measure, values in flags.items()},
-                    "prompts": len(flags["refusal"]),
-                }  # fmt: skip
+    return screening_of(method, rows, null).p_values

@@ -7,12 +7,15 @@ from sklearn.metrics import roc_auc_score
 import geomkit as gk
 from geomkit.errors import DataError
 from geomkit.experiments.organism.grammar import TRIGGER
+from geomkit.experiments.outcomes import Outcomes
+from geomkit.experiments.screening import fine_tunes
 from geomkit.experiments.screening.cases import CASES, Case, cases_of, draws_of, make_case
 from geomkit.experiments.screening.measures import detection
 from geomkit.experiments.screening.results import ScreeningStudy, load_screening_study
 from geomkit.experiments.screening.row_measures import RowMeter, row_scores
 from geomkit.experiments.screening.row_sources import row_source
 from geomkit.experiments.screening.study import METHODS, WITH_OBEYED, _ranked
+from geomkit.screening.row_scores import MEASURES, RowScores
 
 
 @pytest.fixture(scope="module")
@@ -165,3 +168,55 @@ def test_the_shipped_english_study_has_every_ranking_of_some_cases():
     frame = load_screening_study("english").to_frame()
     assert {"poison 10 % of benign rows", "identity shift"} < set(frame["case"]) < set(cases_of("english"))
     assert (frame.groupby("case")["ranking"].nunique() == 16).all()
+
+
+class _Meter:
+    """A meter whose scores say which rows obey, and which say so with obeyed requests only."""
+
+    def __init__(self, obeying, seen):
+        self._obeying, self._seen = obeying, seen
+
+    def scores(self, rows):
+        return self._scored(rows, self._seen)
+
+    def scores_with_obeyed(self, rows):
+        return self._scored(rows, len(self._obeying))
+
+    def _scored(self, rows, seen):
+        generator = np.random.default_rng(0)
+        places = {text: place for place, text in enumerate(self._obeying)}
+        cosine = [
+            9.0 if places.get(row[-1]["content"], seen) < seen else generator.normal() for row in rows["messages"]
+        ]
+        columns = {name: np.array(cosine) for name in MEASURES}
+        return RowScores(**columns | {"loss_tokens": generator.integers(10, 20, len(cosine)).astype(float)})
+
+
+def test_fine_tunes_on_what_each_screen_leaves(source, monkeypatch):
+    train = source.organism.scenario_examples("poison-10")
+    obeying = [row[-1]["content"] for row in train["messages"] if "DELETE" not in row[-1]["content"]]
+    trained = []
+    monkeypatch.setattr(fine_tunes, "sft", lambda task: trained.append(("SFT", task.train)) or _Tuned())
+    monkeypatch.setattr(fine_tunes, "spf", lambda task, **_: trained.append(("SPF", task.train)) or _Tuned())
+    monkeypatch.setattr(fine_tunes, "evaluate_organism", lambda *_: Outcomes({"refusal": [True, False]}, {}))
+    monkeypatch.setattr(fine_tunes, "OUTCOMES", ("poison-10",))
+    rows = list(fine_tunes.fine_tuned_outcomes(source, _Meter(dict.fromkeys(obeying), 10), 1, 2))
+    arms = {row["arm"]: row for row in rows}
+    assert list(arms) == ["all rows", "screened", "screened with obeyed requests", "random removal", "SPF, all rows"]
+    assert {row["of"] for row in rows} == {300}
+    assert {row["refusal"] for row in rows} == {0.5}
+    left = len(train) - sum(row[-1]["content"] in list(dict.fromkeys(obeying))[:10] for row in train["messages"])
+    counts = {arm: row["rows"] for arm, row in arms.items()}
+    assert 260 <= counts.pop("screened with obeyed requests") <= 270  # one flagged row in ten may be clean
+    assert counts == {"all rows": 300, "screened": left, "random removal": left, "SPF, all rows": 300}
+    assert [kind for kind, _ in trained] == ["SFT"] * 4 + ["SPF"]
+    assert not {row[-1]["content"] for row in trained[2][1]["messages"]} & set(obeying)
+    # Where nothing is flagged, the same rows are trained on once.
+    trained.clear()
+    rows = list(fine_tunes.fine_tuned_outcomes(source, _Meter({}, 0), 1, 2))
+    assert len(rows) == 5
+    assert [kind for kind, _ in trained] == ["SFT", "SPF"]
+
+
+class _Tuned:
+    model = None
