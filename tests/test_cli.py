@@ -10,7 +10,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from geomkit import cli
+from geomkit.cli.columns import columns_by_text
+from geomkit.cli.inputs import layers_by_text
+from geomkit.cli.main import main
+from geomkit.cli.outputs import write_json
 from geomkit.errors import DataError
 from geomkit.experiments.results import load_results
 from geomkit.inputs.models import load_model
@@ -55,7 +58,7 @@ def run(monkeypatch, capfd, *arguments):
     monkeypatch.setattr("sys.argv", ["geomkit", *map(str, arguments)])
     capfd.readouterr()
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        main()
     return ended.value.code or 0, *capfd.readouterr()
 
 
@@ -110,13 +113,13 @@ def test_check_says_what_it_needs_and_whether_it_can_be_trusted(files, monkeypat
     ],
 )
 def test_layers_are_numbers_or_patterns(text, layers):
-    assert cli._layers(text) == layers
+    assert layers_by_text(text) == layers
 
 
 @pytest.mark.parametrize("text", ["1,x", "", "*.mlp.*,", "1,,2"])
 def test_layers_that_are_both_or_neither_are_refused(text):
     with pytest.raises(DataError, match=r"expected --layers as numbers like 10,20 or as patterns"):
-        cli._layers(text)
+        layers_by_text(text)
 
 
 def test_layers_of_a_number_are_measured(files, monkeypatch, capfd):
@@ -264,9 +267,12 @@ def test_a_shard_that_is_not_there(monkeypatch, capfd, shard):
     assert not Path("out").exists()
 
 
-def test_numbers_that_are_not_finite_are_null():
+def test_numbers_that_are_not_finite_are_null(capfd):
     numbers = {"a": {"b": [math.nan, 1.5]}, "c": math.inf, "d": None, "e": "x", "f": 2}
-    assert cli._strict(numbers) == {"a": {"b": [None, 1.5]}, "c": None, "d": None, "e": "x", "f": 2}
+    write_json(Path("numbers.json"), numbers)
+    written = json.loads(Path("numbers.json").read_text(encoding="utf-8"), parse_constant=pytest.fail)
+    assert written == {"a": {"b": [None, 1.5]}, "c": None, "d": None, "e": "x", "f": 2}
+    assert capfd.readouterr().out == "wrote numbers.json\n"
 
 
 def test_version_and_help(monkeypatch, capfd):
@@ -293,7 +299,7 @@ def test_columns_are_named_on_the_command_line(files, monkeypatch, capfd):
     # The anchors do not have these columns, and are read by their own.
     status, _, err = run(monkeypatch, capfd, *finetuning(files, train="columns.jsonl"), *columns, "--steps", "1")
     assert status == 0, err
-    assert cli._columns("prompt=0, response=b") == {"prompt": 0, "response": "b"}
+    assert columns_by_text("prompt=0, response=b") == {"prompt": 0, "response": "b"}
 
 
 # ------------------------------------------------------------------------------------------------- bad input

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from geomkit import cli
+from geomkit.cli.main import app
 from geomkit.errors import DataError
 from geomkit.training.evaluation import load_evaluation
 from geomkit.training.judges import Verdict
@@ -139,7 +139,7 @@ def test_compare_wants_different_files_of_evaluations(monkeypatch, capfd, tmp_pa
     (tmp_path / "a.json").write_text("{}")
     assert "expected different files" in one_line(*run(monkeypatch, capfd, "compare", "a.json", "a.json"))
     assert "found format None" in one_line(*run(monkeypatch, capfd, "compare", "a.json", "b.json"))
-    assert "compare" in {command.callback.__name__ for command in cli.app.registered_commands}
+    assert "compare" in {command.callback.__name__ for command in app.registered_commands}
 
 
 def test_named_columns_are_those_of_the_sets_that_have_them(files, monkeypatch, capfd):

@@ -251,7 +251,7 @@ def test_the_command_line(tmp_path):
     (tmp_path / "requests.jsonl").write_text("".join(json.dumps(row) + "\n" for row in UTILITY))
     script = tmp_path / "geomkit.py"  # as the script that an installation makes
     script.write_text(
-        "import sys\nsys.path[0] = ''\nfrom geomkit.cli import main\nif __name__ == '__main__':\n    main()\n"
+        "import sys\nsys.path[0] = ''\nfrom geomkit.cli.main import main\nif __name__ == '__main__':\n    main()\n"
     )
     command = [
         str(script), "evaluate", "--model", str(tmp_path / "model"), "--forbidden", str(tmp_path / "requests.jsonl"),

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 import geomkit as gk
-from geomkit import cli
+from geomkit.cli.main import main
 from geomkit.errors import DataError
 from geomkit.experiments import insights
 from geomkit.experiments.insights import load_insights, measure_insights
@@ -99,7 +99,7 @@ def test_the_command_names_what_there_is_not(monkeypatch, capfd, tmp_path, argum
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["geomkit", "organism", *arguments])
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        main()
     assert ended.value.code
     assert message in capfd.readouterr().err
     assert not any(tmp_path.glob("there/*"))

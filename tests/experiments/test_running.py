@@ -120,7 +120,7 @@ def test_a_run_that_is_killed_goes_on_where_it_was(small, tmp_path):
 def test_jobs_that_share_a_folder(small, tmp_path):
     """Two at a time, each with its shard; whichever ends last writes the results of all."""
     folder = tmp_path / "out"
-    bench = "import sys; from geomkit.cli import main; sys.argv[0] = 'geomkit'; main()"
+    bench = "import sys; from geomkit.cli.main import main; sys.argv[0] = 'geomkit'; main()"
     jobs = [
         subprocess.Popen(  # noqa: S603
             [

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from geomkit import cli
+from geomkit.cli.main import main
 from geomkit.errors import DataError
 from geomkit.experiments.cells import run_cell
 from geomkit.experiments.grid import load_grid
@@ -38,7 +38,7 @@ def refusal(monkeypatch, capfd, *arguments):
     monkeypatch.setattr("sys.argv", ["geomkit", *map(str, arguments)])
     capfd.readouterr()
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        main()
     err = capfd.readouterr().err
     line = err.splitlines()[-1]
     assert ended.value.code == 1
@@ -112,7 +112,7 @@ def test_an_error_of_geomkits_own_is_not_hidden(given, monkeypatch):
     monkeypatch.setattr("geomkit.collection.streaming.run_pass", broken)
     monkeypatch.setattr("sys.argv", ["geomkit", *map(str, analysis(given))])
     with pytest.raises(RuntimeError, match="a defect"):
-        cli.main()
+        main()
 
 
 # ------------------------------------------------------------------------------------------------ damaged folders

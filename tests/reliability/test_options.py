@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import geomkit as gk
-from geomkit import cli
+from geomkit.cli.main import app, main, organism_app
 from geomkit.collection.measures import norms, sketch
 from geomkit.errors import DataError, GeomkitError
 from geomkit.experiments.grid import load_grid, method_options
@@ -85,8 +85,8 @@ def test_a_range_says_itself():
 
 def commands():
     """Yield every command with its numeric options: the name in Python, the flag, and the type."""
-    for words, app in (((), cli.app), (("organism",), cli.organism_app)):
-        for command in app.registered_commands:
+    for words, group in (((), app), (("organism",), organism_app)):
+        for command in group.registered_commands:
             numbers = []
             for name, annotated in get_type_hints(command.callback, include_extras=True).items():
                 kind = next((part for part in (int, float) if part in {annotated, *flat(annotated)}), None)
@@ -120,7 +120,7 @@ def test_a_number_out_of_range_is_refused_before_anything_is_loaded(monkeypatch,
             monkeypatch.setattr("sys.argv", ["geomkit", *words, flag, value])
             capfd.readouterr()
             with pytest.raises(SystemExit) as ended:
-                cli.main()
+                main()
             out, err = capfd.readouterr()
             assert (ended.value.code, out) == (2, ""), (words, flag)
             assert "Traceback" not in err

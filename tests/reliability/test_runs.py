@@ -10,7 +10,7 @@ import torch
 from transformers import TrainerCallback
 
 import geomkit as gk
-from geomkit import cli
+from geomkit.cli.main import main
 from geomkit.errors import DataError, GeomkitError
 from geomkit.experiments import cells
 from geomkit.experiments.grid import load_grid
@@ -238,7 +238,7 @@ def test_a_grid_with_failures_names_them_and_exits_with_an_error(cell, tmp_path,
         ["geomkit", "bench", "--grid", str(tmp_path / "one.toml"), "--out", str(tmp_path), "--processes", "1"],
     )  # fmt: skip
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        main()
     assert ended.value.code == 1
     words = " ".join(capsys.readouterr().err.split())
     assert "1 of 1 cells failed" in words
