@@ -6,6 +6,7 @@ import os
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -18,7 +19,8 @@ from geomkit.errors import DataError
 from geomkit.experiments.results import load_results
 from geomkit.inputs.models import load_model
 from geomkit.inputs.tokens import encode
-from geomkit.screening.screening import Screening
+from geomkit.screening.screen import screen
+from geomkit.screening.screening import Screening, load_screening
 from geomkit.version import __version__
 from tests.helpers.tiny import BENIGN, CONTROL, PLAIN_TEMPLATE, SAFETY, TEMPLATE, UTILITY, tiny_llama, tiny_tokenizer
 
@@ -414,6 +416,15 @@ def test_a_screen_writes_what_it_found_and_resumes(files, monkeypatch, capfd):
     rows = Path("found/rows.csv").read_text()
     status, _, err = run(monkeypatch, capfd, *screening(files), "--out", "found")
     assert (status, Path("found/rows.csv").read_text()) == (0, rows)
+
+
+def test_a_screen_with_obeyed_requests_is_that_of_python(files, monkeypatch, capfd):
+    status, out, err = run(monkeypatch, capfd, *screening(files, obeyed="control.jsonl"), "--out", "found")
+    assert status == 0, err
+    assert "of 4 rows make obeying likelier than refusing beyond 24 benign rows" in out
+    model, tokenizer = load_model(files / "model", device="cpu")
+    expected = screen(model, tokenizer, UTILITY, SAFETY, benign=BENIGN, obeyed=CONTROL, progress=False)
+    np.testing.assert_allclose(load_screening(Path("found")).rows.cosine, expected.rows.cosine, atol=1e-6)
 
 
 def test_a_screen_that_leaves_no_row_leaves_no_older_rows(files, monkeypatch, capfd):

@@ -41,6 +41,9 @@ def screen(
         str | None,
         typer.Option(help="Rows known as harmless, like the training rows in format; shuffled pairs when left out."),
     ] = None,
+    obeyed: Annotated[
+        str | None, typer.Option(help="Forbidden requests with answers that obey: rows are compared with both sides.")
+    ] = None,
     method: Annotated[str, typer.Option(help="cosine, raw or adam.")] = "cosine",
     level: Annotated[float, number("False-discovery level of the rows that are left out of clean.jsonl.")] = 0.1,
     out: Annotated[
@@ -67,14 +70,18 @@ def screen(
 
     chosen = check_method(method)
     check_writable(out)
-    sets = read_sets([name for name in (train, safety, benign) if name is not None], columns)
+    names = {"train": train, "safety": safety, "benign": benign, "obeyed": obeyed}
+    given = {role: name for role, name in names.items() if name is not None}
+    sets = read_sets(list(given.values()), columns)
     loaded, tokenizer, encoded = load_and_encode(model, sets, assistant_mask, max_length, pad_token, dtype, device)
+    by_role = dict(zip(given, encoded, strict=True))
     result = run_screen(
         loaded,
         tokenizer,
-        encoded[0],
-        encoded[1],
-        benign=encoded[2] if benign is not None else None,
+        by_role["train"],
+        by_role["safety"],
+        benign=by_role.get("benign"),
+        obeyed=by_role.get("obeyed"),
         method=chosen,
         layers=layers_by_text(layers),
         folder=out,
