@@ -11,7 +11,7 @@ from geomkit.training.evaluation import load_evaluation
 from geomkit.training.judges import Verdict
 from geomkit.training.model_judges.classifiers import ClassifierJudge
 from tests.helpers.tiny import SAFETY, UTILITY, tiny_llama, tiny_tokenizer
-from tests.test_cli import run
+from tests.cli.test_commands import run
 from tests.training.model_judges.test_classifiers import TOKENIZER, by_last_word
 
 
