@@ -10,8 +10,8 @@ from geomkit.errors import DataError
 from geomkit.training.evaluation import load_evaluation
 from geomkit.training.judges import Verdict
 from geomkit.training.model_judges.classifiers import ClassifierJudge
-from tests.helpers.tiny import SAFETY, UTILITY, tiny_llama, tiny_tokenizer
 from tests.cli.test_commands import run
+from tests.helpers.tiny import SAFETY, UTILITY, tiny_llama, tiny_tokenizer
 from tests.training.model_judges.test_classifiers import TOKENIZER, by_last_word
 
 
