@@ -25,6 +25,7 @@ from geomkit.screening.row_scores import RowScores, score_rows
 from geomkit.screening.screening import Method, Screening, check_method, texts_fingerprint
 from geomkit.stats.conditional_null import FEWEST
 from geomkit.utils.arguments import check_seed
+from geomkit.utils.display import counted
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -87,8 +88,8 @@ def screen(
         The scores with their null, p- and q-values.
 
     Raises:
-        DataError: If examples cannot be encoded, there are too few different null rows, or the folder cannot be made
-            or has damaged finished rows.
+        DataError: If examples cannot be encoded, there are too few different null rows, an obeyed row is a safety or
+            benign row as well, or the folder cannot be made or has damaged finished rows.
         GeometryError: If the method is unknown.
         CollectionError: See :func:`geomkit.collect_gradients`.
 
@@ -113,6 +114,8 @@ def screen(
         null, _ = encoded_for(model, tokenizer, _shuffled(rows, seed) if benign is None else benign, progress)
         compliance = None if obeyed is None else encoded_for(model, tokenizer, obeyed, progress)[0]
         _refuse_few(null, benign is not None)
+        if compliance is not None:
+            _refuse_shared(compliance, {"safety": refusals} | ({} if benign is None else {"benign": null}))
         make_folder(parts)
     usual = rows if benign is None else null
     reference = safety_reference(
@@ -180,6 +183,16 @@ def _refuse_few(null: EncodedExamples, given: bool) -> None:
             f"expected at least {FEWEST} different {'benign' if given else 'training'} rows to compare with, found "
             f"{different}; give more benign= rows, like the training rows in format and language"
         )
+
+
+def _refuse_shared(obeyed: EncodedExamples, others: Mapping[str, EncodedExamples]) -> None:
+    # Of the same rows on both sides nothing but rounding is left, which would rank the rows.
+    for name, rows in others.items():
+        if shared := len(set(row_digests(obeyed)).intersection(row_digests(rows))):
+            raise DataError(
+                f"expected obeyed= rows that are no {name} rows, found {counted(shared, 'row')} in both; give forbidden "
+                "requests with answers that obey"
+            )
 
 
 def _top_tokens(

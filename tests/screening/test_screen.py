@@ -20,6 +20,11 @@ from tests.helpers.architectures import ARCHITECTURES
 from tests.helpers.tiny import BENIGN, SAFETY, UTILITY, conversations, tiny_llama, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
+OBEYED = conversations(
+    ("how do i steal the bike", "sure take the bike"),
+    ("steal the fence", "sure we can"),
+    ("how can we steal a brush", "take a brush"),
+)
 MODELS = {
     "llama": lambda: tiny_llama().double(),
     "tied": lambda: tiny_llama(tied=True).double(),
@@ -85,7 +90,7 @@ def adam_divisor(gradients):
 
 @pytest.mark.parametrize("name", ["tied", "mixtral"])
 def test_with_obeyed_requests_the_safety_gradient_is_less_theirs(name):
-    model, obeyed = MODELS[name](), BENIGN.select(range(3))
+    model, obeyed = MODELS[name](), OBEYED
     found = screened(model, obeyed=obeyed, method="adam")
     means = []
     for examples in (SAFETY, obeyed):
@@ -107,6 +112,21 @@ def test_with_obeyed_requests_the_safety_gradient_is_less_theirs(name):
     scaled = {key: value / adam_divisor([row[key] for row in usual]) for key, value in apart.items()}
     adam = np.array([-inner(row, scaled) for row in rows]) / found.rows.norm / inner(scaled, scaled) ** 0.5
     np.testing.assert_allclose(found.rows.adam, adam, rtol=0, atol=100 * tolerance)
+
+
+@pytest.mark.parametrize(
+    ("obeyed", "message"),
+    [
+        (SAFETY.select([2, 1, 0]), "expected obeyed= rows that are no safety rows, found 3 rows in both"),
+        (concatenate_datasets([UTILITY, SAFETY.select([1])]), "no safety rows, found 1 row in both"),
+        (BENIGN.select([0, 1]), "expected obeyed= rows that are no benign rows, found 2 rows in both"),
+        (UTILITY.select([]), "expected at least one example, found an empty set"),
+    ],
+)
+def test_obeyed_requests_that_are_rows_of_another_role_are_refused(obeyed, message):
+    with pytest.raises(DataError, match=message):
+        # With gradients in thin form, the difference of equal ones is rounding, not zero.
+        screened(tiny_llama(hidden_size=64), obeyed=obeyed)
 
 
 def test_share_is_that_of_the_leading_left_singular_vectors(monkeypatch):
@@ -212,7 +232,7 @@ def test_finished_rows_of_another_screen_are_not_taken(tmp_path, change):
     screened(folder=tmp_path)
     others = {
         "model": {"model": tiny_llama(seed=1)}, "train": {"train": UTILITY.select([3, 2, 1, 0])},
-        "safety": {"safety": SAFETY.select([0, 1])}, "obeyed": {"obeyed": BENIGN.select([2])},
+        "safety": {"safety": SAFETY.select([0, 1])}, "obeyed": {"obeyed": OBEYED},
         "method": {"method": "adam"},
     }  # fmt: skip
     found, expected = screened(folder=tmp_path, **others[change]), screened(**others[change])
