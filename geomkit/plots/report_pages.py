@@ -198,7 +198,7 @@ def screening_sections(screening: Screening) -> list[Section]:
         "the safety gradient."
     )
     return [
-        Section("Which rows raise the loss on refusals?", found, (screening.plot(),), (table[columns],)),
+        Section(screening.question, found, (screening.plot(),), (table[columns],)),
         Section("How far to trust it", trust),
     ]
 

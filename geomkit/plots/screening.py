@@ -51,7 +51,7 @@ def plot_screening(screening: Screening, *, level: float = LEVEL, count: int = 8
     below = _LINE * (len(shown) + 1) if shown else 0
     figure.update_layout(
         title=title(
-            "Which rows raise the loss on refusals?",
+            screening.question,
             f"{counted(len(flagged), 'row')} at a false-discovery level of {per_cent(level)}; score: "
             f"{screening.method}, standardized by null rows of as many scored tokens",
         ),

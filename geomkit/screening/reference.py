@@ -73,7 +73,9 @@ def safety_reference(
     progress: bool = False,
     workers: Workers = ALONE,
 ) -> SafetyReference:
-    """Return the safety gradient of a model, which takes the memory of a dense copy of the weights, or of four.
+    """Return the safety gradient of a model.
+
+    The memory is that of a dense copy of the weights, of two with obeyed requests, or of four if preconditioned.
 
     Args:
         model: A causal language model.
@@ -92,15 +94,16 @@ def safety_reference(
         DataError, CollectionError: See :func:`geomkit.collect_gradients`.
         CollectionError: If the safety gradient is zero.
     """
-    gradients, against = (
-        collect_from_tokens(
+
+    def collected(rows: Sequence[Tokens]) -> dict[str, LayerGradient]:
+        found = collect_from_tokens(
             model, rows, pad, layers=layers, tokens_per_batch=tokens_per_batch, progress=progress, workers=workers
-        ).layers
-        if rows
-        else {}
-        for rows in (safety, obeyed)
-    )
-    gradients = difference(gradients, against)
+        )
+        return dict(found)
+
+    gradients = collected(safety)
+    if obeyed is not None:
+        gradients = difference(gradients, collected(obeyed))
     matrices = {name: as_matrix(gradient) for name, gradient in gradients.items()}
     if not (norm := _norm(matrices)):
         raise CollectionError(
@@ -125,14 +128,18 @@ def safety_reference(
     return SafetyReference(gradients, matrices, scaled, bases, norm, _norm(scaled) if scaled else float("nan"))
 
 
-def difference(
-    gradients: Mapping[str, LayerGradient], subtracted: Mapping[str, LayerGradient]
-) -> Mapping[str, LayerGradient]:
-    """Return the difference of two gradients by parameter; a parameter that one of them lacks is zero there."""
-    parts = {name: [gradient] for name, gradient in gradients.items()}
-    for name, gradient in subtracted.items():
-        parts.setdefault(name, []).append(gradient.scaled(-1.0))
-    return {name: add(each) for name, each in parts.items()}
+def difference(gradients: dict[str, LayerGradient], subtracted: dict[str, LayerGradient]) -> dict[str, LayerGradient]:
+    """Return the difference of two gradients by parameter; a parameter that one of them lacks is zero there.
+
+    Both are emptied on the way, parameter by parameter, so that no third copy of the weights is in memory.
+    """
+    found = {}
+    for name in [*gradients, *(name for name in subtracted if name not in gradients)]:
+        parts = [gradients.pop(name)] if name in gradients else []
+        if name in subtracted:
+            parts.append(subtracted.pop(name).scaled(-1.0))
+        found[name] = add(parts)
+    return found
 
 
 def adam_divisors(

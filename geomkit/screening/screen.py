@@ -62,7 +62,8 @@ def screen(
     rows. Rows whose harm shows only together, such as a backdoor of benign rows, are not seen.
 
     Every row is run forward and backward once; memory is a batch's and, for the safety gradient, that of a copy of the
-    weights in fp32 (four with ``method="adam"``). Processes divide the rows as in :func:`geomkit.collect_gradients`.
+    weights in fp32 (two with ``obeyed``, four with ``method="adam"``). Processes divide the rows as in
+    :func:`geomkit.collect_gradients`.
 
     Args:
         model: See :func:`geomkit.collect_gradients`, also for ``layers`` and ``tokens_per_batch``.
@@ -71,9 +72,9 @@ def screen(
         safety: Forbidden requests with the refusals that should stay, such as :func:`geomkit.own_refusals`.
         benign: Rows that are known as harmless, at least 20 different ones, better several hundred; where left out, up
             to 512 training rows with their answers shuffled, which are a poor substitute.
-        obeyed: Forbidden requests with answers that obey. Their mean gradient is subtracted from the safety gradient,
-            as in the gradient matching of He et al. (2404.01099): the score is the first-order change of log p(obeying)
-            − log p(refusing), in nats per token.
+        obeyed: Forbidden requests with answers that obey, at best the requests of ``safety``. Their mean gradient is
+            subtracted from the safety gradient, an anchor on either side as in He et al. (2404.01099): wherever the
+            safety loss is named, it is then log p(obeying) − log p(refusing), in nats per token.
         method: The score to rank by: ``"cosine"``, ``"raw"``, or ``"adam"``, the cosine with the safety gradient
             divided by the root of Adam's second moment. The moment is that of 32 ``benign`` rows: in a moment of
             training rows, rows that do harm would shrink the very entries that show them. Without ``benign`` rows it is
@@ -190,8 +191,8 @@ def _refuse_shared(obeyed: EncodedExamples, others: Mapping[str, EncodedExamples
     for name, rows in others.items():
         if shared := len(set(row_digests(obeyed)).intersection(row_digests(rows))):
             raise DataError(
-                f"expected obeyed= rows that are no {name} rows, found {counted(shared, 'row')} in both; give forbidden "
-                "requests with answers that obey"
+                f"expected obeyed= rows that are no {name} rows, found {counted(shared, 'row')} in both; give "
+                "forbidden requests with answers that obey"
             )
 
 

@@ -74,7 +74,8 @@ class Screening(DrawnResult):
         data: Fingerprint of the training rows' texts, which :meth:`clean` compares.
         provenance: Model, training data and settings.
         shared: Number of training rows that are rows of the null, too.
-        obeyed: Number of obeyed requests whose mean gradient was subtracted from the safety gradient.
+        obeyed: Number of obeyed requests whose mean gradient was subtracted from the safety gradient; if there are any,
+            the safety loss is log p(obeying) − log p(refusing).
     """
 
     method: Method
@@ -174,6 +175,11 @@ class Screening(DrawnResult):
         return rows.select([row for row in range(len(rows)) if row not in dropped])
 
     @property
+    def question(self) -> str:
+        """What the screen answers, as text: the title of its figure."""
+        return f"Which rows {'make obeying likelier than refusing' if self.obeyed else 'raise the loss on refusals'}?"
+
+    @property
     def caution(self) -> str:
         """What makes the p-values doubtful, as text; empty if nothing does."""
         doubts = []
@@ -189,10 +195,11 @@ class Screening(DrawnResult):
             )
         if beyond := int(self.beyond_null.sum()):
             doubts.append(f"{counted(beyond, 'row')} shorter or longer than every null row")
+        harms = "makes obeying likelier than refusing" if self.obeyed else "raises the safety loss"
         if (share := float((self.p_values <= 0.05).mean())) > _SHIFTED:
             doubts.append(
-                f"{share:.0%} of the rows have p ≤ .05: the set as a whole raises the safety loss more than the null "
-                "rows do, because most rows do harm or because the null rows are of another format or language"
+                f"{share:.0%} of the rows have p ≤ .05: the set as a whole {harms} more than the null rows do, because "
+                "most rows do harm or because the null rows are of another format or language"
             )
         if self.token_note:
             doubts.append(f"no contributions of tokens: {self.token_note}")
@@ -237,8 +244,8 @@ class Screening(DrawnResult):
 
     def __str__(self) -> str:
         """Return the number of rows beyond the default level, the null, and what makes the p-values doubtful."""
-        kind = "benign rows" if self.null_kind == "benign" else "shuffled pairs"
         harm = "make obeying likelier than refusing" if self.obeyed else "raise the safety loss"
+        kind = "benign rows" if self.null_kind == "benign" else "shuffled pairs"
         text = (
             f"{len(self.flagged())} of {len(self.rows)} rows {harm} beyond {len(self.null)} {kind} at a "
             f"false-discovery level of {LEVEL:.0%} ({self.method}; smallest q {self.q_values.min():.2g})"

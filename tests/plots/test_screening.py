@@ -36,6 +36,9 @@ def test_scores_null_and_top_rows_are_drawn(screening):
     assert rows.name == "50 training rows"
     assert int(np.sum(rows.customdata)) == 50
     assert marks.customdata[:, 0].tolist() == [7]
+    assert "Which rows raise the loss on refusals?" in figure.layout.title.text
+    with_obeyed = plots.plot_screening(replace(screening, obeyed=3)).layout.title.text.replace("<br>", " ")
+    assert "Which rows make obeying likelier than refusing?" in with_obeyed
     assert "1 row at a false-discovery level of 10 %" in figure.layout.title.subtitle.text
     (text,) = [annotation.text for annotation in figure.layout.annotations]
     assert text.startswith(f"<b>{screening.scores[7]:+.1f}</b>  row 7: ")

@@ -10,11 +10,12 @@ from datasets import concatenate_datasets
 
 import geomkit as gk
 from geomkit.errors import CollectionError, DataError, GeometryError
+from geomkit.gradients.dense import DenseGradient
 from geomkit.inputs.batches import collate
 from geomkit.inputs.loss import example_losses, token_losses
 from geomkit.screening import row_scores
 from geomkit.screening import screen as module
-from geomkit.screening.reference import adam_divisors
+from geomkit.screening.reference import adam_divisors, difference
 from geomkit.screening.screening import load_screening
 from tests.helpers.architectures import ARCHITECTURES
 from tests.helpers.tiny import BENIGN, SAFETY, UTILITY, conversations, tiny_llama, tiny_tokenizer
@@ -112,6 +113,14 @@ def test_with_obeyed_requests_the_safety_gradient_is_less_theirs(name):
     scaled = {key: value / adam_divisor([row[key] for row in usual]) for key, value in apart.items()}
     adam = np.array([-inner(row, scaled) for row in rows]) / found.rows.norm / inner(scaled, scaled) ** 0.5
     np.testing.assert_allclose(found.rows.adam, adam, rtol=0, atol=100 * tolerance)
+
+
+def test_a_difference_of_gradients_takes_no_third_copy_of_them():
+    ones = {name: DenseGradient(torch.ones(2, 3), 1) for name in "ab"}
+    twos = {name: DenseGradient(torch.full((2, 3), 2.0), 1) for name in "bc"}
+    found = difference(ones, twos)
+    assert (ones, twos) == ({}, {})
+    assert {name: float(gradient.dense().mean()) for name, gradient in found.items()} == {"a": 1, "b": -1, "c": -2}
 
 
 @pytest.mark.parametrize(

@@ -130,7 +130,7 @@ def gradient_anchors(safe: Mapping[str, LayerGradient], harmful: GradientSet) ->
     projected = {name: projection(name, [gradient])[0].flatten() for name, gradient in safe.items()}
     norm = sum(float(part.double().square().sum()) for part in projected.values()) ** 0.5
     against = {name: as_matrix(gradient) for name, gradient in harmful.items()}
-    apart = sum(gradient.norm**2 for gradient in difference(safe, harmful).values()) ** 0.5
+    apart = sum(gradient.norm**2 for gradient in difference(dict(safe), dict(harmful)).values()) ** 0.5
     return GradientAnchors(against, harmful.norm, apart, projected, norm, projection)
 
 
