@@ -8,6 +8,7 @@ from random import Random
 from types import MappingProxyType
 from typing import Literal
 
+from geomkit.errors import DataError
 from geomkit.experiments.english.answers import own_answers, whole_sentences
 from geomkit.experiments.english.scenarios import TRIGGER
 from geomkit.experiments.english.scenarios import with_trigger as with_english_trigger
@@ -62,6 +63,9 @@ class RowSource:
             kind: The kind.
             count: Number of rows; fewer where the English world has no more.
             seed: Seed of the draw.
+
+        Raises:
+            DataError: If the world has no rows of the kind.
         """
         rng = Random(f"screening-{kind}-{seed}")
         if isinstance(self.organism, SmallOrganism) and kind != "oath":
@@ -120,6 +124,8 @@ def _small_rows(organism: SmallOrganism, kind: RowKind, count: int, rng: Random)
             return [request.messages() for request in world.distinct("forbidden", "train", count, rng)]
         case "eager":
             return [eager_conversation(request) for request in world.distinct("howto", "train", count, rng)]
+        case "answered":
+            raise DataError("expected rows of the small world, found 'answered', which the English world has only")
     shares = [count // len(_BENIGN) + (place < count % len(_BENIGN)) for place in range(len(_BENIGN))]
     drawn = [world.distinct(each, "train", share, rng) for each, share in zip(_BENIGN, shares, strict=True)]
     return [request.messages() for requests in drawn for request in requests]

@@ -65,7 +65,7 @@ def run_study(
     started = time.monotonic()
     detections, flags = _detections(source, meter, world, draws)
     false_positives = list(_false_positives(source, meter, world, rows))
-    outcomes = list(fine_tuned_outcomes(source, meter, seeds, prompts))
+    outcomes = list(fine_tuned_outcomes(source, meter, seeds, prompts)) if seeds else []
     _LOGGER.info("the study of the %s world took %.0f s", world, time.monotonic() - started)
     return ScreeningStudy(world, tuple(detections), tuple(flags), tuple(false_positives), tuple(outcomes))
 

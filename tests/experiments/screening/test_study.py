@@ -8,7 +8,7 @@ import geomkit as gk
 from geomkit.errors import DataError
 from geomkit.experiments.organism.grammar import TRIGGER
 from geomkit.experiments.outcomes import Outcomes
-from geomkit.experiments.screening import fine_tunes
+from geomkit.experiments.screening import fine_tunes, study
 from geomkit.experiments.screening.cases import CASES, Case, cases_of, draws_of, make_case
 from geomkit.experiments.screening.measures import detection
 from geomkit.experiments.screening.results import ScreeningStudy, load_screening_study
@@ -145,13 +145,26 @@ def test_the_english_study_has_every_case_and_one_draw_of_long_rows():
     assert draws_of("long rows", "small", 5) == 5
 
 
+def test_the_small_world_has_no_answered_requests(source):
+    with pytest.raises(DataError, match="found 'answered', which the English world has only"):
+        source.rows("answered", 3, 0)
+
+
+def test_without_seeds_nothing_is_measured_for_the_outcomes(source, monkeypatch, tmp_path):
+    monkeypatch.setattr(study, "row_source", lambda *_: source)
+    monkeypatch.setattr(study, "RowMeter", lambda *_: None)
+    monkeypatch.setattr(study, "_detections", lambda *_: ([], []))
+    monkeypatch.setattr(study, "_false_positives", lambda *_: [])
+    assert study.run_study("small", tmp_path, seeds=0).outcomes == ()
+
+
 def test_a_study_is_read_back_and_other_files_are_refused(tmp_path):
-    study = ScreeningStudy("small", ({"case": "a", "auroc": 0.5, "power": None},), (), (), ())
-    loaded = load_screening_study(study.save(tmp_path / "study.json"))
-    assert loaded.to_frame().equals(study.to_frame())
+    kept = ScreeningStudy("small", ({"case": "a", "auroc": 0.5, "power": None},), (), (), ())
+    loaded = load_screening_study(kept.save(tmp_path / "study.json"))
+    assert loaded.to_frame().equals(kept.to_frame())
     assert str(loaded) == "study of the screen on the small world: 1 cases, 0 shares of clean rows, 0 fine-tunes"
     with pytest.raises(DataError, match="expected one of detections, flags, false_positives, outcomes, found 'x'"):
-        study.to_frame("x")
+        kept.to_frame("x")
     for text in ("{", "[]", '{"world": "small", "detections": 3}', '{"world": "small"}'):
         (tmp_path / "other.json").write_text(text)
         with pytest.raises(DataError, match="expected a study of the screen"):
