@@ -18,7 +18,10 @@ _FEWEST_IN_TAIL = 10
 _SCALE_FLOOR = 0.1
 _HEAVIEST_TAIL = 0.5
 _UPPER_LIMIT = 1.28 * float(np.sqrt(4 / 3))
-"""Upper 90 % confidence limit of a fitted shape above the shape, times the root of the number of values in the tail."""
+"""Distance of a fitted shape from its one-sided upper 90 % limit, times the root of the number of values in the tail.
+
+A shape of 0, fitted to n values by probability-weighted moments, has the variance 4 / 3n (Hosking and Wallis 1987).
+"""
 
 _NORMAL = float(np.sqrt(np.pi / 2))  # σ over the mean absolute deviation of a normal distribution
 
@@ -94,7 +97,8 @@ def upper_p_values(values: ArrayLike, null: ArrayLike) -> Values:
     exact for exchangeable values. Beyond, where the share would end at 1/(n + 1), the tail is a generalized Pareto
     distribution (Pickands 1975), fitted by probability-weighted moments (Hosking and Wallis 1987), with a shape between
     0 (exponential) and 1/2: a tail that ends is not believed. A few null values do not tell how heavy their tail is, so
-    the p-value is the larger of two: with the fitted shape, and with its upper 90 % confidence limit.
+    the p-value is the larger of two: with the fitted shape, and with its one-sided upper 90 % limit. So a single row
+    far out has a small p-value only against several hundred null values.
 
     Args:
         values: (N,) values.
