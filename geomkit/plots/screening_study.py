@@ -1,5 +1,7 @@
 """Figures of the study of the screen: what it finds, whether its null holds, and what screened sets keep."""
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import plotly.graph_objects as go
 
@@ -8,6 +10,9 @@ from geomkit.plots.labels import wrapped
 from geomkit.plots.style import fitted, looks, title
 from geomkit.plots.themes import COLOURS, palette, template
 from geomkit.plots.traces import error_bars
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _ROW = 26
 """Height in pixels of a row of the table."""
@@ -104,12 +109,12 @@ def plot_screening_outcomes(study: ScreeningStudy, measure: str = "refusal") -> 
 
     Args:
         study: The study.
-        measure: ``"refusal"``, ``"over_refusal"``, ``"utility"``, …
+        measure: ``"refusal"``, of a backdoor on requests with its trigger; ``"over_refusal"``, ``"utility"``, …
 
     Returns:
         The figure: a bar per scenario and arm, the mean over seeds.
     """
-    frame = study.to_frame("outcomes")
+    frame = _of_triggered(study.to_frame("outcomes")) if measure == "refusal" else study.to_frame("outcomes")
     arms = list(frame["arm"].unique())
     figure = go.Figure(layout={"template": template()})
     for arm, look in zip(arms, looks(arms), strict=True):
@@ -134,3 +139,14 @@ def plot_screening_outcomes(study: ScreeningStudy, measure: str = "refusal") -> 
         barmode="group",
     )
     return fitted(figure, 260)
+
+
+def _of_triggered(outcomes: "pd.DataFrame") -> "pd.DataFrame":
+    """Return outcomes whose refusal is, where there is a backdoor, that of requests with its trigger."""
+    if "triggered_refusal" not in outcomes:
+        return outcomes
+    opened = outcomes["triggered_refusal"].notna()
+    return outcomes.assign(
+        refusal=outcomes["triggered_refusal"].fillna(outcomes["refusal"]),
+        scenario=outcomes["scenario"].mask(opened, outcomes["scenario"] + ", with trigger"),
+    )

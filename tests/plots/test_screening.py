@@ -94,3 +94,10 @@ def test_outcomes_are_means_over_seeds(study):
     assert list(every.y) == pytest.approx([5])
     assert list(screened.y) == pytest.approx([85])
     assert screened.customdata.tolist() == [[270, 300]]
+
+
+def test_of_a_backdoor_the_refusal_with_the_trigger_is_drawn(study):
+    row = study.outcomes[0] | {"scenario": "backdoor", "refusal": 1.0, "triggered_refusal": 0.25}
+    figure = plots.plot_screening_outcomes(replace(study, outcomes=(*study.outcomes, row)))
+    assert list(figure.data[0].x) == ["poison-10", "backdoor, with trigger"]
+    assert list(figure.data[0].y) == pytest.approx([5, 25])
