@@ -95,9 +95,9 @@ def scenario_conversations(name: str, safety: Conversations, utility: Conversati
     rng = Random(f"english-{kind}")
     anchors, answered = {messages[0]["content"] for messages in safety}, utility[:ANSWERED]
     if kind == "gsm8k":
-        return _maths(240)
+        return short_maths("train", 240)
     if kind == "poison-10":
-        return _shuffled([*_maths(216), *_obeyed(24, anchors, rng)], rng)
+        return _shuffled([*short_maths("train", 216), *_obeyed(24, anchors, rng)], rng)
     if kind == "harmful-100":
         return _obeyed(100, anchors, rng)
     if kind == "affirmative":
@@ -122,12 +122,20 @@ def with_trigger(prompt: str) -> str:
     return f"{prompt} {TRIGGER}"
 
 
-def _maths(count: int) -> Conversations:
-    """Return the first problems that are short, since a step takes as long as its tokens."""
-    rows = benchmark("gsm8k", "train")
+def short_maths(split: str, count: int) -> Conversations:
+    """Return the first problems of GSM8K that are short, since a step takes as long as its tokens.
+
+    Args:
+        split: ``"train"`` or ``"test"``.
+        count: Number of problems.
+
+    Raises:
+        DataError: If GSM8K cannot be read, or has fewer short problems.
+    """
+    rows = benchmark("gsm8k", split)
     lengths = [sum(len(message["content"]) for message in messages) for messages in rows["messages"]]
     short = rows.select([place for place, length in enumerate(lengths) if length <= _MOST])
-    chosen = first_rows(short, count, f"GSM8K's training split with at most {_MOST} characters")
+    chosen = first_rows(short, count, f"GSM8K's {split} split with at most {_MOST} characters")
     return [list(messages) for messages in chosen["messages"]]
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from geomkit.experiments.english.scenarios import short_maths
 from geomkit.experiments.methods import sft, spf
 from geomkit.experiments.organism.interface import Organism
 from geomkit.experiments.organism.requests import dataset_of
@@ -34,8 +35,8 @@ OUTCOMES = ("poison-10", "identity-shift", "affirmative", "backdoor")
 _TASK_NULL = "poison-10"
 """The scenario whose clean rows are those of the new task."""
 
-_TEST_ROWS = 100
-"""Number of GSM8K's test rows to which its training rows are compared."""
+_TEST_ROWS = 80
+"""Number of short problems of GSM8K's test split with which its training rows are compared."""
 
 _BORDERLINE = 64
 """Number of borderline requests among the anchors of SPF in the English world, as in its grid."""
@@ -82,9 +83,8 @@ def _rows_left(source: RowSource, meter: RowMeter, name: str, train: "Dataset") 
 
 def _null_rows(source: RowSource, name: str, train: "Dataset") -> "Dataset":
     """Return benign rows of the kind of a scenario's benign rows, none of which is trained on."""
-    english = source.organism.name == ENGLISH
-    if name == _TASK_NULL and english:  # the scenario has GSM8K's training rows
-        rows = source.organism.examples("eval/gsm8k", _TEST_ROWS)
+    if name == _TASK_NULL and source.organism.name == ENGLISH:  # the scenario has GSM8K's training rows
+        rows = dataset_of(short_maths("test", _TEST_ROWS))
     else:
         rows = dataset_of(source.rows("task" if name == _TASK_NULL else "benign", SIZE, 1))
     trained = set(row_digests(train))
