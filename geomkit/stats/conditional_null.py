@@ -17,8 +17,8 @@ _TAIL_SHARE = 0.1
 _FEWEST_IN_TAIL = 10
 _SCALE_FLOOR = 0.1
 _HEAVIEST_TAIL = 0.5
-_UPPER_LIMIT = 1.28 * float(np.sqrt(4 / 3))
-"""Distance of a fitted shape from its one-sided upper 90 % limit, times the root of the number of values in the tail.
+_UPPER_LIMIT = 0.84 * float(np.sqrt(4 / 3))
+"""Distance of a fitted shape from its one-sided upper 80 % limit, times the root of the number of values in the tail.
 
 A shape of 0, fitted to n values by probability-weighted moments, has the variance 4 / 3n (Hosking and Wallis 1987).
 """
@@ -97,7 +97,7 @@ def upper_p_values(values: ArrayLike, null: ArrayLike) -> Values:
     exact for exchangeable values. Beyond, where the share would end at 1/(n + 1), the tail is a generalized Pareto
     distribution (Pickands 1975), fitted by probability-weighted moments (Hosking and Wallis 1987), with a shape between
     0 (exponential) and 1/2: a tail that ends is not believed. A few null values do not tell how heavy their tail is, so
-    the p-value is the larger of two: with the fitted shape, and with its one-sided upper 90 % limit. So a single row
+    the p-value is the larger of two: with the fitted shape, and with its one-sided upper 80 % limit. So a single row
     far out has a small p-value only against several hundred null values.
 
     Args:
