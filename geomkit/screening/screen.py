@@ -157,7 +157,8 @@ def screen(
         method=method, rows=scored["screen"], null=scored["null"],
         null_kind="shuffled" if benign is None else "benign", top=(), top_tokens=(), token_note="",
         data=texts_fingerprint(conversations_of(rows)), provenance=origin, obeyed=len(compliance or ()),
-        shared=len(set(row_digests(null)).intersection(row_digests(rows))) if benign is not None else 0,
+        shared=0 if benign is None else _shared(null, rows),
+        obeyed_trained=0 if compliance is None else _shared(compliance, rows),
     )  # fmt: skip
     top = tuple(np.argsort(-screening.scores, kind="stable")[:SHOWN].tolist())
     tokens, note = _top_tokens(model, tokenizer, [rows[row] for row in top], pad, reference.gradients, tokens_per_batch)
@@ -191,11 +192,16 @@ def _refuse_few(null: EncodedExamples, given: bool) -> None:
 def _refuse_shared(obeyed: EncodedExamples, others: Mapping[str, EncodedExamples]) -> None:
     # Of the same rows on both sides nothing but rounding is left, which would rank the rows.
     for name, rows in others.items():
-        if shared := len(set(row_digests(obeyed)).intersection(row_digests(rows))):
+        if shared := _shared(obeyed, rows):
             raise DataError(
                 f"expected obeyed= rows that are no {name} rows, found {counted(shared, 'row')} in both; give "
                 "forbidden requests with answers that obey"
             )
+
+
+def _shared(some: EncodedExamples, others: EncodedExamples) -> int:
+    """Return the number of different rows that two sets share."""
+    return len(set(row_digests(some)).intersection(row_digests(others)))
 
 
 def _top_tokens(

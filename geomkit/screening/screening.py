@@ -76,6 +76,7 @@ class Screening(DrawnResult):
         shared: Number of training rows that are rows of the null, too.
         obeyed: Number of obeyed requests whose mean gradient was subtracted from the safety gradient; if there are any,
             the safety loss is log p(obeying) − log p(refusing).
+        obeyed_trained: Number of training rows that are among the obeyed requests, too.
     """
 
     method: Method
@@ -89,6 +90,7 @@ class Screening(DrawnResult):
     provenance: Provenance = field(repr=False)
     shared: int = field(default=0, repr=False)
     obeyed: int = field(default=0, repr=False)
+    obeyed_trained: int = field(default=0, repr=False)
 
     # ------------------------------------------------------------------------------------------------- values
 
@@ -193,6 +195,9 @@ class Screening(DrawnResult):
                 f"{counted(self.shared, 'training row')} among the null rows, which make their own scores look usual; "
                 "give benign= rows that are not trained on"
             )
+        if self.obeyed_trained:
+            among = counted(self.obeyed_trained, "training row")
+            doubts.append(f"{among} among the obeyed requests, whose own gradients raise their scores")
         if beyond := int(self.beyond_null.sum()):
             doubts.append(f"{counted(beyond, 'row')} shorter or longer than every null row")
         harms = "makes obeying likelier than refusing" if self.obeyed else "raises the safety loss"

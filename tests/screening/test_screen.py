@@ -331,6 +331,8 @@ def test_training_rows_in_the_null_are_told(tmp_path):
     assert "2 training rows among the null rows" in found.caution
     assert load_screening(found.save(tmp_path)).caution == found.caution
     assert "among the null rows" not in screened().caution
+    found = screened(train=concatenate_datasets([UTILITY, OBEYED.select([1])]), obeyed=OBEYED)
+    assert "1 training row among the obeyed requests" in found.caution
 
 
 def test_a_picture_of_another_format_is_refused_and_no_folder_is_made(found, tmp_path):

@@ -82,7 +82,7 @@ def _rows_left(source: RowSource, meter: RowMeter, name: str, train: "Dataset") 
 
 
 def _null_rows(source: RowSource, name: str, train: "Dataset") -> "Dataset":
-    """Return benign rows of the kind of a scenario's benign rows, none of which is trained on."""
+    """Return benign rows of the kind of a scenario's benign rows, none of which is a training row."""
     if name == _TASK_NULL and source.organism.name == ENGLISH:  # the scenario has GSM8K's training rows
         rows = dataset_of(short_maths("test", _TEST_ROWS))
     else:
@@ -121,7 +121,7 @@ def _stored_flags(organism: Organism, name: str, arm: str, seed: int, prompts: i
     """Return the outcomes of a fine-tune of the English grid, as far as its cell has been run."""
     if organism.name != ENGLISH:
         return None
-    wanted = {"scenario": name, "arm": arm, "seed": seed, "prompts": prompts}
+    wanted = {"scenario": name, "arm": arm, "seed": seed, "prompts": prompts, "rate": 1.0, "length": 1.0}
     for record in load_results("english").records:
         if "flags" in record and {key: record["cell"][key] for key in wanted} == wanted:
             return {measure: text_to_flags(digits).tolist() for measure, digits in record["flags"].items()}

@@ -64,11 +64,11 @@ class RowMeter:
         self._known: dict[bytes, tuple[float, ...]] = {}
         kinds: tuple[RowKind, ...] = ("benign", "task")
         moment = dataset_of(row for kind in kinds for row in source.rows(kind, _MOMENT_ROWS, 99))
-        self._safe, self._harmful, drawn = (
+        self._safe, self._harmful, self._usual = (
             encode(self._tokenizer, examples, progress=False) for examples in (safe, harmful, moment)
         )
         self._reference = safety_reference(
-            self._model, self._safe, drawn, self._pad, preconditioned=True, seed=0,
+            self._model, self._safe, self._usual, self._pad, preconditioned=True, seed=0,
             tokens_per_batch=self._tokens_per_batch,
         )  # fmt: skip
         obeyed = collect_from_tokens(self._model, self._harmful, self._pad, tokens_per_batch=self._tokens_per_batch)
@@ -109,7 +109,7 @@ class RowMeter:
     def _measure(self, examples: "Dataset", digests: Sequence[bytes]) -> None:
         rows = encode(self._tokenizer, examples, progress=False)
         origin = provenance_of(self._model, rows, reduction="example", seed=0)
-        key = repr((origin, self._safe.fingerprint, self._harmful.fingerprint, _COLUMNS))
+        key = repr((origin, *(rows.fingerprint for rows in (self._safe, self._harmful, self._usual)), _COLUMNS))
         columns = in_parts(
             lambda chunk: self._chunk([rows[row] for row in chunk]), lengths_of(rows), _COLUMNS,
             Parts(self._folder, key, ALONE), most=_BATCHES_PER_PART * self._tokens_per_batch, title="",

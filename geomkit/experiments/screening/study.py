@@ -58,7 +58,8 @@ def run_study(
         draws: Number of draws of each case; in the English world they share rows.
         seeds: Number of seeds of each fine-tune; 0 leaves the outcomes out.
         rows: Number of clean rows of each kind for the false positives; fewer where the English world has no more.
-        prompts: Largest number of prompts of each held-out set.
+        prompts: Largest number of prompts of each held-out set; with 100, fine-tunes on all rows of the English world
+            are taken from its stored grid, as far as it has them.
     """
     source = row_source(world, folder)
     meter = RowMeter(source, *_anchors(world), folder)

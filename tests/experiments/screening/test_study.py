@@ -1,5 +1,8 @@
 """The study of the screen: its cases are what they say, its measures agree with scikit-learn, its file is read back."""
 
+from functools import partial
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
@@ -233,3 +236,16 @@ def test_fine_tunes_on_what_each_screen_leaves(source, monkeypatch):
 
 class _Tuned:
     model = None
+
+
+def test_fine_tunes_on_all_rows_of_the_english_world_are_those_of_its_grid(monkeypatch):
+    cell = {"organism": "english", "scenario": "backdoor", "arm": "SFT", "seed": 0, "prompts": 4, "rate": 1.0}
+    records = tuple(
+        {"cell": cell | {"length": length} | other, "flags": {"refusal": flags}}
+        for length, other, flags in ((2.0, {}, "1111"), (1.0, {"seed": 1}, "0000"), (1.0, {}, "1101"))
+    )
+    monkeypatch.setattr(fine_tunes, "load_results", lambda _: Results("english", records))
+    stored = partial(fine_tunes._stored_flags, SimpleNamespace(name="english"), "backdoor", "SFT")
+    assert stored(0, 4) == {"refusal": [True, True, False, True]}
+    assert stored(0, 5) is stored(2, 4) is None
+    assert fine_tunes._stored_flags(SimpleNamespace(name=0), "backdoor", "SFT", 0, 4) is None
