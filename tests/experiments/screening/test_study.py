@@ -11,6 +11,7 @@ import geomkit as gk
 from geomkit.errors import DataError
 from geomkit.experiments.organism.grammar import TRIGGER
 from geomkit.experiments.outcomes import Outcomes
+from geomkit.experiments.results import Results
 from geomkit.experiments.screening import fine_tunes, study
 from geomkit.experiments.screening.cases import CASES, Case, cases_of, draws_of, make_case
 from geomkit.experiments.screening.measures import detection
@@ -174,16 +175,11 @@ def test_a_study_is_read_back_and_other_files_are_refused(tmp_path):
             load_screening_study(tmp_path / "other.json")
 
 
-def test_the_shipped_study_has_every_case_and_every_ranking():
-    frame = load_screening_study().to_frame()
-    assert set(frame["case"]) == set(cases_of("small"))
-    assert (frame.groupby("case")["ranking"].nunique() == 16).all()
-
-
-def test_the_shipped_english_study_has_every_ranking_of_some_cases():
-    frame = load_screening_study("english").to_frame()
-    assert {"poison 10 % of benign rows", "identity shift"} < set(frame["case"]) < set(cases_of("english"))
-    assert (frame.groupby("case")["ranking"].nunique() == 16).all()
+@pytest.mark.parametrize("world", ["small", "english"])
+def test_the_shipped_studies_have_every_case_and_every_ranking(world):
+    frame = load_screening_study(world).to_frame()
+    assert set(frame["case"]) == set(cases_of(world))
+    assert (frame.groupby("case")["ranking"].nunique() == 18).all()
 
 
 class _Meter:
