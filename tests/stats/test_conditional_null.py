@@ -44,6 +44,17 @@ def test_a_clean_set_has_a_false_discovery_no_more_often_than_the_level(shape, n
     assert flagged <= 0.155  # .1 and two standard errors
 
 
+def test_a_few_rows_far_out_are_found_against_hundreds_of_null_rows():
+    generator = np.random.default_rng(9)
+    flagged = []
+    for _ in range(20):
+        (x, values), (null_x, null) = drawn(generator, 400, "normal"), drawn(generator, 300, "normal")
+        lengths = np.exp(x[:3])
+        values[:3] = 0.3 * np.log(lengths) + 30 / np.sqrt(lengths)  # ten standard deviations
+        flagged.append(benjamini_hochberg(upper_p_values(*standardized(values, x, null, null_x)))[:3] <= 0.1)
+    assert np.mean(flagged) > 0.95
+
+
 @pytest.mark.parametrize("lengths", [(5, 15), (15, 60), (60, 200), (200, 500)])
 def test_the_level_holds_for_rows_of_one_length_against_a_null_of_all(lengths):
     generator = np.random.default_rng(2)
