@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 _ROW = 26
 """Height in pixels of a row of the table."""
 
+_MOST_COLUMNS = 9
+"""Number of columns whose names have room side by side; the names of more columns stand upright."""
+
 
 def plot_screening_detection(study: ScreeningStudy, measure: str = "auroc") -> go.Figure:
     """Draw how well each ranking finds the planted rows of each case.
@@ -34,11 +37,12 @@ def plot_screening_detection(study: ScreeningStudy, measure: str = "auroc") -> g
     ends = [
         frame.pivot_table(index="ranking", columns="case", values=end, sort=False).to_numpy() for end in (low, high)
     ]
+    upright = len(table.columns) > _MOST_COLUMNS
     name = "AUROC" if measure == "auroc" else "precision at the number of planted rows"
     figure = go.Figure(
         go.Heatmap(
             z=table.to_numpy(),
-            x=[wrapped(case, 12) for case in table.columns],
+            x=[wrapped(case, 24 if upright else 12) for case in table.columns],
             y=list(table.index),
             zmin=0,
             zmax=1,
@@ -56,9 +60,13 @@ def plot_screening_detection(study: ScreeningStudy, measure: str = "auroc") -> g
     figure.update_layout(
         title=title(f"Which rankings find the planted rows? {name}", "0.5 is chance; hover for 95 % intervals"),
         yaxis={"autorange": "reversed", "showgrid": False, "ticks": ""},
-        xaxis={"side": "top", "showgrid": False, "ticks": "", "showline": False, "tickfont": {"size": 11}},
-    )
-    return fitted(figure, _ROW * len(table), panel_titles=3)  # the names of the cases are above
+        xaxis={
+            "side": "top", "showgrid": False, "ticks": "", "showline": False, "tickfont": {"size": 11},
+            "tickangle": -90 if upright else 0,
+        },
+    )  # fmt: skip
+    # The names of the cases are above.
+    return fitted(figure, _ROW * len(table), panel_titles=9 if upright else 3)
 
 
 def plot_screening_null(study: ScreeningStudy, method: str = "cosine") -> go.Figure:
