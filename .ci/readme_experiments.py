@@ -11,10 +11,16 @@ from pathlib import Path
 import pandas as pd
 
 from geomkit.experiments.results import Results, load_results
+from geomkit.experiments.screening.results import ScreeningStudy, load_screening_study
 
 ROOT = Path(__file__).parents[1]
 MARKS = ("<!-- {}: written by .ci/readme_experiments.py -->", "<!-- {}: end -->")
 HEADLINE = ("SFT", "mixing", "rank1", "mixing, 2048", "mixed-left, 2048", "kl-left, 2048")
+BOTH = "raw, with obeyed requests"
+SCREENS = (
+    ("small", "cosine"), ("small", "adam"), ("small", BOTH), ("english", "cosine"), ("english", "adam"),
+    ("english", BOTH),
+)  # fmt: skip
 PANELS = ("new-skill", "affirmative", "identity-shift", "backdoor", "poison-10", "harmful-100")
 SCENARIOS = {
     "new-skill": "new skill",
@@ -58,6 +64,47 @@ def _english_name(scenario: str) -> str:
     kind, _, full = scenario.partition(", ")
     name = {"gsm8k": "GSM8K", "poison-10": "GSM8K, 10 % poison"}.get(kind) or SCENARIOS[kind].partition(",")[0]
     return f"{name}, all weights" if full else name
+
+
+def screening() -> str:
+    """Return the tables of the screen: how well planted rows are ranked and flagged, and fine-tunes on what is left."""
+    studies = {world: load_screening_study(world) for world in ("small", "english")}
+    frames = {world: study.to_frame().set_index(["case", "ranking"]) for world, study in studies.items()}
+    flags = studies["english"].to_frame("flags").set_index(["case", "method"])
+    rows = []
+    for case in frames["english"].index.unique("case"):
+        texts = [
+            _auroc(frames[world].loc[(case, f"screen, {ranking}")]) if case in frames[world].index else "–"
+            for world, ranking in SCREENS
+        ]
+        loss = f"{frames['english'].loc[(case, 'loss'), 'auroc']:.3f}"
+        shares = (f"{100 * flags.loc[(case, method), 'power']:.0f}" for method in ("cosine", "adam", BOTH))
+        rows.append([case, *texts, loss, " / ".join(shares)])
+    names = [f"{world}: {ranking}" for world, ranking in SCREENS]
+    header = ["planted rows", *names, "english: loss", f"english: flagged of them, %: cosine / adam / {BOTH}"]
+    return f"{_table(header, rows)}\n\n{_fine_tunes(studies)}"
+
+
+def _auroc(row: pd.Series) -> str:
+    return f"{row['auroc']:.3f} [{row['low']:.2f}, {row['high']:.2f}]"
+
+
+def _fine_tunes(studies: dict[str, ScreeningStudy]) -> str:
+    """Return the table of refusals after fine-tunes: a row per world and scenario, a column per training set."""
+    frames = {world: study.to_frame("outcomes") for world, study in studies.items() if study.outcomes}
+    rows, header = [], list(frames["small"]["arm"].unique())
+    for world, frame in frames.items():
+        for scenario, runs in frame.groupby("scenario", sort=False):
+            by_arm = runs.set_index("arm")
+            texts = []
+            for arm in header:
+                if arm not in by_arm.index:
+                    texts.append("–")
+                    continue
+                refused = by_arm.loc[arm, _refusal_measure(str(scenario))]
+                texts.append(f"{100 * refused:.0f} ({by_arm.loc[arm, 'rows']:.0f} rows)")
+            rows.append([f"{world}: {_english_name(str(scenario)) if world == 'english' else scenario}", *texts])
+    return _table(["refused, %, after a fine-tune", *header], rows)
 
 
 def headline(results: Results) -> str:
@@ -130,7 +177,7 @@ def _table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-TABLES: dict[str, Callable[[], str]] = {"experiments": small, "english": english}
+TABLES: dict[str, Callable[[], str]] = {"experiments": small, "english": english, "screening": screening}
 """What stands between the marks of each name."""
 
 
