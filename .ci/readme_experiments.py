@@ -22,6 +22,7 @@ SCREENS = (
     ("english", BOTH),
 )  # fmt: skip
 PANELS = ("new-skill", "affirmative", "identity-shift", "backdoor", "poison-10", "harmful-100")
+ENGLISH_PANELS = ("harmful-100", "affirmative", "poison-10", "gsm8k")
 SCENARIOS = {
     "new-skill": "new skill",
     "affirmative": "affirmative answers",
@@ -205,7 +206,8 @@ def main() -> None:
         shown = load_results("default").where(organism=0, rate=1.0, length=1.0, scenario=list(PANELS))
         figure = plot_frontier(shown, arms=["untouched", "paper", "left", *HEADLINE])
         figure.write_image(ROOT / "notebooks" / "figures" / "experiments.png", width=900, scale=2)
-        figure = plot_refusals(load_results("english"), arms=["untouched", "SFT", "mixing", "kl-left"])
+        shown = load_results("english").where(scenario=list(ENGLISH_PANELS))
+        figure = plot_refusals(shown, arms=["untouched", "SFT", "mixing", "kl-left"])
         figure.write_image(ROOT / "notebooks" / "figures" / "english.png", width=900, scale=2)
 
 
