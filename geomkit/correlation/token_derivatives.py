@@ -25,6 +25,13 @@ from geomkit.inputs.parameters import refuse_unseen_values, unwrapped_model
 from geomkit.inputs.tokens import Tokens
 from geomkit.utils.precision import full_precision
 
+_LEAST_TOLERANCE = 1.5e-3
+"""Least tolerance of the check, as a share of the norm of the example's gradient.
+
+Where activations are massive, the backward pass is off by a third of this, since norms are computed in fp32 whatever the
+dtype (measured in tests/benchmarks/README.md).
+"""
+
 TokenValues = tuple[Tensor, Tensor]
 """(T,) losses in nats and (T,) derivatives of one example's tokens, fp64 on the CPU; zero for tokens without a loss."""
 
@@ -213,7 +220,7 @@ def _check_against_backward(
     scored = int((batch.labels[:, 1:] >= 0).sum())
     mean = float(values[1].sum()) / scored if values is not None else float("nan")
     # Rounding of the parameters' dtype, relative to the gradient's norm: half of its digits.
-    tolerance = max(torch.finfo(tangent.dtype).eps for tangent in tangents.values()) ** 0.5
+    tolerance = max(_LEAST_TOLERANCE, max(torch.finfo(tangent.dtype).eps for tangent in tangents.values()) ** 0.5)
     if not abs(mean - expected) <= tolerance * norm:
         raise CollectionError(
             f"expected derivatives that add up to the backward pass's {expected:.4g}, found {mean:.4g}: an operation "
