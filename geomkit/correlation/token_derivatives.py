@@ -28,8 +28,8 @@ from geomkit.utils.precision import full_precision
 _LEAST_TOLERANCE = 1.5e-3
 """Least tolerance of the check, as a share of the norm of the example's gradient.
 
-Where activations are massive, the backward pass is off by a third of this, since norms are computed in fp32 whatever the
-dtype (measured in tests/benchmarks/README.md).
+Where activations are massive, the backward pass is off by a third of this share, since norms are computed in fp32
+whatever the dtype (measured in tests/benchmarks/README.md).
 """
 
 TokenValues = tuple[Tensor, Tensor]
