@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm.auto import tqdm
 
 from geomkit.errors import CollectionError
+from geomkit.gradients.gradient_set import set_norm
 from geomkit.gradients.layer_gradient import LayerGradient
 from geomkit.inputs.batches import Batch, collate, plan_batches
 from geomkit.inputs.loss import example_losses, token_losses
@@ -145,7 +146,7 @@ def _unit_tangents(model: nn.Module, direction: Mapping[str, LayerGradient]) -> 
                 f"expected a gradient of shape {tuple(parameter.shape)} for {name}, found {direction[name].shape}; "
                 "collect the safety gradient from the same model"
             )
-    norm = sum(gradient.norm**2 for gradient in direction.values()) ** 0.5
+    norm = set_norm(direction)
     if not norm:
         raise CollectionError("expected a safety gradient other than zero, found none; check the loss masks")
     return {

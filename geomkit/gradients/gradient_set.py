@@ -103,7 +103,7 @@ class GradientSet(Mapping[str, LayerGradient], Result):
     @property
     def norm(self) -> float:
         """Euclidean norm over all parameters."""
-        return float(sum(gradient.norm**2 for gradient in self.values()) ** 0.5)
+        return set_norm(self)
 
     @property
     def weights(self) -> np.ndarray:
@@ -183,6 +183,11 @@ def check_one_shape(name: str, *gradients: LayerGradient) -> None:
                 f"expected gradients of one shape for {name}, found {first} and {other}; collect both from the same "
                 "model"
             )
+
+
+def set_norm(gradients: Mapping[str, LayerGradient]) -> float:
+    """Return the Euclidean norm of a gradient over all parameters."""
+    return float(sum(gradient.norm**2 for gradient in gradients.values()) ** 0.5)
 
 
 def set_inner(a: Mapping[str, LayerGradient], b: Mapping[str, LayerGradient]) -> float:

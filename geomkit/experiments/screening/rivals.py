@@ -11,7 +11,7 @@ from torch import Tensor
 
 from geomkit.collection.measures import Sketch, sketch
 from geomkit.gradients.batch_products import products_with
-from geomkit.gradients.gradient_set import GradientSet
+from geomkit.gradients.gradient_set import GradientSet, set_norm
 from geomkit.gradients.layer_gradient import LayerGradient, as_matrix
 from geomkit.inputs.batches import collate, plan_batches
 from geomkit.inputs.examples import prompt_of, response_of
@@ -130,7 +130,7 @@ def gradient_anchors(safe: Mapping[str, LayerGradient], harmful: GradientSet) ->
     projected = {name: projection(name, [gradient])[0].flatten() for name, gradient in safe.items()}
     norm = sum(float(part.double().square().sum()) for part in projected.values()) ** 0.5
     against = {name: as_matrix(gradient) for name, gradient in harmful.items()}
-    apart = sum(gradient.norm**2 for gradient in difference(dict(safe), dict(harmful)).values()) ** 0.5
+    apart = set_norm(difference(dict(safe), dict(harmful)))
     return GradientAnchors(against, harmful.norm, apart, projected, norm, projection)
 
 
