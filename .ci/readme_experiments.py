@@ -96,15 +96,10 @@ def _fine_tunes(studies: dict[str, ScreeningStudy]) -> str:
     rows, header = [], list(frames["small"]["arm"].unique())
     for world, frame in frames.items():
         for scenario, runs in frame.groupby("scenario", sort=False):
-            by_arm = runs.set_index("arm")
-            texts = []
-            for arm in header:
-                if arm not in by_arm.index:
-                    texts.append("–")
-                    continue
-                refused = by_arm.loc[arm, _refusal_measure(str(scenario))]
-                texts.append(f"{100 * refused:.0f} ({by_arm.loc[arm, 'rows']:.0f} rows)")
-            rows.append([f"{world}: {_english_name(str(scenario)) if world == 'english' else scenario}", *texts])
+            columns = (runs["arm"], runs[_refusal_measure(str(scenario))], runs["rows"])
+            by_arm = {arm: f"{100 * share:.0f} ({count} rows)" for arm, share, count in zip(*columns, strict=True)}
+            name = _english_name(str(scenario)) if world == "english" else str(scenario)
+            rows.append([f"{world}: {name}", *(by_arm.get(arm, "–") for arm in header)])
     return _table(["refused, %, after a fine-tune", *header], rows)
 
 
