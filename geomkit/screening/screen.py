@@ -59,9 +59,9 @@ def screen(
     The score of a row is the first-order change of the mean loss on the safety examples for a step on this row. It is
     compared with the scores of null rows of as many scored tokens, since the length of an answer moves the score. The
     p-values hold for rows that are like the null rows: give ``benign`` rows of the format and language of the training
-    rows. Rows whose harm shows only together, such as a backdoor of benign rows, are not seen. Refusals in other words than
-    those of ``safety`` stand out as well, since learning them lowers the probability of those words; with ``obeyed`` they
-    do not.
+    rows. Rows whose harm shows only together, such as a backdoor of benign rows, are not seen. Refusals in other words
+    than those of ``safety`` stand out as well, since learning them lowers the probability of those words; with
+    ``obeyed`` they do not.
 
     Every row is run forward and backward once; memory is a batch's and, for the safety gradient, that of a copy of the
     weights in fp32 (two with ``obeyed``, four with ``method="adam"``). Processes divide the rows as in
