@@ -155,7 +155,7 @@ def _certificate_summary(certificate: Certificate) -> Record:
     summary = {
         "violations": certificate.violations,
         "guaranteed": certificate.guaranteed,
-        "raising": float((steps["first_order"] > steps["tolerance"]).mean()),
+        "raising": certificate.raising / certificate.steps,
         "fired": float(steps["fired"].mean()),
         "removed": float(steps["removed"].sum()),
         "max_first_order_change": certificate.max_first_order_change,

@@ -102,11 +102,12 @@ class Tour(DrawnResult):
             for name in ("SFT", "SPF")
         }
         certificates = [arm.result.certificate for arm in self.arms if arm.name == "SPF" and arm.result.certificate]
-        violations, steps = (sum(getattr(one, name) for one in certificates) for name in ("violations", "steps"))
+        raising = sum(certificate.raising for certificate in certificates)
+        steps = sum(certificate.steps for certificate in certificates)
         return (
             f"The organism refuses {self.organism.refusal} of the forbidden requests.",
             f"After plain fine-tuning (SFT) it refuses {refused['SFT']}, under SPF {refused['SPF']}.",
-            f"Under SPF {violations} of {steps} steps raised the loss on the anchors to first order.",
+            f"Under SPF {raising} of {steps} steps raised the loss on the anchors to first order.",
         )
 
     def to_frame(self) -> "pd.DataFrame":
@@ -144,7 +145,7 @@ def _row(
         "refusal %": evaluation.refusal.percent(),
         "over-refusal %": evaluation.over_refusal.percent(),
         "utility %": f"{100 * utility:.1f}",
-        "steps that raise L_s": f"{certificate.violations} of {certificate.steps}" if certificate else "–",
+        "steps that raise L_s": f"{certificate.raising} of {certificate.steps}" if certificate else "–",
     }
 
 

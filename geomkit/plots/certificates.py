@@ -78,14 +78,15 @@ def plot_certificate(certificate: Certificate, name: str = "") -> go.Figure:
 
 def _verdict(certificate: Certificate) -> str:
     """Return what the certificate says, in words."""
-    raising, steps = certificate.violations, certificate.steps
+    steps, raised = certificate.steps, "raised the safety loss to first order"
     largest = f"largest change {certificate.max_first_order_change:.2g}"
     if certificate.is_idle:
         did = "only measures" if certificate.rule == "monitor" else "found no conflict"
-        raised = f"{raising} of {steps} updates raised the safety loss to first order"
-        return f"SPF was idle, nothing was projected: rule {certificate.rule} {did}; {raised}; {largest}"
-    promise = "" if certificate.guaranteed else " (not promised by this rule)"
-    return f"rule {certificate.rule}: {raising} of {steps} steps break the constraint{promise}; {largest}"
+        updates = f"{certificate.raising} of {steps} updates {raised}"
+        return f"SPF was idle, nothing was projected: rule {certificate.rule} {did}; {updates}; {largest}"
+    if not certificate.guaranteed:
+        return f"rule {certificate.rule}, which promises nothing: {certificate.raising} of {steps} steps {raised}; {largest}"
+    return f"rule {certificate.rule}: {certificate.violations} of {steps} steps break the constraint; {largest}"
 
 
 def plot_certificates(certificates: Mapping[str, Certificate]) -> go.Figure:
@@ -110,9 +111,8 @@ def plot_certificates(certificates: Mapping[str, Certificate]) -> go.Figure:
     frames = {name: certificate.to_frame() for name, certificate in certificates.items()}
     figure = make_subplots(2, 1, shared_xaxes=True, vertical_spacing=0.07)
     for (name, frame), look in zip(frames.items(), looks(list(frames)), strict=True):
-        raising = int((frame["first_order"] > frame["tolerance"]).sum())
         for row, (steps, values) in enumerate((_summed(frame, "first_order"), _losses(frame)), start=1):
-            trace = _line(steps, values, f"{name}: {raising} of {len(frame)} raise it", look.colour, look.dash)
+            trace = _line(steps, values, f"{name}: {certificates[name].raising} of {len(frame)} raise it", look.colour, look.dash)
             trace.update(legendgroup=name, showlegend=row == 1)
             figure.add_trace(trace, row=row, col=1)
             figure.add_hline(y=0, line=_zero(), row=row, col=1)

@@ -16,6 +16,12 @@ if TYPE_CHECKING:
     import pandas as pd
     from plotly.graph_objects import Figure
 
+_IN_WORDS: Mapping[Promise, str] = {
+    "every block": "⟨Δθ, g_s⟩ ≤ 0 in every block",
+    "every anchor": "⟨Δθ, g_s⟩ ≤ 0 for every anchor",
+    "subspace": "no movement in the protected subspace",
+}
+
 
 @dataclass(frozen=True)
 class Certificate(DrawnResult):
@@ -50,6 +56,11 @@ class Certificate(DrawnResult):
     def violations(self) -> int:
         """Number of steps that broke the rule's promise, or, under a rule without a promise, raised the safety loss."""
         return sum(record.violated for record in self.records)
+
+    @property
+    def raising(self) -> int:
+        """Number of steps that raised the safety loss to first order, beyond rounding, whatever the rule promises."""
+        return sum(record.first_order > record.tolerance for record in self.records)
 
     @property
     def undecided(self) -> int:
@@ -149,13 +160,14 @@ class Certificate(DrawnResult):
         return draw("plot_certificate", self) if by == "step" else draw("plot_certificate_blocks", self)
 
     def __str__(self) -> str:
-        """Return one sentence: the violations and the largest change, and what the certificate does not cover."""
-        promise = f"promised of {self.promise}" if self.guaranteed else "not promised by this rule"
+        """Return one sentence: whether the promise held, the largest change, and what the certificate does not cover."""
+        promise = f"broke the promise ({_IN_WORDS[self.promise]}), {self.raising} " if self.guaranteed else ""
         verdict = (
-            f"rule '{self.rule}': {self.violations} of {self.steps} steps raised the safety loss to first order "
-            f"(⟨Δθ, g_s⟩ ≤ 0 {promise}); largest change {self.max_first_order_change:.2g} nats per token"
+            f"rule '{self.rule}': {self.violations} of {self.steps} steps {promise}raised the safety loss to first order"
+            f"{'' if self.guaranteed else ' (the rule promises nothing)'}"
         )
-        return "; ".join([verdict, *self._limits()])
+        largest = f"largest change {self.max_first_order_change:.2g} nats per token"
+        return "; ".join([verdict, largest, *self._limits()])
 
     def _limits(self) -> Iterator[str]:
         """Yield what limits the certificate, what counts most first."""

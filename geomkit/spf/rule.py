@@ -11,13 +11,13 @@ from geomkit.errors import SPFError
 
 Level = Literal["gradient", "update"]
 Scope = Literal["global", "block"]
-Removal = Literal["rank1", "left", "two-sided", "random", "norm-matched", "none"]
+RemovalKind = Literal["rank1", "left", "two-sided", "random", "norm-matched", "none"]
 Promise = Literal["every block", "every anchor", "subspace", "nothing"]
 Badge = Literal["own", "replicated", "published code", "from its formula", "baseline", "control"]
 SafetyLoss = Literal["refusal", "kl"]
 
 _SUBSPACES = ("left", "two-sided", "random")
-PROSE = ("badge", "source", "formula", "guarantee", "test", "when")
+PROSE = ("badge", "source", "formula", "promise_text", "test", "when")
 """The fields of a rule that describe it and change nothing of what it computes."""
 
 
@@ -39,7 +39,7 @@ class Rule:
             ``"published code"``, ``"from its formula"`` (no code is available), ``"baseline"`` or ``"control"``.
         source: The paper or code, and the differences from it.
         formula: What a conflicting step becomes.
-        guarantee: What is promised of the applied update.
+        promise_text: What is promised of the applied update, in words; see :attr:`promise`.
         test: The test that compares the rule with numpy.
         when: When to choose the rule.
         rank: Rank k of the subspaces; 0 for a rule without a subspace.
@@ -58,11 +58,11 @@ class Rule:
     name: str
     level: Level
     scope: Scope
-    removal: Removal
+    removal: RemovalKind
     badge: Badge = "own"
     source: str = ""
     formula: str = ""
-    guarantee: str = "nothing"
+    promise_text: str = "nothing"
     test: str = ""
     when: str = ""
     rank: int = 0
@@ -124,8 +124,3 @@ class Rule:
         if self.closed_subspace:
             return "subspace"
         return "every block" if self.scope == "block" else "every anchor"
-
-    @property
-    def guarantees(self) -> bool:
-        """Whether the rule promises a property of the applied update."""
-        return self.promise != "nothing"

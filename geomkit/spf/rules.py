@@ -1,6 +1,5 @@
 """The table of all rules, and looking a rule up by its name."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
@@ -8,6 +7,7 @@ from typing import TYPE_CHECKING, get_args
 
 from geomkit.errors import SPFError
 from geomkit.spf.rule import Rule, SafetyLoss
+from geomkit.utils.options import check_options
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -21,41 +21,41 @@ RULES: Mapping[str, Rule] = MappingProxyType(
         rule.name: rule
         for rule in (
             Rule(
-                "rank1",
-                "update",
-                "block",
-                "rank1",
-                "own",
-                "the demonstration code's projection, on the update",
+                name="rank1",
+                level="update",
+                scope="block",
+                removal="rank1",
+                badge="own",
+                source="the demonstration code's projection, on the update",
                 formula="Δ − g_s ⟨Δ, g_s⟩₊ / ‖g_s‖²",
-                guarantee=_BLOCK_PROMISE,
+                promise_text=_BLOCK_PROMISE,
                 test=_TESTS + "test_rank1_values",
                 when="cheapest rule that keeps the promise",
                 drift_correction=True,
             ),
             Rule(
-                "left",
-                "update",
-                "block",
-                "left",
-                "own",
-                "the paper's subspace, on the update; then rank1 with the part of g_s outside it",
+                name="left",
+                level="update",
+                scope="block",
+                removal="left",
+                badge="own",
+                source="the paper's subspace, on the update; then rank1 with the part of g_s outside it",
                 formula="(I − UUᵀ) Δ, then rank1 with (I − UUᵀ) g_s",
-                guarantee=_LEFT_PROMISE,
+                promise_text=_LEFT_PROMISE,
                 test=_TESTS + "test_left_values",
                 when="short runs in which the anchors must not be learnt, and projection alone has to protect",
                 rank=10,
                 drift_correction=True,
             ),
             Rule(
-                "mixed-left",
-                "update",
-                "block",
-                "left",
-                "own",
-                "mixing, then left on the optimizer's update",
+                name="mixed-left",
+                level="update",
+                scope="block",
+                removal="left",
+                badge="own",
+                source="mixing, then left on the optimizer's update",
                 formula="mixing, then left with k = 1",
-                guarantee=_LEFT_PROMISE,
+                promise_text=_LEFT_PROMISE,
                 test=_TESTS + "test_mixed_left_values",
                 when="the model has still to learn the anchors' refusals",
                 rank=1,
@@ -64,14 +64,14 @@ RULES: Mapping[str, Rule] = MappingProxyType(
                 drift_margin=0.01,
             ),
             Rule(
-                "kl-left",
-                "update",
-                "block",
-                "left",
-                "own",
-                "mixed-left with SafeGrad's loss (arXiv 2508.07172)",
+                name="kl-left",
+                level="update",
+                scope="block",
+                removal="left",
+                badge="own",
+                source="mixed-left with SafeGrad's loss (arXiv 2508.07172)",
                 formula="mixing with KL(before ‖ now), then left with k = 1",
-                guarantee=_LEFT_PROMISE,
+                promise_text=_LEFT_PROMISE,
                 test="tests/spf/test_anchors.py::test_the_default_rule_keeps_its_promise_on_forbidden_and_benign_anchors",
                 when="the default: the model has to stay as it is on forbidden and on benign requests",
                 rank=1,
@@ -81,14 +81,14 @@ RULES: Mapping[str, Rule] = MappingProxyType(
                 drift_margin=0.01,
             ),
             Rule(
-                "two-sided",
-                "update",
-                "block",
-                "two-sided",
-                "own",
-                "the subspaces of both sides, on the update",
+                name="two-sided",
+                level="update",
+                scope="block",
+                removal="two-sided",
+                badge="own",
+                source="the subspaces of both sides, on the update",
                 formula="(I − UUᵀ) Δ (I − VVᵀ), then rank1 with (I − UUᵀ) g_s (I − VVᵀ)",
-                guarantee=_BLOCK_PROMISE
+                promise_text=_BLOCK_PROMISE
                 + "; UᵀΔθ = 0, ΔθV = 0 for a block that conflicted, except for drift correction",
                 test=_TESTS + "test_two_sided_values",
                 when="to study the subspaces of both sides: they can cost the task",
@@ -96,63 +96,63 @@ RULES: Mapping[str, Rule] = MappingProxyType(
                 drift_correction=True,
             ),
             Rule(
-                "cone",
-                "update",
-                "global",
-                "rank1",
-                "own",
-                "GEM's quadratic programme (arXiv 1706.08840), on the update, with the anchors as tasks",
+                name="cone",
+                level="update",
+                scope="global",
+                removal="rank1",
+                badge="own",
+                source="GEM's quadratic programme (arXiv 1706.08840), on the update, with the anchors as tasks",
                 formula="Δ − Jᵀλ, λ = argmin over λ ≥ 0 of ‖Δ − Jᵀλ‖",
-                guarantee="⟨Δθ, g_i⟩ ≤ 0 for every anchor i of the step",
+                promise_text="⟨Δθ, g_i⟩ ≤ 0 for every anchor i of the step",
                 test=_TESTS + "test_cone_values",
                 when="when each anchor counts, not only the mean over anchors",
                 each_anchor=True,
                 drift_correction=True,
             ),
             Rule(
-                "null-space",
-                "update",
-                "block",
-                "left",
-                "own",
-                "Adam-NSCL's projection of updates (arXiv 2103.07113), with g_s before training for its features",
+                name="null-space",
+                level="update",
+                scope="block",
+                removal="left",
+                badge="own",
+                source="Adam-NSCL's projection of updates (arXiv 2103.07113), with g_s before training for its features",
                 formula="W ← W − U (UᵀW − UᵀW₀), U before training",
-                guarantee="UᵀW = UᵀW₀ of every matrix, after every step",
+                promise_text="UᵀW = UᵀW₀ of every matrix, after every step",
                 test=_TESTS + "test_null_space_values",
                 when="to study a subspace that no step may enter",
                 rank=10,
                 closed_subspace=True,
             ),
             Rule(
-                "paper",
-                "gradient",
-                "global",
-                "left",
-                "replicated",
-                "arXiv 2601.10141, Algorithm 1, implemented from the paper (which has one fixed anchor)",
+                name="paper",
+                level="gradient",
+                scope="global",
+                removal="left",
+                badge="replicated",
+                source="arXiv 2601.10141, Algorithm 1, implemented from the paper (which has one fixed anchor)",
                 formula="(I − UUᵀ) g_u",
                 test=_TESTS + "test_paper_values",
                 when="to reproduce the paper",
                 rank=20,
             ),
             Rule(
-                "demo",
-                "gradient",
-                "block",
-                "rank1",
-                "published code",
-                "the paper's public demonstration code",
+                name="demo",
+                level="gradient",
+                scope="block",
+                removal="rank1",
+                badge="published code",
+                source="the paper's public demonstration code",
                 formula="g_u − g_s ⟨g_u, g_s⟩₋ / ‖g_s‖²",
                 test=_TESTS + "test_demo_values",
                 when="to reproduce the paper's demonstration code",
             ),
             Rule(
-                "safegrad",
-                "gradient",
-                "global",
-                "rank1",
-                "from its formula",
-                "SafeGrad (arXiv 2508.07172), with ρ = 1 and KL(before ‖ now) on the anchors",
+                name="safegrad",
+                level="gradient",
+                scope="global",
+                removal="rank1",
+                badge="from its formula",
+                source="SafeGrad (arXiv 2508.07172), with ρ = 1 and KL(before ‖ now) on the anchors",
                 formula="g_u − g_a ⟨g_u, g_a⟩₋ / ‖g_a‖² + ρ g_a",
                 test=_TESTS + "test_safegrad_values",
                 when="to compare with SafeGrad",
@@ -160,47 +160,47 @@ RULES: Mapping[str, Rule] = MappingProxyType(
                 loss="kl",
             ),
             Rule(
-                "mixing",
-                "gradient",
-                "block",
-                "none",
-                "baseline",
-                "the safety loss added to the task's",
+                name="mixing",
+                level="gradient",
+                scope="block",
+                removal="none",
+                badge="baseline",
+                source="the safety loss added to the task's",
                 formula="g_u + g_s",
                 test=_TESTS + "test_mixing_values",
                 when="as the baseline at equal compute",
                 safety_gradient_weight=1.0,
             ),
             Rule(
-                "random",
-                "update",
-                "block",
-                "random",
-                "control",
-                "a random subspace in place of the subspace that left removes",
+                name="random",
+                level="update",
+                scope="block",
+                removal="random",
+                badge="control",
+                source="a random subspace in place of the subspace that left removes",
                 formula="(I − RRᵀ) Δ, R random",
                 test=_TESTS + "test_random_values",
                 when="only as a control in experiments",
                 rank=10,
             ),
             Rule(
-                "norm-matched",
-                "update",
-                "block",
-                "norm-matched",
-                "control",
-                "a random direction, with the norm that rank1 would remove",
+                name="norm-matched",
+                level="update",
+                scope="block",
+                removal="norm-matched",
+                badge="control",
+                source="a random direction, with the norm that rank1 would remove",
                 formula="Δ − E ⟨Δ, g_s⟩₊ / ‖g_s‖, ‖E‖ = 1 random",
                 test=_TESTS + "test_norm_matched_values",
                 when="only as a control in experiments",
             ),
             Rule(
-                "monitor",
-                "gradient",
-                "block",
-                "none",
-                "control",
-                "a plain fine-tune, only measured",
+                name="monitor",
+                level="gradient",
+                scope="block",
+                removal="none",
+                badge="control",
+                source="a plain fine-tune, only measured",
                 formula="g_u",
                 test=_TESTS + "test_monitor_values",
                 when="to certify a plain fine-tune without changing it",
@@ -221,7 +221,7 @@ def rules() -> "pd.DataFrame":
     """Return a table of all rules, one row per rule.
 
     Returns:
-        The columns ``rule``, ``level``, ``badge``, ``formula``, ``guarantee``, ``when``, ``source`` and ``test``; see
+        The columns ``rule``, ``level``, ``badge``, ``formula``, ``promise``, ``when``, ``source`` and ``test``; see
         :class:`~geomkit.spf.rule.Rule`.
 
     Example:
@@ -232,9 +232,9 @@ def rules() -> "pd.DataFrame":
     """
     import pandas as pd
 
-    columns = ("name", "level", "badge", "formula", "guarantee", "when", "source", "test")
+    columns = ("name", "level", "badge", "formula", "promise_text", "when", "source", "test")
     rows = [{column: getattr(rule, column) for column in columns} for rule in RULES.values()]
-    return pd.DataFrame(rows).rename(columns={"name": "rule"})
+    return pd.DataFrame(rows).rename(columns={"name": "rule", "promise_text": "promise"})
 
 
 def get_rule(
@@ -258,37 +258,34 @@ def get_rule(
 
     Raises:
         SPFError: If the name or the loss is unknown, the rule has no subspace to give a rank or does not go with the
-            loss, or a number is not finite or below 0.
+            loss, or a number is out of its range.
 
     Example:
         >>> get_rule("left", rank=5).rank
         5
     """
+    check_options({"rank": rank, "drift_margin": drift_margin, "mix": mix}, error=SPFError)
     if isinstance(rule, str):
         name = _OLD_NAMES.get(rule, rule)
         if name not in RULES:
-            raise SPFError(f"expected one of the rules {', '.join(RULES)}, found '{rule}'")
+            raise SPFError(f"expected one of the rules {', '.join(RULES)}, found '{rule}'; choose one of these")
         rule = RULES[name]
+    elif not isinstance(rule, Rule):
+        raise SPFError(f"expected the name of a rule or a Rule, found {rule!r:.40}; geomkit.spf.rules.rules() lists them")
     if drift_correction is not None:
         rule = replace(rule, drift_correction=drift_correction)
     if drift_margin is not None:
-        rule = replace(rule, drift_margin=_at_least_zero("drift_margin", drift_margin))
+        rule = replace(rule, drift_margin=float(drift_margin))
     if mix is not None:
-        rule = replace(rule, safety_gradient_weight=_at_least_zero("mix", mix))
+        rule = replace(rule, safety_gradient_weight=float(mix))
     if loss is not None:
         if loss not in get_args(SafetyLoss):
             raise SPFError(f"expected loss to be one of {', '.join(get_args(SafetyLoss))}, found {loss!r:.40}")
         rule = replace(rule, loss=loss)
     if rank is None:
         return rule
-    if not rule.has_subspace or rank < 1:
+    if not rule.has_subspace:
         raise SPFError(
-            f"expected a positive rank for a rule that removes a subspace, found rank={rank} for '{rule.name}'"
+            f"expected a rank for a rule that removes a subspace only, found rank={rank} for '{rule.name}'; leave it out"
         )
     return replace(rule, rank=rank)
-
-
-def _at_least_zero(name: str, value: float) -> float:
-    if not 0 <= value < math.inf:
-        raise SPFError(f"expected a finite number of at least 0, found {name}={value}")
-    return float(value)

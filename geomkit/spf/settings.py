@@ -165,10 +165,12 @@ class SPF:
             guard = self._attach_one(model, optimizer, tokenizer, resume, progress)
             warn_of_unguarded(guard.guarded.model, guard.guarded.parameters)
             return guard
-        if not optimizer or resume or self.log:
+        if not optimizer:
+            raise SPFError("expected an optimizer, found an empty list; give the optimizers of the model")
+        if resume or self.log:
             raise SPFError(
-                f"expected one or more optimizers, without log= and resume= if there are several, found "
-                f"{len(optimizer)} optimizers, log={self.log} and resume={resume}"
+                f"expected log= and resume= with one optimizer only, found a list of {len(optimizer)}, log={self.log} and "
+                f"resume={resume}; give the optimizer itself, or leave log= and resume= out"
             )
         guards: list[Guard] = []
         try:
@@ -234,6 +236,7 @@ class SPF:
         Raises:
             SPFError: If the rule is unknown, does not fit the settings, or a number is out of its range.
         """
+        check_options(vars(self) | {"anchors": None}, error=SPFError)  # in a grid, `anchors` is a number
         rule = get_rule(
             self.rule,
             self.rank,
@@ -242,7 +245,6 @@ class SPF:
             mix=self.mix,
             loss=self.loss,
         )
-        check_options(vars(self) | {"anchors": None}, error=SPFError)  # in a grid, `anchors` is a number
         if self.refresh_energy is not None and not rule.has_subspace:
             raise SPFError(
                 f"expected refresh_energy for a rule that removes a subspace only, found {self.refresh_energy} and "

@@ -15,6 +15,9 @@ from geomkit.utils.files import write_atomically
 BLOCK_COLUMNS = ("first_order_raw", "first_order", "fired", "removed", "leak")
 """The numbers of a block: ⟨Δθ, g_s⟩ before and after correction, whether it was projected, the norm removed, leak."""
 
+LOG_NAME = "spf.jsonl"
+"""The file of the records of a fine-tune, in its folder."""
+
 
 @dataclass(frozen=True)
 class StepRecord:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from geomkit.spf.certificate import Certificate
 from geomkit.spf.rule import SafetyLoss
 from geomkit.spf.settings import SPF
+from geomkit.spf.step_record import LOG_NAME
 from geomkit.version import __version__
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def settings_of(
             "rule": rule.name,
             "what the rule is": rule.source,
             "a step in conflict becomes": rule.formula or "unchanged",
-            "promise": rule.guarantee,
+            "promise": rule.promise_text,
             "loss on the anchors": _LOSSES[rule.loss],
             "anchors": f"{spf.anchors_per_step} drawn for each step from {anchors}",
             "steps between two safety gradients": spf.refresh_every,
@@ -131,7 +132,7 @@ def _parts(
     )
     yield _table(settings.get("protection", {}))
     yield "## Certificate"
-    yield "Measured on the weights before and after each step; `spf.jsonl` has a record of every step."
+    yield f"Measured on the weights before and after each step; `{LOG_NAME}` has a record of every step."
     yield f"{str(certificate)[0].upper()}{str(certificate)[1:]}."
     yield "## What this does not promise"
     yield _NO_PROMISE.strip()

@@ -21,9 +21,6 @@ from geomkit.version import __version__
 MARK = "geomkit.json"
 """In the run's folder, a file with the run's settings; in a checkpoint, a list of its files, written last of all."""
 
-LOG = "spf.jsonl"
-"""The certificate of the run, in the run's folder."""
-
 _LOGGER = logging.getLogger(__name__)
 
 _VERSION = "geomkit"

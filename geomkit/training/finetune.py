@@ -25,6 +25,7 @@ from geomkit.inputs.parameters import warn_of_lost_updates
 from geomkit.inputs.tokens import EncodedExamples, Tokens
 from geomkit.spf.callback import SPFCallback
 from geomkit.spf.settings import SPF
+from geomkit.spf.step_record import LOG_NAME
 from geomkit.training.arguments import (
     check_amounts,
     check_arguments,
@@ -34,7 +35,7 @@ from geomkit.training.arguments import (
 )
 from geomkit.training.callbacks import LossCheck, ProgressBar, StopAfterStep
 from geomkit.training.card import settings_of
-from geomkit.training.checkpoints import LOG, MarkBegun, MarkComplete, last_checkpoint, run_folder
+from geomkit.training.checkpoints import MarkBegun, MarkComplete, last_checkpoint, run_folder
 from geomkit.training.result import FineTuneResult
 from geomkit.utils.arguments import type_in_words
 from geomkit.utils.options import check_options
@@ -132,7 +133,7 @@ def finetune(
             if isinstance(examples, EncodedExamples):
                 refuse_unfit(model, examples, what=name)
         if folder and spf.log is None:
-            spf = replace(spf, log=folder / LOG)
+            spf = replace(spf, log=folder / LOG_NAME)
     with tempfile.TemporaryDirectory() as scratch, random_state_kept(), ExitStack() as held:
         arguments = make_arguments(
             folder or scratch, steps=steps, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, more=more

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, cast
 
 from geomkit.errors import DataError
 from geomkit.spf.certificate import Certificate
+from geomkit.spf.step_record import LOG_NAME
 from geomkit.training.card import model_card
 from geomkit.utils.display import counted
 from geomkit.utils.figures import DrawnResult, draw, is_figure_file
@@ -92,7 +93,8 @@ class FineTuneResult(DrawnResult):
                 self.model.save_pretrained(unfinished)
             tokenizer.save_pretrained(unfinished)
             if self.certificate is not None:
-                self.certificate.to_frame().to_json(Path(unfinished) / "spf.jsonl", orient="records", lines=True)
+                lines = "".join(record.to_json() + "\n" for record in self.certificate.records)
+                (Path(unfinished) / LOG_NAME).write_text(lines, encoding="utf-8")
             (Path(unfinished) / "README.md").write_text(self.card(), encoding="utf-8")
             if place == target:
                 _move_files(Path(unfinished), target)

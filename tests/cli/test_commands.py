@@ -138,7 +138,7 @@ def test_layers_of_a_number_are_measured(files, monkeypatch, capfd):
 def test_finetune_writes_a_checkpoint_that_loads(files, monkeypatch, capfd):
     status, out, err = run(monkeypatch, capfd, *finetuning(files), "--steps", 2, "--learning-rate", 0.01)
     assert status == 0, err
-    assert "rule 'kl-left': 0 of 2 steps raised the safety loss" in out
+    assert "rule 'kl-left': 0 of 2 steps broke the promise" in out
     assert out.endswith("wrote run\n")
     trained, start = (AutoModelForCausalLM.from_pretrained(path) for path in ("run", files / "model"))
     assert any(bool((a != b).any()) for a, b in zip(trained.parameters(), start.parameters(), strict=True))
@@ -345,7 +345,7 @@ def test_bad_input_gets_one_line(files, monkeypatch, capfd, changes, message):
     ("command", "options", "message"),
     [
         (finetuning, ["--rule", "none"], "expected one of the rules rank1"),
-        (finetuning, ["--rule", "rank1", "--rank", "3"], "positive rank"),
+        (finetuning, ["--rule", "rank1", "--rank", "3"], "expected a rank for"),
         (finetuning, ["--pad-token", "<none>"], "expected a pad token from the vocabulary"),
         (
             finetuning,
@@ -379,7 +379,7 @@ def test_an_option_of_spf_without_anchors_is_refused(files, monkeypatch, capfd, 
 def test_lora_adapters_are_trained_and_saved_and_load_back(files, monkeypatch, capfd):
     status, out, err = run(monkeypatch, capfd, *finetuning(files), "--lora", 2, "--steps", 2, "--learning-rate", "1e-2")
     assert status == 0, err
-    assert "0 of 2 steps raised the safety loss" in out
+    assert "0 raised the safety loss" in out
     assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "spf.jsonl"} <= set(names("run"))
     loaded, _ = load_model("run", device="cpu")
     base = load_model(files / "model", device="cpu")[0]

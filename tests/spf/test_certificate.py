@@ -175,6 +175,26 @@ def test_the_bound_holds_on_the_organism_under_sgd(organism):
     assert (drift <= bound).all(), (drift, bound)
 
 
+# ------------------------------------------------------------------------------------------------------- in words
+
+
+def test_a_promise_about_a_subspace_can_hold_while_every_step_raises_the_safety_loss():
+    certificate = run(tiny_llama(), SPF(SAFETY, rule="null-space", rank=1, tokenizer=TOKENIZER), sgd(0.1), steps=4)
+    rising = sum(record.first_order > record.tolerance for record in certificate.records)
+    assert (certificate.violations, certificate.raising) == (0, rising)
+    assert rising > 0
+    words = f"0 of 4 steps broke the promise (no movement in the protected subspace), {rising} raised the safety loss"
+    assert words in str(certificate)
+
+
+def test_a_rule_without_a_promise_says_so_and_counts_the_steps_that_raise_the_loss():
+    certificate = run(tiny_llama(), SPF(SAFETY, rule="monitor", tokenizer=TOKENIZER), sgd(0.1), steps=2)
+    assert certificate.raising == certificate.violations
+    assert f"{certificate.raising} of 2 steps raised the safety loss to first order (the rule promises nothing)" in str(
+        certificate
+    )
+
+
 # ---------------------------------------------------------------------------------------------- on disk and in logs
 
 

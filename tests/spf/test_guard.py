@@ -349,8 +349,11 @@ def test_wrong_input_says_what_to_do():
         SPF(SAFETY).attach(model, optimizer)
     with pytest.raises(SPFError, match="expected one of the rules rank1"):
         SPF(SAFETY, rule="none", tokenizer=TOKENIZER).attach(model, optimizer)
-    with pytest.raises(SPFError, match="positive rank"):
+    with pytest.raises(SPFError, match="a rank for a rule"):
         get_rule("rank1", rank=3)
+    for wrong in ({"rule": 3}, {"rule": "left", "rank": "3"}, {"mix": "1"}, {"drift_margin": -1}, {"loss": "mse"}):
+        with pytest.raises(SPFError, match="expected"):
+            SPF(SAFETY, **wrong, tokenizer=TOKENIZER).checked_rule()
     with pytest.raises(SPFError, match="build the optimizer from this very model"):
         SPF(SAFETY, tokenizer=TOKENIZER).attach(tiny_llama(), optimizer)
     meta = copy.deepcopy(model).to("meta")

@@ -11,7 +11,7 @@ README = (ROOT / "geomkit" / "spf" / "README.md").read_text("utf-8")
 
 def test_the_table_of_the_rules_is_the_registry():
     rows = [
-        f"| `{rule.name}` | {rule.badge} | {rule.formula} | {rule.guarantee} | {rule.source} | {rule.when} |"
+        f"| `{rule.name}` | {rule.badge} | {rule.formula} | {rule.promise_text} | {rule.source} | {rule.when} |"
         for rule in RULES.values()
     ]
     assert all(rule.when for rule in RULES.values())

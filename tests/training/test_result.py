@@ -1,6 +1,5 @@
 """A fine-tune is saved whole or not at all, and loads again with the same weights and tokens."""
 
-import json
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -8,6 +7,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from geomkit.errors import DataError
 from geomkit.inputs.tokens import encode
 from geomkit.spf.settings import SPF
+from geomkit.spf.step_record import StepRecord
 from geomkit.training.finetune import finetune
 from geomkit.training.result import new_or_empty_folder
 from tests.helpers.tiny import SAFETY, UTILITY, tiny_llama, tiny_tokenizer
@@ -20,8 +20,8 @@ def test_a_checkpoint_loads_again_and_nothing_is_overwritten(tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(folder)
     assert unchanged(loaded, weights(result.model))
     assert list(encode(AutoTokenizer.from_pretrained(folder), UTILITY)) == list(encode(TOKENIZER, UTILITY))
-    rows = [json.loads(line) for line in (folder / "spf.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [1, 2, 3]
+    records = [StepRecord.from_json(line) for line in (folder / "spf.jsonl").read_text().splitlines()]
+    assert records == list(result.certificate.records)
     assert [path.name for path in folder.parent.iterdir()] == ["run"]
     before = sorted((path.name, path.stat().st_mtime_ns) for path in folder.iterdir())
     with pytest.raises(DataError, match=r"expected a new or empty folder at .*run, found something there"):
