@@ -3,6 +3,7 @@
 import ast
 import inspect
 import pkgutil
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -56,6 +57,16 @@ def test_every_error_is_caught_by_one_name():
     kinds = [value for value in vars(errors).values() if isinstance(value, type)]
     assert len(kinds) == 5
     assert all(issubclass(kind, geomkit.GeomkitError) for kind in kinds)
+
+
+def test_every_module_is_named_where_its_folder_is_described():
+    package = Path(geomkit.__file__).parent
+    for description in package.glob("*/**/__init__.py"):
+        text = description.read_text()
+        for module in description.parent.iterdir():
+            is_room = module.is_dir() and (module / "__init__.py").is_file()
+            if is_room or (module.suffix == ".py" and module.stem != "__init__"):
+                assert re.search(rf"\b{module.stem}\b", text), module.relative_to(package)
 
 
 def test_no_module_imports_the_root_of_the_package_behind_which_an_import_upwards_could_hide():

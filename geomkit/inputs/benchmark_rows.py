@@ -2,6 +2,7 @@
 
 import gzip
 import logging
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -122,7 +123,7 @@ def _read(path: Path) -> "pd.DataFrame":
             return _read_json(path)
         if kind == ".parquet":
             return pd.read_parquet(path)
-    except (ValueError, OSError) as error:  # parsers of pandas and Arrow raise subclasses of ValueError
+    except (ValueError, OSError, EOFError, zlib.error) as error:  # those of pandas and Arrow are ValueErrors
         raise DataError(
             f"{path}: expected a readable {kind[1:]} file, found {' '.join(str(error).split()):.120}"
         ) from None

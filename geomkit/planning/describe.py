@@ -1,4 +1,4 @@
-"""Description of a collection without running the model: parameters, closed forms, batches and memory."""
+"""Description of a collection before it runs: parameters, closed forms, batches and memory; times where asked for."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
@@ -45,7 +45,7 @@ def describe(
     predict: bool | Speed = False,
     progress: bool = True,
 ) -> Description:
-    """Return what :func:`geomkit.collect_gradients` would do with these arguments, without running the model.
+    """Return what :func:`geomkit.collect_gradients` would do with these arguments; only times need the model to run.
 
     The model may be on the meta device, which shows what a large model needs before it is loaded. Findings that need a
     run, such as uses of a weight outside its module, are in ``coverage`` of the collected gradients.

@@ -3,8 +3,10 @@
 All figures share a theme, light or dark (``theme``), whose templates are registered with plotly as ``"geomkit"`` and
 ``"geomkit_dark"``, and fixed colours for safety, utility, control and null, plain fine-tuning and SPF. The modules of
 figures rest on ``themes`` (colours, templates), ``style`` (looks of series, titles, room), ``labels`` (texts),
-``axes``, ``traces`` and ``panels``, and figures of experiments also on ``arms``. ``saving`` writes a figure to a file;
-``report`` and ``report_pages`` put figures, tables and text on an HTML page.
+``axes``, ``traces``, ``panels`` and ``insets``, and figures of experiments also on ``arms``. ``explorer`` draws the
+menus of ``explore`` from what results have to explore (``explored``, ``explorer_values``). ``jupyterlab`` asks for its
+theme; ``saving`` writes a figure to a file; ``report`` and ``report_pages`` put figures, tables and text on an HTML
+page.
 """
 
 from geomkit.plots.breakdown import plot_breakdown

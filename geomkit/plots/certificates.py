@@ -84,9 +84,10 @@ def _verdict(certificate: Certificate) -> str:
         did = "only measures" if certificate.rule == "monitor" else "found no conflict"
         updates = f"{certificate.raising} of {steps} updates {raised}"
         return f"SPF was idle, nothing was projected: rule {certificate.rule} {did}; {updates}; {largest}"
-    if not certificate.guaranteed:
-        return f"rule {certificate.rule}, which promises nothing: {certificate.raising} of {steps} steps {raised}; {largest}"
-    return f"rule {certificate.rule}: {certificate.violations} of {steps} steps break the constraint; {largest}"
+    if certificate.guaranteed:
+        return f"rule {certificate.rule}: {certificate.violations} of {steps} steps break the constraint; {largest}"
+    updates = f"{certificate.raising} of {steps} steps {raised}"
+    return f"rule {certificate.rule}, which promises nothing: {updates}; {largest}"
 
 
 def plot_certificates(certificates: Mapping[str, Certificate]) -> go.Figure:
@@ -112,7 +113,9 @@ def plot_certificates(certificates: Mapping[str, Certificate]) -> go.Figure:
     figure = make_subplots(2, 1, shared_xaxes=True, vertical_spacing=0.07)
     for (name, frame), look in zip(frames.items(), looks(list(frames)), strict=True):
         for row, (steps, values) in enumerate((_summed(frame, "first_order"), _losses(frame)), start=1):
-            trace = _line(steps, values, f"{name}: {certificates[name].raising} of {len(frame)} raise it", look.colour, look.dash)
+            trace = _line(
+                steps, values, f"{name}: {certificates[name].raising} of {len(frame)} raise it", look.colour, look.dash
+            )
             trace.update(legendgroup=name, showlegend=row == 1)
             figure.add_trace(trace, row=row, col=1)
             figure.add_hline(y=0, line=_zero(), row=row, col=1)

@@ -160,12 +160,13 @@ class Certificate(DrawnResult):
         return draw("plot_certificate", self) if by == "step" else draw("plot_certificate_blocks", self)
 
     def __str__(self) -> str:
-        """Return one sentence: whether the promise held, the largest change, and what the certificate does not cover."""
-        promise = f"broke the promise ({_IN_WORDS[self.promise]}), {self.raising} " if self.guaranteed else ""
-        verdict = (
-            f"rule '{self.rule}': {self.violations} of {self.steps} steps {promise}raised the safety loss to first order"
-            f"{'' if self.guaranteed else ' (the rule promises nothing)'}"
-        )
+        """Return one sentence: whether the promise held, the largest change, and what is not covered."""
+        raised = f"{self.raising} raised the safety loss to first order"
+        if self.guaranteed:
+            broken = f"{self.violations} of {self.steps} steps broke the promise ({_IN_WORDS[self.promise]})"
+            verdict = f"rule '{self.rule}': {broken}, {raised}"
+        else:
+            verdict = f"rule '{self.rule}', which promises nothing: of {self.steps} steps {raised}"
         largest = f"largest change {self.max_first_order_change:.2g} nats per token"
         return "; ".join([verdict, largest, *self._limits()])
 

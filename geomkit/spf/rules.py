@@ -115,7 +115,7 @@ RULES: Mapping[str, Rule] = MappingProxyType(
                 scope="block",
                 removal="left",
                 badge="own",
-                source="Adam-NSCL's projection of updates (arXiv 2103.07113), with g_s before training for its features",
+                source="Adam-NSCL's projection of updates (arXiv 2103.07113), g_s before training for its features",
                 formula="W ← W − U (UᵀW − UᵀW₀), U before training",
                 promise_text="UᵀW = UᵀW₀ of every matrix, after every step",
                 test=_TESTS + "test_null_space_values",
@@ -271,7 +271,7 @@ def get_rule(
             raise SPFError(f"expected one of the rules {', '.join(RULES)}, found '{rule}'; choose one of these")
         rule = RULES[name]
     elif not isinstance(rule, Rule):
-        raise SPFError(f"expected the name of a rule or a Rule, found {rule!r:.40}; geomkit.spf.rules.rules() lists them")
+        raise SPFError(f"expected a rule or its name, found {rule!r:.40}; give one of {', '.join(RULES)}")
     if drift_correction is not None:
         rule = replace(rule, drift_correction=drift_correction)
     if drift_margin is not None:

@@ -169,8 +169,8 @@ class SPF:
             raise SPFError("expected an optimizer, found an empty list; give the optimizers of the model")
         if resume or self.log:
             raise SPFError(
-                f"expected log= and resume= with one optimizer only, found a list of {len(optimizer)}, log={self.log} and "
-                f"resume={resume}; give the optimizer itself, or leave log= and resume= out"
+                f"expected log= and resume= with one optimizer only, found a list of {len(optimizer)}, log={self.log} "
+                f"and resume={resume}; give the optimizer itself, or leave log= and resume= out"
             )
         guards: list[Guard] = []
         try:

@@ -1,7 +1,7 @@
 """Fine-tuning by ``transformers.Trainer``, and the responses of a model and their evaluation.
 
-Reading order: ``finetune`` with its ``arguments``, ``callbacks``, ``checkpoints`` and ``result``; ``responses`` lets a
-model answer prompts; ``judges`` decide which responses are refusals, and ``model_judges`` are models that do;
-``metrics`` compare answers with references; ``evaluate`` counts and returns an ``evaluation``, and ``compare`` tests
-the differences of several; ``sets_by_text`` reads sets for the command line.
+Reading order: ``finetune`` with its ``arguments``, ``callbacks``, ``checkpoints`` and ``result``, whose model ``card``
+is saved with it; ``responses`` lets a model answer prompts; ``judges`` decide which responses are refusals, and
+``model_judges`` are models that do; ``metrics`` compare answers with references; ``evaluate`` counts and returns an
+``evaluation``, and ``compare`` tests the differences of several; ``sets_by_text`` reads sets for the command line.
 """

@@ -37,7 +37,7 @@ def number_text(value: object) -> str:
 
 
 def is_missing(value: object) -> bool:
-    """Return whether a value says nothing: ``None``, NaN, or a text without letters.
+    """Return whether a value says nothing: ``None``, NaN, or a text of nothing but white space.
 
     Example:
         >>> [is_missing(value) for value in (None, float("nan"), "", 0.0, "no")]

@@ -163,6 +163,11 @@ def test_what_is_wrong_is_named(tmp_path):
         load_examples("gsm8k", path=written(tmp_path, "copy.xls", ""))
     with pytest.raises(DataError, match=r"torn\.parquet: expected a readable parquet file"):
         load_examples("gsm8k", path=written(tmp_path, "torn.parquet", "no"))
+    for name in ("cut.csv.gz", "cut.jsonl.gz"):
+        cut = tmp_path / name
+        cut.write_bytes(gzip.compress(b"question,answer\n" + bytes(range(256)) * 9)[:-20])
+        with pytest.raises(DataError, match=rf"{name}: expected a readable"):
+            load_examples("gsm8k", path=cut)
     with pytest.raises(DataError, match=r"expected at least one example in .*empty\.csv, found none"):
         load_examples("gsm8k", path=written(tmp_path, "empty.csv", "question,answer\n"))
 

@@ -190,9 +190,8 @@ def test_a_promise_about_a_subspace_can_hold_while_every_step_raises_the_safety_
 def test_a_rule_without_a_promise_says_so_and_counts_the_steps_that_raise_the_loss():
     certificate = run(tiny_llama(), SPF(SAFETY, rule="monitor", tokenizer=TOKENIZER), sgd(0.1), steps=2)
     assert certificate.raising == certificate.violations
-    assert f"{certificate.raising} of 2 steps raised the safety loss to first order (the rule promises nothing)" in str(
-        certificate
-    )
+    words = f"which promises nothing: of 2 steps {certificate.raising} raised the safety loss to first order"
+    assert words in str(certificate)
 
 
 # ---------------------------------------------------------------------------------------------- on disk and in logs

@@ -1,6 +1,5 @@
 """A fine-tune is saved whole or not at all, and loads again with the same weights and tokens."""
 
-
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -1,1 +1,4 @@
-"""Check of a collection: ``check`` asks ``questions`` about a ``subject``, and returns ``verdicts``."""
+"""Check of a collection.
+
+``check`` asks ``questions`` about a ``subject``, compares (``comparing``), and returns ``verdicts``.
+"""

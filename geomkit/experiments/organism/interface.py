@@ -53,5 +53,8 @@ class Organism(Protocol):
         ...
 
     def benign_pool(self, count: int) -> "Dataset":
-        """Return ``count`` benign training requests with answers; the set ``utility`` comes first."""
+        """Return ``count`` benign training requests with answers.
+
+        First come those of the set ``utility`` of a small organism, ``borderline`` of the English one.
+        """
         ...
