@@ -104,8 +104,8 @@ class Analysis(DrawnResult):
             return self.remark
         return (f"{self.remark}; " if self.remark else "") + (
             f"one example holds much of the squared norm ({', '.join(uneven)}): intervals that weigh examples by their "
-            "norm may be too narrow; trust the intervals of the span, and of the cosine with all examples and "
-            "parameters alike, or take more examples"
+            "norm may be too narrow; trust the intervals of the span, and of the cosine at equal weights, or "
+            "take more examples"
         )
 
     def claims(self) -> list[Claim]:
@@ -154,7 +154,7 @@ class Analysis(DrawnResult):
             "conflict": {
                 "cosine": mean.value,
                 "corrected": cosine.value,
-                "unweighted": table[names.UNWEIGHTED, "safety"].value,
+                "equal_weights": table[names.EQUAL_WEIGHTS, "safety"].value,
                 "negative_share": negative.value,
                 "negative_share_interval": list(negative.interval),
                 "interval": list(cosine.interval),
@@ -164,13 +164,13 @@ class Analysis(DrawnResult):
             "one_sample": {
                 "overlap": overlap.value,
                 "interval": list(overlap.interval),
-                "null": control.value,
-                "null_interval": list(control.interval),
+                "control": control.value,
+                "control_interval": list(control.interval),
                 "contrast": contrast.value,
                 "contrast_interval": list(contrast.interval),
                 "cosine": table[names.ONE_COSINE, "safety"].value,
                 "control_cosine": table[names.ONE_COSINE, "control"].value,
-                "expected": overlap.null,
+                "null": overlap.null,
             },
             "claims": claims_frame(self.claims()).to_dict("records"),
         }

@@ -31,6 +31,7 @@ class Claim:
         interval: Interval of the number over examples.
         bound: The bound.
         above: Whether the number is claimed to be above the bound, rather than below.
+        against_control: Whether the number is a difference between the safety set and the control set.
         caveat: What the verdict is not, in words, if the model rules that out; else empty.
     """
 
@@ -42,6 +43,7 @@ class Claim:
     interval: tuple[float, float]
     bound: float = 0.0
     above: bool = False
+    against_control: bool = False
     caveat: str = ""
 
     @property

@@ -24,7 +24,7 @@ CER = "CER(10)"
 SPAN = "effective rank of the span"
 MEAN_COSINE = "cosine of the mean gradients"
 COSINE = "cosine with utility"
-UNWEIGHTED = "cosine, parameters alike"
+EQUAL_WEIGHTS = "cosine, equal weights"
 NEGATIVE = "share of examples against"
 OVERLAP = "overlap of one example"
 ONE_COSINE = "cosine of one example"
@@ -94,7 +94,7 @@ def _conflict(conflict: Conflict) -> Iterator[Headline]:
     yield Headline(question, MEAN_COSINE, "safety", conflict.cosine, *_UNKNOWN, _NAN, *conflict.null_interval)
     for part, measure, difference in (
         (conflict, COSINE, _COSINE_DIFFERENCE),
-        (conflict.unweighted, UNWEIGHTED, f"{UNWEIGHTED}, difference"),
+        (conflict.equal_weights, EQUAL_WEIGHTS, f"{EQUAL_WEIGHTS}, difference"),
     ):
         yield Headline(question, measure, "safety", part.corrected, *part.interval, 0.0)
         if contrast := part.contrast:
@@ -107,7 +107,7 @@ def _conflict(conflict: Conflict) -> Iterator[Headline]:
 def _one_sample(study: OneSample) -> Iterator[Headline]:
     question = "one sample?"
     yield Headline(question, OVERLAP, "safety", study.overlap, *study.interval, study.expected)
-    yield Headline(question, OVERLAP, "control", study.null_mean, *study.null_interval, study.expected)
+    yield Headline(question, OVERLAP, "control", study.control_overlap, *study.control_interval, study.expected)
     yield Headline(question, OVERLAP_DIFFERENCE, _OVER_CONTROL, study.contrast, *study.contrast_interval, 0.0)
     for name, group in study.groups.items():
         yield Headline(question, ONE_COSINE, name, group.cosine.value, *group.cosine.interval, 0.0)
@@ -164,7 +164,7 @@ _CLAIMS = (
         "cosine",
     ),
     _Bound(
-        UNWEIGHTED,
+        EQUAL_WEIGHTS,
         "safety",
         "Safety and utility gradients point in opposing directions also if all examples and parameters count the same.",
         ("opposing", "similar"),
@@ -227,6 +227,7 @@ def paper_claims(table: Headlines, caveat: str = "") -> list[Claim]:
             row.interval,
             claim.bound,
             above=claim.above,
+            against_control=claim.of == _OVER_CONTROL,
             caveat=caveat,
         )
         for row, claim in decided

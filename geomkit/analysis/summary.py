@@ -32,7 +32,7 @@ _TABLES: Mapping[str, Sequence[_Row]] = {
     ),
     "conflict?": (
         _Row(names.COSINE, "cosine with the utility gradient"),
-        _Row(names.UNWEIGHTED, "the same at equal weights of examples and parameters"),
+        _Row(names.EQUAL_WEIGHTS, "the same at equal weights of examples and parameters"),
         _Row(names.MEAN_COSINE, "cosine of the mean gradients, with sampling noise", "if labels are shuffled"),
         _Row(names.NEGATIVE, "share of utility examples that oppose it", "of unrelated gradients"),
     ),
@@ -81,7 +81,7 @@ def summary_of(alignment: Alignment, claims: Sequence[Claim]) -> tuple[str, str,
         alignment: How the model answers the safety requests.
         claims: The paper's claims with their numbers.
     """
-    against = [claim for claim in claims if "control" in claim.number]
+    against = [claim for claim in claims if claim.against_control]
     held = [claim for claim in against if claim.verdict == "holds"]
     others = sorted(
         (claim for claim in against if claim.verdict != "holds"), key=lambda claim: claim.verdict == "not shown"

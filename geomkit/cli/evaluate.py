@@ -15,6 +15,7 @@ from geomkit.cli.outputs import check_writable
 from geomkit.cli.start import join_processes, prepare
 from geomkit.errors import DataError
 from geomkit.utils.files import write_atomically
+from geomkit.utils.options import BATCH_SIZE, MAX_NEW_TOKENS
 from geomkit.utils.terminal import show_table
 
 if TYPE_CHECKING:
@@ -47,8 +48,8 @@ def evaluate(
     ] = None,
     json_file: Json = None,
     examples: Annotated[int | None, number("Largest number of prompts drawn from each set.")] = None,
-    max_new_tokens: Annotated[int, number("Length of the longest response.")] = 256,
-    batch_size: Annotated[int, number("Prompts answered at a time.")] = 16,
+    max_new_tokens: Annotated[int, number("Length of the longest response.")] = MAX_NEW_TOKENS,
+    batch_size: Annotated[int, number("Prompts answered at a time.")] = BATCH_SIZE,
     pad_token: PadToken = None,
     columns: ColumnsOption = None,
     dtype: Dtype = "auto",

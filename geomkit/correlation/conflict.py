@@ -28,7 +28,7 @@ from geomkit.correlation.layer_conflict import (
     grams_with_utility,
     layer_conflict,
 )
-from geomkit.correlation.negative_shares import Share, negative_shares
+from geomkit.correlation.negative_share import Share, negative_share
 from geomkit.gradients.gradient_set import GradientSet
 from geomkit.inputs.parameters import kind_of, layer_index
 from geomkit.stats.multiple_testing import benjamini_hochberg
@@ -66,12 +66,10 @@ class Conflict(DrawnResult):
             have a negative inner product.
         negative_parameters: Share of the parameters with a negative cosine, each parameter counted once. Parameters
             are not independent draws, so the interval is over examples, see
-            :func:`geomkit.correlation.negative_shares.negative_shares`.
-        negative_weight: Share of the parameters with a negative cosine, each parameter weighted by the product of the
-            norms of its two mean gradients.
-        unweighted: The conflict over all parameters after scaling every example's gradient in every parameter to norm
-            one. One tensor with large gradients, such as the head, can dominate ``cosine``, and one example with large
-            gradients as well; here all tensors and all examples have equal weight (the coverage of both intervals:
+            :func:`geomkit.correlation.negative_share.negative_share`.
+        equal_weights: The conflict over all parameters after scaling every example's gradient in every parameter to
+            norm one. One tensor with large gradients, such as the head, can dominate ``cosine``, and one example with
+            large gradients as well; here all tensors and all examples have equal weight (the coverage of both intervals:
             tests/benchmarks/README.md).
         contrast: Difference between the safety set's cosine and the control's, if there is a control.
         layers: The conflict in each parameter.
@@ -87,8 +85,7 @@ class Conflict(DrawnResult):
     p_value: float
     negative: Rate
     negative_parameters: Share
-    negative_weight: Share
-    unweighted: LayerConflict
+    equal_weights: LayerConflict
     layers: Mapping[str, LayerConflict] = field(repr=False)
     per_example: np.ndarray = field(repr=False)
     contrast: ControlDifference | None = None
@@ -122,7 +119,7 @@ class Conflict(DrawnResult):
                 "null_high": self.null_interval[1],
             }
         ]
-        for words, part in (("expected gradients", self), ("expected gradients, equal weights", self.unweighted)):
+        for words, part in (("expected gradients", self), ("expected gradients, equal weights", self.equal_weights)):
             rows.append(_shown(f"cosine of the {words}", part.corrected, part.interval, part.contrast))
         for words, share in (
             ("utility examples that oppose safety", self.negative),
@@ -139,12 +136,12 @@ class Conflict(DrawnResult):
 
     def __str__(self) -> str:
         """Return the cosines with their intervals and null, the contrast to the control, and the negative shares."""
-        expected, unweighted = (_cosine_text(part.corrected, part.interval) for part in (self, self.unweighted))
+        expected, equal = (_cosine_text(part.corrected, part.interval) for part in (self, self.equal_weights))
         parts = [
             f"cosine of the mean gradients {self.cosine:+.3f} (shuffled {signed(self.null_interval)}, "
             f"p = {self.p_value:.3g})",
             f"of the expected gradients {expected}",
-            f"with one voice for each parameter {unweighted}",
+            f"at equal weights of examples and parameters {equal}",
             *([str(self.contrast)] if self.contrast else []),
             f"against safety: utility examples {self.negative}, parameters {self.negative_parameters}",
         ]
@@ -219,7 +216,7 @@ def conflict(
     and not a bootstrap: a resampled mean contains its sampling noise twice, so percentiles of
     the bootstrapped cosine miss the truth. If a few of many examples have most of the squared
     norm, a sample without them has a narrow interval around the wrong cosine;
-    :attr:`Conflict.unweighted`, in which all examples have equal weight, is not affected.
+    :attr:`Conflict.equal_weights`, in which all examples have equal weight, is not affected.
     Measured coverage and power: tests/benchmarks/README.md.
 
     Args:
@@ -280,14 +277,14 @@ def conflict(
     # 3. The conflict over all parameters, also with equal weights, and the conflict in each parameter.
     whole = conflict_in("", total, control_total, total.norms)
     equal = _normalised_total(grams)
-    unweighted = conflict_in("", equal, _normalised_total(control_grams) if control_grams else None, equal.norms)
+    equal_weights = conflict_in("", equal, _normalised_total(control_grams) if control_grams else None, equal.norms)
     layers = {
         name: conflict_in(name, gram, control_grams[name] if control_grams else None, total.norms)
         for name, gram in grams.items()
     }
-    # 4. Shares of negative inner products, over utility examples and over parameters.
+    # 4. The shares of utility examples and of parameters with a negative inner product.
     with_mean_safety = total.across.mean(0)
-    shares = negative_shares(list(grams.values()), np.random.default_rng(seed), confidence)
+    by_parameter = negative_share(list(grams.values()), np.random.default_rng(seed), confidence)
     return Conflict(
         cosine=whole.cosine,
         corrected=whole.corrected,
@@ -295,9 +292,8 @@ def conflict(
         null_interval=whole.null_interval,
         p_value=whole.p_value,
         negative=Rate(int((with_mean_safety < 0).sum()), len(with_mean_safety)),
-        negative_parameters=shares[0],
-        negative_weight=shares[1],
-        unweighted=unweighted,
+        negative_parameters=by_parameter,
+        equal_weights=equal_weights,
         layers=layers,
         per_example=_example_cosines(total),
         contrast=whole.contrast,

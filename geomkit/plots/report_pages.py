@@ -158,10 +158,10 @@ def _conflict(analysis: Analysis) -> Section:
     conflict = analysis.conflict
     null_low, null_high = conflict.null_interval
     text = (
-        f"The cosine of the expected gradients is {conflict.corrected:+.3f} {signed(conflict.interval)}; with one "
-        f"voice for every example and parameter it is {conflict.unweighted.corrected:+.3f} "
-        f"{signed(conflict.unweighted.interval)}. Untrained models conflict too: what counts is the difference to the "
-        f"control. {conflict.contrast}.\n\n"
+        f"The cosine of the expected gradients is {conflict.corrected:+.3f} {signed(conflict.interval)}; at equal "
+        f"weights of examples and parameters it is {conflict.equal_weights.corrected:+.3f} "
+        f"{signed(conflict.equal_weights.interval)}. Untrained models conflict too: what counts is the difference to "
+        f"the control. {conflict.contrast}.\n\n"
         f"The cosine of the two mean gradients is {conflict.cosine:+.3f}; with the labels safety and utility shuffled "
         f"it lies between {null_low:+.3f} and {null_high:+.3f} (p = {conflict.p_value:.3g}). That tells whether the "
         "two sets differ, not whether they conflict.\n\n"

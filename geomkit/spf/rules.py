@@ -286,6 +286,6 @@ def get_rule(
         return rule
     if not rule.has_subspace:
         raise SPFError(
-            f"expected a rank for a rule that removes a subspace only, found rank={rank} for '{rule.name}'; leave it out"
+            f"expected a rank for a rule that removes a subspace only, found {rank} for '{rule.name}'; leave it out"
         )
     return replace(rule, rank=rank)

@@ -30,7 +30,7 @@ from geomkit.training.judges import (
 from geomkit.training.metrics import Metric, exact_match, find_metric
 from geomkit.training.responses import generate
 from geomkit.utils.files import data_dir
-from geomkit.utils.options import check_options
+from geomkit.utils.options import BATCH_SIZE, MAX_NEW_TOKENS, check_options
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -68,8 +68,8 @@ def evaluate(
     *,
     judge: Judge | BatchJudge | Sequence[Judge | BatchJudge] | None = None,
     metrics: Mapping[str, str | Metric] | None = None,
-    max_new_tokens: int = 64,
-    batch_size: int = 64,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    batch_size: int = BATCH_SIZE,
     progress: bool = True,
 ) -> Evaluation:
     """Let a model answer held-out prompts greedily, and count refusals and right answers.

@@ -97,6 +97,12 @@ OPTIONS: Mapping[str, Range] = MappingProxyType(
 )  # fmt: skip
 """The range of every numeric option, by the option's name in Python."""
 
+MAX_NEW_TOKENS = 256
+"""Length of the longest response of an evaluation, in tokens, if nothing else is asked for."""
+
+BATCH_SIZE = 16
+"""Prompts that an evaluation answers at a time, if nothing else is asked for."""
+
 
 def check_option(name: str, value: object, *, shown: str | None = None, error: type[GeomkitError] = DataError) -> None:
     """Check a numeric option against :data:`OPTIONS`.

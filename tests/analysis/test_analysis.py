@@ -42,7 +42,7 @@ def test_headline_numbers(found):
             numbers["spectrum"][side]
         )
     assert {"cosine", "negative_share", "interval", "null_interval"} <= set(numbers["conflict"])
-    assert {"overlap", "interval", "null"} <= set(numbers["one_sample"])
+    assert {"overlap", "interval", "control", "null"} <= set(numbers["one_sample"])
     assert numbers["conflict"]["cosine"] == pytest.approx(cosine_by_hand(), rel=1e-4)
 
 

@@ -31,8 +31,8 @@ def test_the_numbers_are_those_of_the_results(analysis):
     assert table["CER(10)", "safety"].null == pytest.approx(analysis.safety.null_mean("cer10"), nan_ok=True)
     assert table["cosine of the mean gradients", "safety"].null_interval == conflict.null_interval
     assert math.isnan(table["cosine of the mean gradients", "safety"].low)
-    assert table["cosine, parameters alike", "control"].value == conflict.unweighted.contrast.control
-    assert table["overlap of one example", "control"].interval == study.null_interval
+    assert table["cosine, equal weights", "control"].value == conflict.equal_weights.contrast.control
+    assert table["overlap of one example", "control"].interval == study.control_interval
     assert table["cosine of one, difference", "safety − control"].value == study.groups["control"].cosine.contrast
 
 

@@ -46,7 +46,9 @@ def test_no_cell_is_longer_than_two_numbers_need(analysis):
 
 def claim(verdict, number):
     interval = {"holds": (-2.0, -1.0), "reversed": (1.0, 2.0), "not shown": (-1.0, 1.0)}[verdict]
-    return Claim("q", f"It is less in {number}.", f"It is more in {number}.", number, 0.0, interval)
+    of_control = number.endswith("control")
+    texts = (f"It is less in {number}.", f"It is more in {number}.", number)
+    return Claim("q", *texts, 0.0, interval, against_control=of_control)
 
 
 ALIGNED = Alignment(Rate(32, 32), 0.1, 0.5)

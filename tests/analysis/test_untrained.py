@@ -35,7 +35,7 @@ def differences(found: Analysis) -> Iterator[tuple[str, tuple[float, float]]]:
     yield "effective rank", contrast.mean("effective_rank")[1]
     yield "CER(10)", contrast.mean("cer10")[1]
     yield "conflict", found.conflict.contrast.interval
-    yield "conflict, parameters alike", found.conflict.unweighted.contrast.interval
+    yield "conflict, equal weights", found.conflict.equal_weights.contrast.interval
     yield "one sample", found.one_sample.contrast_interval
     yield "one sample, cosine", found.one_sample.groups["control"].cosine.contrast_interval
     yield "span", found.span_contrast("control").mean("effective_rank")[1]

@@ -205,7 +205,7 @@ def test_analyze_writes_a_report_and_the_promised_numbers(files, monkeypatch, ca
         assert all(value > 0 for value in numbers["spectrum"][side].values())
     assert set(numbers["conflict"]) >= {"cosine", "negative_share", "interval", "null_interval"}
     assert -1 <= numbers["conflict"]["cosine"] <= 1
-    assert set(numbers["one_sample"]) >= {"overlap", "interval", "null"}
+    assert set(numbers["one_sample"]) >= {"overlap", "interval", "control", "null"}
     assert names("c") == ["numbers.json"]
 
 

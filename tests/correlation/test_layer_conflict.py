@@ -10,7 +10,7 @@ from scipy.stats import kstest
 from geomkit.correlation.conflict import conflict
 from geomkit.correlation.cosine import PairGrams, contrast_ratio, expected_cosine, permutation_test, permuted_cosines
 from geomkit.correlation.layer_conflict import control_difference
-from geomkit.correlation.negative_shares import negative_shares
+from geomkit.correlation.negative_share import negative_share
 from geomkit.errors import GeometryError
 from geomkit.gradients.gradient_set import layer_grams
 from geomkit.stats.permutation import permuted_labels
@@ -119,9 +119,9 @@ def test_no_parameter_owns_the_unweighted_conflict() -> None:
     safety, utility = planted(np.random.default_rng(6), (12, 12), -0.4, 1.0)
     loud = [rows * np.repeat([1, scale], 150) for rows, scale in ((safety, 100), (utility, 30))]
     quiet, result = (conflict(from_rows(a), from_rows(b), draws=50) for a, b in ((safety, utility), loud))
-    assert result.unweighted.cosine == pytest.approx(quiet.unweighted.cosine, abs=1e-5)
-    assert result.unweighted.interval == pytest.approx(quiet.unweighted.interval, abs=1e-5)
-    assert result.unweighted.p_value == quiet.unweighted.p_value
+    assert result.equal_weights.cosine == pytest.approx(quiet.equal_weights.cosine, abs=1e-5)
+    assert result.equal_weights.interval == pytest.approx(quiet.equal_weights.interval, abs=1e-5)
+    assert result.equal_weights.p_value == quiet.equal_weights.p_value
     assert result.cosine == pytest.approx(result.layers[NAMES[1]].cosine, abs=5e-3)
     units = [
         np.concatenate(
@@ -129,7 +129,7 @@ def test_no_parameter_owns_the_unweighted_conflict() -> None:
         )
         for rows in (safety, utility)
     ]
-    assert result.unweighted.cosine == pytest.approx(dense_cosine(*units), abs=1e-5)
+    assert result.equal_weights.cosine == pytest.approx(dense_cosine(*units), abs=1e-5)
 
 
 def test_unweighted_interval_covers_the_planted_cosine_whatever_the_sizes() -> None:
@@ -153,16 +153,12 @@ def test_unweighted_interval_covers_the_planted_cosine_whatever_the_sizes() -> N
 # -------------------------------------------------------------------------------------------------- the shares
 
 
-def test_shares_of_parameters_count_signs_and_norms() -> None:
+def test_the_share_of_parameters_counts_signs() -> None:
     safety, utility = planted(np.random.default_rng(8), (10, 10), 0.0, 5.0, 60)
     layers = [grams(safety, utility), grams(safety, -3 * utility), grams(safety, safety)]
-    plain, weighted = negative_shares(layers, np.random.default_rng(0))
-    inner = [layer.across.mean() for layer in layers]
-    assert plain.value == np.mean([value < 0 for value in inner])
-    norms = np.array([layer.norms for layer in layers])
-    assert weighted.value == pytest.approx(norms[np.array(inner) < 0].sum() / norms.sum())
-    for share in (plain, weighted):
-        assert 0 <= share.interval[0] <= share.value <= share.interval[1] <= 1
+    share = negative_share(layers, np.random.default_rng(0))
+    assert share.value == np.mean([layer.across.mean() < 0 for layer in layers])
+    assert 0 <= share.interval[0] <= share.value <= share.interval[1] <= 1
 
 
 def test_shares_of_parameters_rarely_miss() -> None:
@@ -175,7 +171,7 @@ def test_shares_of_parameters_rarely_miss() -> None:
         for cosine in cosines:
             safety, utility = planted(generator, (16, 16), float(cosine), 0.5, 20)
             layers.append(grams(safety + 0.05 * common[0], utility + 0.05 * common[1]))
-        shares.append(negative_shares(layers, generator)[0])
+        shares.append(negative_share(layers, generator))
     expected = np.mean([share.value for share in shares])
     covered = np.mean([share.interval[0] <= expected <= share.interval[1] for share in shares])
     assert covered >= 0.9
@@ -197,7 +193,7 @@ def test_inner_products_say_what_gradients_say() -> None:
         draws=50,
     )
     assert again.to_frame().equals(result.to_frame())
-    assert (again.cosine, again.contrast, again.unweighted) == (result.cosine, result.contrast, result.unweighted)
+    assert (again.cosine, again.contrast, again.equal_weights) == (result.cosine, result.contrast, result.equal_weights)
 
 
 def test_inner_products_that_do_not_fit_are_refused() -> None:

@@ -8,7 +8,7 @@ import torch
 
 from geomkit.correlation.conflict import Conflict
 from geomkit.correlation.layer_conflict import LayerConflict
-from geomkit.correlation.negative_shares import Share
+from geomkit.correlation.negative_share import Share
 from geomkit.experiments.results import Results
 from geomkit.gradients.factored import FactoredGradient
 from geomkit.gradients.layer_gradient import LayerGradient
@@ -48,8 +48,7 @@ def conflict() -> Conflict:
         p_value=0.001,
         negative=Rate(3, 4),
         negative_parameters=Share(0.5, (0.2, 0.8)),
-        negative_weight=Share(0.5, (0.2, 0.8)),
-        unweighted=layer(-0.1),
+        equal_weights=layer(-0.1),
         layers={
             **{name: layer(0.05 - 0.1 * place, name) for place, name in enumerate(NAMES)},
             "lm_head.weight": layer(0.3, "lm_head.weight"),

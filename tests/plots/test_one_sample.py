@@ -26,7 +26,7 @@ def test_one_sample_shows_every_example_and_the_expectation() -> None:
     assert [trace(figure, name).line.color for name in groups] == [plots.COLOURS["safety"], plots.COLOURS["control"]]
     assert "its 95 % interval" in subtitle(figure)
     np.testing.assert_array_equal(trace(figure, "safety").x, study.overlaps)
-    np.testing.assert_array_equal(trace(figure, "refused").x, study.null)
+    np.testing.assert_array_equal(trace(figure, "refused").x, study.control_overlaps)
     assert any(
         note.text == "safety − refused: +0.500 [+0.400, +0.600]" and note.y == "refused"
         for note in figure.layout.annotations

@@ -40,8 +40,8 @@ def test_pooled_rows_are_the_numbers_of_the_sentence(results):
     rows = conflict.shown_frame().set_index("over all parameters")
     assert rows.loc["cosine of the mean gradients", "value"] == conflict.cosine
     alike = rows.loc["cosine of the expected gradients, equal weights"]
-    assert alike["difference"] == conflict.unweighted.contrast.value
-    assert alike["control_low"] == conflict.unweighted.contrast.control_interval[0]
+    assert alike["difference"] == conflict.equal_weights.contrast.value
+    assert alike["control_low"] == conflict.equal_weights.contrast.control_interval[0]
     angles = results["Angles"]
     assert angles.shown_frame()["value"][0] == pytest.approx(angles.mean_overlap)
     sample = results["OneSample"].shown_frame()

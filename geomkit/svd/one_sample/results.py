@@ -99,17 +99,17 @@ class OneSample(DrawnResult):
         return self.groups["safety"].overlap.interval
 
     @property
-    def null(self) -> np.ndarray:
+    def control_overlaps(self) -> np.ndarray:
         """(M,) overlap of each example of the first control, mean over parameters."""
         return self._first_control.overlaps
 
     @property
-    def null_mean(self) -> float:
+    def control_overlap(self) -> float:
         """Mean overlap of the first control."""
         return self._first_control.overlap.value
 
     @property
-    def null_interval(self) -> Interval:
+    def control_interval(self) -> Interval:
         """Confidence interval of the first control's mean overlap."""
         return self._first_control.overlap.interval
 

@@ -56,7 +56,7 @@ def test_anchor_meets_the_mean_of_the_others() -> None:
     ]
     assert study.overlaps == pytest.approx(expected, abs=1e-5)
     last = leading(utility.samples[4][NAME].dense().double().numpy())
-    assert study.null[4] == pytest.approx(
+    assert study.control_overlaps[4] == pytest.approx(
         np.mean(np.cos(subspace_angles(last, leading(sum(dense) - dense[0]))) ** 2), abs=1e-5
     )
     assert study.overlap == pytest.approx(np.mean(expected), abs=1e-5)

@@ -34,48 +34,37 @@ class Share:
         return f"{self.value:.1%} [{self.interval[0]:.1%}, {self.interval[1]:.1%}]"
 
 
-def negative_shares(
-    layers: Sequence[PairGrams], generator: np.random.Generator, confidence: float = 0.95
-) -> tuple[Share, Share]:
-    """Return the share of parameters whose mean gradients have a negative cosine, unweighted and weighted by norms.
-
-    In the weighted share, a parameter has the weight ‖ḡ_s‖·‖ḡ_u‖.
+def negative_share(layers: Sequence[PairGrams], generator: np.random.Generator, confidence: float = 0.95) -> Share:
+    """Return the share of parameters whose mean gradients have a negative cosine.
 
     A Wilson interval over parameters would treat parameters as independent draws. They are not: all are measured on
-    the same examples, and one unusual example turns many signs at once. These intervals come from a jackknife that
+    the same examples, and one unusual example turns many signs at once. The interval comes from a jackknife that
     leaves a fifth of the examples of either side out in turn (:func:`geomkit.stats.jackknife.jackknife_interval`). A
-    share counts signs and is not smooth, so the intervals are a guide only, and wider than necessary (measured
+    share counts signs and is not smooth, so the interval is a guide only, and wider than necessary (measured
     coverage and width: tests/benchmarks/README.md).
 
     Args:
         layers: Inner products of at least two examples on each side, one item for each parameter.
         generator: Source of randomness, which deals the examples into groups.
-        confidence: Nominal coverage of the intervals, between 0 and 1.
+        confidence: Nominal coverage of the interval, between 0 and 1.
 
     Returns:
-        The unweighted and the weighted share, with intervals clipped to [0, 1].
+        The share, with its interval clipped to [0, 1].
     """
     # 1. Deal the examples of each side into five groups at random.
     sides = [np.arange(size) for size in layers[0].across.shape]
     groups_by_side = [jackknife_groups(len(side), _GROUPS, generator) for side in sides]
-    # 2. Both shares without each group of safety examples, and without each group of utility examples.
+    # 2. The share without each group of safety examples, and without each group of utility examples.
     without = [
-        np.array([_shares(layers, *(np.delete(a, group) if a is side else a for a in sides)) for group in groups])
+        np.array([_share(layers, *(np.delete(a, group) if a is side else a for a in sides)) for group in groups])
         for side, groups in zip(sides, groups_by_side, strict=True)
     ]
-    # 3. Jackknife interval of both shares; the variances of the two independent sides add up.
-    values = _shares(layers, *sides)
-    low, high = jackknife_interval(values, *without, confidence=confidence)
-    unweighted, weighted = (
-        Share(float(value), (float(max(a, 0.0)), float(min(b, 1.0))))
-        for value, a, b in zip(values, low, high, strict=True)
-    )
-    return unweighted, weighted
+    # 3. Jackknife interval; the variances of the two independent sides add up.
+    value = _share(layers, *sides)
+    low, high = jackknife_interval(value, *without, confidence=confidence)
+    return Share(value, (max(float(low), 0.0), min(float(high), 1.0)))
 
 
-def _shares(layers: Sequence[PairGrams], safety: np.ndarray, utility: np.ndarray) -> np.ndarray:
-    """Return the unweighted and the weighted share, from the safety and utility examples at the given places."""
-    grams = [layer.subset(safety, utility) for layer in layers]
-    negative = np.array([gram.across.mean() < 0 for gram in grams])
-    weights = np.array([gram.norms for gram in grams])
-    return np.array([negative.mean(), (negative * weights).sum() / weights.sum() if weights.any() else 0.0])
+def _share(layers: Sequence[PairGrams], safety: np.ndarray, utility: np.ndarray) -> float:
+    """Return the share from the safety and utility examples at the given places."""
+    return float(np.mean([layer.subset(safety, utility).across.mean() < 0 for layer in layers]))
