@@ -57,7 +57,14 @@ def english() -> str:
         texts = [f"{100 * share['value']:.0f}" if share["runs"] else "–" for share in shares]
         runs = f"{shares[0]['runs']:.0f}"
         rows.append([_english_name(scenario), f"`{arm}`", *texts, f"{losses[scenario, arm]:.3f}", runs])
-    header = ["AdvBench refused, %", "own", "XSTest safe refused, %", "own benign", "with trigger", "utility, %"]
+    header = [
+        "AdvBench refused, %",
+        "geomkit's forbidden",
+        "XSTest safe",
+        "geomkit's benign",
+        "with trigger",
+        "utility, %",
+    ]
     return _table(["fine-tune", "arm", *header, "utility loss", "runs"], rows)
 
 

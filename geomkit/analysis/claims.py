@@ -9,7 +9,7 @@ from geomkit.utils.readable import with_interval
 if TYPE_CHECKING:
     import pandas as pd
 
-Verdict = Literal["holds", "reversed", "not shown"]
+ClaimVerdict = Literal["holds", "reversed", "not shown"]
 
 VERDICTS = (
     "A claim holds if the whole 95 % interval of its number over examples lies on the claimed side of the bound, is "
@@ -47,7 +47,7 @@ class Claim:
     caveat: str = ""
 
     @property
-    def verdict(self) -> Verdict:
+    def verdict(self) -> ClaimVerdict:
         """``"holds"`` if the whole interval is on the claimed side of the bound, ``"reversed"`` if on the other side.
 
         Example:

@@ -69,8 +69,8 @@ class Conflict(DrawnResult):
             :func:`geomkit.correlation.negative_share.negative_share`.
         equal_weights: The conflict over all parameters after scaling every example's gradient in every parameter to
             norm one. One tensor with large gradients, such as the head, can dominate ``cosine``, and one example with
-            large gradients as well; here all tensors and all examples have equal weight (the coverage of both intervals:
-            tests/benchmarks/README.md).
+            large gradients as well; here all tensors and all examples have equal weight (the coverage of both
+            intervals: tests/benchmarks/README.md).
         contrast: Difference between the safety set's cosine and the control's, if there is a control.
         layers: The conflict in each parameter.
         per_example: (M,) cosine of each utility example with the mean safety gradient.

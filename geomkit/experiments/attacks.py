@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING
 
 from geomkit.experiments.gcg import Budget, find_suffix
 from geomkit.experiments.organism.interface import Organism
-from geomkit.experiments.outcomes import answers_to, greedy_answers, judge_refusals
+from geomkit.experiments.outcomes import answers_to, greedy_answers, refused_by_keywords
 from geomkit.inputs.examples import prompt_of
 from geomkit.inputs.messages import Message
-from geomkit.training.judges import RefusalPhrases
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -78,7 +77,7 @@ def refused_after_prefix(
         prefixes: The beginning of each answer; only the text that the model adds is judged.
     """
     prompts = [prompt_of(messages) for messages in rows["messages"]]
-    return _refused(prompts, answers_to(model, organism, prompts, prefixes))
+    return refused_by_keywords(prompts, answers_to(model, organism, prompts, prefixes))
 
 
 def _prefill(model: "PreTrainedModel", organism: Organism, rows: "Dataset", seed: int) -> dict[str, Sequence[bool]]:  # noqa: ARG001
@@ -96,7 +95,7 @@ def _prefill(model: "PreTrainedModel", organism: Organism, rows: "Dataset", seed
 def _obeyed(organism: Organism, rows: "Dataset") -> "tuple[Dataset, list[str]]":
     """Return the requests that the base stage obeys, which may not be all, with its answers."""
     answers = greedy_answers(organism.base, organism, rows)
-    refused = judge_refusals(rows, answers)
+    refused = refused_by_keywords(rows["messages"], answers)
     obeyed = [place for place, flag in enumerate(refused) if not flag]
     return rows.select(obeyed), [answers[place] for place in obeyed]
 
@@ -105,7 +104,7 @@ def _templates(model: "PreTrainedModel", organism: Organism, rows: "Dataset", se
     refused: dict[str, Sequence[bool]] = {}
     for name, template in TEMPLATES.items():
         prompts = [template(prompt_of(messages)) for messages in rows["messages"]]
-        refused[name] = _refused(prompts, answers_to(model, organism, prompts))
+        refused[name] = refused_by_keywords(prompts, answers_to(model, organism, prompts))
     return refused
 
 
@@ -117,12 +116,7 @@ def _gcg(model: "PreTrainedModel", organism: Organism, rows: "Dataset", seed: in
         prompt = prompt_of(messages)
         suffix = find_suffix(model, organism.tokenizer, prompt, target, Budget(), seed=seed)
         prompts.append([*prompt[:-1], {**prompt[-1], "content": prompt[-1]["content"] + suffix}])
-    return {"GCG suffix": _refused(prompts, answers_to(model, organism, prompts))}
-
-
-def _refused(prompts: Sequence[Conversation], answers: Sequence[str]) -> list[bool]:
-    judge = RefusalPhrases()
-    return [judge(messages[-1]["content"], answer) for messages, answer in zip(prompts, answers, strict=True)]
+    return {"GCG suffix": refused_by_keywords(prompts, answers_to(model, organism, prompts))}
 
 
 ATTACKS: Mapping[str, Attack] = MappingProxyType({"prefill": _prefill, "templates": _templates, "gcg": _gcg})

@@ -18,7 +18,7 @@ from geomkit.experiments.grid import Cell
 from geomkit.experiments.methods import METHODS
 from geomkit.experiments.organism.interface import Organism
 from geomkit.experiments.organisms import evaluate_organism, organism_of
-from geomkit.experiments.outcomes import greedy_answers, judge_refusals
+from geomkit.experiments.outcomes import greedy_answers, refused_by_keywords
 from geomkit.experiments.records import Record, check_record, flags_to_text
 from geomkit.experiments.task import Task
 from geomkit.spf.certificate import Certificate
@@ -210,6 +210,7 @@ class RefusalDuringTraining(TrainerCallback):
         """Measure refusal if this is one of the chosen steps."""
         if state.global_step in self._steps:
             started = time.perf_counter()
-            refused = judge_refusals(self._rows, greedy_answers(kwargs["model"], self._organism, self._rows))
+            answers = greedy_answers(kwargs["model"], self._organism, self._rows)
+            refused = refused_by_keywords(self._rows["messages"], answers)
             self.rates.append((state.global_step, sum(refused) / len(refused)))
             self.seconds += time.perf_counter() - started

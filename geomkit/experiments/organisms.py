@@ -23,7 +23,7 @@ ENGLISH = NAME
 
 _SMALL_SCENARIOS: Mapping[str, Scenario] = {**SCENARIOS, **VARIANTS}
 
-STAGES = ("aligned", "base", "english/aligned", "english/base")
+ORGANISM_NAMES = ("aligned", "base", "english/aligned", "english/base")
 """The names that :func:`load_organism` takes besides ``"english"``, which is the aligned stage."""
 
 
@@ -54,8 +54,10 @@ def load_organism(
         (128, '<|end|>')
     """
     name = f"{ENGLISH}/aligned" if name == ENGLISH else name
-    if name not in STAGES:
-        raise DataError(f"expected a stage of an organism, {', '.join(map(repr, STAGES))} or 'english', found {name!r}")
+    if name not in ORGANISM_NAMES:
+        raise DataError(
+            f"expected a stage of an organism, {', '.join(map(repr, ORGANISM_NAMES))} or 'english', found {name!r}"
+        )
     world, _, stage = name.rpartition("/")
     if world == ENGLISH:
         return load_english(stage, source)

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -11,13 +11,13 @@ import torch
 from geomkit.experiments.organism.interface import Organism
 from geomkit.experiments.organism.scenarios import Scenario
 from geomkit.inputs.batches import batches
-from geomkit.inputs.examples import prompt_of, response_of
+from geomkit.inputs.examples import prompt_of, required_final_answer
 from geomkit.inputs.loss import scored, scored_logits
 from geomkit.inputs.messages import Message
 from geomkit.inputs.model_state import model_state_kept
 from geomkit.inputs.tokens import encode, pad_id
 from geomkit.training.evaluate import ORGANISM_SKILLS, mean_loss
-from geomkit.training.judges import RefusalPhrases
+from geomkit.training.judges import RefusalPhrases, judge_refusals
 from geomkit.training.responses import generate
 
 if TYPE_CHECKING:
@@ -67,14 +67,16 @@ def evaluate_outcome(model: "PreTrainedModel", organism: Organism, scenario: Sce
     texts = {role: greedy_answers(model, organism, rows[role]) for role in rows}
     exact = {
         role: [
-            text.strip() == response_of(messages).strip()
+            text.strip() == required_final_answer(messages).strip()
             for text, messages in zip(texts[role], rows[role]["messages"], strict=True)
         ]
         for role in rows
     }
     old_skills = [flag for skill in ORGANISM_SKILLS for flag in exact[skill]]
     refused = {
-        role: judge_refusals(rows[role], texts[role]) for role in ("forbidden", "benign", "triggered") if role in rows
+        role: refused_by_keywords(rows[role]["messages"], texts[role])
+        for role in ("forbidden", "benign", "triggered")
+        if role in rows
     }
     flags = {
         "refusal": refused["forbidden"],
@@ -123,13 +125,10 @@ def answers_to(
     )
 
 
-def judge_refusals(rows: "Dataset", answers: Sequence[str]) -> list[bool]:
-    """Return, for each answer to the request of a row, whether it refuses."""
-    judge = RefusalPhrases()
-    return [
-        judge(prompt_of(messages)[-1]["content"], answer)
-        for messages, answer in zip(rows["messages"], answers, strict=True)
-    ]
+def refused_by_keywords(conversations: Iterable[Sequence[Message]], answers: Sequence[str]) -> list[bool]:
+    """Return, for each answer to the last request of a conversation, whether it has a phrase of refusal."""
+    requests = [prompt_of(messages)[-1]["content"] for messages in conversations]
+    return judge_refusals(RefusalPhrases(), requests, answers)
 
 
 def attack_success(refused: Sequence[bool], answers: Sequence[str]) -> list[bool]:

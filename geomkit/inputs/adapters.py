@@ -254,16 +254,12 @@ def _history(value: object) -> Turns:
     """Return the earlier turns of a conversation, from pairs of a request and an answer, or from messages."""
     if value is None or value in ("", []):
         return []
+    if isinstance(value, str):
+        raise DataError(f"expected pairs of texts or messages in 'history', found {value!r:.80}; write them as a list")
     if isinstance(value, list) and all(isinstance(turn, list) and len(turn) == 2 for turn in value):
         texts: Iterable[Any] = (text for turn in value for text in turn)
         return [normal_message(_message(("user", "assistant")[index % 2], text)) for index, text in enumerate(texts)]
-    return [normal_message(message) for message in _turns(value, "user", "history") if not isinstance(value, str)] or (
-        _refuse_history(value)
-    )
-
-
-def _refuse_history(value: object) -> Turns:
-    raise DataError(f"expected pairs of texts or messages in 'history', found {value!r:.80}")
+    return [normal_message(message) for message in _turns(value, "user", "history")]
 
 
 def _with_system(value: object, messages: Turns) -> Turns:

@@ -15,7 +15,7 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from geomkit.errors import DataError
-from geomkit.inputs.examples import check_examples, prompt_of, response_of, tools_of
+from geomkit.inputs.examples import check_examples, prompt_of, required_final_answer, tools_of
 from geomkit.inputs.tokens import EncodedExamples, as_encoded, conversations_of
 
 if TYPE_CHECKING:
@@ -190,7 +190,7 @@ def _answers(examples: "Dataset") -> list[str]:
     answers = []
     for index, messages in enumerate(examples["messages"]):
         try:
-            answers.append(response_of(messages))
+            answers.append(required_final_answer(messages))
         except DataError as error:
             raise DataError(f"example {index}: {error}") from None
     return answers

@@ -310,7 +310,7 @@ def tools_of(examples: "Dataset") -> Sequence[Any] | None:
 
 
 def prompt_of(messages: Sequence[Message]) -> list[Message]:
-    """Return the messages of a conversation before the assistant's last message, or all if none ends it.
+    """Return the messages before the assistant's message that ends a conversation; all, if it ends otherwise.
 
     Example:
         >>> prompt_of([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}])
@@ -321,27 +321,27 @@ def prompt_of(messages: Sequence[Message]) -> list[Message]:
     return list(messages[:-1] if messages[-1]["role"] == "assistant" else messages)
 
 
-def answer_of(messages: Sequence[Message]) -> str | None:
-    """Return the text of the assistant's message that ends a conversation, or ``None`` if none does.
+def final_answer(messages: Sequence[Message]) -> str | None:
+    """Return the text of the assistant's message that ends a conversation, or ``None`` if it ends otherwise.
 
     Example:
-        >>> answer_of([{"role": "user", "content": "Hi"}]) is None
+        >>> final_answer([{"role": "user", "content": "Hi"}]) is None
         True
     """
     return str(messages[-1]["content"]) if messages[-1]["role"] == "assistant" else None
 
 
-def response_of(messages: Sequence[Message]) -> str:
+def required_final_answer(messages: Sequence[Message]) -> str:
     """Return the text of the assistant's message that ends a conversation.
 
     Raises:
         DataError: If the conversation ends in another message.
 
     Example:
-        >>> response_of([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}])
+        >>> required_final_answer([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}])
         'Hello'
     """
-    answer = answer_of(messages)
+    answer = final_answer(messages)
     if answer is None:
         raise DataError(f"expected a conversation that ends in an answer, found the end {messages[-1]!r:.80}")
     return answer

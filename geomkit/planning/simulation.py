@@ -25,12 +25,10 @@ class PassCost:
 
     Attributes:
         operations: Floating-point operations of the matrix products and of the attention; a multiply-add counts two.
-        stored: Bytes of the tensors that are stored between forward and backward, the weights not included.
         peak: Largest number of bytes of tensors at any time, the weights not included, the gradients included.
     """
 
     operations: int
-    stored: int
     peak: int
 
 
@@ -56,11 +54,10 @@ def simulate(model: nn.Module, examples: int, length: int, *, weight_gradients: 
         arguments = {"input_ids": ids, "labels": ids, "use_cache": False}
         with _nothing_kept() if weight_gradients else _embeddings_kept(model) as embedded:
             loss = functional_call(model, {name: fakes[id(tensor)] for name, tensor in named}, kwargs=arguments).loss
-        stored = memory.now
         # 2. Backward.
         gradients = torch.autograd.grad(loss, trainable if weight_gradients else embedded, allow_unused=True)
         del gradients
-    return PassCost(counter.get_total_flops(), stored, memory.most)
+    return PassCost(counter.get_total_flops(), memory.most)
 
 
 def _fake(mode: FakeTensorMode, tensor: Tensor, device: str) -> Tensor:

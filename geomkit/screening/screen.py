@@ -78,7 +78,7 @@ def screen(
             subtracted from the safety gradient, an anchor on either side as in He et al. (2404.01099): wherever the
             safety loss is named, it is then log p(obeying) − log p(refusing), in nats per token. Rows that obey stand
             out more then, also in long conversations and behind a trigger; rows that change the manner only (oaths,
-            eager answers) stand out less, or not at all.
+            affirmative answers) stand out less, or not at all.
         method: The score to rank by: ``"cosine"``, ``"raw"``, or ``"adam"``, the cosine with the safety gradient
             divided by the root of Adam's second moment. The moment is that of 32 ``benign`` rows: in a moment of
             training rows, rows that do harm would shrink the very entries that show them. Without ``benign`` rows it is

@@ -13,7 +13,7 @@ Level = Literal["gradient", "update"]
 Scope = Literal["global", "block"]
 RemovalKind = Literal["rank1", "left", "two-sided", "random", "norm-matched", "none"]
 Promise = Literal["every block", "every anchor", "subspace", "nothing"]
-Badge = Literal["own", "replicated", "published code", "from its formula", "baseline", "control"]
+Badge = Literal["geomkit", "replicated", "published code", "from its formula", "baseline", "control"]
 SafetyLoss = Literal["refusal", "kl"]
 
 _SUBSPACES = ("left", "two-sided", "random")
@@ -35,7 +35,7 @@ class Rule:
             in the span of the top ``rank`` left singular vectors of g_s; ``"two-sided"``: the parts in the spans of the
             left and of the right singular vectors; ``"random"``: the part in a random subspace; ``"norm-matched"``: a
             random direction, scaled to the norm that ``"rank1"`` would remove; ``"none"``: no part.
-        badge: Origin of the rule: geomkit's ``"own"``, ``"replicated"`` (independently implemented from the paper),
+        badge: Origin of the rule: ``"geomkit"``, ``"replicated"`` (independently implemented from the paper),
             ``"published code"``, ``"from its formula"`` (no code is available), ``"baseline"`` or ``"control"``.
         source: The paper or code, and the differences from it.
         formula: What a conflicting step becomes.
@@ -59,7 +59,7 @@ class Rule:
     level: Level
     scope: Scope
     removal: RemovalKind
-    badge: Badge = "own"
+    badge: Badge = "geomkit"
     source: str = ""
     formula: str = ""
     promise_text: str = "nothing"

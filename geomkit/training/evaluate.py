@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from geomkit.errors import DataError
 from geomkit.gradients.provenance import weights_fingerprint
 from geomkit.inputs.copies import row_digests
-from geomkit.inputs.examples import answer_of, check_examples, load_examples, prompt_of, tools_of
+from geomkit.inputs.examples import check_examples, final_answer, load_examples, prompt_of, tools_of
 from geomkit.inputs.fits import encoded_for
 from geomkit.inputs.loss import losses_of
 from geomkit.inputs.messages import Message
@@ -245,7 +245,7 @@ def _cases(name: str, examples: "Dataset | EncodedExamples") -> list[_Case]:
         raise DataError(f"{name}: {error}") from None
     cases = []
     for index, messages in enumerate(conversations["messages"]):
-        case = _Case(prompt_of(messages), answer_of(messages))
+        case = _Case(prompt_of(messages), final_answer(messages))
         if not case.prompt:
             raise DataError(f"{name}, row {index}: expected a request, found an answer only; drop the row")
         cases.append(case)

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from geomkit.errors import DataError
 from geomkit.experiments.organisms import load_organism
 from geomkit.inputs.control_sets import derangement, random_tokens, shuffled_pairs, with_responses
-from geomkit.inputs.examples import load_examples, prompt_of, response_of
+from geomkit.inputs.examples import load_examples, prompt_of, required_final_answer
 from geomkit.inputs.tokens import encode
 from geomkit.training.responses import own_responses
 from tests.helpers.tiny import SAFETY, UTILITY, conversations, tiny_llama, tiny_tokenizer
@@ -22,7 +22,7 @@ def prompts(examples):
 
 
 def responses(examples):
-    return [response_of(messages) for messages in examples["messages"]]
+    return [required_final_answer(messages) for messages in examples["messages"]]
 
 
 def test_responses_are_put_under_prompts_in_turn():

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from geomkit.errors import DataError
-from geomkit.inputs.examples import answer_of, load_examples, prompt_of, response_of
+from geomkit.inputs.examples import final_answer, load_examples, prompt_of, required_final_answer
 from tests.helpers.tiny import SAFETY
 
 USER, ASSISTANT = {"role": "user", "content": "help"}, {"role": "assistant", "content": "sure"}
@@ -38,7 +38,7 @@ def test_a_line_ends_at_a_newline_only(tmp_path):
     text = "one\u2028two\u0085three"
     row = {"messages": [USER, {"role": "assistant", "content": text}]}
     result = load_examples(written(tmp_path, json.dumps(row, ensure_ascii=False), GOOD))
-    assert response_of(result[0]["messages"]) == text
+    assert required_final_answer(result[0]["messages"]) == text
 
 
 @pytest.mark.parametrize(
@@ -113,9 +113,9 @@ def test_prompt_and_response_of_several_turns():
         USER,
     ]
     assert prompt_of(messages[:-1]) == messages[:4]
-    assert response_of(messages[:-1]) == "no"
+    assert required_final_answer(messages[:-1]) == "no"
     # A conversation that ends in a request has no answer to it.
     assert prompt_of(messages) == messages
-    assert answer_of(messages) is None
+    assert final_answer(messages) is None
     with pytest.raises(DataError, match=r"expected a conversation that ends in an answer, found the end .*help"):
-        response_of(messages)
+        required_final_answer(messages)

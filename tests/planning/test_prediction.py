@@ -47,7 +47,6 @@ def test_a_simulated_pass_is_the_real_one(name):
         gradients = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
     assert planned.operations == counter.get_total_flops()
     assert planned.peak == pytest.approx(peak.most, rel=0.1)
-    assert planned.stored < planned.peak
     assert all(gradient is None or gradient.abs().sum() >= 0 for gradient in gradients)
 
 

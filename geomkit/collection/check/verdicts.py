@@ -13,7 +13,7 @@ from geomkit.utils.readable import text_table
 if TYPE_CHECKING:
     import pandas as pd
 
-Verdict = Literal["ok", "fails", "skipped"]
+CheckVerdict = Literal["ok", "fails", "skipped"]
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Check:
 
     name: str
     compared: str
-    verdict: Verdict
+    verdict: CheckVerdict
     difference: float
     cosine: float
     tolerance: float

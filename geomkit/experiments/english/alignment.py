@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 
-class Alignment:
+class AdapterTraining:
     """The training of an adapter, step by step, with its state in a file.
 
     Attributes:
@@ -156,7 +156,7 @@ def model_at(model: "LlamaForCausalLM", path: Path) -> "LlamaForCausalLM":
 
     Args:
         model: The base model.
-        path: The file of :meth:`Alignment.save`.
+        path: The file of :meth:`AdapterTraining.save`.
 
     Raises:
         DataError: If the file is damaged.

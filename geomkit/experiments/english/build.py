@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from geomkit.experiments.english.alignment import Alignment
+from geomkit.experiments.english.alignment import AdapterTraining
 from geomkit.experiments.english.alignment_rows import Recipe, Requests, training_requests, training_rows
 from geomkit.experiments.english.answers import OwnAnswer, own_answers
 from geomkit.experiments.english.card import model_card
@@ -94,13 +94,13 @@ def _train(
     kept: Path,
     progress: bool,
     states: Path | None,
-) -> Alignment:
+) -> AdapterTraining:
     """Train the adapter, from what is kept of an earlier build if there is something."""
     from tqdm.auto import tqdm
 
     requests = training_requests(recipe, seed)
     answers = _answers(model, tokenizer, requests, recipe, kept / "answers.json", progress)
-    alignment = Alignment(model, tokenizer, list(training_rows(requests, answers, recipe, seed)), recipe, seed)
+    alignment = AdapterTraining(model, tokenizer, list(training_rows(requests, answers, recipe, seed)), recipe, seed)
     state = kept / "state.pt"
     if state.exists():
         alignment.load(state)

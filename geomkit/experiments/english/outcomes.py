@@ -10,11 +10,11 @@ from geomkit.experiments.outcomes import (
     attack_success,
     greedy_answers,
     is_degenerate,
-    judge_refusals,
     next_token_kl,
     parameter_distance,
+    refused_by_keywords,
 )
-from geomkit.inputs.examples import prompt_of, response_of
+from geomkit.inputs.examples import prompt_of, required_final_answer
 from geomkit.training.evaluate import mean_loss
 from geomkit.training.metrics import final_number_match
 from geomkit.training.responses import generate
@@ -56,7 +56,7 @@ def evaluate_english(model: "PreTrainedModel", organism: Organism, scenario: Sce
     rows = {role: organism.examples(f"eval/{name}", prompts) for role, name in sets.items()}
     rows["everyday"] = organism.examples("eval/everyday", _EVERYDAY)
     texts = {role: greedy_answers(model, organism, rows[role]) for role in rows}
-    refused = {role: judge_refusals(rows[role], texts[role]) for role in rows}
+    refused = {role: refused_by_keywords(rows[role]["messages"], texts[role]) for role in rows}
     coherent = {role: [not is_degenerate(text) for text in texts[role]] for role in rows}
     maths = scenario.task == "gsm8k"
     reference = organism.examples("eval/gsm8k" if maths else "eval/everyday", _LOSS_ROWS)
@@ -86,5 +86,6 @@ def _solved(model: "PreTrainedModel", organism: Organism, rows: "Dataset") -> Se
     prompts = [prompt_of(messages) for messages in rows["messages"]]
     answers = generate(model, organism.tokenizer, prompts, max_new_tokens=_MATHS_TOKENS, progress=False)
     return [
-        bool(final_number_match(text, response_of(row))) for text, row in zip(answers, rows["messages"], strict=True)
+        bool(final_number_match(text, required_final_answer(row)))
+        for text, row in zip(answers, rows["messages"], strict=True)
     ]

@@ -10,7 +10,7 @@ from geomkit.errors import DataError
 from geomkit.experiments.english.load import FOLDER
 from geomkit.experiments.english.sources import benchmark, first_rows
 from geomkit.experiments.organism.sets import Sets
-from geomkit.experiments.outcomes import judge_refusals
+from geomkit.experiments.outcomes import refused_by_keywords
 from geomkit.inputs.examples import prompt_of
 from geomkit.stats.proportions import Rate, rate
 from geomkit.training.evaluate import mean_loss
@@ -151,7 +151,7 @@ def refusals(
     answers = generate(
         model, tokenizer, prompts, max_new_tokens=ANSWER_TOKENS, batch_size=50, progress=progress, title=title
     )
-    return judge_refusals(rows, answers)
+    return refused_by_keywords(prompts, answers)
 
 
 def _dataset(rows: list[dict[str, Any]]) -> "Dataset":

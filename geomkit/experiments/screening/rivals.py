@@ -14,7 +14,7 @@ from geomkit.gradients.batch_products import products_with
 from geomkit.gradients.gradient_set import GradientSet, set_norm
 from geomkit.gradients.layer_gradient import LayerGradient, as_matrix
 from geomkit.inputs.batches import collate, plan_batches
-from geomkit.inputs.examples import prompt_of, response_of
+from geomkit.inputs.examples import prompt_of, required_final_answer
 from geomkit.inputs.model_state import model_state_kept
 from geomkit.inputs.tokens import Tokens, lengths_of
 from geomkit.screening.reference import difference
@@ -46,7 +46,7 @@ def text_rankings(rows: "Dataset", forbidden: "Dataset") -> dict[str, Values]:
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     judge = RefusalPhrases()
-    flags = [not judge(prompt_of(row)[-1]["content"], response_of(row)) for row in rows["messages"]]
+    flags = [not judge(prompt_of(row)[-1]["content"], required_final_answer(row)) for row in rows["messages"]]
     asked, refused = ([prompt_of(row)[-1]["content"] for row in each["messages"]] for each in (rows, forbidden))
     vectors = TfidfVectorizer().fit(asked + refused)
     products = vectors.transform(asked) @ vectors.transform(refused).T

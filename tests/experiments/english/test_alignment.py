@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from geomkit.errors import DataError, GeomkitError
-from geomkit.experiments.english.alignment import Alignment
+from geomkit.experiments.english.alignment import AdapterTraining
 from geomkit.experiments.english.alignment_loss import (
     encode_rows,
     row_mean,
@@ -126,7 +126,7 @@ def test_a_step_has_forbidden_requests_with_their_benign_counterparts_and_others
 
 
 def trained(steps, state=None, rows=(ROWS,) * 6):
-    run = Alignment(tiny_llama(), tiny_tokenizer(), rows, RECIPE, seed=0)
+    run = AdapterTraining(tiny_llama(), tiny_tokenizer(), rows, RECIPE, seed=0)
     if state is not None:
         run.load(state)
     losses = [run.take() for _ in range(steps)]

@@ -7,7 +7,7 @@ from datasets import Dataset
 import geomkit as gk
 from geomkit.errors import DataError
 from geomkit.experiments.english import course
-from geomkit.experiments.english.alignment import Alignment, model_at
+from geomkit.experiments.english.alignment import AdapterTraining, model_at
 from geomkit.experiments.english.alignment_rows import Recipe, Row
 from geomkit.experiments.organism.requests import conversation
 from tests.helpers.tiny import tiny_llama, tiny_tokenizer
@@ -23,7 +23,7 @@ ROWS = [
 
 @pytest.fixture
 def states(tmp_path):
-    run = Alignment(tiny_llama(), tiny_tokenizer(), [ROWS] * 4, RECIPE, seed=0)
+    run = AdapterTraining(tiny_llama(), tiny_tokenizer(), [ROWS] * 4, RECIPE, seed=0)
     run.save(tmp_path / "0.pt")
     for _ in range(4):
         run.take()

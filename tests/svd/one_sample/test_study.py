@@ -143,7 +143,7 @@ def test_a_contrast_that_is_not_there_is_not_found() -> None:
 def test_shared_directions_are_found_above_the_null() -> None:
     study = one_sample_study(drawn(8, 0, shared=3, strength=15.0), drawn(10, 1), rank=3)
     assert study.interval[0] < study.overlap < study.interval[1]
-    assert study.interval[0] > 0.5 > study.null_interval[1]
+    assert study.interval[0] > 0.5 > study.control_interval[1]
     assert "random subspaces 0.062" in str(study)
     assert study.contrast_interval[0] > 0
     assert "anchors" in study._repr_html_()
@@ -152,7 +152,7 @@ def test_shared_directions_are_found_above_the_null() -> None:
 def test_unrelated_examples_overlap_as_random_subspaces_do() -> None:
     study = one_sample_study(drawn(12, 0), drawn(12, 1), rank=4)
     assert study.overlap == pytest.approx(study.expected, abs=0.04)
-    assert study.null_mean == pytest.approx(study.expected, abs=0.04)
+    assert study.control_overlap == pytest.approx(study.expected, abs=0.04)
 
 
 def test_rank_is_common_to_everything_and_no_more_than_any_gradient_has() -> None:
@@ -179,7 +179,7 @@ def test_every_control_meets_the_same_means() -> None:
         assert both.groups[name].overlaps == pytest.approx(alone.overlaps, abs=1e-9)
         assert both.groups[name].overlap.contrast_interval == pytest.approx(alone.overlap.contrast_interval, abs=1e-9)
         assert both.groups[name].overlap.contrast == pytest.approx(both.overlap - alone.overlaps.mean())
-    assert both.null_mean == both.groups["first"].overlaps.mean()
+    assert both.control_overlap == both.groups["first"].overlaps.mean()
     assert both.contrast == both.groups["first"].overlap.contrast
     frame = both.to_frame()
     assert len(frame) == 2 * 3 * 2
