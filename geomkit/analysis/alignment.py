@@ -21,12 +21,12 @@ PERHAPS_NOT = "perhaps not about alignment"
 
 @dataclass(frozen=True)
 class Alignment:
-    """How a model answers the safety examples, beside the loss of the refusals that it was given.
+    """How a model answers the safety examples, beside the losses of the safety set's responses.
 
     Attributes:
         refusal: Share of the safety requests whose greedy answer refuses; ``None`` if the model was not asked.
         safety_loss: Mean loss of the safety set's responses, in nats per token.
-        control_loss: Mean loss of the control set's, which are the same responses to benign requests.
+        control_loss: Mean loss of the control set's responses, which are those of the safety set after benign requests.
     """
 
     refusal: Rate | None

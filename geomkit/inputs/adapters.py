@@ -83,7 +83,7 @@ def _listed(column: str) -> Callable[[Row], Turns]:
             with suppress(ValueError):
                 messages = parse_json(messages)
         if not isinstance(messages, list) or not messages:
-            raise DataError(f"expected a non-empty list of messages, found {messages!r:.80}")
+            raise DataError(f"expected a non-empty list of messages, found {messages!r:.80}; fill or drop the row")
         return messages
 
     return convert

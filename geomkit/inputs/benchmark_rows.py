@@ -37,7 +37,7 @@ def load_benchmark(name: str, path: str | Path | None = None, split: str | None 
     from datasets import Dataset
 
     if name not in BENCHMARKS:
-        raise DataError(f"expected a benchmark, {', '.join(BENCHMARKS)}, found '{name}'")
+        raise DataError(f"expected a benchmark, {', '.join(BENCHMARKS)}, found '{name}'; choose one of these")
     entry = BENCHMARKS[name]
     if path is not None and split is not None and not entry.part:
         raise DataError(f"expected no split for the local copy {path} of '{name}', found '{split}'; give its file")

@@ -168,7 +168,8 @@ def _rows(
     if isinstance(source, list | tuple) and all(isinstance(row, Mapping) for row in source):
         return [dict(row) for row in source], "the list"
     raise DataError(
-        f"expected a path, a name, a datasets.Dataset, a list of dicts or a data frame, found {type(source).__name__}"
+        f"expected a path, a name, a datasets.Dataset, a list of dicts or a data frame, found {type(source).__name__}; "
+        "give rows as a list of dicts"
     )
 
 
@@ -224,7 +225,9 @@ def _named_rows(
     file = path if path.is_file() else shipped if shipped.is_file() and not path.is_absolute() else None
     if file is not None:
         if config is not None or split not in (None, "train"):
-            raise DataError(f"{name}: expected no split and no config with a file, found {config or split}")
+            raise DataError(
+                f"{name}: expected no split and no config with a file, found {config or split}; leave it out"
+            )
         known = {str(column).lower() for column in (columns or {}).values() if not str(column).isdecimal()}
         return read_rows(file, KNOWN_COLUMNS | known, progress=progress), name
     if (path / "dataset_info.json").is_file() or (path / "dataset_dict.json").is_file():
@@ -286,8 +289,8 @@ def _from_hub(name: str, split: str | None, config: str | None) -> "Dataset":
     except Exception as error:  # the client of the hub raises dozens of types; all mean that loading failed
         reason = " ".join(str(error).split())
         raise DataError(
-            f"'{name}' is no file and no shipped set ({_shipped_list()}), and loading it from the hub failed: "
-            f"{type(error).__name__}: {reason:.300}"
+            f"expected a file, a shipped set ({_shipped_list()}) or a data set of the hub, found '{name}', which the hub "
+            f"did not give ({type(error).__name__}: {reason:.300}); check the path, the name and the network"
         ) from None
 
 

@@ -107,14 +107,14 @@ def normal_message(message: object, *, padded: bool = False) -> Message:
         {'role': 'user', 'content': 'Hi'}
     """
     if not isinstance(message, Mapping):
-        raise DataError(f"expected messages with a text 'role' and 'content', found {message!r:.80}")
+        raise DataError(f"expected messages with a text 'role' and 'content', found {message!r:.80}; write both")
     fields = {key: value for key, value in message.items() if value is not None}
     for new, old in (("role", "from"), ("content", "value")):
         if new not in fields and old in fields:
             fields = {new: fields.pop(old)} | fields if new == "role" else fields | {new: fields.pop(old)}
     name = fields.get("role")
     if not isinstance(name, str):
-        raise DataError(f"expected messages with a text 'role' and 'content', found {message!r:.80}")
+        raise DataError(f"expected messages with a text 'role' and 'content', found {message!r:.80}; add the role")
     role = _ROLES.get(name.lower())
     if role is None:
         raise DataError(f"expected the role system, user, assistant or tool, found {name!r:.40}; rename the role")
@@ -130,7 +130,7 @@ def normal_message(message: object, *, padded: bool = False) -> Message:
     if "content" not in fields and role == "assistant":
         raise DataError("expected words or tool calls in a message of the assistant, found none; drop the row")
     if "content" not in fields:
-        raise DataError(f"expected messages with a text 'role' and 'content', found {message!r:.80}")
+        raise DataError(f"expected messages with a text 'role' and 'content', found {message!r:.80}; add the text")
     return {"role": role, "content": _text(fields["content"])} | {
         key: value for key, value in fields.items() if key not in ("role", "content")
     }

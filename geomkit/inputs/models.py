@@ -145,7 +145,7 @@ def _device(wanted: str | None) -> str:
     except Exception as error:  # each backend of torch raises its own type
         raise DataError(
             f"expected a device of this machine such as cpu{', cuda' if torch.cuda.is_available() else ''}, found "
-            f"'{wanted}': {_reason(error)}"
+            f"'{wanted}': {_reason(error)}; give device='cpu'"
         ) from None
     return wanted
 

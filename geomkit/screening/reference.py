@@ -62,7 +62,7 @@ class SafetyReference:
 def safety_reference(
     model: nn.Module,
     safety: Sequence[Tokens],
-    usual: Sequence[Tokens],
+    moment_rows: Sequence[Tokens],
     pad: int,
     *,
     obeyed: Sequence[Tokens] | None = None,
@@ -80,13 +80,13 @@ def safety_reference(
     Args:
         model: A causal language model.
         safety: Refusals of forbidden requests.
-        usual: Rows from which Adam's second moment is estimated.
+        moment_rows: Rows from which Adam's second moment is estimated.
         pad: Id of the token that fills short rows.
         obeyed: Forbidden requests with answers that obey.
         preconditioned: Whether the preconditioned gradient is needed.
         layers: The choice of parameters.
         tokens_per_batch: Largest number of token positions in a batch.
-        seed: Seed of the draw of these rows.
+        seed: Seed of the draw from ``moment_rows``.
         progress: Show progress bars.
         workers: The workers that divide the examples.
 
@@ -96,10 +96,10 @@ def safety_reference(
     """
 
     def collected(rows: Sequence[Tokens]) -> dict[str, LayerGradient]:
-        found = collect_from_tokens(
+        gradients = collect_from_tokens(
             model, rows, pad, layers=layers, tokens_per_batch=tokens_per_batch, progress=progress, workers=workers
         )
-        return dict(found)
+        return dict(gradients)
 
     gradients = collected(safety)
     if obeyed is not None:
@@ -116,9 +116,14 @@ def safety_reference(
     }
     scaled = None
     if preconditioned:
-        drawn = Random(seed).sample(range(len(usual)), min(MOMENT_ROWS, len(usual)))
+        drawn = Random(seed).sample(range(len(moment_rows)), min(MOMENT_ROWS, len(moment_rows)))
         divisors = adam_divisors(
-            model, [usual[row] for row in drawn], pad, layers=layers, tokens_per_batch=tokens_per_batch, workers=workers
+            model,
+            [moment_rows[row] for row in drawn],
+            pad,
+            layers=layers,
+            tokens_per_batch=tokens_per_batch,
+            workers=workers,
         )
         # A parameter that no drawn row moves is not moved by Adam either.
         scaled = {

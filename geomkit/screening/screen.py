@@ -122,11 +122,11 @@ def screen(
         if compliance is not None:
             _refuse_shared(compliance, {"safety": refusals} | ({} if benign is None else {"benign": null}))
         make_folder(parts)
-    usual = rows if benign is None else null
+    moment_rows = rows if benign is None else null
     reference = safety_reference(
         model,
         refusals,
-        usual,
+        moment_rows,
         pad,
         obeyed=compliance,
         preconditioned=method == "adam",
@@ -140,7 +140,7 @@ def screen(
     scored: dict[str, RowScores] = {}
     for title, examples in (("screen", rows), ("null", null)):
         # Batches do not change the scores, but for rounding; everything else that does is in the key.
-        moment = usual.fingerprint if method == "adam" else ""
+        moment = moment_rows.fingerprint if method == "adam" else ""
         anchors = (refusals.fingerprint, compliance and compliance.fingerprint)
         key = repr((origin, anchors, examples.fingerprint, method, moment))
         scored[title] = score_rows(

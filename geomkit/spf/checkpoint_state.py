@@ -51,7 +51,9 @@ def load_state(folder: Path, description: Mapping[str, object]) -> dict[str, Ten
             saved = parse_json((file.metadata() or {}).get("spf", "{}"))
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
     except (SafetensorError, ValueError) as error:
-        raise SPFError(f"expected the state of SPF at {path}, found a corrupt file: {error}") from None
+        raise SPFError(
+            f"expected the state of SPF at {path}, found a corrupt file: {error}; resume from an earlier one"
+        ) from None
     _refuse_other_settings(path, _flat(saved), _flat(json.loads(_to_json(description))))
     return state
 

@@ -131,7 +131,9 @@ def _verdicts(judge: Judge | BatchJudge, prompts: Sequence[str], responses: Sequ
         return [Verdict(refused=judge(*pair)) for pair in zip(prompts, responses, strict=True)]
     verdicts = judge.verdicts(prompts, responses)
     if len(verdicts) != len(responses):
-        raise DataError(f"expected {len(responses)} verdicts of judge '{judge.name}', found {len(verdicts)}")
+        raise DataError(
+            f"expected {len(responses)} verdicts of judge '{judge.name}', found {len(verdicts)}; give one per response"
+        )
     return verdicts
 
 

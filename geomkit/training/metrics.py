@@ -129,7 +129,7 @@ def find_metric(metric: str | Metric) -> tuple[str, Metric | None]:
     if metric == PERPLEXITY:
         return PERPLEXITY, None
     if metric not in METRICS:
-        raise DataError(f"expected a metric, {', '.join(metric_names())}, found '{metric}'")
+        raise DataError(f"expected a metric, {', '.join(metric_names())}, found '{metric}'; choose one of these")
     function = METRICS[metric]
     if isinstance(function, Rouge):
         _scorer(function.kind)  # a package that is missing is named before anything runs

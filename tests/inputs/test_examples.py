@@ -93,7 +93,7 @@ def test_a_missing_file_lists_the_shipped_sets(name):
 
 
 def test_a_name_that_is_nothing_says_so():
-    with pytest.raises(DataError, match=r"'no-such-set' is no file and no shipped set .*safety.* from the hub failed"):
+    with pytest.raises(DataError, match=r"a shipped set \(.*safety.*\) or .* found 'no-such-set'"):
         load_examples("no-such-set")
 
 
