@@ -289,8 +289,8 @@ def _from_hub(name: str, split: str | None, config: str | None) -> "Dataset":
     except Exception as error:  # the client of the hub raises dozens of types; all mean that loading failed
         reason = " ".join(str(error).split())
         raise DataError(
-            f"expected a file, a shipped set ({_shipped_list()}) or a data set of the hub, found '{name}', which the hub "
-            f"did not give ({type(error).__name__}: {reason:.300}); check the path, the name and the network"
+            f"expected a file, a shipped set ({_shipped_list()}) or a data set of the hub, found '{name}', which the "
+            f"hub did not give ({type(error).__name__}: {reason:.300}); check the path, the name and the network"
         ) from None
 
 

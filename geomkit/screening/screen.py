@@ -117,10 +117,10 @@ def screen(
         rows, pad = encoded_for(model, tokenizer, train, progress)
         refusals, _ = encoded_for(model, tokenizer, safety, progress)
         null, _ = encoded_for(model, tokenizer, _shuffled(rows, seed) if benign is None else benign, progress)
-        compliance = None if obeyed is None else encoded_for(model, tokenizer, obeyed, progress)[0]
+        obeyed_rows = None if obeyed is None else encoded_for(model, tokenizer, obeyed, progress)[0]
         _refuse_few(null, benign is not None)
-        if compliance is not None:
-            _refuse_shared(compliance, {"safety": refusals} | ({} if benign is None else {"benign": null}))
+        if obeyed_rows is not None:
+            _refuse_shared(obeyed_rows, {"safety": refusals} | ({} if benign is None else {"benign": null}))
         make_folder(parts)
     moment_rows = rows if benign is None else null
     reference = safety_reference(
@@ -128,7 +128,7 @@ def screen(
         refusals,
         moment_rows,
         pad,
-        obeyed=compliance,
+        obeyed=obeyed_rows,
         preconditioned=method == "adam",
         layers=layers,
         tokens_per_batch=tokens_per_batch,
@@ -141,7 +141,7 @@ def screen(
     for title, examples in (("screen", rows), ("null", null)):
         # Batches do not change the scores, but for rounding; everything else that does is in the key.
         moment = moment_rows.fingerprint if method == "adam" else ""
-        anchors = (refusals.fingerprint, compliance and compliance.fingerprint)
+        anchors = (refusals.fingerprint, obeyed_rows and obeyed_rows.fingerprint)
         key = repr((origin, anchors, examples.fingerprint, method, moment))
         scored[title] = score_rows(
             model,
@@ -158,9 +158,9 @@ def screen(
     screening = Screening(
         method=method, rows=scored["screen"], null=scored["null"],
         null_kind="shuffled" if benign is None else "benign", top=(), top_tokens=(), token_note="",
-        data=texts_fingerprint(conversations_of(rows)), provenance=origin, obeyed=len(compliance or ()),
+        data=texts_fingerprint(conversations_of(rows)), provenance=origin, obeyed=len(obeyed_rows or ()),
         shared=0 if benign is None else _shared(null, rows),
-        obeyed_trained=0 if compliance is None else _shared(compliance, rows),
+        obeyed_trained=0 if obeyed_rows is None else _shared(obeyed_rows, rows),
     )  # fmt: skip
     top = tuple(np.argsort(-screening.scores, kind="stable")[:SHOWN].tolist())
     tokens, note = _top_tokens(model, tokenizer, [rows[row] for row in top], pad, reference.gradients, tokens_per_batch)
