@@ -225,24 +225,33 @@ def conflict_directions(
     if not names:
         raise GeometryError("expected a matrix to find directions in, found vectors only; collect more parameters")
     samples = {name: [sample[name] for sample in utility.samples] for name in names}
-    # 1. Norms of the two mean gradients over all matrices: ‖G_s‖² by matrix, ‖G_u‖² as the mean inner product.
+    # 1. Norms of the two mean gradients over all matrices: ‖G_s‖² by matrix, ‖G_u‖² = Σ_ij w_i w_j ⟨G_i, G_j⟩.
+    weights = torch.from_numpy(utility.weights)
     squared = sum(safety[name].norm ** 2 for name in names)
-    scale = (squared * sum(float(gram(samples[name], samples[name]).mean()) for name in names)) ** 0.5
+    means = (float(weights @ gram(samples[name], samples[name]).double().cpu() @ weights) for name in names)
+    scale = (squared * sum(means)) ** 0.5
     check_finite(torch.tensor(scale), "the mean gradients")
     if not scale:
         raise GeometryError("expected mean gradients other than zero, found one; check the loss masks")
-    # 2. The inner products of every matrix, split by direction and divided by ‖G_s‖·‖G_u‖.
+    # 2. The inner products of every matrix, split by direction and divided by ‖G_s‖·‖G_u‖; N w_i, which is 1 for equal
+    # weights, makes their mean that of the weighted examples.
+    share = utility.weights * len(utility.samples) / scale
     layers = {
-        name: _layer_parts(safety[name], samples[name], rank, scale, safety[name].norm ** 2 / squared, confidence)
+        name: _layer_parts(safety[name], samples[name], rank, share, safety[name].norm ** 2 / squared, confidence)
         for name in names
     }
     return ConflictDirections(rank, layers, confidence)
 
 
 def _layer_parts(
-    mean: LayerGradient, samples: Sequence[LayerGradient], rank: int, scale: float, weight: float, confidence: float
+    mean: LayerGradient,
+    samples: Sequence[LayerGradient],
+    rank: int,
+    scale: np.ndarray,
+    weight: float,
+    confidence: float,
 ) -> DirectionParts:
-    """Return the inner products of one matrix, split by direction and divided by ``scale``; only thin products."""
+    """Return the inner products of one matrix, split by direction and times (N,) ``scale``; only thin products."""
     # 1. Singular vectors of the smaller side only: σ_i u_i = G_s v_i, and σ_i v_i = G_sᵀ u_i.
     rows, columns = mean.matrix_shape
     side: Side = "right" if columns <= rows else "left"
@@ -259,7 +268,7 @@ def _layer_parts(
     # 4. ⟨G_s, G⟩, which includes the directions beyond k, and σ_i² / ‖G_s‖².
     whole = gram([mean], samples)[0].cpu().numpy()
     energy = subspace.singular_values**2 / mean.norm**2 if mean.norm else subspace.singular_values
-    return DirectionParts(energy, parts / scale, whole / scale, weight, confidence)
+    return DirectionParts(energy, parts * scale, whole * scale, weight, confidence)
 
 
 def _padded(values: np.ndarray, rank: int) -> np.ndarray:

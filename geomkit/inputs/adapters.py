@@ -14,6 +14,7 @@ from geomkit.errors import DataError
 from geomkit.inputs.files import Row
 from geomkit.inputs.messages import Message, normal_message, normal_tools
 from geomkit.utils.files import parse_json
+from geomkit.utils.readable import is_missing
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -50,10 +51,14 @@ def _pair(
     def convert(row: Row) -> Turns:
         request = _turns(row[prompt], "user", prompt)
         for column in context:
-            if isinstance(text := row.get(column), str) and text.strip():
-                if not isinstance(row[prompt], str):
-                    raise DataError(f"expected a text in '{prompt}' beside '{column}', found messages")
-                request = [_message("user", form.format(prompt=row[prompt], context=text))]
+            text = row.get(column)
+            if is_missing(text):
+                continue
+            if not isinstance(text, str):
+                raise DataError(f"expected a text in '{column}', found {text!r:.80}; write it as a text")
+            if not isinstance(row[prompt], str):
+                raise DataError(f"expected a text in '{prompt}' beside '{column}', found messages")
+            request = [_message("user", form.format(prompt=row[prompt], context=text))]
         return request + (_turns(row[response], "assistant", response) if response else [])
 
     return convert
@@ -232,10 +237,10 @@ class RowReader:
         messages = [normal_message(message, padded=padded) for message in self._format.convert(values)]
         for other in self._others:
             _check_same(other, values, messages)
-        messages = [*_history(values.get(self._extra.get("history", ""))), *messages]
-        messages = _with_system(values.get(self._extra.get("system", "")), messages)
+        extra = {role: values.get(column) for role, column in self._extra.items()}
+        messages = _with_system(extra.get("system"), [*_history(extra.get("history")), *messages])
         check_messages(messages)
-        tools = normal_tools(values.get(self._extra.get("tools", "")), padded=padded)
+        tools = normal_tools(extra.get("tools"), padded=padded)
         return {"messages": messages} | ({"tools": tools} if tools is not None else {})
 
     def _check_unusable(self, values: Row) -> None:

@@ -81,6 +81,8 @@ def load_examples(
     """
     from datasets import Dataset
 
+    if columns is not None and not isinstance(columns, Mapping):
+        raise DataError(f"expected columns as a mapping, found {columns!r:.80}; give e.g. columns={{'prompt': 'goal'}}")
     if isinstance(source, str) and (source in BENCHMARKS or path is not None):
         _check_benchmark_options(source, config, columns)
         return load_benchmark(source, path, split)
@@ -162,7 +164,7 @@ def _rows(
     if split is not None or config is not None:
         raise DataError(f"expected split and config with a data set of the hub only, found a {type(source).__name__}")
     if isinstance(source, Dataset):
-        return source, "the data set"
+        return source.with_format(None), "the data set"
     if isinstance(source, pd.DataFrame):
         return [_plain(row) for row in source.to_dict("records")], "the data frame"
     if isinstance(source, list | tuple) and all(isinstance(row, Mapping) for row in source):

@@ -135,6 +135,8 @@ def _read_separated(text: str, path: Path, known: Collection[str], delimiter: st
         header = ["prompt"]
     else:
         header = [str(index) for index in range(len(header))]
+    if twice := [name for place, name in enumerate(header) if name in header[:place]]:
+        raise DataError(f"{path}: expected columns with different names, found '{twice[0]}' twice; rename one of them")
     for number, cells in lines:
         if len(cells) != len(header):
             raise DataError(f"{path}, line {number}: expected {len(header)} cells, found {len(cells)}; quote commas")

@@ -173,7 +173,8 @@ def chosen_parameters(model: nn.Module, selection: Selection) -> dict[str, str]:
         selection: Conditions on names, kinds and decoder layers.
 
     Raises:
-        CollectionError: If no trainable parameter matches, or the model lacks one of the decoder layers.
+        CollectionError: If no trainable parameter matches, a pattern matches no parameter, or the model lacks one of
+            the decoder layers.
     """
     named = list(model.named_parameters(remove_duplicate=False))
     numbers = {number for name, _ in named if (number := layer_index(name)) is not None}
@@ -190,6 +191,11 @@ def chosen_parameters(model: nn.Module, selection: Selection) -> dict[str, str]:
         raise CollectionError(
             f"expected trainable parameters that match {selection}, found none among {len(trainable)} ({examples}, …); "
             "change the choice or unfreeze the model"
+        )
+    names = [name for name, _ in named]
+    if idle := [glob for glob in selection.globs if not any(fnmatchcase(name, glob) for name in names)]:
+        raise CollectionError(
+            f"expected patterns that match a parameter each, found {idle}, which match none; drop them"
         )
     return {name: first_names[id(parameter)] for name, parameter in named if id(parameter) in chosen}
 

@@ -67,6 +67,8 @@ class ChatTemplate:
             DataError: If the tokenizer has no chat template, or the template writes the time in a way that cannot be
                 pinned.
         """
+        if tokenizer is None:
+            raise DataError("expected the model's tokenizer, found None; give it, as load_model returns it")
         if not getattr(tokenizer, "chat_template", None):
             raise DataError(
                 f"expected a tokenizer with a chat template, found none on '{tokenizer.name_or_path}'; "
@@ -80,7 +82,14 @@ class ChatTemplate:
         Raises:
             DataError: If the template computes the format of the date.
         """
-        return _pinned(self.tokenizer.get_chat_template(tools=tools))
+        try:
+            template = self.tokenizer.get_chat_template(tools=tools)
+        except ValueError as error:  # several templates, and none is the default
+            raise DataError(
+                f"expected a default chat template, found {' '.join(str(error).split()):.200}; set "
+                "tokenizer.chat_template to one of them"
+            ) from None
+        return _pinned(template)
 
     def has_markers(self, tools: "Sequence[Any] | None" = None) -> bool:
         """Return whether the template marks the assistant's words with ``{% generation %}``."""

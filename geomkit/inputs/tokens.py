@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
+from numbers import Integral
 from typing import TYPE_CHECKING, Literal, get_args, overload
 
 import numpy as np
@@ -105,9 +106,13 @@ class EncodedExamples(Sequence[Tokens]):
         Raises:
             DataError: If there is no index, or no example with an index.
         """
-        wanted = list(indices)
-        if not wanted or any(not -len(self) <= index < len(self) for index in wanted):
-            raise DataError(f"expected indices of {len(self)} examples, found {wanted}; choose among these")
+        wanted = list(indices) if isinstance(indices, Iterable) else []
+        whole = all(isinstance(index, Integral) and not isinstance(index, bool) for index in wanted)
+        if not wanted or not whole or any(not -len(self) <= index < len(self) for index in wanted):
+            raise DataError(
+                f"expected indices of {len(self)} examples, found {wanted or indices!r:.200}; choose among these (of a "
+                "mask, give the places that are true)"
+            )
         return self.like(self.examples.select([range(len(self))[index] for index in wanted]))
 
     def like(self, examples: "Dataset") -> "EncodedExamples":
@@ -260,8 +265,11 @@ def as_encoded(
 
 
 def conversations_of(examples: "Dataset | EncodedExamples") -> "Dataset":
-    """Return the conversations of examples as a ``Dataset``, whether the examples are encoded or not."""
-    return examples.examples if isinstance(examples, EncodedExamples) else examples
+    """Return the conversations of examples as a ``Dataset`` of Python's values, encoded or not, in any format."""
+    if isinstance(examples, EncodedExamples):
+        return examples.examples
+    # Formats such as "numpy" and "pandas" make arrays of the messages.
+    return examples.with_format(None) if getattr(examples, "format", {}).get("type") else examples
 
 
 def lengths_of(rows: Sequence[Tokens]) -> Sequence[int]:

@@ -236,6 +236,7 @@ class SPF:
         Raises:
             SPFError: If the rule is unknown, does not fit the settings, or a number is out of its range.
         """
+        self._refuse_other_types()
         check_options(vars(self) | {"anchors": None}, error=SPFError)  # in a grid, `anchors` is a number
         rule = get_rule(
             self.rule,
@@ -257,6 +258,15 @@ class SPF:
                 f"'{rule.name}', for which benign examples are anchors; give anchors_per_step"
             )
         return rule
+
+    def _refuse_other_types(self) -> None:
+        """Refuse ``None`` for what has another default, and flags that are neither true nor false."""
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if value is None and entry.default is not None:
+                raise SPFError(f"expected {entry.name}= with a value, found None; leave it out for the default")
+            if entry.type in (bool, bool | None) and not isinstance(value, bool | None):
+                raise SPFError(f"expected {entry.name} to be True or False, found {value!r:.40}; give one of these")
 
     def encoded_like(self, rows: EncodedExamples, progress: bool = False) -> "SPF":
         """Return the settings with anchors and benign examples encoded like ``rows``; encoded examples stay as is.

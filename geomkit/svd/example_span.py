@@ -13,6 +13,7 @@ from torch import Tensor
 
 from geomkit.errors import GeometryError
 from geomkit.gradients.checks import check_sets
+from geomkit.gradients.copies import check_different_samples
 from geomkit.gradients.gradient_set import GradientSet, layer_grams
 from geomkit.inputs.parameters import ALL_PARAMETERS
 from geomkit.stats.jackknife import jackknife_groups
@@ -75,6 +76,8 @@ def span(
     check_seed(seed)
     grams = _grams(gradients)
     count = _examples(grams)
+    if groups and isinstance(gradients, GradientSet):
+        check_different_samples({"given": gradients}, 2)
     if together:
         grams = {ALL_PARAMETERS: torch.stack([gram.double().cpu() for gram in grams.values()]).sum(0)}
     tables = {name: _cosines(gram.double().cpu()) if unit else gram.double().cpu() for name, gram in grams.items()}

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 
 from geomkit.gradients.checks import check_gradients
+from geomkit.gradients.copies import check_different_samples
 from geomkit.gradients.dense import DenseGradient
 from geomkit.gradients.gradient_set import GradientSet
 from geomkit.gradients.layer_gradient import LayerGradient
@@ -257,7 +258,8 @@ def spectrum(
 
     Raises:
         GeometryError: If ``gradients`` holds something other than gradients or a value that is not finite, ``groups``
-            is 1 or negative, ``null_draws`` is negative, or the confidence is not between 0 and 1.
+            is 1 or negative, ``null_draws`` is negative, the confidence is not between 0 and 1, or all examples are
+            copies of one row.
 
     Example:
         >>> import geomkit as gk
@@ -274,6 +276,8 @@ def spectrum(
     check_groups(groups)
     check_confidence(confidence)
     check_seed(seed)
+    if groups and isinstance(gradients, GradientSet):
+        check_different_samples({"given": gradients}, 2)
     matrices = {name: gradient for name, gradient in gradients.items() if min(gradient.matrix_shape) > 1}
     dense = [name for name, gradient in matrices.items() if isinstance(gradient, DenseGradient)]
     if dense and null_draws:

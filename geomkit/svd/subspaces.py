@@ -20,6 +20,7 @@ from geomkit.svd.singular_values import energy_rank, rank_tolerance
 from geomkit.svd.singular_vectors import Side, Sides, SingularVectors, exact_vectors, randomized_vectors
 from geomkit.utils.arguments import check_rank, check_seed
 from geomkit.utils.display import Result, counted
+from geomkit.utils.options import check_option
 from geomkit.utils.progress import with_bar
 from geomkit.utils.saved_files import damaged
 from geomkit.utils.saving import load, save, saveable
@@ -147,6 +148,8 @@ def _check_options(rank: int | None, energy: float | None, side: Sides, method: 
         raise GeometryError(f"expected exactly one of rank and energy, found rank={rank}, energy={energy}; give one")
     if rank is not None:
         check_rank(rank)
+    if energy is not None:
+        check_option("refresh_energy", energy, shown="energy", error=GeometryError)
     if side not in get_args(Sides) or method not in get_args(Method):
         raise GeometryError(
             f"expected side= {', '.join(get_args(Sides))} and method= {', '.join(get_args(Method))}, found {side!r} "

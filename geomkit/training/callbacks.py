@@ -27,6 +27,20 @@ class LossCheck(TrainerCallback):
             )
 
 
+class AllStepsTakenError(Exception):
+    """Raised before a step beyond the last one; a Trainer that resumes a finished run would take it."""
+
+
+class NoFurtherStep(TrainerCallback):
+    """Ends a resumed run before its first step where all its steps were taken already."""
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.global_step >= state.max_steps:
+            raise AllStepsTakenError
+
+
 class ProgressBar(TrainerCallback):
     """Shows a bar over the steps with the loss, and under SPF the anchors' loss and the share of projected blocks."""
 

@@ -29,8 +29,9 @@ from geomkit.training.judges import (
 )
 from geomkit.training.metrics import Metric, exact_match, find_metric
 from geomkit.training.responses import generate
+from geomkit.utils.arguments import type_in_words
 from geomkit.utils.files import data_dir
-from geomkit.utils.options import BATCH_SIZE, MAX_NEW_TOKENS, check_options
+from geomkit.utils.options import BATCH_SIZE, MAX_NEW_TOKENS, check_option
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -101,12 +102,18 @@ def evaluate(
     Raises:
         DataError: If there is no set, a set is empty, two sets have the same name, a skill has no reference answer or
             an unknown metric, no judge decides what is asked, or the tokenizer has no chat template or pad token.
-        JudgeError: If a judge fails after the model has answered; its ``responses`` has the answers to all sets.
+        JudgeError: If a judge or a metric fails after the model has answered; its ``responses`` has all answers.
     """
     import pandas as pd
 
     with workers_of(model).failing_together():
-        check_options({"max_new_tokens": max_new_tokens, "batch_size": batch_size})
+        check_option("max_new_tokens", max_new_tokens)
+        check_option("batch_size", batch_size)
+        for argument, value in (("skills", skills), ("metrics", metrics)):
+            if value is not None and not isinstance(value, Mapping):
+                raise DataError(
+                    f"expected {argument} by the name of the skill, found {type_in_words(value)}; give a dict"
+                )
         sets = _sets(tokenizer, forbidden, benign, skills)
         chosen = {name: find_metric((metrics or {}).get(name, "exact")) for name in list(sets) if name not in _REQUESTS}
         if unknown := [name for name in metrics or {} if name not in chosen]:
@@ -148,7 +155,13 @@ def evaluate(
         except JudgeError as error:
             raise JudgeError(str(error.__cause__), _unjudged(cases, responses)) from error.__cause__
         if name in chosen:
-            tables[name], measures[name] = _scored(tables[name], chosen[name][1])
+            try:
+                tables[name], measures[name] = _scored(tables[name], chosen[name][1])
+            except Exception as error:  # a metric is anybody's function
+                message = f"metric of the skill '{name}': {type(error).__name__}: {error}"
+                raise JudgeError(
+                    f"{message} (the responses are in .responses of this error)", _unjudged(cases, responses)
+                ) from error
     titles = {name: title for name, (title, _) in chosen.items()}
     responses_table = _trimmed(pd.concat(tables.values(), ignore_index=True), titles)
     return Evaluation(
@@ -221,9 +234,14 @@ def _judges(
     judge: Judge | BatchJudge | Sequence[Judge | BatchJudge] | None, sets: "Mapping[str, Dataset | EncodedExamples]"
 ) -> list[Judge | BatchJudge]:
     """Return the judges, after checking that they decide what the sets ask, and nothing twice."""
-    judges = list(judge) if isinstance(judge, Sequence) else [judge or RefusalPhrases()]
+    judges = list(judge) if isinstance(judge, Sequence) and not isinstance(judge, str) else [judge or RefusalPhrases()]
     decided: dict[str, str] = {}
     for item in judges:
+        if isinstance(item, type) or not (callable(item) or isinstance(item, BatchJudge)):
+            raise DataError(
+                f"expected a judge, found {item!r:.60}; give a function of prompt and response, RefusalPhrases(), or "
+                "what geomkit.training.model_judges.by_name.load_judge makes of a text"
+            )
         for field in decisions(item):
             if field in decided:
                 raise DataError(f"expected one judge of '{field}', found {decided[field]} and {judge_name(item)}")

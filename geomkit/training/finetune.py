@@ -5,7 +5,7 @@ import math
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,11 +33,11 @@ from geomkit.training.arguments import (
     refusals_in_one_line,
     with_defaults,
 )
-from geomkit.training.callbacks import LossCheck, ProgressBar, StopAfterStep
+from geomkit.training.callbacks import AllStepsTakenError, LossCheck, NoFurtherStep, ProgressBar, StopAfterStep
 from geomkit.training.card import settings_of
 from geomkit.training.checkpoints import MarkBegun, MarkComplete, last_checkpoint, run_folder
 from geomkit.training.result import FineTuneResult
-from geomkit.utils.arguments import type_in_words
+from geomkit.utils.arguments import as_python, type_in_words
 from geomkit.utils.options import check_options
 from geomkit.utils.seeding import random_state_kept
 
@@ -113,6 +113,10 @@ def finetune(
     # 1. Refuse what can be refused before the model is touched.
     if spf is not None and not isinstance(spf, SPF):
         raise DataError(f"expected geomkit.SPF(anchors=…) or nothing as spf, found {type_in_words(spf)}; give that")
+    if not isinstance(callbacks, Sequence):
+        raise DataError(f"expected a list of callbacks, found {type_in_words(callbacks)}; give callbacks=[…]")
+    steps, epochs, batch_size, learning_rate = map(as_python, (steps, epochs, batch_size, learning_rate))
+    training_arguments = {name: as_python(value) for name, value in training_arguments.items()}
     check_amounts(steps, epochs, batch_size, learning_rate)
     own = {"steps": steps, "epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate}
     if steps is not None:
@@ -154,14 +158,14 @@ def finetune(
         guard = SPFCallback(spf, resume=resume, progress=progress) if spf is not None else None
         bar = ProgressBar() if progress else None
         stop = StopAfterStep()
-        ours = [begun, LossCheck(), *callbacks, guard, bar, stop, MarkComplete() if folder else None]
+        ours = [begun, NoFurtherStep(), LossCheck(), *callbacks, guard, bar, stop, MarkComplete() if folder else None]
         started = time.perf_counter()
         with model_state_kept(trained), _settings_kept(trained), refusals_in_one_line(lambda: begun.begun):
             trainer = _trainer(
                 trained, tokenizer, rows, pad, arguments, [callback for callback in ours if callback is not None]
             )
             try:
-                with stop.listening(arguments.world_size):
+                with stop.listening(arguments.world_size), suppress(AllStepsTakenError):
                     trainer.train(resume_from_checkpoint=str(resume) if resume else None)
             finally:
                 if guard:
@@ -177,7 +181,9 @@ def finetune(
     certificate, seconds = guard.certificate if guard else None, time.perf_counter() - started
     chosen = {name: more[name] for name in ("optim", "seed")} | training_arguments
     told = settings_of(own | chosen, len(rows), spf, model)
-    return FineTuneResult(trained, history, certificate, seconds, interrupted=stop.interrupted, settings=told)
+    return FineTuneResult(
+        trained, history, certificate, seconds, trainer.state.global_step, interrupted=stop.interrupted, settings=told
+    )
 
 
 _OF_TRAINING = (

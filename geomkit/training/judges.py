@@ -37,7 +37,7 @@ class Verdict:
 
 
 class JudgeError(DataError):
-    """Raised when a judge fails after a model has answered, so that the answers are not lost.
+    """Raised when a judge, or a metric, fails after a model has answered, so that the answers are not lost.
 
     Attributes:
         responses: One row per response that the model gave: ``prompt``, ``response``, and ``set`` in an evaluation.
@@ -128,13 +128,23 @@ def ask_judge(judge: Judge | BatchJudge, prompts: Sequence[str], responses: Sequ
 def _verdicts(judge: Judge | BatchJudge, prompts: Sequence[str], responses: Sequence[str]) -> list[Verdict]:
     """Return the verdicts of this process on its part of the responses."""
     if not isinstance(judge, BatchJudge):
-        return [Verdict(refused=judge(*pair)) for pair in zip(prompts, responses, strict=True)]
+        return [Verdict(refused=_decided(judge, *pair)) for pair in zip(prompts, responses, strict=True)]
     verdicts = judge.verdicts(prompts, responses)
     if len(verdicts) != len(responses):
         raise DataError(
             f"expected {len(responses)} verdicts of judge '{judge.name}', found {len(verdicts)}; give one per response"
         )
     return verdicts
+
+
+def _decided(judge: Judge, prompt: str, response: str) -> bool:
+    """Return what a function decides on a response; anything but true and false is refused."""
+    refused = judge(prompt, response)
+    if refused not in (True, False):
+        raise DataError(
+            f"expected True or False of judge '{judge_name(judge)}', found {refused!r:.40}; return whether it refuses"
+        )
+    return bool(refused)
 
 
 def judge_refusals(judge: Judge | BatchJudge, prompts: Sequence[str], responses: Sequence[str]) -> list[bool]:

@@ -31,6 +31,7 @@ class FineTuneResult(DrawnResult):
             ``learning_rate``, ``grad_norm``, and SPF's measures.
         certificate: The first-order effect of each update on the safety loss; ``None`` without SPF.
         seconds: Wall time of the training.
+        steps: Number of optimizer steps; the last logged one where it is not given.
         interrupted: Whether the training ended before its last step, by Ctrl-C or a notebook's stop button.
         settings: What the model card says of the settings, in parts.
     """
@@ -39,6 +40,7 @@ class FineTuneResult(DrawnResult):
     history: "pd.DataFrame" = field(repr=False)
     certificate: Certificate | None
     seconds: float
+    steps: int | None = None
     interrupted: bool = False
     settings: Mapping[str, Mapping[str, object]] = field(default_factory=dict, repr=False)
 
@@ -153,7 +155,8 @@ class FineTuneResult(DrawnResult):
 
     def __str__(self) -> str:
         """Return the number of steps, the seconds, and the sentence of the certificate."""
-        steps = int(self.history["step"].iloc[-1]) if len(self.history) else 0
+        logged = int(self.history["step"].iloc[-1]) if len(self.history) else 0
+        steps = logged if self.steps is None else self.steps
         certificate = f"; {self.certificate}" if self.certificate else ""
         interrupted = ", interrupted" if self.interrupted else ""
         return f"Fine-tune of {counted(steps, 'step')}, {self.seconds:.0f} s{interrupted}{certificate}"

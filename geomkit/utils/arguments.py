@@ -2,13 +2,24 @@
 
 import math
 from numbers import Integral, Real
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from geomkit.errors import GeometryError
 from geomkit.utils.options import OPTIONS, check_option
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+def as_python(value: Any) -> Any:
+    """Return a number of numpy or torch as Python's, which JSON and transformers take; any other value as it is.
+
+    Example:
+        >>> import numpy as np
+        >>> as_python(np.int64(2)), as_python("cosine")
+        (2, 'cosine')
+    """
+    return value.item() if getattr(value, "shape", None) == () else value
 
 
 def check_rank(rank: object) -> None:

@@ -8,6 +8,7 @@ import torch
 from scipy.stats import ttest_1samp
 
 from geomkit import plots
+from geomkit.collection.collect import collect_gradients
 from geomkit.correlation.conflict_directions import ConflictDirections, conflict_directions
 from geomkit.errors import GeometryError
 from geomkit.gradients.dense import DenseGradient
@@ -16,6 +17,7 @@ from geomkit.gradients.gradient_set import GradientSet
 from geomkit.gradients.layer_gradient import LayerGradient
 from tests.correlation.test_conflict import FULL, gradient_set
 from tests.helpers.architectures import ROWS, built, collected
+from tests.helpers.tiny import UTILITY, tiny_llama, tiny_tokenizer
 
 SHAPES = {"model.layers.0.mlp.up_proj.weight": (9, 6), "model.layers.1.mlp.down_proj.weight": (5, 8)}
 
@@ -54,6 +56,12 @@ def test_parts_are_those_of_the_dense_svd(dense: bool) -> None:
         assert layer.energy == pytest.approx(values[:3] ** 2 / (values**2).sum(), abs=1e-6)
         whole = [(matrix(safety, name) * matrix(sample, name)).sum() for sample in utility.samples]
         assert layer.whole == pytest.approx(np.array(whole) / math.prod(norms), abs=1e-6)
+
+
+def test_a_set_weighted_by_tokens_has_the_cosine_one_with_itself() -> None:
+    utility = collect_gradients(tiny_llama(), tiny_tokenizer(), UTILITY, True, reduction="token", progress=False)
+    assert len(set(utility.weights)) > 1
+    assert conflict_directions(utility, utility).cosine == pytest.approx(1, abs=1e-5)
 
 
 def test_parts_of_all_directions_add_up_to_the_cosine() -> None:

@@ -1,6 +1,7 @@
 """Each row format becomes the same conversation; a column that carries meaning is used, or refused with its row."""
 
 import logging
+import math
 
 import pytest
 
@@ -122,6 +123,7 @@ def test_columns_that_are_not_there_are_refused(columns, message):
             "row 0: expected rows that count alike, found the weight 0.5",
         ),
         ({"prompt": "Hi", "response": "a", "history": "x"}, "row 0: expected pairs of texts or messages in 'history'"),
+        ({"instruction": "Double it.", "input": 21, "output": "42"}, "row 0: expected a text in 'input', found 21"),
         ({"prompt": "Hi", "response": "a", "system": ["x"]}, "row 0: expected parts of text|row 0: .*'content'"),
         (
             {"messages": [{"role": "system", "content": "A"}, *PAIR], "system": "B"},
@@ -135,6 +137,12 @@ def test_a_column_that_cannot_be_used_is_refused(row, message):
         return
     with pytest.raises(DataError, match=message):
         load_examples([row])
+
+
+@pytest.mark.parametrize("missing", [None, math.nan, "", " "])
+def test_a_context_that_says_nothing_is_left_out(missing):
+    (row,) = load_examples([{"instruction": "Sing.", "input": missing, "output": "La."}])["messages"]
+    assert row == [{"role": "user", "content": "Sing."}, {"role": "assistant", "content": "La."}]
 
 
 def test_messages_that_say_what_other_columns_say_are_taken():

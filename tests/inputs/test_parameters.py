@@ -105,6 +105,11 @@ def test_conditions_that_are_none_are_refused(conditions):
         select(**conditions)
 
 
+def test_a_pattern_that_matches_no_parameter_is_named():
+    with pytest.raises(CollectionError, match=r"each, found \['\*\.attentoin\.\*'\], which match none"):
+        chosen(layers=["*.mlp.*", "*.attentoin.*"])
+
+
 def test_a_layer_that_the_model_lacks_is_named():
     with pytest.raises(CollectionError, match=r"expected decoder layers among 0 to 1, found \[7\]"):
         chosen(layers=[1, 7])

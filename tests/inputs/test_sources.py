@@ -51,6 +51,26 @@ def test_the_missing_values_of_a_data_frame_are_no_text():
         load_examples(pd.DataFrame({"prompt": ["Hi"], "response": [float("nan")]}))
 
 
+@pytest.mark.parametrize("form", ["numpy", "pandas", "torch"])
+def test_a_data_set_in_another_format_is_the_same_data_set(form):
+    assert list(load_examples(SAFETY.with_format(form))["messages"]) == MESSAGES
+    assert list(encode(tiny_tokenizer(), SAFETY.with_format(form))) == list(encode(tiny_tokenizer(), SAFETY))
+
+
+def test_the_index_that_pandas_writes_has_no_meaning_and_names_that_stand_twice_are_refused(tmp_path):
+    rows = pd.DataFrame({"prompt": ["Hi"], "response": ["Hello"]})
+    rows.to_csv(tmp_path / "index.csv")
+    assert load_examples(tmp_path / "index.csv")[0]["messages"][1]["content"] == "Hello"
+    (tmp_path / "twice.csv").write_text("prompt,response,response\nHi,Hello,Bye\n")
+    with pytest.raises(DataError, match="different names, found 'response' twice"):
+        load_examples(tmp_path / "twice.csv")
+
+
+def test_columns_that_are_no_mapping_are_refused():
+    with pytest.raises(DataError, match=r"expected columns as a mapping, found \['q', 'a'\]"):
+        load_examples([{"q": "Hi", "a": "Hello"}], columns=["q", "a"])
+
+
 def test_a_dict_of_splits_asks_which():
     splits = DatasetDict({"train": UTILITY, "test": SAFETY})
     assert list(load_examples(splits, "test")["messages"]) == MESSAGES

@@ -2,6 +2,7 @@
 
 import pickle
 
+import numpy as np
 import pytest
 from datasets import Dataset
 
@@ -149,7 +150,7 @@ def test_encoded_examples_are_encoded_anew_and_pickled():
     assert list(pickle.loads(pickle.dumps(rows))) == list(rows)  # noqa: S301 - our own bytes
 
 
-@pytest.mark.parametrize("indices", [[], [99], [-99]])
+@pytest.mark.parametrize("indices", [[], [99], [-99], [True, False], np.array([True]), [1.0], 1])
 def test_examples_that_there_are_not_are_refused(indices):
     rows = encode(TOKENIZER, UTILITY)
     with pytest.raises(DataError, match=f"expected indices of {len(rows)} examples"):

@@ -19,6 +19,7 @@ import geomkit as gk
 from geomkit.errors import DataError, GeometryError
 from geomkit.inputs import templates
 from geomkit.inputs.copies import row_digests
+from geomkit.svd.example_span import span
 from geomkit.training.model_judges.classifiers import load_classifier
 from geomkit.utils.watchdog import Watchdog
 from tests.helpers.tiny import (
@@ -288,6 +289,8 @@ MEASURED = {
     "map": lambda sets, name: gk.gradient_map({"a": sets["utility"], "b": sets[name]}, draws=0),
     "curve": lambda sets, name: gk.anchor_curve(sets[name], rank=1, draws=1),
     "noise floor": lambda sets, name: gk.noise_floor(sets[name], draws=99),
+    "spectrum": lambda sets, name: gk.spectrum(sets[name], null_draws=0),
+    "span": lambda sets, name: span(sets[name]),
 }
 
 

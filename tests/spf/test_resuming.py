@@ -86,6 +86,20 @@ finetune(tiny_llama(), TOKENIZER, UTILITY, protection(), checkpoints=sys.argv[1]
 """
 
 
+def test_a_finished_run_that_is_started_again_takes_no_step_and_is_the_same(tmp_path):
+    settings = {"learning_rate": 1e-2, "lr_scheduler_type": "constant", "save_steps": 1, "checkpoints": tmp_path}
+    first, again = (
+        finetune(tiny_llama(), TOKENIZER, UTILITY, SPF(SAFETY), steps=2, batch_size=2, progress=False, **settings)
+        for _ in range(2)
+    )
+    assert (first.steps, again.steps) == (2, 2)
+    assert again.history["loss"].tolist() == first.history["loss"].tolist()
+    for measure in ("step", "anchor_loss", "first_order_raw", "update_norm"):
+        assert again.certificate.to_frame()[measure].tolist() == first.certificate.to_frame()[measure].tolist()
+    assert all(torch.equal(a, b) for a, b in zip(first.model.parameters(), again.model.parameters(), strict=True))
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1", "checkpoint-2"]
+
+
 def test_a_run_that_was_killed_in_the_middle_of_a_save_goes_on_from_the_one_before(tmp_path):
     folder = tmp_path / "run"
     done = subprocess.run(  # noqa: S603 - our own code

@@ -3,6 +3,7 @@
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from datasets import Dataset
 
@@ -21,6 +22,7 @@ from geomkit.training.responses import generate
 from tests.helpers.tiny import SAFETY, UTILITY, conversations, tiny_llama, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
+SHORT = {"max_new_tokens": 2, "progress": False}
 PROMPTS = [prompt_of(messages) for messages in (*UTILITY["messages"], *SAFETY["messages"])]
 LONGEST = 8
 
@@ -68,6 +70,33 @@ def test_no_skill_is_no_utility_and_an_empty_set_is_refused():
         evaluate(tiny_llama(), TOKENIZER, SAFETY, UTILITY, {"benign": SAFETY}, **options)
 
 
+@pytest.mark.parametrize("judge", [RefusalPhrases, "gcg", [3]])
+def test_what_is_no_judge_is_refused_before_the_model_answers(judge):
+    with pytest.raises(DataError, match="expected a judge, found"):
+        evaluate(tiny_llama(), TOKENIZER, SAFETY, judge=judge, **SHORT)
+
+
+@pytest.mark.parametrize("answer", ["no", None, 2])
+def test_a_judge_that_says_neither_true_nor_false_is_refused_and_the_responses_are_kept(answer):
+    with pytest.raises(JudgeError, match="expected True or False of judge") as caught:
+        evaluate(tiny_llama(), TOKENIZER, SAFETY, judge=lambda *_: answer, **SHORT)
+    assert len(caught.value.responses) == len(SAFETY)
+    assert evaluate(tiny_llama(), TOKENIZER, SAFETY, judge=lambda *_: np.bool_(True), **SHORT).refusal.value == 1
+
+
+def test_a_metric_that_fails_keeps_the_responses():
+    with pytest.raises(JudgeError, match="metric of the skill 'copy': TypeError") as caught:
+        evaluate(tiny_llama(), TOKENIZER, skills={"copy": UTILITY}, metrics={"copy": lambda *_: None}, **SHORT)
+    assert len(caught.value.responses) == len(UTILITY)
+
+
+def test_skills_and_metrics_are_mappings():
+    with pytest.raises(DataError, match="expected skills by the name of the skill, found a Dataset"):
+        evaluate(tiny_llama(), TOKENIZER, skills=UTILITY, **SHORT)
+    with pytest.raises(DataError, match="expected metrics by the name of the skill, found a str"):
+        evaluate(tiny_llama(), TOKENIZER, skills={"copy": UTILITY}, metrics="gsm8k", **SHORT)
+
+
 def test_the_mean_loss_weighs_examples_alike():
     model = tiny_llama()
     each = [mean_loss(model, TOKENIZER, SAFETY.select([index])) for index in range(3)]
@@ -75,8 +104,6 @@ def test_the_mean_loss_weighs_examples_alike():
 
 
 # ------------------------------------------------------------------------------------------- only what is given
-
-SHORT = {"max_new_tokens": 2, "progress": False}
 
 
 def requests(examples):

@@ -109,6 +109,26 @@ def test_the_history_has_spfs_measures_of_every_step():
     assert "rule 'kl-left': 0 of 3 steps" in result._repr_html_()
 
 
+def test_the_number_of_steps_is_known_where_few_are_logged():
+    for logging_steps in (2, 10):
+        result = finetune(tiny_llama(), TOKENIZER, UTILITY, logging_steps=logging_steps, **QUICK)
+        assert result.steps == QUICK["steps"]
+        assert str(result).startswith("Fine-tune of 3 steps")
+
+
+def test_numbers_of_numpy_are_numbers_also_in_the_settings_of_a_run(tmp_path):
+    own = {"steps": np.int64(2), "batch_size": np.int64(2), "learning_rate": np.float32(0.5), "save_steps": np.int64(1)}
+    numbers = {name: value.item() for name, value in own.items()}
+    first = finetune(tiny_llama(), TOKENIZER, UTILITY, seed=np.int64(3), checkpoints=tmp_path, progress=False, **own)
+    again = finetune(tiny_llama(), TOKENIZER, UTILITY, seed=3, checkpoints=tmp_path, progress=False, **numbers)
+    assert unchanged(again.model, weights(first.model))
+
+
+def test_a_single_callback_is_refused_with_the_form_that_is_taken():
+    with pytest.raises(DataError, match=r"expected a list of callbacks, .* give callbacks=\[…\]"):
+        finetune(tiny_llama(), TOKENIZER, UTILITY, callbacks=TrainerCallback(), **QUICK)
+
+
 def test_epochs_seed_and_length():
     options = QUICK | {"steps": None, "batch_size": 3}
     runs = [finetune(tiny_llama(), TOKENIZER, UTILITY, epochs=2, seed=seed, **options) for seed in (0, 0, 1)]

@@ -18,6 +18,7 @@ from geomkit.gradients.gradient_set import Coverage
 from geomkit.inputs.fits import encoded_for
 from geomkit.inputs.parameters import Layers, as_selection
 from geomkit.inputs.tokens import EncodedExamples
+from geomkit.utils.options import check_option
 from geomkit.utils.workers import first_process
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ def check_collection(
     """
     from tqdm.auto import tqdm
 
+    check_option("examples", count, shown="count")
     number = min(count, len(examples))
     if number < 2:
         raise DataError(

@@ -21,6 +21,7 @@ from geomkit.svd.common_basis import to_common_basis
 from geomkit.svd.one_sample.pooled import pooled_gradients
 from geomkit.utils.arguments import check_draws, check_finite, check_seed
 from geomkit.utils.figures import DrawnResult, draw
+from geomkit.utils.seeding import random_state_kept
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -227,7 +228,8 @@ def _products_of_sets(sets: Mapping[str, GradientSet]) -> Tensor:
 
 def _pca(products: np.ndarray) -> tuple[np.ndarray, float]:
     """Return (N, 2) principal coordinates from inner products, and their share of the variance."""
-    from sklearn.decomposition import KernelPCA
+    with random_state_kept():  # the first import of sklearn draws random numbers
+        from sklearn.decomposition import KernelPCA
 
     pca = KernelPCA(n_components=2, kernel="precomputed", eigen_solver="dense")
     coordinates = pca.fit_transform(products)
@@ -237,7 +239,8 @@ def _pca(products: np.ndarray) -> tuple[np.ndarray, float]:
 
 def _mds(products: np.ndarray, distances: np.ndarray) -> tuple[np.ndarray, float]:
     """Return (N, 2) coordinates whose distances fit the given distances best, and the normalised stress."""
-    from sklearn.manifold import smacof
+    with random_state_kept():
+        from sklearn.manifold import smacof
 
     start, _ = _pca(products)
     coordinates, stress = smacof(distances, n_components=2, init=start, n_init=1, normalized_stress=True)
