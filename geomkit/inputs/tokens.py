@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from numbers import Integral
-from typing import TYPE_CHECKING, Literal, get_args, overload
+from typing import TYPE_CHECKING, Any, Literal, get_args, overload
 
 import numpy as np
 
@@ -106,7 +106,7 @@ class EncodedExamples(Sequence[Tokens]):
         Raises:
             DataError: If there is no index, or no example with an index.
         """
-        wanted = list(indices) if isinstance(indices, Iterable) else []
+        wanted: list[Any] = list(indices) if isinstance(indices, Iterable) else []
         whole = all(isinstance(index, Integral) and not isinstance(index, bool) for index in wanted)
         if not wanted or not whole or any(not -len(self) <= index < len(self) for index in wanted):
             raise DataError(

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from geomkit.errors import DataError
 from geomkit.gradients.provenance import weights_fingerprint
@@ -234,7 +234,7 @@ def _judges(
     judge: Judge | BatchJudge | Sequence[Judge | BatchJudge] | None, sets: "Mapping[str, Dataset | EncodedExamples]"
 ) -> list[Judge | BatchJudge]:
     """Return the judges, after checking that they decide what the sets ask, and nothing twice."""
-    judges = list(judge) if isinstance(judge, Sequence) and not isinstance(judge, str) else [judge or RefusalPhrases()]
+    judges: list[Any] = list(judge) if isinstance(judge, list | tuple) else [judge or RefusalPhrases()]
     decided: dict[str, str] = {}
     for item in judges:
         if isinstance(item, type) or not (callable(item) or isinstance(item, BatchJudge)):
