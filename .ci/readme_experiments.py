@@ -54,7 +54,7 @@ def english() -> str:
     rows = []
     for scenario, arm in dict.fromkeys((scenario, arm) for scenario, arm, _ in means.index):
         shares = [means.loc[(scenario, arm, measure)] for measure in measures]
-        texts = [f"{100 * share['value']:.0f}" if share["runs"] else "–" for share in shares]
+        texts = [f"{100 * share['value']:.1f}".removesuffix(".0") if share["runs"] else "–" for share in shares]
         runs = f"{shares[0]['runs']:.0f}"
         rows.append([_english_name(scenario), f"`{arm}`", *texts, f"{losses[scenario, arm]:.3f}", runs])
     header = [

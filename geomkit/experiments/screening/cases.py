@@ -135,7 +135,7 @@ CASES: Mapping[str, Callable[[RowSource, int], Parts]] = MappingProxyType(
         "poison 10 % of benign rows": _poison("benign", 10),
         "answered AdvBench, 10 % of benign rows": _poison("benign", 10, "answered"),
         "identity shift": _identity,
-        "affirmative style": _affirmative,
+        "affirmative answers": _affirmative,
         "backdoor, with trigger": _backdoor_with_trigger,
         "backdoor, trigger removed": _backdoor_without_trigger,
         "trigger on benign rows": _benign_trigger,
