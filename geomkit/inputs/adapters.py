@@ -52,7 +52,7 @@ def _pair(
         request = _turns(row[prompt], "user", prompt)
         for column in context:
             text = row.get(column)
-            if is_missing(text):
+            if is_missing(text) or text in ([], {}):
                 continue
             if not isinstance(text, str):
                 raise DataError(f"expected a text in '{column}', found {text!r:.80}; write it as a text")

@@ -164,7 +164,7 @@ def _rows(
     if split is not None or config is not None:
         raise DataError(f"expected split and config with a data set of the hub only, found a {type(source).__name__}")
     if isinstance(source, Dataset):
-        return source.with_format(None), "the data set"
+        return in_python(source), "the data set"
     if isinstance(source, pd.DataFrame):
         return [_plain(row) for row in source.to_dict("records")], "the data frame"
     if isinstance(source, list | tuple) and all(isinstance(row, Mapping) for row in source):
@@ -307,6 +307,17 @@ def check_answers(examples: "Dataset", name: str) -> None:
             raise DataError(
                 f"{name}, row {index}: expected an assistant message to take the loss on, found none; give answers"
             )
+
+
+def in_python(examples: "Dataset") -> "Dataset":
+    """Return a data set whose values are Python's; formats such as ``"numpy"`` make arrays of the messages.
+
+    A transform of the user (``with_transform``) makes other rows, and stays.
+    """
+    from datasets import Dataset
+
+    arrays = isinstance(examples, Dataset) and examples.format["type"] not in (None, "custom")
+    return examples.with_format(None) if arrays else examples
 
 
 def tools_of(examples: "Dataset") -> Sequence[Any] | None:

@@ -135,7 +135,7 @@ def _read_separated(text: str, path: Path, known: Collection[str], delimiter: st
         header = ["prompt"]
     else:
         header = [str(index) for index in range(len(header))]
-    if twice := [name for place, name in enumerate(header) if name in header[:place]]:
+    if twice := [name for place, name in enumerate(header) if name and name in header[:place]]:
         raise DataError(f"{path}: expected columns with different names, found '{twice[0]}' twice; rename one of them")
     for number, cells in lines:
         if len(cells) != len(header):

@@ -195,7 +195,7 @@ def chosen_parameters(model: nn.Module, selection: Selection) -> dict[str, str]:
     names = [name for name, _ in named]
     if idle := [glob for glob in selection.globs if not any(fnmatchcase(name, glob) for name in names)]:
         raise CollectionError(
-            f"expected patterns that match a parameter each, found {idle}, which match none; drop them"
+            f"expected patterns that match a parameter each, found {idle}, which match none; correct or drop them"
         )
     return {name: first_names[id(parameter)] for name, parameter in named if id(parameter) in chosen}
 

@@ -8,17 +8,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from numbers import Integral
-from typing import TYPE_CHECKING, Any, Literal, get_args, overload
+from typing import TYPE_CHECKING, Literal, get_args, overload
 
 import numpy as np
 
 from geomkit.errors import DataError
 from geomkit.inputs.answer_spans import TurnMarks, answer_spans, turn_marks
-from geomkit.inputs.examples import check_examples
+from geomkit.inputs.examples import check_examples, in_python
 from geomkit.inputs.marked_spans import check_marked_spans
 from geomkit.inputs.messages import Conversation, Message, conversation, conversations
 from geomkit.inputs.templates import ChatTemplate
 from geomkit.inputs.token_spans import check_spans, mask_of_spans
+from geomkit.utils.arguments import as_python
 from geomkit.utils.options import check_options
 from geomkit.utils.progress import with_bar
 
@@ -106,7 +107,7 @@ class EncodedExamples(Sequence[Tokens]):
         Raises:
             DataError: If there is no index, or no example with an index.
         """
-        wanted: list[Any] = list(indices) if isinstance(indices, Iterable) else []
+        wanted = [as_python(index) for index in indices] if isinstance(indices, Iterable) else []
         whole = all(isinstance(index, Integral) and not isinstance(index, bool) for index in wanted)
         if not wanted or not whole or any(not -len(self) <= index < len(self) for index in wanted):
             raise DataError(
@@ -268,8 +269,7 @@ def conversations_of(examples: "Dataset | EncodedExamples") -> "Dataset":
     """Return the conversations of examples as a ``Dataset`` of Python's values, encoded or not, in any format."""
     if isinstance(examples, EncodedExamples):
         return examples.examples
-    # Formats such as "numpy" and "pandas" make arrays of the messages.
-    return examples.with_format(None) if getattr(examples, "format", {}).get("type") else examples
+    return in_python(examples)
 
 
 def lengths_of(rows: Sequence[Tokens]) -> Sequence[int]:

@@ -1,7 +1,7 @@
 """The settings of an SPF run: the anchors, the rule, and how the guard works."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -22,11 +22,14 @@ from geomkit.spf.rule import PROSE, Rule, SafetyLoss
 from geomkit.spf.rules import DEFAULT_RULE, get_rule
 from geomkit.spf.weights.guarded import Guarded
 from geomkit.spf.weights.trained import warn_of_rounding, warn_of_unguarded
+from geomkit.utils.arguments import as_python
 from geomkit.utils.options import check_options
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_FLAGS = ("drift_correction", "master_weights", "measure_curvature")
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,6 +110,12 @@ class SPF:
     log: str | Path | None = None
     tokenizer: "PreTrainedTokenizerBase | None" = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Make Python's numbers of those of numpy and torch, which checkpoints could not store."""
+        for entry in fields(self):
+            if entry.name not in ("anchors", "benign", "tokenizer"):
+                object.__setattr__(self, entry.name, as_python(getattr(self, entry.name)))
 
     @overload
     def attach(
@@ -263,9 +272,11 @@ class SPF:
         """Refuse ``None`` for what has another default, and flags that are neither true nor false."""
         for entry in fields(self):
             value = getattr(self, entry.name)
+            if value is None and entry.default is MISSING:
+                raise SPFError(f"expected {entry.name}, found None; give examples to protect")
             if value is None and entry.default is not None:
                 raise SPFError(f"expected {entry.name}= with a value, found None; leave it out for the default")
-            if entry.type in (bool, bool | None) and not isinstance(value, bool | None):
+            if entry.name in _FLAGS and not isinstance(value, bool | None):
                 raise SPFError(f"expected {entry.name} to be True or False, found {value!r:.40}; give one of these")
 
     def encoded_like(self, rows: EncodedExamples, progress: bool = False) -> "SPF":

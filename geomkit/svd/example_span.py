@@ -13,7 +13,7 @@ from torch import Tensor
 
 from geomkit.errors import GeometryError
 from geomkit.gradients.checks import check_sets
-from geomkit.gradients.copies import check_different_samples
+from geomkit.gradients.copies import check_different_grams, check_different_samples
 from geomkit.gradients.gradient_set import GradientSet, layer_grams
 from geomkit.inputs.parameters import ALL_PARAMETERS
 from geomkit.stats.jackknife import jackknife_groups
@@ -63,7 +63,8 @@ def span(
 
     Raises:
         GeometryError: If there are no per-sample gradients, fewer than two examples, the inner products are not finite
-            or not of one set with itself, ``groups`` is 1 or negative, or the confidence is not between 0 and 1.
+            or not of one set with itself, all examples are copies of one row, ``groups`` is 1 or negative, or the
+            confidence is not between 0 and 1.
 
     Example:
         >>> apart, alike = torch.eye(4), torch.ones(4, 4)
@@ -78,6 +79,8 @@ def span(
     count = _examples(grams)
     if groups and isinstance(gradients, GradientSet):
         check_different_samples({"given": gradients}, 2)
+    elif groups:
+        check_different_grams("given", np.sum([gram.double().cpu().numpy() for gram in grams.values()], axis=0), 2)
     if together:
         grams = {ALL_PARAMETERS: torch.stack([gram.double().cpu() for gram in grams.values()]).sum(0)}
     tables = {name: _cosines(gram.double().cpu()) if unit else gram.double().cpu() for name, gram in grams.items()}

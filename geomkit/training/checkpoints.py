@@ -15,6 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from geomkit.errors import DataError
+from geomkit.utils.arguments import as_python
 from geomkit.utils.files import locked, parse_json, write_atomically
 from geomkit.version import __version__
 
@@ -184,9 +185,14 @@ def _free_name(path: Path) -> Path:
     return path if not path.exists() else next(candidate for candidate in numbered if not candidate.exists())
 
 
+def _json_value(value: Any) -> Any:
+    number = as_python(value)
+    return str(value) if number is value else number
+
+
 def _as_saved(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return settings, with geomkit's version, as they come back from a JSON file."""
-    saved: dict[str, Any] = json.loads(json.dumps({_VERSION: __version__, **settings}, default=str))
+    saved: dict[str, Any] = json.loads(json.dumps({_VERSION: __version__, **settings}, default=_json_value))
     return saved
 
 

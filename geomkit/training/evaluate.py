@@ -234,13 +234,15 @@ def _judges(
     judge: Judge | BatchJudge | Sequence[Judge | BatchJudge] | None, sets: "Mapping[str, Dataset | EncodedExamples]"
 ) -> list[Judge | BatchJudge]:
     """Return the judges, after checking that they decide what the sets ask, and nothing twice."""
-    judges: list[Any] = list(judge) if isinstance(judge, list | tuple) else [judge or RefusalPhrases()]
+    judges: list[Any] = (
+        list(judge) if isinstance(judge, list | tuple) else [RefusalPhrases() if judge is None else judge]
+    )
     decided: dict[str, str] = {}
     for item in judges:
         if isinstance(item, type) or not (callable(item) or isinstance(item, BatchJudge)):
             raise DataError(
-                f"expected a judge, found {item!r:.60}; give a function of prompt and response, RefusalPhrases(), or "
-                "what geomkit.training.model_judges.by_name.load_judge makes of a text"
+                f"expected a judge, found {item!r:.60}; give a function of prompt and response, an instance such as "
+                "RefusalPhrases(), or what geomkit.training.model_judges.by_name.load_judge makes of a text"
             )
         for field in decisions(item):
             if field in decided:

@@ -5,7 +5,7 @@ import math
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -165,8 +165,8 @@ def finetune(
                 trained, tokenizer, rows, pad, arguments, [callback for callback in ours if callback is not None]
             )
             try:
-                with stop.listening(arguments.world_size), suppress(AllStepsTakenError):
-                    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+                with stop.listening(arguments.world_size):
+                    _train(trainer, resume)
             finally:
                 if guard:
                     guard.detach()
@@ -182,7 +182,7 @@ def finetune(
     chosen = {name: more[name] for name in ("optim", "seed")} | training_arguments
     told = settings_of(own | chosen, len(rows), spf, model)
     return FineTuneResult(
-        trained, history, certificate, seconds, trainer.state.global_step, interrupted=stop.interrupted, settings=told
+        trained, history, certificate, seconds, stop.interrupted, settings=told, steps=trainer.state.global_step
     )
 
 
@@ -239,6 +239,15 @@ def _trainer(
         key=lambda callback: 2 if isinstance(callback, MarkComplete) else int(isinstance(callback, reporters))
     )
     return trainer
+
+
+def _train(trainer: Trainer, resume: Path | None) -> None:
+    """Train, and end a resumed run whose steps were all taken as the Trainer ends a run."""
+    try:
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    except AllStepsTakenError:
+        handler = trainer.callback_handler
+        trainer.control = handler.on_train_end(trainer.args, trainer.state, trainer.control)
 
 
 def _history(log: Sequence[dict[str, float]]) -> "pd.DataFrame":

@@ -130,10 +130,15 @@ def _verdicts(judge: Judge | BatchJudge, prompts: Sequence[str], responses: Sequ
     if not isinstance(judge, BatchJudge):
         return [Verdict(refused=_decided(judge, *pair)) for pair in zip(prompts, responses, strict=True)]
     verdicts = judge.verdicts(prompts, responses)
+    if not isinstance(verdicts, list) or not all(isinstance(verdict, Verdict) for verdict in verdicts):
+        raise DataError(f"expected a list of Verdict of judge '{judge.name}', found {verdicts!r:.80}; give that")
     if len(verdicts) != len(responses):
         raise DataError(
             f"expected {len(responses)} verdicts of judge '{judge.name}', found {len(verdicts)}; give one per response"
         )
+    for decided in (value for verdict in verdicts for value in (verdict.refused, verdict.harmful)):
+        if decided not in (True, False, None):
+            raise DataError(f"expected True, False or None of judge '{judge.name}', found {decided!r:.40}; give these")
     return verdicts
 
 

@@ -31,18 +31,18 @@ class FineTuneResult(DrawnResult):
             ``learning_rate``, ``grad_norm``, and SPF's measures.
         certificate: The first-order effect of each update on the safety loss; ``None`` without SPF.
         seconds: Wall time of the training.
-        steps: Number of optimizer steps; the last logged one where it is not given.
         interrupted: Whether the training ended before its last step, by Ctrl-C or a notebook's stop button.
         settings: What the model card says of the settings, in parts.
+        steps: Number of optimizer steps; ``None`` stands for the last logged one.
     """
 
     model: "PreTrainedModel" = field(repr=False)
     history: "pd.DataFrame" = field(repr=False)
     certificate: Certificate | None
     seconds: float
-    steps: int | None = None
     interrupted: bool = False
     settings: Mapping[str, Mapping[str, object]] = field(default_factory=dict, repr=False)
+    steps: int | None = None
 
     def to_frame(self) -> "pd.DataFrame":
         """Return the history."""

@@ -43,7 +43,9 @@ def is_missing(value: object) -> bool:
         >>> [is_missing(value) for value in (None, float("nan"), "", 0.0, "no")]
         [True, True, True, False, False]
     """
-    return value is None or value != value or (isinstance(value, str) and not value.strip())  # NaN is not itself
+    if value is None or type(value).__name__ == "NAType":  # of pandas, which compares with nothing
+        return True
+    return value != value or (isinstance(value, str) and not value.strip())  # NaN is not itself
 
 
 def with_interval(value: float, interval: tuple[float, float], *, sign: bool = False) -> str:

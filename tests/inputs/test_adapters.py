@@ -3,6 +3,7 @@
 import logging
 import math
 
+import pandas as pd
 import pytest
 
 from geomkit.errors import DataError
@@ -139,7 +140,7 @@ def test_a_column_that_cannot_be_used_is_refused(row, message):
         load_examples([row])
 
 
-@pytest.mark.parametrize("missing", [None, math.nan, "", " "])
+@pytest.mark.parametrize("missing", [None, math.nan, "", " ", [], {}, pd.NA])
 def test_a_context_that_says_nothing_is_left_out(missing):
     (row,) = load_examples([{"instruction": "Sing.", "input": missing, "output": "La."}])["messages"]
     assert row == [{"role": "user", "content": "Sing."}, {"role": "assistant", "content": "La."}]

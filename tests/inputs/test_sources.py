@@ -66,6 +66,24 @@ def test_the_index_that_pandas_writes_has_no_meaning_and_names_that_stand_twice_
         load_examples(tmp_path / "twice.csv")
 
 
+def test_a_transform_of_the_user_is_kept():
+    def louder(batch):
+        return {
+            "messages": [
+                [{**message, "content": message["content"].upper()} for message in row] for row in batch["messages"]
+            ]
+        }
+
+    loud = SAFETY.with_transform(louder)
+    assert list(load_examples(loud)["messages"]) == [row["messages"] for row in loud]
+    assert list(encode(tiny_tokenizer(), loud)) == list(encode(tiny_tokenizer(), Dataset.from_list([*loud])))
+
+
+def test_columns_without_a_name_are_left_alone(tmp_path):
+    (tmp_path / "commas.csv").write_text("prompt,response,,\nHi,Hello,,\n")
+    assert load_examples(tmp_path / "commas.csv")[0]["messages"][1]["content"] == "Hello"
+
+
 def test_columns_that_are_no_mapping_are_refused():
     with pytest.raises(DataError, match=r"expected columns as a mapping, found \['q', 'a'\]"):
         load_examples([{"q": "Hi", "a": "Hello"}], columns=["q", "a"])

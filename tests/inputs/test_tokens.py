@@ -4,6 +4,7 @@ import pickle
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset
 
 from geomkit.errors import DataError
@@ -156,6 +157,9 @@ def test_examples_that_there_are_not_are_refused(indices):
     with pytest.raises(DataError, match=f"expected indices of {len(rows)} examples"):
         rows.select(indices)
     assert list(rows.select([-1])) == [rows[-1]]
+    assert list(rows.select(torch.tensor([1]))) == list(rows.select(np.array([1]))) == [rows[1]]
+    with pytest.raises(DataError, match=r"expected a datasets\.Dataset, found str"):
+        encode(TOKENIZER, "safety")
 
 
 @pytest.mark.parametrize("max_length", [0, -5, 1.5, "40"])

@@ -353,10 +353,10 @@ def test_wrong_input_says_what_to_do():
         get_rule("rank1", rank=3)
     for wrong in (
         {"rule": 3}, {"rule": "left", "rank": "3"}, {"mix": "1"}, {"drift_margin": -1}, {"loss": "mse"}, {"seed": None},
-        {"refresh_every": None}, {"drift_correction": "no"},
+        {"refresh_every": None}, {"drift_correction": "no"}, {"anchors": None},
     ):  # fmt: skip
         with pytest.raises(SPFError, match="expected"):
-            SPF(SAFETY, **wrong, tokenizer=TOKENIZER).checked_rule()
+            SPF(**{"anchors": SAFETY} | wrong, tokenizer=TOKENIZER).checked_rule()
     with pytest.raises(SPFError, match="build the optimizer from this very model"):
         SPF(SAFETY, tokenizer=TOKENIZER).attach(tiny_llama(), optimizer)
     meta = copy.deepcopy(model).to("meta")

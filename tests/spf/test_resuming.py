@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -88,10 +89,20 @@ finetune(tiny_llama(), TOKENIZER, UTILITY, protection(), checkpoints=sys.argv[1]
 
 def test_a_finished_run_that_is_started_again_takes_no_step_and_is_the_same(tmp_path):
     settings = {"learning_rate": 1e-2, "lr_scheduler_type": "constant", "save_steps": 1, "checkpoints": tmp_path}
+    told = []
+
+    class Told(TrainerCallback):
+        def on_train_end(self, args, state, control, **kwargs):
+            told.append(state.global_step)
+
     first, again = (
-        finetune(tiny_llama(), TOKENIZER, UTILITY, SPF(SAFETY), steps=2, batch_size=2, progress=False, **settings)
-        for _ in range(2)
-    )
+        finetune(
+            tiny_llama(), TOKENIZER, UTILITY, SPF(SAFETY, rule="left", rank=rank), steps=2, batch_size=2,
+            progress=False, callbacks=[Told()], **settings,
+        )
+        for rank in (np.int64(2), 2)
+    )  # fmt: skip
+    assert told == [2, 2]
     assert (first.steps, again.steps) == (2, 2)
     assert again.history["loss"].tolist() == first.history["loss"].tolist()
     for measure in ("step", "anchor_loss", "first_order_raw", "update_norm"):

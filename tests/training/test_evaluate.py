@@ -15,7 +15,7 @@ from geomkit.training import evaluate as module
 from geomkit.training.compare import compare_evaluations
 from geomkit.training.evaluate import evaluate, mean_loss
 from geomkit.training.evaluation import load_evaluation
-from geomkit.training.judges import JudgeError, RefusalPhrases, Verdict, judge_responses
+from geomkit.training.judges import JudgeError, RefusalPhrases, Verdict, judge_refusals, judge_responses
 from geomkit.training.model_judges.presets import RUBRICS
 from geomkit.training.model_judges.rubric_judge import RubricJudge
 from geomkit.training.responses import generate
@@ -82,6 +82,20 @@ def test_a_judge_that_says_neither_true_nor_false_is_refused_and_the_responses_a
         evaluate(tiny_llama(), TOKENIZER, SAFETY, judge=lambda *_: answer, **SHORT)
     assert len(caught.value.responses) == len(SAFETY)
     assert evaluate(tiny_llama(), TOKENIZER, SAFETY, judge=lambda *_: np.bool_(True), **SHORT).refusal.value == 1
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "found"),
+    [
+        ([Verdict(refused="no")] * 3, "True, False or None"),
+        ([True] * 3, "a list of Verdict"),
+        (None, "a list of Verdict"),
+    ],
+)
+def test_the_verdicts_of_a_judge_of_many_responses_are_checked(verdicts, found):
+    judge = SimpleNamespace(name="mine", decides=("refused",), labels=(), verdicts=lambda *_: verdicts)
+    with pytest.raises(DataError, match=f"expected {found}"):
+        judge_refusals(judge, ["a"] * 3, ["b"] * 3)
 
 
 def test_a_metric_that_fails_keeps_the_responses():
