@@ -70,7 +70,7 @@ def with_interval(value: float, interval: tuple[float, float], *, sign: bool = F
     digits = f".{max(decimals, 0)}f"
     if decimals > 6:  # too small for decimals
         largest = max(abs(number) for number in (value, low, high) if number)
-        digits = f".{min(math.floor(math.log10(largest)) + 1 + decimals, 8)}g"
+        digits = f".{math.floor(math.log10(largest)) + 1 + decimals}g"
     pattern = f"+{digits}" if sign else digits
     shown, *ends = (MISSING if is_missing(number) else format(number, pattern) for number in (value, low, high))
     return f"{shown} [{', '.join(ends)}]"

@@ -379,7 +379,7 @@ def test_an_option_of_spf_without_anchors_is_refused(files, monkeypatch, capfd, 
 def test_lora_adapters_are_trained_and_saved_and_load_back(files, monkeypatch, capfd):
     status, out, err = run(monkeypatch, capfd, *finetuning(files), "--lora", 2, "--steps", 2, "--learning-rate", "1e-2")
     assert status == 0, err
-    assert "0 raised the safety loss" in out
+    assert "0 of 2 steps broke the promise" in out
     assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "spf.jsonl"} <= set(names("run"))
     loaded, _ = load_model("run", device="cpu")
     base = load_model(files / "model", device="cpu")[0]

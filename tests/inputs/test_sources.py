@@ -202,7 +202,7 @@ def test_names_that_disagree_or_are_no_names_are_refused():
 
 
 def test_offline_is_one_line():
-    with pytest.raises(DataError, match="loading it from the hub failed") as raised:
+    with pytest.raises(DataError, match="which the hub did not give") as raised:
         load_examples("org/no-such-set:main[test]")
     assert "\n" not in str(raised.value)
 

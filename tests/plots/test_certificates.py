@@ -120,7 +120,8 @@ def test_empty_certificate_is_refused() -> None:
 
 def test_a_certificate_in_which_nothing_was_projected_says_that_spf_was_idle() -> None:
     idle = [replace(record, fired=0.0) for record in certificate().records]
-    figure = Certificate("monitor", "nothing", [replace(record, first_order=0.1) for record in idle]).plot()
+    raising = [replace(record, first_order=0.1, violated=True) for record in idle]
+    figure = Certificate("monitor", "nothing", raising).plot()
     assert subtitle(figure).startswith(
         "SPF was idle, nothing was projected: rule monitor only measures; 2 of 2 updates"
     )

@@ -173,8 +173,8 @@ def test_settings_that_mean_nothing_are_refused():
         ({"refresh_energy": 0.9, "rule": "rank1"}, "a rule that removes a subspace"),
         ({"refresh_energy": 1.5, "rule": "left"}, "above 0 to 1"),
         ({"benign": CONTROL, "benign_per_step": 0}, "benign_per_step to be a whole number from 1"),
-        ({"mix": -1}, "mix=-1"),
-        ({"drift_margin": math.nan}, "drift_margin=nan"),
+        ({"mix": -1}, "mix to be a finite number from 0, found -1"),
+        ({"drift_margin": math.nan}, "drift_margin to be .*, found nan"),
     ):
         with pytest.raises(SPFError, match=words):
             spf(**settings).attach(model, optimizer)

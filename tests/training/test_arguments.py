@@ -450,4 +450,4 @@ def test_a_history_has_the_logged_steps_and_the_bar_all_steps(capsys):
     assert len(silent.history) == 0
     assert "3/3" in capsys.readouterr().err
     assert silent.plot().data
-    assert "0 steps" in silent._repr_html_()
+    assert "3 steps" in silent._repr_html_()
