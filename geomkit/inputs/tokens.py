@@ -7,7 +7,6 @@ import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
-from numbers import Integral
 from typing import TYPE_CHECKING, Literal, get_args, overload
 
 import numpy as np
@@ -19,7 +18,7 @@ from geomkit.inputs.marked_spans import check_marked_spans
 from geomkit.inputs.messages import Conversation, Message, conversation, conversations
 from geomkit.inputs.templates import ChatTemplate
 from geomkit.inputs.token_spans import check_spans, mask_of_spans
-from geomkit.utils.arguments import as_python
+from geomkit.utils.arguments import as_python, is_whole
 from geomkit.utils.options import check_options
 from geomkit.utils.progress import with_bar
 
@@ -108,8 +107,7 @@ class EncodedExamples(Sequence[Tokens]):
             DataError: If there is no index, or no example with an index.
         """
         wanted = [as_python(index) for index in indices] if isinstance(indices, Iterable) else []
-        whole = all(isinstance(index, Integral) and not isinstance(index, bool) for index in wanted)
-        if not wanted or not whole or any(not -len(self) <= index < len(self) for index in wanted):
+        if not wanted or not all(is_whole(index, -len(self)) and index < len(self) for index in wanted):
             raise DataError(
                 f"expected indices of {len(self)} examples, found {wanted or indices!r:.200}; choose among these (of a "
                 "mask, give the places that are true)"

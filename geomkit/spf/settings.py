@@ -114,8 +114,7 @@ class SPF:
     def __post_init__(self) -> None:
         """Make Python's numbers of those of numpy and torch, which checkpoints could not store."""
         for entry in fields(self):
-            if entry.name not in ("anchors", "benign", "tokenizer"):
-                object.__setattr__(self, entry.name, as_python(getattr(self, entry.name)))
+            object.__setattr__(self, entry.name, as_python(getattr(self, entry.name)))
 
     @overload
     def attach(
