@@ -7,7 +7,7 @@ from geomkit.analysis.tracking import track
 from geomkit.collection.measures import norms
 from geomkit.errors import DataError
 from geomkit.inputs.control_sets import random_tokens, shuffled_pairs
-from geomkit.training.evaluate import mean_loss
+from geomkit.training.losses import mean_loss
 from geomkit.training.responses import own_responses
 from tests.helpers.tiny import BENIGN, CONTROL, SAFETY, UTILITY, tiny_llama, tiny_tokenizer
 

@@ -167,4 +167,4 @@ def _responses_kept(json_file: Path | None) -> Iterator[None]:
     except JudgeError as error:
         file = (json_file or Path("evaluation.json")).with_suffix(".responses.jsonl")
         write_atomically(file, error.responses.to_json(orient="records", lines=True, force_ascii=False))
-        raise DataError(f"{error}; the model's responses are in {file}") from error
+        raise DataError(f"{error.reason}; the model's responses are in {file}") from error

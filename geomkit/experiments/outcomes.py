@@ -16,8 +16,9 @@ from geomkit.inputs.loss import scored, scored_logits
 from geomkit.inputs.messages import Message
 from geomkit.inputs.model_state import model_state_kept
 from geomkit.inputs.tokens import encode, pad_id
-from geomkit.training.evaluate import ORGANISM_SKILLS, mean_loss
+from geomkit.training.evaluation_sets import ORGANISM_SKILLS
 from geomkit.training.judges import RefusalPhrases, judge_refusals
+from geomkit.training.losses import mean_loss
 from geomkit.training.responses import generate
 
 if TYPE_CHECKING:

@@ -13,8 +13,9 @@ from geomkit.inputs.examples import load_examples
 from geomkit.spf.certificate import Certificate
 from geomkit.spf.rules import DEFAULT_RULE
 from geomkit.spf.settings import SPF
-from geomkit.training.evaluate import ORGANISM_SKILLS, evaluate
+from geomkit.training.evaluate import evaluate
 from geomkit.training.evaluation import Evaluation
+from geomkit.training.evaluation_sets import ORGANISM_SKILLS
 from geomkit.training.finetune import finetune
 from geomkit.training.result import FineTuneResult
 from geomkit.utils.figures import DrawnResult, draw

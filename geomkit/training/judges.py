@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from geomkit.errors import DataError
 from geomkit.utils.workers import by_itself, running_workers
@@ -40,13 +40,15 @@ class JudgeError(DataError):
     """Raised when a judge, or a metric, fails after a model has answered, so that the answers are not lost.
 
     Attributes:
+        reason: What failed and why, without the hint where the responses are.
         responses: One row per response that the model gave: ``prompt``, ``response``, and ``set`` in an evaluation.
     """
 
-    def __init__(self, message: str, responses: "pd.DataFrame") -> None:
-        """Store the responses."""
-        super().__init__(message)
+    def __init__(self, error: Exception, responses: "pd.DataFrame", what: str = "") -> None:
+        """Make the message of the error that the judge or metric raised, put after ``what`` failed."""
+        self.reason = what + (str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}")
         self.responses = responses
+        super().__init__(f"{self.reason} (the {len(responses)} responses are in .responses of this error)")
 
 
 @runtime_checkable
@@ -90,6 +92,43 @@ def decisions(judge: Judge | BatchJudge) -> tuple[str, ...]:
     return judge.decides if isinstance(judge, BatchJudge) else ("refused",)
 
 
+def check_judges(
+    judge: Judge | BatchJudge | Sequence[Judge | BatchJudge] | None, *, of_refusals: bool
+) -> list[Judge | BatchJudge]:
+    """Return the judges of an evaluation as a list, :class:`RefusalPhrases` where none is given.
+
+    Raises:
+        DataError: If something is no judge, two judges decide the same, or ``of_refusals`` and no judge decides that.
+    """
+    judges: list[Any] = (
+        list(judge) if isinstance(judge, list | tuple) else [RefusalPhrases() if judge is None else judge]
+    )
+    decided: dict[str, str] = {}
+    for item in judges:
+        if isinstance(item, type) or not (callable(item) or isinstance(item, BatchJudge)):
+            raise DataError(
+                f"expected a judge, found {item!r:.60}; give a function of prompt and response, an instance such as "
+                "RefusalPhrases(), or what geomkit.training.model_judges.by_name.load_judge makes of a text"
+            )
+        for field in decisions(item):
+            if field in decided:
+                raise DataError(f"expected one judge of '{field}', found {decided[field]} and {judge_name(item)}")
+            decided[field] = judge_name(item)
+    if of_refusals and "refused" not in decided:
+        raise DataError(
+            f"expected a judge of refusals for the benign requests, found {', '.join(map(judge_name, judges))}; give "
+            "one too, such as RefusalPhrases() (--judge keywords)"
+        )
+    return judges
+
+
+def try_judges(judges: Sequence[Judge | BatchJudge]) -> None:
+    """Ask each model that judges about a greeting, so that a model that cannot judge is found before a slow part."""
+    for judge in judges:
+        if isinstance(judge, BatchJudge):
+            ask_judge(judge, ["Say hello."], ["Hello!"])
+
+
 def judge_responses(judge: Judge | BatchJudge, prompts: Sequence[str], responses: Sequence[str]) -> list[Verdict]:
     """Return a judge's verdict on each response, in one call where the judge takes many.
 
@@ -102,8 +141,7 @@ def judge_responses(judge: Judge | BatchJudge, prompts: Sequence[str], responses
         return ask_judge(judge, prompts, responses)
     except Exception as error:  # a judge is anybody's function
         table = pd.DataFrame({"prompt": list(prompts), "response": list(responses)})
-        reason = str(error) if isinstance(error, DataError) else f"{type(error).__name__}: {error}"
-        raise JudgeError(f"{reason} (the {len(table)} responses are in .responses of this error)", table) from error
+        raise JudgeError(error, table) from error
 
 
 def ask_judge(judge: Judge | BatchJudge, prompts: Sequence[str], responses: Sequence[str]) -> list[Verdict]:

@@ -12,7 +12,7 @@ from geomkit.experiments.organism.variants import load_variant
 from geomkit.experiments.organisms import scenarios_of
 from geomkit.experiments.outcomes import parameter_distance
 from geomkit.experiments.task import Task
-from geomkit.training.evaluate import mean_loss
+from geomkit.training.losses import mean_loss
 
 
 @pytest.fixture(scope="module")

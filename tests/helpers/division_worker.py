@@ -22,8 +22,8 @@ from torch import distributed as dist
 import geomkit as gk
 from geomkit.collection.measures import norms, singular_values, sketch
 from geomkit.errors import GeometryError
-from geomkit.training.evaluate import mean_loss
 from geomkit.training.judges import BatchJudge, RefusalPhrases, Verdict
+from geomkit.training.losses import mean_loss
 from geomkit.utils.workers import by_itself
 from tests.helpers.architectures import ARCHITECTURES
 from tests.helpers.tiny import BENIGN, CONTROL, SAFETY, UTILITY, tiny_llama, tiny_tokenizer

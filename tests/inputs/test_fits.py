@@ -12,7 +12,7 @@ from geomkit.collection.measures import norms
 from geomkit.errors import DataError
 from geomkit.inputs.fits import position_limit, refuse_unfit, stated_positions, vocabulary_size
 from geomkit.inputs.tokens import Tokens
-from geomkit.training.evaluate import mean_loss
+from geomkit.training.losses import mean_loss
 from geomkit.training.responses import generate
 from tests.helpers.architectures import ARCHITECTURES
 from tests.helpers.tiny import SAFETY, UTILITY, conversations, tiny_llama, tiny_tokenizer

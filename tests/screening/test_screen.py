@@ -168,7 +168,7 @@ def test_a_positive_score_is_a_row_whose_step_raises_the_loss_on_refusals():
 
 
 def mean_loss(model, examples):
-    from geomkit.training.evaluate import mean_loss
+    from geomkit.training.losses import mean_loss
 
     return mean_loss(model, TOKENIZER, examples)
 

@@ -14,8 +14,8 @@ from geomkit.spf import constraints as meters
 from geomkit.spf.anchors import AnchorPool
 from geomkit.spf.kl import ReferenceModel
 from geomkit.spf.settings import SPF
-from geomkit.training.evaluate import mean_loss
 from geomkit.training.finetune import finetune
+from geomkit.training.losses import mean_loss
 from tests.helpers.spf_training import TOKENIZER, run, task_loss
 from tests.helpers.tiny import CONTROL, SAFETY, conversations, tiny_llama
 

@@ -13,9 +13,11 @@ from geomkit.inputs.tokens import encode
 from geomkit.stats.proportions import Rate
 from geomkit.training import evaluate as module
 from geomkit.training.compare import compare_evaluations
-from geomkit.training.evaluate import evaluate, mean_loss
+from geomkit.training.evaluate import evaluate
 from geomkit.training.evaluation import load_evaluation
+from geomkit.training.evaluation_sets import ORGANISM_SKILLS
 from geomkit.training.judges import JudgeError, RefusalPhrases, Verdict, judge_refusals, judge_responses
+from geomkit.training.losses import mean_loss
 from geomkit.training.model_judges.presets import RUBRICS
 from geomkit.training.model_judges.rubric_judge import RubricJudge
 from geomkit.training.responses import generate
@@ -151,7 +153,7 @@ def test_sets_of_the_organism_are_for_the_organism_and_its_copies(organism, monk
     assert asked == ["forbidden", "benign"]
     assert found.refusal.n == 240
     evaluate(model, tokenizer, progress=False)
-    assert asked[2:] == ["forbidden", "benign", *module.ORGANISM_SKILLS]
+    assert asked[2:] == ["forbidden", "benign", *ORGANISM_SKILLS]
 
 
 def test_answers_to_requests_change_nothing():

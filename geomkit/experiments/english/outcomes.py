@@ -15,7 +15,7 @@ from geomkit.experiments.outcomes import (
     refused_by_keywords,
 )
 from geomkit.inputs.examples import prompt_of, required_final_answer
-from geomkit.training.evaluate import mean_loss
+from geomkit.training.losses import mean_loss
 from geomkit.training.metrics import final_number_match
 from geomkit.training.responses import generate
 

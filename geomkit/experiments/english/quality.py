@@ -13,7 +13,7 @@ from geomkit.experiments.organism.sets import Sets
 from geomkit.experiments.outcomes import refused_by_keywords
 from geomkit.inputs.examples import prompt_of
 from geomkit.stats.proportions import Rate, rate
-from geomkit.training.evaluate import mean_loss
+from geomkit.training.losses import mean_loss
 from geomkit.training.responses import generate
 from geomkit.utils.files import data_dir, read_json
 

@@ -12,8 +12,9 @@ import torch
 from geomkit.experiments.organism.scenarios import SCENARIOS, Scenario
 from geomkit.experiments.organism.training import descend, encode_conversations, shuffled_batches
 from geomkit.stats.proportions import Rate, rate
-from geomkit.training.evaluate import ORGANISM_SKILLS, evaluate
+from geomkit.training.evaluate import evaluate
 from geomkit.training.evaluation import Evaluation
+from geomkit.training.evaluation_sets import ORGANISM_SKILLS
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
