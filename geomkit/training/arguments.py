@@ -12,7 +12,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from geomkit.errors import DataError, GeomkitError
-from geomkit.utils.arguments import is_whole
+from geomkit.utils.arguments import as_python, is_whole
 
 _DEFAULTS: Mapping[str, Any] = {
     "seed": 0,
@@ -80,12 +80,14 @@ _OWN_NAMES = ("learning_rate", "steps", "epochs", "batch_size", "inplace", "prog
 """Keyword arguments of :func:`geomkit.finetune` itself."""
 
 
-def check_amounts(steps: object, epochs: object, batch_size: object, learning_rate: object) -> None:
-    """Check the length of a fine-tune, the size of its batches and its learning rate.
+def checked_amounts(steps: object, epochs: object, batch_size: object, learning_rate: object) -> dict[str, Any]:
+    """Return the length of a fine-tune, the size of its batches and its learning rate, by name, as Python numbers.
 
     Raises:
         DataError: If a number is missing, of another type, not finite or too small.
     """
+    steps, epochs, batch_size, learning_rate = map(as_python, (steps, epochs, batch_size, learning_rate))
+    amounts = {}
     for name, value, valid, what in (
         ("steps", steps, steps is None or is_whole(steps, 1), "a whole number of at least 1, such as 100, or None"),
         ("epochs", epochs, steps is not None or _is_above_zero(epochs), "a number above 0, such as 3"),
@@ -94,6 +96,8 @@ def check_amounts(steps: object, epochs: object, batch_size: object, learning_ra
     ):
         if not valid:
             raise DataError(f"expected {name}= as {what}, found {value!r}; give one")
+        amounts[name] = value
+    return amounts
 
 
 def _is_number(value: object) -> bool:

@@ -4,20 +4,17 @@ import copy
 import math
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers import TrainerCallback
 
 from geomkit.errors import DataError, GeomkitError
 from geomkit.gradients.provenance import weights_fingerprint
-from geomkit.inputs.batches import collate
 from geomkit.inputs.fits import encoded_for, refuse_unfit
 from geomkit.inputs.loss import losses_of
 from geomkit.inputs.model_state import model_state_kept
@@ -27,16 +24,17 @@ from geomkit.spf.callback import SPFCallback
 from geomkit.spf.settings import SPF
 from geomkit.spf.step_record import LOG_NAME
 from geomkit.training.arguments import (
-    check_amounts,
     check_arguments,
+    checked_amounts,
     make_arguments,
     refusals_in_one_line,
     with_defaults,
 )
-from geomkit.training.callbacks import AllStepsTakenError, LossCheck, NoFurtherStep, ProgressBar, StopAfterStep
+from geomkit.training.callbacks import LossCheck, NoFurtherStep, ProgressBar, StopAfterStep
 from geomkit.training.card import settings_of
 from geomkit.training.checkpoints import MarkBegun, MarkComplete, last_checkpoint, run_folder
 from geomkit.training.result import FineTuneResult
+from geomkit.training.trainer import clean_up, make_trainer, run_trainer, settings_kept
 from geomkit.utils.arguments import as_python, type_in_words
 from geomkit.utils.options import check_options
 from geomkit.utils.seeding import random_state_kept
@@ -111,143 +109,81 @@ def finetune(
         (2, 0)
     """
     # 1. Refuse what can be refused before the model is touched.
-    if spf is not None and not isinstance(spf, SPF):
-        raise DataError(f"expected geomkit.SPF(anchors=…) or nothing as spf, found {type_in_words(spf)}; give that")
-    if not isinstance(callbacks, Sequence):
-        raise DataError(f"expected a list of callbacks, found {type_in_words(callbacks)}; give callbacks=[…]")
-    steps, epochs, batch_size, learning_rate = map(as_python, (steps, epochs, batch_size, learning_rate))
-    training_arguments = {name: as_python(value) for name, value in training_arguments.items()}
-    check_amounts(steps, epochs, batch_size, learning_rate)
-    own = {"steps": steps, "epochs": epochs, "batch_size": batch_size, "learning_rate": learning_rate}
-    if steps is not None:
-        own["epochs"] = None  # steps decide
-    check_options(own | training_arguments)
-    if spf is not None:
-        check_options(vars(spf) | {"anchors": None})
-    check_arguments(training_arguments, checkpoints)
+    _check_kinds(spf, callbacks)
+    amounts = checked_amounts(steps, epochs, batch_size, learning_rate)
+    given = {name: as_python(value) for name, value in training_arguments.items()}
+    own = amounts | ({} if steps is None else {"epochs": None})  # steps decide
+    check_options(own | given)
+    check_arguments(given, checkpoints)
     folder = Path(checkpoints) if checkpoints else None
-    more = with_defaults(training_arguments, save=folder is not None)
+    more = with_defaults(given, save=folder is not None)
     encoded, pad = encoded_for(model, tokenizer, train, progress)
     rows = list(encoded)
     if spf is None:  # else SPF says so when it is attached
         warn_of_lost_updates(dict(model.named_parameters()))
     else:
-        spf = spf.encoded_like(encoded, progress)
-        for name, examples in (("anchor", spf.anchors), ("benign example", spf.benign)):
-            if isinstance(examples, EncodedExamples):
-                refuse_unfit(model, examples, what=name)
-        if folder and spf.log is None:
-            spf = replace(spf, log=folder / LOG_NAME)
+        spf = _fitting(spf, model, encoded, folder, progress)
     with tempfile.TemporaryDirectory() as scratch, random_state_kept(), ExitStack() as held:
-        arguments = make_arguments(
-            folder or scratch, steps=steps, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, more=more
-        )
+        arguments = make_arguments(folder or scratch, **amounts, more=more)
         if folder and arguments.process_index == 0:
             held.enter_context(run_folder(folder))
         # 2. A checkpoint in the folder belongs to this run if all settings that the run depends on are equal.
-        settings = more | {
-            "learning_rate": learning_rate, "steps": steps, "epochs": epochs, "batch_size": batch_size,
+        settings = more | amounts | {
             "train": encoded.fingerprint, "spf": None if spf is None else spf.describe(),
             "log": None if spf is None else spf.log, "model": weights_fingerprint(model),
         }  # fmt: skip
         with arguments.main_process_first(local=False, desc="looking for checkpoints"):
             resume = last_checkpoint(folder, settings) if folder else None
-        begun = MarkBegun(folder, settings)
         # 3. Train, and restore the random states and the model's settings, also after an exception.
         trained = model if inplace else copy.deepcopy(model)
+        begun, stop = MarkBegun(folder, settings), StopAfterStep()
         guard = SPFCallback(spf, resume=resume, progress=progress) if spf is not None else None
         bar = ProgressBar() if progress else None
-        stop = StopAfterStep()
         ours = [begun, NoFurtherStep(), LossCheck(), *callbacks, guard, bar, stop, MarkComplete() if folder else None]
+        present = [callback for callback in ours if callback is not None]
         started = time.perf_counter()
-        with model_state_kept(trained), _settings_kept(trained), refusals_in_one_line(lambda: begun.begun):
-            trainer = _trainer(
-                trained, tokenizer, rows, pad, arguments, [callback for callback in ours if callback is not None]
-            )
+        with model_state_kept(trained), settings_kept(trained), refusals_in_one_line(lambda: begun.begun):
+            trainer = make_trainer(trained, tokenizer, rows, pad, arguments, present)
             try:
                 with stop.listening(arguments.world_size):
-                    _train(trainer, resume)
+                    run_trainer(trainer, resume)
             finally:
                 if guard:
                     guard.detach()
                 if bar:
                     bar.close()
-                if noise := getattr(trainer, "neftune_hook_handle", None):
-                    noise.remove()  # the Trainer removes its hook itself unless the training broke off
-                trained.zero_grad(set_to_none=True)
+                clean_up(trainer)
             _check_trained(trained, rows, pad)
     trained.eval()
-    history = _history(trainer.state.log_history)
     certificate, seconds = guard.certificate if guard else None, time.perf_counter() - started
-    chosen = {name: more[name] for name in ("optim", "seed")} | training_arguments
-    told = settings_of(own | chosen, len(rows), spf, model)
+    told = settings_of(own | {name: more[name] for name in ("optim", "seed")} | given, len(rows), spf, model)
+    history = _history(trainer.state.log_history)
     return FineTuneResult(
         trained, history, certificate, seconds, stop.interrupted, settings=told, steps=trainer.state.global_step
     )
 
 
-_OF_TRAINING = (
-    "gradient_checkpointing", "_gradient_checkpointing_func", "_require_grads_hook", "_require_grads_hooks",
-    "forward", "_original_forward", "neftune_noise_alpha", "use_cache",
-)  # fmt: skip
-"""Attributes that the Trainer sets on a model's modules and its configuration, and does not reset."""
+def _check_kinds(spf: object, callbacks: object) -> None:
+    """Refuse settings of SPF of another type, and callbacks that are no list."""
+    if spf is not None:
+        if not isinstance(spf, SPF):
+            raise DataError(f"expected geomkit.SPF(anchors=…) or nothing as spf, found {type_in_words(spf)}; give that")
+        check_options(vars(spf) | {"anchors": None})
+    if not isinstance(callbacks, Sequence):
+        raise DataError(f"expected a list of callbacks, found {type_in_words(callbacks)}; give callbacks=[…]")
 
 
-@contextmanager
-def _settings_kept(model: "PreTrainedModel") -> Iterator[None]:
-    """Restore the model's settings that only the training needs when the block ends.
+def _fitting(spf: SPF, model: "PreTrainedModel", train: EncodedExamples, folder: Path | None, progress: bool) -> SPF:
+    """Return SPF with its examples encoded like the training rows, and with a log in the folder for checkpoints.
 
-    Left on, gradient checkpointing slows every later gradient, and the ``forward`` of mixed precision would round the
-    results of every later measurement, though not after saving and loading.
+    Raises:
+        DataError: If the examples cannot be encoded, or do not fit the model.
     """
-    parts = [model.config, *model.modules()]
-    before = [{name: vars(part)[name] for name in _OF_TRAINING if name in vars(part)} for part in parts]
-    hooked = hasattr(model, "_require_grads_hook")
-    try:
-        yield
-    finally:
-        if not hooked and hasattr(model, "_require_grads_hook"):
-            model.disable_input_require_grads()
-        for part, attributes in zip(parts, before, strict=True):
-            for name in _OF_TRAINING:
-                vars(part).pop(name, None)
-            vars(part).update(attributes)
-
-
-def _trainer(
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
-    rows: Sequence[Tokens],
-    pad: int,
-    arguments: TrainingArguments,
-    callbacks: list[TrainerCallback],
-) -> Trainer:
-    """Return a Trainer on encoded rows that shows neither the Trainer's bar nor the Trainer's lines of text."""
-    trainer = Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=_Rows(rows),
-        data_collator=lambda batch: _collated(batch, pad),
-        processing_class=tokenizer,
-        callbacks=callbacks,
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
-    # Reporters (report_to) come after SPF, which adds its measures to the logs, and before the mark of a checkpoint.
-    reporters = tuple(INTEGRATION_TO_CALLBACK.values())
-    trainer.callback_handler.callbacks.sort(
-        key=lambda callback: 2 if isinstance(callback, MarkComplete) else int(isinstance(callback, reporters))
-    )
-    return trainer
-
-
-def _train(trainer: Trainer, resume: Path | None) -> None:
-    """Train, and end a resumed run whose steps were all taken as the Trainer ends a run."""
-    try:
-        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    except AllStepsTakenError:
-        handler = trainer.callback_handler
-        trainer.control = handler.on_train_end(trainer.args, trainer.state, trainer.control)
+    spf = spf.encoded_like(train, progress)
+    for name, examples in (("anchor", spf.anchors), ("benign example", spf.benign)):
+        if isinstance(examples, EncodedExamples):
+            refuse_unfit(model, examples, what=name)
+    return replace(spf, log=folder / LOG_NAME) if folder and spf.log is None else spf
 
 
 def _history(log: Sequence[dict[str, float]]) -> "pd.DataFrame":
@@ -272,22 +208,3 @@ def _check_trained(model: "PreTrainedModel", rows: Sequence[Tokens], pad: int) -
     (loss,) = losses_of(model, rows[:1], pad)
     if not math.isfinite(loss):
         raise GeomkitError(f"expected a finite loss after training, found {loss} on example 0; {advice}")
-
-
-class _Rows(Sequence[Tokens]):
-    """The encoded training examples as a data set for the Trainer, which asks for a length and for items."""
-
-    def __init__(self, rows: Sequence[Tokens]) -> None:
-        self._rows = rows
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._rows[index]
-
-
-def _collated(rows: Sequence[Tokens], pad: int) -> dict[str, Tensor]:
-    """Return (B, T) tensors of a batch, padded to its longest row, under the names that models take."""
-    batch = collate(rows, pad)
-    return {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, "labels": batch.labels}
