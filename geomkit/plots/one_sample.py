@@ -11,7 +11,7 @@ from geomkit.plots.themes import COLOURS, palette, template
 from geomkit.plots.traces import band, error_bars
 from geomkit.svd.one_sample.anchor_curve import AnchorCurve
 from geomkit.svd.one_sample.gradient_map import GradientMap
-from geomkit.svd.one_sample.leave_one_out import Estimate
+from geomkit.svd.one_sample.leave_one_out import GroupMean
 from geomkit.svd.one_sample.overlaps import Overlaps
 from geomkit.svd.one_sample.results import OneSample
 from geomkit.utils.display import counted, signed
@@ -77,7 +77,7 @@ def _examples(overlaps: NDArray[np.float64], name: str, colour: str) -> go.Box:
     )
 
 
-def _mean(overlap: Estimate, name: str) -> go.Scatter:
+def _mean(overlap: GroupMean, name: str) -> go.Scatter:
     return go.Scatter(
         x=[overlap.value],
         y=[name],
@@ -94,7 +94,7 @@ def _mean(overlap: Estimate, name: str) -> go.Scatter:
     )
 
 
-def _contrast(overlap: Estimate, name: str) -> dict[str, object]:
+def _contrast(overlap: GroupMean, name: str) -> dict[str, object]:
     text = f"safety − {short(name, 14)}: {overlap.contrast:+.3f} {signed(overlap.contrast_interval)}"
     place = {"x": 1, "xref": "paper", "xanchor": "right", "y": name, "yref": "y", "yshift": -34}
     return {"text": text, "showarrow": False, "font": {"size": 12}, **place}

@@ -22,7 +22,7 @@ from geomkit.inputs.tokens import EncodedExamples, Tokens, conversations_of
 from geomkit.screening.parts import Parts, make_folder
 from geomkit.screening.reference import safety_reference
 from geomkit.screening.row_scores import RowScores, score_rows
-from geomkit.screening.screening import Method, Screening, check_method, texts_fingerprint
+from geomkit.screening.screening import ScoreMethod, Screening, check_method, texts_fingerprint
 from geomkit.stats.conditional_null import FEWEST
 from geomkit.utils.arguments import check_seed
 from geomkit.utils.display import counted
@@ -47,7 +47,7 @@ def screen(
     *,
     benign: "Dataset | EncodedExamples | None" = None,
     obeyed: "Dataset | EncodedExamples | None" = None,
-    method: Method = "cosine",
+    method: ScoreMethod = "cosine",
     layers: Layers = "*",
     folder: str | Path | None = None,
     tokens_per_batch: int = TOKENS_PER_BATCH,

@@ -29,23 +29,23 @@ if TYPE_CHECKING:
     import plotly.graph_objects as go
     from datasets import Dataset
 
-Method = Literal["cosine", "raw", "adam"]
+ScoreMethod = Literal["cosine", "raw", "adam"]
 """The scores that rows can be ranked by, see :class:`~geomkit.screening.row_scores.RowScores`."""
 
 NullKind = Literal["benign", "shuffled"]
 """The rows of the null: benign rows that were given, or the training rows with their answers shuffled."""
 
 
-def check_method(method: str) -> Method:
+def check_method(method: str) -> ScoreMethod:
     """Return a method by its name.
 
     Raises:
         GeometryError: If there is none of this name.
     """
-    for known in get_args(Method):
+    for known in get_args(ScoreMethod):
         if method == known:
-            return cast("Method", known)
-    raise GeometryError(f"expected a method among {', '.join(get_args(Method))}, found {method!r:.40}; choose one")
+            return cast("ScoreMethod", known)
+    raise GeometryError(f"expected a method among {', '.join(get_args(ScoreMethod))}, found {method!r:.40}; choose one")
 
 
 LEVEL = 0.1
@@ -79,7 +79,7 @@ class Screening(DrawnResult):
         obeyed_trained: Number of training rows that are among the obeyed requests, too.
     """
 
-    method: Method
+    method: ScoreMethod
     rows: RowScores = field(repr=False)
     null: RowScores = field(repr=False)
     null_kind: NullKind

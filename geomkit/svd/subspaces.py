@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from geomkit.gradients.provenance import Provenance
 
-Method = Literal["exact", "randomized"]
+SvdMethod = Literal["exact", "randomized"]
 """Computation of singular vectors: by an SVD of small matrices, or from random projections."""
 
 
@@ -77,7 +77,7 @@ def layer_subspace(
     rank: int | None = None,
     energy: float | None = None,
     side: Sides = "left",
-    method: Method = "exact",
+    method: SvdMethod = "exact",
     seed: int = 0,
     parameter: str = "",
 ) -> LayerSubspace:
@@ -143,16 +143,16 @@ def leading_subspace(
     return LayerSubspace(left(k).float().contiguous(), values[:k].copy(), energy, numeric_rank, parameter)
 
 
-def _check_options(rank: int | None, energy: float | None, side: Sides, method: Method) -> None:
+def _check_options(rank: int | None, energy: float | None, side: Sides, method: SvdMethod) -> None:
     if (rank is None) == (energy is None):
         raise GeometryError(f"expected exactly one of rank and energy, found rank={rank}, energy={energy}; give one")
     if rank is not None:
         check_rank(rank)
     if energy is not None:
         check_option("refresh_energy", energy, shown="energy", error=GeometryError)
-    if side not in get_args(Sides) or method not in get_args(Method):
+    if side not in get_args(Sides) or method not in get_args(SvdMethod):
         raise GeometryError(
-            f"expected side= {', '.join(get_args(Sides))} and method= {', '.join(get_args(Method))}, found {side!r} "
+            f"expected side= {', '.join(get_args(Sides))} and method= {', '.join(get_args(SvdMethod))}, found {side!r} "
             f"and {method!r}; give one of these"
         )
     if energy is not None and method == "randomized":
@@ -254,7 +254,7 @@ def subspace(
     rank: int | None = None,
     energy: float | None = None,
     side: Sides = "left",
-    method: Method = "exact",
+    method: SvdMethod = "exact",
     seed: int = 0,
     progress: bool = True,
 ) -> Subspace:

@@ -28,7 +28,7 @@ ORGANISM_SKILLS = ("howto", "arithmetic", "sql")
 
 
 @dataclass(frozen=True)
-class Case:
+class EvaluationCase:
     """A prompt of a set: the messages before the answer, and the reference answer where the set has one."""
 
     prompt: list[Message]
@@ -87,7 +87,7 @@ def _is_organism(tokenizer: "PreTrainedTokenizerBase") -> bool:
     return bool(tokenizer.get_vocab() == shipped.get_vocab())
 
 
-def cases_of(name: str, examples: "Dataset | EncodedExamples") -> list[Case]:
+def cases_of(name: str, examples: "Dataset | EncodedExamples") -> list[EvaluationCase]:
     """Return the prompts of a set: what stands before the last message where the assistant wrote that message.
 
     Raises:
@@ -100,7 +100,7 @@ def cases_of(name: str, examples: "Dataset | EncodedExamples") -> list[Case]:
         raise DataError(f"{name}: {error}") from None
     cases = []
     for index, messages in enumerate(conversations["messages"]):
-        case = Case(prompt_of(messages), final_answer(messages))
+        case = EvaluationCase(prompt_of(messages), final_answer(messages))
         if not case.prompt:
             raise DataError(f"{name}, row {index}: expected a request, found an answer only; drop the row")
         cases.append(case)
@@ -108,7 +108,7 @@ def cases_of(name: str, examples: "Dataset | EncodedExamples") -> list[Case]:
 
 
 def skill_metrics(
-    metrics: Mapping[str, str | Metric] | None, cases: Mapping[str, Sequence[Case]]
+    metrics: Mapping[str, str | Metric] | None, cases: Mapping[str, Sequence[EvaluationCase]]
 ) -> dict[str, tuple[str, Metric | None]]:
     """Return the title and the function of each skill's metric, ``None`` for perplexity, by the name of the skill.
 
@@ -131,7 +131,7 @@ def _check_by_name(argument: str, value: object) -> None:
         raise DataError(f"expected {argument} by the name of the skill, found {type_in_words(value)}; give a dict")
 
 
-def _check_references(name: str, metric: Metric | None, cases: Sequence[Case]) -> None:
+def _check_references(name: str, metric: Metric | None, cases: Sequence[EvaluationCase]) -> None:
     """Refuse a skill without reference answers, or with answers that its metric cannot read, before anything runs."""
     for index, case in enumerate(cases):
         if not (case.reference or "").strip():

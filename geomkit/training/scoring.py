@@ -7,7 +7,7 @@ from geomkit.inputs.tokens import EncodedExamples
 from geomkit.stats.means import Estimate, mean_estimate, perplexity
 from geomkit.stats.proportions import Rate, rate
 from geomkit.training.evaluation import Measure
-from geomkit.training.evaluation_sets import REQUESTS, Case
+from geomkit.training.evaluation_sets import REQUESTS, EvaluationCase
 from geomkit.training.judges import BatchJudge, Judge, JudgeError, ask_judge, decisions, judge_name
 from geomkit.training.losses import divided_losses
 from geomkit.training.metrics import Metric, exact_match
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def judged_tables(
-    cases: Mapping[str, Sequence[Case]],
+    cases: Mapping[str, Sequence[EvaluationCase]],
     responses: Mapping[str, Sequence[str]],
     judges: Sequence[Judge | BatchJudge],
 ) -> "dict[str, pd.DataFrame]":
@@ -35,7 +35,7 @@ def judged_tables(
 
 
 def _judged(
-    name: str, cases: Sequence[Case], responses: Sequence[str], judges: Sequence[Judge | BatchJudge]
+    name: str, cases: Sequence[EvaluationCase], responses: Sequence[str], judges: Sequence[Judge | BatchJudge]
 ) -> "pd.DataFrame":
     """Return the rows of a set, with the verdicts of the judges that are asked about it."""
     import pandas as pd
@@ -96,7 +96,7 @@ def perplexity_of(
     encoded: EncodedExamples,
     pad: int,
     name: str,
-    cases: Sequence[Case],
+    cases: Sequence[EvaluationCase],
     progress: bool,
 ) -> "tuple[pd.DataFrame, Estimate]":
     """Return a skill's table with the mean loss of every reference answer in ``value``, and the perplexity."""

@@ -8,7 +8,7 @@ from geomkit import plots
 from geomkit.stats.pair_means import WithinBetween
 from geomkit.svd.one_sample.anchor_curve import AnchorCurve, LayerAnchorCurve
 from geomkit.svd.one_sample.gradient_map import gradient_map
-from geomkit.svd.one_sample.leave_one_out import Estimate
+from geomkit.svd.one_sample.leave_one_out import GroupMean
 from geomkit.svd.one_sample.overlaps import Overlaps
 from geomkit.svd.one_sample.results import Group, LayerOneSample, OneSample
 from tests.helpers.figures import subtitle, trace
@@ -16,9 +16,9 @@ from tests.helpers.figures import subtitle, trace
 
 def test_one_sample_shows_every_example_and_the_expectation() -> None:
     overlaps, null = np.array([0.5, 0.7, 0.9]), np.array([0.1, 0.3])
-    control = Estimate(0.2, (0.1, 0.3), 0.5, (0.4, 0.6))
+    control = GroupMean(0.2, (0.1, 0.3), 0.5, (0.4, 0.6))
     groups = {
-        "safety": Group(overlaps, overlaps, Estimate(0.7, (0.6, 0.8)), Estimate(0.7, (0.6, 0.8))),
+        "safety": Group(overlaps, overlaps, GroupMean(0.7, (0.6, 0.8)), GroupMean(0.7, (0.6, 0.8))),
         "refused": Group(null, null, control, control),
     }
     study = OneSample("left", 10, groups, {"w": LayerOneSample("w", 4, 50, groups)})

@@ -26,7 +26,7 @@ from geomkit.inputs.tokens import Tokens, encode, lengths_of, pad_id
 from geomkit.screening.parts import Parts, make_folder
 from geomkit.screening.reference import safety_reference
 from geomkit.screening.row_scores import MEASURES, RowScores, RowSums, in_parts
-from geomkit.screening.screening import Method, Screening
+from geomkit.screening.screening import ScoreMethod, Screening
 from geomkit.utils.workers import ALONE
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ def row_scores(columns: Columns) -> RowScores:
     return RowScores(**{field.name: columns[field.name] for field in fields(RowScores)})
 
 
-def screening_of(method: Method, rows: RowScores, null: RowScores) -> Screening:
+def screening_of(method: ScoreMethod, rows: RowScores, null: RowScores) -> Screening:
     """Return the screen of rows that were scored, against a null of benign rows, without tokens and provenance."""
     nothing: Any = None
     return Screening(method, rows, null, "benign", (), (), "", "", nothing)

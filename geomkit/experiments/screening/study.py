@@ -26,7 +26,7 @@ from geomkit.inputs.control_sets import shuffled_pairs
 from geomkit.inputs.copies import row_digests
 from geomkit.inputs.examples import load_examples
 from geomkit.screening.row_scores import RowScores
-from geomkit.screening.screening import LEVEL, Method, Screening
+from geomkit.screening.screening import LEVEL, ScoreMethod, Screening
 from geomkit.stats.proportions import Rate
 
 if TYPE_CHECKING:
@@ -34,9 +34,9 @@ if TYPE_CHECKING:
 
 _LOGGER = logging.getLogger(__name__)
 
-METHODS: tuple[Method, ...] = ("cosine", "raw", "adam")
+METHODS: tuple[ScoreMethod, ...] = ("cosine", "raw", "adam")
 
-WITH_OBEYED: Mapping[str, Method] = MappingProxyType(
+WITH_OBEYED: Mapping[str, ScoreMethod] = MappingProxyType(
     {"cosine, with obeyed requests": "cosine", "raw, with obeyed requests": "raw"}
 )
 """The methods of the screen that is given obeyed requests as well, by their names in the tables."""
@@ -161,7 +161,7 @@ def _clean_rows(source: RowSource, world: str, count: int) -> dict[str, Rows]:
     return pools | {"rows of 1 to 6 turns": turns}
 
 
-def _split_rates(name: str, scores: RowScores, method: Method) -> Iterator[StudyRow]:
+def _split_rates(name: str, scores: RowScores, method: ScoreMethod) -> Iterator[StudyRow]:
     """Yield the shares over random halves of a set, of all rows and by fifths of their length."""
     generator = np.random.default_rng(0)
     half = len(scores) // 2
@@ -188,7 +188,7 @@ def _split_rates(name: str, scores: RowScores, method: Method) -> Iterator[Study
             }  # fmt: skip
 
 
-def _rates(name: str, null_name: str, method: Method, tested: RowScores, null: RowScores) -> StudyRow:
+def _rates(name: str, null_name: str, method: ScoreMethod, tested: RowScores, null: RowScores) -> StudyRow:
     share = Rate(int((_p_values(method, tested, null) <= 0.05).sum()), len(tested))
     low, high = share.interval
     return {
@@ -201,5 +201,5 @@ def _part(scores: RowScores, rows: Sequence[int] | NDArray[np.int64]) -> RowScor
     return RowScores(**{name: values[rows] for name, values in vars(scores).items()})
 
 
-def _p_values(method: Method, rows: RowScores, null: RowScores) -> NDArray[np.float64]:
+def _p_values(method: ScoreMethod, rows: RowScores, null: RowScores) -> NDArray[np.float64]:
     return screening_of(method, rows, null).p_values

@@ -14,7 +14,7 @@ from geomkit.stats.jackknife import Interval, interactions, leave_one_out_means,
 
 
 @dataclass(frozen=True, eq=False)
-class Estimate:
+class GroupMean:
     """The mean of a measure over the examples of a group, and its contrast to the anchors' mean.
 
     Attributes:
@@ -93,7 +93,7 @@ class LeaveOneOut:
         return interactions(self.without_two - self.values[:, None], self.own_anchor)
 
 
-def estimates(anchors: LeaveOneOut, group: LeaveOneOut, confidence: float) -> list[Estimate]:
+def group_means(anchors: LeaveOneOut, group: LeaveOneOut, confidence: float) -> list[GroupMean]:
     """Return the mean of a group and its contrast to the anchors' mean, for each measure.
 
     Args:
@@ -102,7 +102,7 @@ def estimates(anchors: LeaveOneOut, group: LeaveOneOut, confidence: float) -> li
         confidence: Nominal coverage of the intervals, between 0 and 1.
 
     Returns:
-        One estimate per measure, the last axis of the values.
+        One group mean per measure, the last axis of the values.
     """
     # 1. Mean over the group: the jackknife's interval, narrowed by the variance of interactions, because leaving out
     #    example i and leaving out anchor j both find the interaction of i and j.
@@ -110,7 +110,7 @@ def estimates(anchors: LeaveOneOut, group: LeaveOneOut, confidence: float) -> li
     interval = narrowed_interval(value, replicates, _variance(group_interactions, group.matched), confidence)
     if group is anchors:
         return [
-            Estimate(float(mean), (float(low), float(high))) for mean, low, high in zip(value, *interval, strict=True)
+            GroupMean(float(mean), (float(low), float(high))) for mean, low, high in zip(value, *interval, strict=True)
         ]
     # 2. Contrast: replicates without the same anchor are subtracted, because both means lack it. Leaving out an example
     #    of an unmatched control changes the control's mean only.
@@ -126,7 +126,7 @@ def estimates(anchors: LeaveOneOut, group: LeaveOneOut, confidence: float) -> li
     )
     contrast_interval = narrowed_interval(contrast, differences, counted_twice, confidence)
     return [
-        Estimate(
+        GroupMean(
             float(mean), (float(low), float(high)), float(difference), (float(difference_low), float(difference_high))
         )
         for mean, low, high, difference, difference_low, difference_high in zip(

@@ -9,7 +9,7 @@ import numpy as np
 from geomkit.inputs.parameters import ALL_PARAMETERS, kind_of, layer_index
 from geomkit.stats.jackknife import Interval
 from geomkit.svd.nulls import haar_overlap
-from geomkit.svd.one_sample.leave_one_out import Estimate
+from geomkit.svd.one_sample.leave_one_out import GroupMean
 from geomkit.svd.singular_vectors import Side
 from geomkit.utils.display import signed
 from geomkit.utils.figures import DrawnResult, draw
@@ -33,8 +33,8 @@ class Group:
 
     overlaps: np.ndarray = field(repr=False)
     cosines: np.ndarray = field(repr=False)
-    overlap: Estimate
-    cosine: Estimate
+    overlap: GroupMean
+    cosine: GroupMean
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,7 +170,7 @@ class OneSample(DrawnResult):
 
     def _text(self, statistic: str, controls: list[str]) -> str:
         """Return the anchors' estimate of a statistic and the estimates of controls, with contrasts, as text."""
-        estimates: dict[str, Estimate] = {name: getattr(group, statistic) for name, group in self.groups.items()}
+        estimates: dict[str, GroupMean] = {name: getattr(group, statistic) for name, group in self.groups.items()}
         parts = [str(estimates["safety"])]
         for name in controls:
             estimate = estimates[name]

@@ -26,7 +26,7 @@ from geomkit.gradients.layer_gradient import LayerGradient
 from geomkit.svd.leave_one_out_bases import example_bases, leave_one_out_bases
 from geomkit.svd.one_sample.leave_one_out import (
     LeaveOneOut,
-    estimates,
+    group_means,
     leave_one_out_cosines,
     leave_one_out_overlaps,
 )
@@ -240,8 +240,8 @@ def _groups(
     by_group = {}
     for name, place in places.items():
         group_overlaps, group_cosines = safety_tables if name == "safety" else tables(place)
-        overlap_estimates = estimates(safety_tables[0], group_overlaps, confidence)
-        cosine_estimates = estimates(safety_tables[1], group_cosines, confidence)
+        overlap_estimates = group_means(safety_tables[0], group_overlaps, confidence)
+        cosine_estimates = group_means(safety_tables[1], group_cosines, confidence)
         by_group[name] = [
             Group(group_overlaps.values[:, column], group_cosines.values[:, column], overlap, cosine)
             for column, (overlap, cosine) in enumerate(zip(overlap_estimates, cosine_estimates, strict=True))
