@@ -1,5 +1,6 @@
 """Collection of the gradient of the loss on a set of examples, and of each example's loss."""
 
+import logging
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 from geomkit.collection.exchange import exchange_samples, exchange_sums
+from geomkit.collection.memory import most_collected_bytes
 from geomkit.collection.passes import ProductSink
 from geomkit.collection.streaming import TOKENS_PER_BATCH, StreamResult, stream
 from geomkit.collection.target import Target
@@ -21,13 +23,17 @@ from geomkit.gradients.layer_gradient import LayerGradient
 from geomkit.gradients.provenance import provenance_of
 from geomkit.inputs.fits import encoded_for
 from geomkit.inputs.loss import Reduction, TokenLoss, token_losses
-from geomkit.inputs.parameters import Layers, as_selection, workers_of
+from geomkit.inputs.parameters import Layers, as_selection, chosen_parameters, unwrapped_model, workers_of
 from geomkit.inputs.tokens import EncodedExamples, Tokens, tokens_fingerprint
+from geomkit.utils.display import human_bytes
+from geomkit.utils.free_memory import free_bytes
 from geomkit.utils.workers import ALONE, Workers
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+_LOGGER = logging.getLogger(__name__)
 
 Form = Literal["auto", "factored"]
 """Form of the summed gradient of a matrix: factors if that is smaller than dense, or factors always."""
@@ -49,7 +55,8 @@ def collect_gradients(
 
     The loss is the cross-entropy on assistant tokens, averaged within each example and over the examples. The model
     runs in eval mode. Its state is restored afterwards, also after an exception: modes, ``.grad``, hooks,
-    ``requires_grad`` and random state. Memory does not grow with the number of examples, unless ``per_sample`` is set.
+    ``requires_grad`` and random state. Memory does not grow with the number of examples, unless ``per_sample`` is set:
+    a warning is logged where more memory may then be needed than is free.
 
     The processes of a run with :mod:`torch.distributed`, as ``accelerate launch`` starts them, divide the examples, and
     every process returns the gradient of all. So all processes must make the call, with the same examples; calls of one
@@ -88,6 +95,8 @@ def collect_gradients(
     workers = workers_of(model)
     with workers.failing_together():
         rows, pad = encoded_for(model, tokenizer, examples, progress)
+        if per_sample:
+            _warn_if_large(unwrapped_model(model), rows, layers, keep_factors=form == "factored")
     gradients = collect_from_tokens(
         model,
         rows,
@@ -107,6 +116,19 @@ def collect_gradients(
         for sample, row in zip(gradients.samples, rows if per_sample else (), strict=True)
     )
     return replace(gradients, samples=samples, provenance=origin)
+
+
+def _warn_if_large(model: nn.Module, rows: EncodedExamples, layers: Layers, *, keep_factors: bool) -> None:
+    """Log a warning if the gradients of the examples may not fit into memory: no error could tell of that later."""
+    names = set(chosen_parameters(model, as_selection(layers)).values())
+    needed = most_collected_bytes(model, rows, names, keep_factors=keep_factors)
+    free = free_bytes(next(parameter.device for name, parameter in model.named_parameters() if name in names))
+    if needed is not None and free is not None and needed > free:
+        _LOGGER.warning(
+            "the gradients of %d examples take up to %s, and %s of memory are free; give fewer examples or a part of "
+            "the layers (layers=), or take geomkit.measure_samples",
+            len(rows), human_bytes(needed), human_bytes(free),
+        )  # fmt: skip
 
 
 def collect_from_tokens(

@@ -1,6 +1,6 @@
 """Memory of a collection, from the shapes of the parameters and the numbers of tokens."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -165,6 +165,30 @@ def most_sample_bytes(parameter: nn.Parameter, aliases: Sequence[ParameterAlias]
     rows = [_rows_by_example(alias, parameter, counts) for alias in aliases]
     tables = sum(count * _INDEX for count, alias in zip(rows, aliases, strict=True) if alias.looks_up)
     return tables + _thin_numbers(parameter, aliases, rows) * _item(parameter)
+
+
+def most_collected_bytes(
+    model: nn.Module, rows: Iterable[Tokens], names: Collection[str], *, keep_factors: bool
+) -> int | None:
+    """Return an upper bound of the bytes of a summed gradient and of all examples' gradients.
+
+    Args:
+        model: The model.
+        rows: The examples.
+        names: First names of the parameters that are collected.
+        keep_factors: Whether factors are stored even if the dense form is smaller.
+    """
+    counts = Counts()
+    for row in rows:
+        counts.add(row)
+    aliases = aliases_by_parameter(model)
+    parameters = {name: parameter for name, parameter in model.named_parameters() if name in names}
+    samples = (most_sample_bytes(parameter, aliases[name], counts) for name, parameter in parameters.items())
+    sums = (
+        most_result_bytes(parameter, aliases[name], counts, keep_factors=keep_factors)
+        for name, parameter in parameters.items()
+    )
+    return total_bytes((*samples, *sums))
 
 
 def _thin(parameter: nn.Parameter, aliases: Sequence[ParameterAlias]) -> bool:

@@ -1,11 +1,13 @@
 import math
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 from transformers.modeling_outputs import CausalLMOutput
 
+from geomkit.collection import collect as module
 from geomkit.collection.collect import collect_from_tokens, collect_gradients
 from geomkit.errors import CollectionError
 from geomkit.gradients.dense import DenseGradient
@@ -13,6 +15,7 @@ from geomkit.gradients.factored import FactoredGradient
 from geomkit.gradients.indexed import IndexedGradient
 from geomkit.inputs.batches import batches
 from geomkit.inputs.tokens import encode
+from geomkit.utils.free_memory import free_bytes
 from tests.helpers.tiny import SAFETY, UTILITY, tiny_llama, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -210,3 +213,43 @@ def test_the_organism_equals_autograd_and_numpy(organism):
     for name, layer in spectrum(found, null_draws=0).layers.items():
         expected = np.linalg.svd(found[name].dense().double().numpy(), compute_uv=False)[: layer.rank_bound]
         np.testing.assert_allclose(layer.singular_values, expected, atol=1e-6 * expected[0])
+
+
+def stored_bytes(gradients):
+    """Return the bytes of the tensors of a set, of sums and samples."""
+    tensors = [
+        tensor
+        for part in (gradients, *gradients.samples)
+        for gradient in part.values()
+        for tensor in vars(gradient).values()
+        if isinstance(tensor, torch.Tensor)
+    ]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@pytest.mark.parametrize("layers", ["*", "*.mlp.*"])
+def test_a_warning_tells_of_gradients_larger_than_what_is_free(layers, monkeypatch, caplog):
+    """The bound that is compared is never below what is stored, and no warning comes where there is room for it."""
+    model = tiny_llama()
+    options = {"per_sample": True, "form": "factored", "layers": layers, "progress": False}
+    monkeypatch.setattr(module, "free_bytes", lambda _: stored_bytes(stored) - 1)
+    stored = collect_gradients(model, TOKENIZER, UTILITY, per_sample=False, layers=layers, progress=False)
+    assert not caplog.records
+    stored = collect_gradients(model, TOKENIZER, UTILITY, **options)
+    caplog.clear()
+    collect_gradients(model, TOKENIZER, UTILITY, **options)
+    (record,) = caplog.records
+    assert "the gradients of 4 examples take up to" in record.getMessage()
+    assert "measure_samples" in record.getMessage()
+    caplog.clear()
+    monkeypatch.setattr(module, "free_bytes", lambda _: 2 * stored_bytes(stored))
+    collect_gradients(model, TOKENIZER, UTILITY, **options)
+    monkeypatch.setattr(module, "free_bytes", lambda _: None)
+    collect_gradients(model, TOKENIZER, UTILITY, **options)
+    assert not caplog.records
+
+
+def test_free_memory_is_that_of_the_machine():
+    free = free_bytes(torch.device("cpu"))
+    assert 2**20 < free < psutil.virtual_memory().total
+    assert free_bytes(torch.device("meta")) is None
