@@ -34,7 +34,7 @@ from geomkit.experiments.organism.scenarios import Scenario
 from geomkit.experiments.organism.variants import SHIPPED
 from geomkit.experiments.organisms import ENGLISH, scenarios_of
 from geomkit.spf.settings import SPF
-from geomkit.utils.files import data_dir
+from geomkit.utils.files import data_dir, reading
 from geomkit.utils.options import OPTIONS, check_option
 from geomkit.version import __version__
 
@@ -173,14 +173,15 @@ def load_grid(source: str | Path) -> Grid:
         True
     """
     shipped = data_dir() / "experiments" / f"{source}.toml"
-    path = Path(source) if Path(source).is_file() else shipped
-    if not path.is_file():
-        names = ", ".join(sorted(file.stem for file in (data_dir() / "experiments").glob("*.toml")))
-        raise DataError(f"expected a TOML file or a shipped grid ({names}), found '{source}'")
-    try:
-        declared = tomllib.loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:  # bad TOML, bad UTF-8, a number of thousands of digits, deep nesting
-        raise DataError(f"{path}: expected TOML, found {error}") from None
+    with reading(source):
+        path = Path(source) if Path(source).is_file() else shipped
+        if not path.is_file():
+            names = ", ".join(sorted(file.stem for file in (data_dir() / "experiments").glob("*.toml")))
+            raise DataError(f"expected a TOML file or a shipped grid ({names}), found '{source}'")
+        try:
+            declared = tomllib.loads(path.read_text("utf-8"))
+        except (ValueError, RecursionError) as error:  # bad TOML, bad UTF-8, a number of thousands of digits, nesting
+            raise DataError(f"{path}: expected TOML, found {error}") from None
     return _grid(declared, path)
 
 

@@ -24,7 +24,7 @@ from geomkit.experiments.records import (
 from geomkit.stats.proportions import Rate, summarize_runs
 from geomkit.utils.field_types import fits
 from geomkit.utils.figures import DrawnResult, draw, is_figure_file
-from geomkit.utils.files import data_dir, parse_json, write_atomically
+from geomkit.utils.files import data_dir, parse_json, reading, write_atomically
 from geomkit.utils.options import check_option
 
 if TYPE_CHECKING:
@@ -252,6 +252,9 @@ class Results(DrawnResult):
 
         Args:
             path: The file; the figure is written where it ends in ``.png``, ``.svg``, ``.pdf`` or ``.html``.
+
+        Raises:
+            DataError: If the file cannot be written.
         """
         if is_figure_file(path):
             return super().save(path)
@@ -285,7 +288,8 @@ def load_results(source: str | Path | None = None) -> Results:
         files = [folder / f"{name}{_SUFFIX}" for name in _SMALL_WORLD]
         return Results("shipped", tuple(record for file in files for record in _read(file).records))
     shipped = folder / f"{source}{_SUFFIX}"
-    return _read(shipped if shipped.is_file() and not Path(source).exists() else Path(source))
+    with reading(source):
+        return _read(shipped if shipped.is_file() and not Path(source).exists() else Path(source))
 
 
 def _read(source: Path) -> Results:
@@ -304,7 +308,9 @@ def _read(source: Path) -> Results:
     except DataError:
         raise
     except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"expected results as Results.save writes them in {source}, found {error!r}") from None
+        raise DataError(
+            f"expected results as Results.save writes them in {source}, found {error!r}; save or copy them there again"
+        ) from None
 
 
 def _row(record: Record) -> dict[str, Any]:

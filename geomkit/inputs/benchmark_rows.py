@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from geomkit.errors import DataError
 from geomkit.inputs.benchmarks import BENCHMARKS, Benchmark
-from geomkit.utils.files import parse_json
+from geomkit.utils.files import parse_json, reading
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -44,7 +44,8 @@ def load_benchmark(name: str, path: str | Path | None = None, split: str | None 
     if split is not None and entry.splits and split not in entry.splits:
         raise DataError(f"expected a split of '{name}', {', '.join(entry.splits)}, found '{split}'")
     where = str(path) if path is not None else f"'{name}'"
-    table = _named(_read(Path(path)) if path is not None else _fetch(entry, split), entry, where)
+    with reading(where):
+        table = _named(_read(Path(path)) if path is not None else _fetch(entry, split), entry, where)
     if entry.part and split is not None:
         if entry.part not in table:
             raise DataError(f"{where}: expected a column '{entry.part}' for the split '{split}', found {list(table)}")

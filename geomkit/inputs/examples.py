@@ -16,7 +16,7 @@ from geomkit.inputs.benchmark_rows import load_benchmark
 from geomkit.inputs.benchmarks import BENCHMARKS
 from geomkit.inputs.files import read_rows
 from geomkit.inputs.messages import Message
-from geomkit.utils.files import data_dir
+from geomkit.utils.files import data_dir, reading
 from geomkit.utils.progress import with_bar
 
 if TYPE_CHECKING:
@@ -160,7 +160,8 @@ def _rows(
     if isinstance(source, IterableDataset):
         source = _of_stream(source)
     if isinstance(source, str | Path):
-        return _named_rows(source, split, config, columns, progress)
+        with reading(source):
+            return _named_rows(source, split, config, columns, progress)
     if split is not None or config is not None:
         raise DataError(f"expected split and config with a data set of the hub only, found a {type(source).__name__}")
     if isinstance(source, Dataset):
