@@ -309,7 +309,10 @@ def _merge(a: Cell, b: Cell) -> Cell:
 
 def _check_names(names: Iterable[str], allowed: Iterable[str], path: Path) -> None:
     if unknown := sorted(set(names) - set(allowed)):
-        raise DataError(f"{path}: expected {', '.join(allowed)}, found {', '.join(map(repr, unknown))}")
+        raise DataError(
+            f"{path}: expected {', '.join(allowed)}, found {', '.join(map(repr, unknown))}; rename or remove what is "
+            "not listed"
+        )
 
 
 _SPF_OPTIONS = {option.name for option in fields(SPF)} - {"benign", "seed", "measure_curvature", "tokenizer", "log"}
@@ -348,7 +351,10 @@ def check_options(method: str, options: Mapping[str, Any]) -> None:
     allowed = method_options(method)
     if unknown := sorted(set(options) - allowed):
         words = ", ".join(sorted(allowed)) or "none"
-        raise DataError(f"expected options of the method '{method}' ({words}), found {', '.join(unknown)}")
+        raise DataError(
+            f"expected options of the method '{method}' ({words}), found {', '.join(unknown)}; remove what is not "
+            "listed"
+        )
     for name in options.keys() & OPTIONS.keys():
         for value in options[name] if isinstance(options[name], list) else [options[name]]:
             check_option(name, value)

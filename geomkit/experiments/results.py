@@ -152,7 +152,11 @@ class Results(DrawnResult):
         records = self.where(**values).records
         rows = [text_to_flags(record["flags"][measure]) for record in records if measure in record.get("flags", {})]
         if not rows:
-            raise DataError(f"expected the measure '{measure}' in the cells with {values}, found none")
+            known = sorted({name for record in records for name in record.get("flags", {})})
+            raise DataError(
+                f"expected the measure '{measure}' in the cells with {values}, found {', '.join(known) or 'none'}; "
+                "choose one that was measured, or other cells"
+            )
         return np.stack(rows)
 
     # ------------------------------------------------------------------------------------- means and comparisons

@@ -163,12 +163,15 @@ def _in_one_line(source: _Source) -> Iterator[None]:
     except DataError:
         raise
     except Exception as error:  # configuration, weights and hub client raise different exception types
-        hint = ""
         if source.file is not None and isinstance(error, ImportError):
-            hint = "; pip install 'geomkit[gguf]'"
+            advice = "pip install 'geomkit[gguf]'"
+        elif Path(source.place).exists():
+            advice = "copy the checkpoint again with all its files, or give another model"
+        else:
+            advice = "check the name, the network and your access (hf auth login)"
         raise DataError(
             f"expected a causal language model at '{source.name}' ({_KINDS}), found {type(error).__name__}: "
-            f"{_reason(error)}{hint}"
+            f"{_reason(error)}; {advice}"
         ) from None
 
 

@@ -39,7 +39,7 @@ def load_base(source: str | Path | None = None) -> "tuple[LlamaForCausalLM, PreT
     except DataError as error:
         if place != BASE_MODEL:
             raise
-        raise DataError(f"{error} Without the hub, name a folder of local copies in {LOCAL_COPIES}.") from None
+        raise DataError(f"{error}; without the hub, name a folder of local copies in {LOCAL_COPIES}") from None
     return model, tokenizer
 
 
