@@ -21,7 +21,7 @@ def compare(
 
     check_writable(json_file and json_file.parent)
     if len(set(files)) < len(files):
-        raise DataError(f"expected different files, found {', '.join(map(str, files))}")
+        raise DataError(f"expected different files, found {', '.join(map(str, files))}; give each file once")
     result = compare_evaluations({str(path): load_evaluation(path) for path in files})
     shown = result.to_frame() if len(files) > 2 else result.to_frame().drop(columns="evaluation")
     show_table(shown, f"{result}" if len(files) > 2 else f"{files[1]}: {result}")

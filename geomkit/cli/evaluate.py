@@ -120,7 +120,9 @@ def _read_sets(
     reader = ColumnReader(columns)
     named = [reader(partial(skill_by_text, text)) for text in skills]
     if len({name for name, *_ in named}) < len(named):
-        raise DataError(f"expected skills of different names, found {', '.join(name for name, *_ in named)}")
+        raise DataError(
+            f"expected skills of different names, found {', '.join(name for name, *_ in named)}; rename one of them"
+        )
     asked: list[tuple[Role, str | None]] = [("forbidden", forbidden), ("benign", benign)]
     requests = {role: reader(partial(requests_by_text, text, role)) for role, text in asked if text}
     reader.check()
@@ -150,7 +152,9 @@ def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise DataError(f"expected UTF-8 text in {path}, found {error.reason} at byte {error.start}") from None
+        raise DataError(
+            f"expected UTF-8 text in {path}, found {error.reason} at byte {error.start}; save it as UTF-8"
+        ) from None
 
 
 @contextmanager

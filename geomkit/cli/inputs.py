@@ -97,5 +97,8 @@ def layers_by_text(text: str) -> "Layers":
     if all(part.isdecimal() for part in parts):
         return [int(part) for part in parts]
     if any(part.isdecimal() for part in parts) or not all(parts):
-        raise DataError(f"expected --layers as numbers like 10,20 or as patterns like '*.mlp.*', found '{text}'")
+        raise DataError(
+            f"expected --layers as numbers like 10,20 or as patterns like '*.mlp.*', found '{text}'; give one kind, "
+            "with single commas"
+        )
     return parts

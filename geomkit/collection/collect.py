@@ -154,7 +154,9 @@ def collect_from_tokens(
     examples, and ``products`` receives the part of this worker only.
     """
     if form not in get_args(Form):
-        raise CollectionError(f"expected the form {' or '.join(get_args(Form))}, found {form!r}")
+        raise CollectionError(
+            f"expected the form {' or '.join(get_args(Form))}, found {form!r}; give one of these as form="
+        )
     sums: dict[str, Accumulator] = defaultdict(lambda: Accumulator(keep_factors=form == "factored"))
     samples: list[dict[str, LayerGradient]] = [{} for _ in rows]
 

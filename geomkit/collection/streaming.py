@@ -97,7 +97,10 @@ def stream(
         workers.refuse_differences(examples=fingerprint_of(rows), weights=weights_fingerprint(model), settings=settings)
     with workers.failing_together():
         if reduction not in get_args(Reduction):
-            raise CollectionError(f"expected the reduction {' or '.join(get_args(Reduction))}, found {reduction!r}")
+            raise CollectionError(
+                f"expected the reduction {' or '.join(get_args(Reduction))}, found {reduction!r}; give one of these "
+                "as reduction="
+            )
         _refuse_unscored(rows)
         # Parts of the examples in the order of the batches: side by side, they are what one process runs.
         lengths = lengths_of(rows)
@@ -191,11 +194,13 @@ def prepared(model: nn.Module, selection: Selection, progress: bool = False) -> 
 
 def _refuse_unscored(rows: Sequence[Tokens]) -> None:
     if not rows:
-        raise DataError("expected at least one example, found none")
+        raise DataError("expected at least one example, found none; give a set with rows")
     if not isinstance(rows, EncodedExamples):  # encoded examples were checked by encode
         for index, row in enumerate(rows):
             if row.loss_tokens == 0:
-                raise DataError(f"example {index}: expected tokens to take the loss on, found none of {len(row)}")
+                raise DataError(
+                    f"example {index}: expected tokens to take the loss on, found none of {len(row)}; drop the example"
+                )
 
 
 def padded_length(lengths: Sequence[int]) -> int:

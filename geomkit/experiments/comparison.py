@@ -47,7 +47,10 @@ def _paired_differences(
             of_arm, of_other = (text_to_flags(run["flags"][measure]).astype(float) for run in (record, partner))
             differences.setdefault(tuple(cell[name] for name in SETTING), []).append(of_arm - of_other)
     if not differences:
-        raise DataError(f"expected cells of '{arm}' and '{other}' with all else alike and '{measure}', found none")
+        raise DataError(
+            f"expected cells of '{arm}' and '{other}' with all else alike and '{measure}', found none; see to_frame() "
+            "for what there is"
+        )
     return differences
 
 

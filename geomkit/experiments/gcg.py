@@ -65,7 +65,7 @@ def find_suffix(
     """
     target_ids = torch.tensor(tokenizer(target, add_special_tokens=False)["input_ids"])
     if not len(target_ids):
-        raise DataError("expected a target to search for, found an empty text")
+        raise DataError("expected a target to search for, found an empty text; give the beginning of an answer")
     generator = torch.Generator().manual_seed(seed)
     suffix = " !" * budget.tokens
     ids = _prompt_ids(tokenizer, prompt, suffix)
@@ -153,5 +153,8 @@ def _suffix_positions(tokenizer: "PreTrainedTokenizerBase", prompt: Sequence[Mes
     while same < len(bare) and bare[same] == suffixed[same]:
         same += 1
     if same == len(suffixed) or len(bare) >= len(suffixed):
-        raise DataError("expected a suffix that has tokens of its own, found none in the tokenizer's text")
+        raise DataError(
+            "expected a suffix that has tokens of its own, found none in the tokenizer's text; leave this attack out, "
+            "or take another model"
+        )
     return range(same, same + len(suffixed) - len(bare))

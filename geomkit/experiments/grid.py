@@ -34,7 +34,7 @@ from geomkit.experiments.organism.scenarios import Scenario
 from geomkit.experiments.organism.variants import SHIPPED
 from geomkit.experiments.organisms import ENGLISH, scenarios_of
 from geomkit.spf.settings import SPF
-from geomkit.utils.files import data_dir
+from geomkit.utils.files import data_dir, reading
 from geomkit.utils.options import OPTIONS, check_option
 from geomkit.version import __version__
 
@@ -173,14 +173,15 @@ def load_grid(source: str | Path) -> Grid:
         True
     """
     shipped = data_dir() / "experiments" / f"{source}.toml"
-    path = Path(source) if Path(source).is_file() else shipped
-    if not path.is_file():
-        names = ", ".join(sorted(file.stem for file in (data_dir() / "experiments").glob("*.toml")))
-        raise DataError(f"expected a TOML file or a shipped grid ({names}), found '{source}'")
-    try:
-        declared = tomllib.loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:  # bad TOML, bad UTF-8, a number of thousands of digits, deep nesting
-        raise DataError(f"{path}: expected TOML, found {error}") from None
+    with reading(source):
+        path = Path(source) if Path(source).is_file() else shipped
+        if not path.is_file():
+            names = ", ".join(sorted(file.stem for file in (data_dir() / "experiments").glob("*.toml")))
+            raise DataError(f"expected a TOML file or a shipped grid ({names}), found '{source}'")
+        try:
+            declared = tomllib.loads(path.read_text("utf-8"))
+        except (ValueError, RecursionError) as error:  # bad TOML, bad UTF-8, a number of thousands of digits, nesting
+            raise DataError(f"{path}: expected TOML, found {error}") from None
     return _grid(declared, path)
 
 
@@ -308,7 +309,10 @@ def _merge(a: Cell, b: Cell) -> Cell:
 
 def _check_names(names: Iterable[str], allowed: Iterable[str], path: Path) -> None:
     if unknown := sorted(set(names) - set(allowed)):
-        raise DataError(f"{path}: expected {', '.join(allowed)}, found {', '.join(map(repr, unknown))}")
+        raise DataError(
+            f"{path}: expected {', '.join(allowed)}, found {', '.join(map(repr, unknown))}; rename or remove what is "
+            "not listed"
+        )
 
 
 _SPF_OPTIONS = {option.name for option in fields(SPF)} - {"benign", "seed", "measure_curvature", "tokenizer", "log"}
@@ -347,7 +351,10 @@ def check_options(method: str, options: Mapping[str, Any]) -> None:
     allowed = method_options(method)
     if unknown := sorted(set(options) - allowed):
         words = ", ".join(sorted(allowed)) or "none"
-        raise DataError(f"expected options of the method '{method}' ({words}), found {', '.join(unknown)}")
+        raise DataError(
+            f"expected options of the method '{method}' ({words}), found {', '.join(unknown)}; remove what is not "
+            "listed"
+        )
     for name in options.keys() & OPTIONS.keys():
         for value in options[name] if isinstance(options[name], list) else [options[name]]:
             check_option(name, value)

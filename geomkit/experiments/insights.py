@@ -1,6 +1,7 @@
 """The three claims on gradients, measured on the stages of a world: aligned, before alignment, and untrained."""
 
 import gzip
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ from geomkit.experiments.organisms import ENGLISH, load_organism
 from geomkit.inputs.examples import load_examples
 from geomkit.inputs.models import untrained
 from geomkit.inputs.parameters import ALL_PARAMETERS
-from geomkit.utils.files import data_dir, locked, write_atomically
+from geomkit.utils.files import data_dir, locked, reading, write_atomically, writing
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -64,7 +65,8 @@ def measure_insights(
             cannot be read.
     """
     _check(world, stages)
-    out.mkdir(parents=True, exist_ok=True)
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
     with locked(out):
         for path, stage in ((out / _file(world, stage), stage) for stage in stages):
             if not path.exists():
@@ -105,13 +107,20 @@ def read_numbers(path: Path) -> "pd.DataFrame":
     """Return a frame that :func:`write_numbers` wrote.
 
     Raises:
-        DataError: If there is none.
+        DataError: If there is none, or it cannot be read.
     """
     import pandas as pd
 
-    if not path.is_file():
-        raise DataError(f"expected stored numbers at {path}, found none; run `geomkit organism insights`")
-    return pd.read_csv(path)
+    with reading(path):
+        if not path.is_file():
+            raise DataError(f"expected stored numbers at {path}, found none; run `geomkit organism insights`")
+        try:
+            return pd.read_csv(path)
+        except (ValueError, EOFError, zlib.error, gzip.BadGzipFile) as error:  # those of pandas are ValueErrors
+            raise DataError(
+                f"expected stored numbers at {path}, found a damaged file ({' '.join(str(error).split()):.120}); "
+                "delete it and run `geomkit organism insights`"
+            ) from None
 
 
 def write_numbers(frame: "pd.DataFrame", path: Path) -> None:

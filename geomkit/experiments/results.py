@@ -24,7 +24,7 @@ from geomkit.experiments.records import (
 from geomkit.stats.proportions import Rate, summarize_runs
 from geomkit.utils.field_types import fits
 from geomkit.utils.figures import DrawnResult, draw, is_figure_file
-from geomkit.utils.files import data_dir, parse_json, write_atomically
+from geomkit.utils.files import data_dir, parse_json, reading, write_atomically
 from geomkit.utils.options import check_option
 
 if TYPE_CHECKING:
@@ -152,7 +152,11 @@ class Results(DrawnResult):
         records = self.where(**values).records
         rows = [text_to_flags(record["flags"][measure]) for record in records if measure in record.get("flags", {})]
         if not rows:
-            raise DataError(f"expected the measure '{measure}' in the cells with {values}, found none")
+            known = sorted({name for record in records for name in record.get("flags", {})})
+            raise DataError(
+                f"expected the measure '{measure}' in the cells with {values}, found {', '.join(known) or 'none'}; "
+                "choose one that was measured, or other cells"
+            )
         return np.stack(rows)
 
     # ------------------------------------------------------------------------------------- means and comparisons
@@ -252,6 +256,9 @@ class Results(DrawnResult):
 
         Args:
             path: The file; the figure is written where it ends in ``.png``, ``.svg``, ``.pdf`` or ``.html``.
+
+        Raises:
+            DataError: If the file cannot be written.
         """
         if is_figure_file(path):
             return super().save(path)
@@ -285,7 +292,8 @@ def load_results(source: str | Path | None = None) -> Results:
         files = [folder / f"{name}{_SUFFIX}" for name in _SMALL_WORLD]
         return Results("shipped", tuple(record for file in files for record in _read(file).records))
     shipped = folder / f"{source}{_SUFFIX}"
-    return _read(shipped if shipped.is_file() and not Path(source).exists() else Path(source))
+    with reading(source):
+        return _read(shipped if shipped.is_file() and not Path(source).exists() else Path(source))
 
 
 def _read(source: Path) -> Results:
@@ -304,7 +312,9 @@ def _read(source: Path) -> Results:
     except DataError:
         raise
     except (OSError, EOFError, zlib.error, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"expected results as Results.save writes them in {source}, found {error!r}") from None
+        raise DataError(
+            f"expected results as Results.save writes them in {source}, found {error!r}; save or copy them there again"
+        ) from None
 
 
 def _row(record: Record) -> dict[str, Any]:

@@ -273,7 +273,7 @@ def _train(task: Task, batches: Iterator[Batch], loss: BatchLoss, steps: int) ->
     import pandas as pd
 
     if steps < 1:
-        raise DataError(f"expected at least one step, found {steps}")
+        raise DataError(f"expected at least one step, found {steps}; give a task with more steps")
     tuned = copy.deepcopy(task.organism.model).train()
     device = next(tuned.parameters()).device
     optimizer = torch.optim.AdamW(tuned.parameters(), lr=task.learning_rate, weight_decay=0.0)

@@ -17,6 +17,7 @@ from geomkit.experiments.organism.variants import SHIPPED, build_variant
 from geomkit.experiments.organisms import ENGLISH
 from geomkit.experiments.records import Record
 from geomkit.experiments.results import Results
+from geomkit.utils.files import writing
 
 
 def run_experiments(
@@ -43,7 +44,7 @@ def run_experiments(
         The :class:`~geomkit.experiments.results.Results`, in the order of the grid.
 
     Raises:
-        DataError: If there is no such grid.
+        DataError: If there is no such grid, or the folder cannot be written to.
         GeomkitError: If a process was killed; the cells that were complete are kept.
 
     Example:
@@ -53,7 +54,8 @@ def run_experiments(
 
     grid = grid if isinstance(grid, Grid) else load_grid(grid)
     target = Path(folder).resolve()
-    target.mkdir(parents=True, exist_ok=True)
+    with writing(target):
+        target.mkdir(parents=True, exist_ok=True)
     records: dict[str, Record] = {}
     pairs = _in_this_process(grid, target) if processes == 1 else _in_processes(grid, target, processes)
     with tqdm(total=len(grid.cells), desc=grid.name, unit="cell", disable=not progress) as bar:

@@ -57,7 +57,10 @@ def _pair(
             if not isinstance(text, str):
                 raise DataError(f"expected a text in '{column}', found {text!r:.80}; write it as a text")
             if not isinstance(row[prompt], str):
-                raise DataError(f"expected a text in '{prompt}' beside '{column}', found messages")
+                raise DataError(
+                    f"expected a text in '{prompt}' beside '{column}', found messages; write the context into a "
+                    f"message, and drop the column '{column}'"
+                )
             request = [_message("user", form.format(prompt=row[prompt], context=text))]
         return request + (_turns(row[response], "assistant", response) if response else [])
 
@@ -72,7 +75,7 @@ def _turns(value: object, role: str, column: str) -> Turns:
         return [dict(value)]
     if isinstance(value, list) and value and all(isinstance(message, Mapping) for message in value):
         return [dict(message) for message in value]
-    raise DataError(f"expected a text or messages in '{column}', found {value!r:.80}")
+    raise DataError(f"expected a text or messages in '{column}', found {value!r:.80}; fill or drop the row")
 
 
 def _message(role: str, content: str) -> Message:
@@ -101,7 +104,10 @@ def _chosen(row: Row) -> Turns:
     if isinstance(chosen, str) and request is None:
         parts = re.split(r"(?:^|\n\n)(Human|Assistant): ?", chosen)
         if len(parts) < 3 or parts[0].strip():
-            raise DataError(f"expected a prompt, or turns of Human and Assistant in 'chosen', found {chosen!r:.80}")
+            raise DataError(
+                f"expected a prompt, or turns of Human and Assistant in 'chosen', found {chosen!r:.80}; add a column "
+                "'prompt', or begin with 'Human: '"
+            )
         roles = {"Human": "user", "Assistant": "assistant"}
         return [_message(roles[name], text.strip()) for name, text in zip(parts[1::2], parts[2::2], strict=True)]
     turns = _turns(chosen, "assistant", "chosen")
@@ -179,9 +185,14 @@ class RowReader:
 
     def _by_names(self, named: Columns, name: str, columns: Sequence[str]) -> RowFormat:
         if unknown := set(named) - set(ROLES):
-            raise DataError(f"expected columns for {', '.join(ROLES)}, found one for '{min(unknown)}'")
+            raise DataError(
+                f"expected columns for {', '.join(ROLES)}, found one for '{min(unknown)}'; use these names, as in "
+                "columns={'prompt': …} (--columns prompt=…)"
+            )
         if missing := [str(column) for column in named.values() if str(column) not in columns]:
-            raise MissingColumnsError(f"{name}: expected a column '{missing[0]}', found {list(columns)}")
+            raise MissingColumnsError(
+                f"{name}: expected a column '{missing[0]}', found {list(columns)}; name one of these columns"
+            )
         lower = {role: str(column).lower() for role, column in named.items()}
         self._lower |= {str(column).lower(): str(column) for column in named.values()}
         self._extra |= {role: lower[role] for role in ("system", "history", "tools") if role in lower}
@@ -275,7 +286,8 @@ def _with_system(value: object, messages: Turns) -> Turns:
         return [system, *messages]
     if messages[0]["content"] != system["content"]:
         raise DataError(
-            f"expected one system prompt, found {messages[0]['content']!r:.40} and, in its column, {value!r:.40}"
+            f"expected one system prompt, found {messages[0]['content']!r:.40} and, in its column, {value!r:.40}; "
+            "remove one of them"
         )
     return messages
 
@@ -300,7 +312,7 @@ def check_messages(messages: Turns) -> None:
         DataError: If there is no message, nothing is asked, or the last answer is empty.
     """
     if not messages:
-        raise DataError(f"expected a non-empty list of messages, found {messages!r}")
+        raise DataError(f"expected a non-empty list of messages, found {messages!r}; fill or drop the row")
     last = messages[-1]
     if last["role"] == "system":
         raise DataError("expected a message of the user or the assistant, found a system message only; drop the row")

@@ -49,7 +49,10 @@ def turn_marks(template: ChatTemplate) -> TurnMarks:
     going_on: list[Message] = [*answered, {"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}]
     last, middle = template.render(_row(answered)), template.render(_row(going_on))
     if PLACEHOLDER not in last or PLACEHOLDER not in middle:
-        raise DataError("expected a chat template that writes the assistant's messages, found one that does not")
+        raise DataError(
+            "expected a chat template that writes the assistant's messages, found one that does not; set another "
+            "tokenizer.chat_template"
+        )
     tail, middle_tail = last.partition(PLACEHOLDER)[2], middle.partition(PLACEHOLDER)[2]
     end, middle_end = _ends(template.tokenizer, tail, middle_tail)
     head = last.partition(PLACEHOLDER)[0]

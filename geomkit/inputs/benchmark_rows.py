@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from geomkit.errors import DataError
 from geomkit.inputs.benchmarks import BENCHMARKS, Benchmark
-from geomkit.utils.files import parse_json
+from geomkit.utils.files import parse_json, reading
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -44,10 +44,14 @@ def load_benchmark(name: str, path: str | Path | None = None, split: str | None 
     if split is not None and entry.splits and split not in entry.splits:
         raise DataError(f"expected a split of '{name}', {', '.join(entry.splits)}, found '{split}'")
     where = str(path) if path is not None else f"'{name}'"
-    table = _named(_read(Path(path)) if path is not None else _fetch(entry, split), entry, where)
+    with reading(where):
+        table = _named(_read(Path(path)) if path is not None else _fetch(entry, split), entry, where)
     if entry.part and split is not None:
         if entry.part not in table:
-            raise DataError(f"{where}: expected a column '{entry.part}' for the split '{split}', found {list(table)}")
+            raise DataError(
+                f"{where}: expected a column '{entry.part}' for the split '{split}', found {list(table)}; add it, or "
+                "leave split= out"
+            )
         table = table[table[entry.part] == split]
     used = [*entry.prompt, *filter(None, [entry.response])]
     rows, empty = [], []
@@ -59,7 +63,7 @@ def load_benchmark(name: str, path: str | Path | None = None, split: str | None 
         else:
             rows.append({"messages": messages} | {key: value for key, value in row.items() if key not in used})
     if not rows:
-        raise DataError(f"expected at least one example in {where}, found none")
+        raise DataError(f"expected at least one example in {where}, found none; give another file or split")
     if empty:  # alpaca and samsum have such rows
         _LOG.warning(
             "%s: left out %d of %d rows without a request or an answer, the first is row %d",
@@ -93,7 +97,10 @@ def _named(table: "pd.DataFrame", entry: Benchmark, where: str) -> "pd.DataFrame
         return pd.DataFrame({entry.prompt[0]: [str(columns[0]), *table.iloc[:, 0]]})
     if missing:
         expected = ", ".join(column.replace("|", " or ") for column in names)
-        raise DataError(f"{where}: expected the columns {expected} of '{entry.name}', found {columns!r:.300}")
+        raise DataError(
+            f"{where}: expected the columns {expected} of '{entry.name}', found {columns!r:.300}; rename the columns, "
+            "or load the file itself: load_examples(FILE, columns=…)"
+        )
     renamed = table.rename(columns={str(present): column for column, present in names.items()}).astype(object)
     return renamed.where(renamed.notna(), None)  # no NaN, which would become the word nan
 
@@ -109,10 +116,15 @@ def _read(path: Path) -> "pd.DataFrame":
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))
         if not files:
-            raise DataError(f"expected files in {path}, found none")
+            raise DataError(
+                f"expected files in {path}, found none; put the benchmark's files there, or give the path of one"
+            )
         return _joined({file.name: _read(file) for file in files}, "file")
     if not path.is_file():
-        raise DataError(f"expected a local copy of a benchmark at {path}, found no file")
+        raise DataError(
+            f"expected a local copy of a benchmark at {path}, found no file; check path=, or leave it out to load "
+            "from the network"
+        )
     suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() != ".gz"]
     kind = suffixes[-1] if suffixes else ""
     try:
@@ -125,9 +137,11 @@ def _read(path: Path) -> "pd.DataFrame":
             return pd.read_parquet(path)
     except (ValueError, OSError, EOFError, zlib.error) as error:  # those of pandas and Arrow are ValueErrors
         raise DataError(
-            f"{path}: expected a readable {kind[1:]} file, found {' '.join(str(error).split()):.120}"
+            f"{path}: expected a readable {kind[1:]} file, found {' '.join(str(error).split()):.120}; copy it again"
         ) from None
-    raise DataError(f"expected a file in .csv, .tsv, .json, .jsonl or .parquet, found {path.name}")
+    raise DataError(
+        f"expected a file in .csv, .tsv, .json, .jsonl or .parquet, found {path.name}; convert it to one of these"
+    )
 
 
 def _read_json(path: Path) -> "pd.DataFrame":

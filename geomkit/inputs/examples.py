@@ -16,7 +16,7 @@ from geomkit.inputs.benchmark_rows import load_benchmark
 from geomkit.inputs.benchmarks import BENCHMARKS
 from geomkit.inputs.files import read_rows
 from geomkit.inputs.messages import Message
-from geomkit.utils.files import data_dir
+from geomkit.utils.files import data_dir, reading
 from geomkit.utils.progress import with_bar
 
 if TYPE_CHECKING:
@@ -87,7 +87,9 @@ def load_examples(
         _check_benchmark_options(source, config, columns)
         return load_benchmark(source, path, split)
     if path is not None:
-        raise DataError(f"expected path= with the name of a benchmark, found it with a {type(source).__name__}")
+        raise DataError(
+            f"expected path= with the name of a benchmark, found it with a {type(source).__name__}; leave path= out"
+        )
     rows, name = _rows(source, split, config, columns, progress)
     if len(rows) == 0:
         raise DataError(f"expected at least one example in {name}, found an empty set; give a set with rows")
@@ -145,7 +147,9 @@ def _with_conversations(
         }
         return Dataset.from_dict(kept)
     except Exception as error:  # pyarrow has exception types of its own for rows that differ in a column's type
-        raise DataError(f"{name}: the rows do not share one set of columns and types: {error}") from None
+        raise DataError(
+            f"{name}: the rows do not share one set of columns and types: {error}; give each column one type"
+        ) from None
 
 
 def _rows(
@@ -160,9 +164,13 @@ def _rows(
     if isinstance(source, IterableDataset):
         source = _of_stream(source)
     if isinstance(source, str | Path):
-        return _named_rows(source, split, config, columns, progress)
+        with reading(source):
+            return _named_rows(source, split, config, columns, progress)
     if split is not None or config is not None:
-        raise DataError(f"expected split and config with a data set of the hub only, found a {type(source).__name__}")
+        raise DataError(
+            f"expected split and config with a data set of the hub only, found a {type(source).__name__}; leave them "
+            "out"
+        )
     if isinstance(source, Dataset):
         return in_python(source), "the data set"
     if isinstance(source, pd.DataFrame):
@@ -203,7 +211,9 @@ def _of_stream(stream: Any) -> "Dataset":
     try:
         return Dataset.from_list(rows, features=stream.features)
     except Exception as error:  # pyarrow has exception types of its own for rows that differ in a column's type
-        raise DataError(f"the stream: the rows do not share one set of columns and types: {error}") from None
+        raise DataError(
+            f"the stream: the rows do not share one set of columns and types: {error}; give each column one type"
+        ) from None
 
 
 def _split_of(splits: Any, split: str | None) -> "Dataset":
@@ -285,7 +295,9 @@ def _from_hub(name: str, split: str | None, config: str | None) -> "Dataset":
         raise DataError(f"expected a file, a shipped set or 'name:config[split]' on the hub, found '{name:.80}'")
     for given, inside, what in ((split, parts["split"], "split"), (config, parts["config"], "config")):
         if given is not None and inside is not None and given != inside:
-            raise DataError(f"expected one {what}, found '{inside}' in '{name}' and {what}='{given}'")
+            raise DataError(
+                f"expected one {what}, found '{inside}' in '{name}' and {what}='{given}'; leave one of them out"
+            )
     try:
         return load_dataset(parts["id"], name=config or parts["config"], split=split or parts["split"] or "train")
     except Exception as error:  # the client of the hub raises dozens of types; all mean that loading failed
@@ -359,5 +371,8 @@ def required_final_answer(messages: Sequence[Message]) -> str:
     """
     answer = final_answer(messages)
     if answer is None:
-        raise DataError(f"expected a conversation that ends in an answer, found the end {messages[-1]!r:.80}")
+        raise DataError(
+            f"expected a conversation that ends in an answer, found the end {messages[-1]!r:.80}; add an answer, or "
+            "drop the row"
+        )
     return answer

@@ -36,7 +36,7 @@ def read_rows(path: Path, known: Collection[str] = (), *, progress: bool = False
         try:
             content = gzip.decompress(content)
         except (OSError, EOFError, zlib.error) as error:
-            raise DataError(f"{path}: expected a whole .gz file, found {error}") from None
+            raise DataError(f"{path}: expected a whole .gz file, found {error}; copy it again") from None
     ending = Path(name.removesuffix(".gz")).suffix
     if ending == ".parquet":
         rows = _read_parquet(content, path)
@@ -65,7 +65,9 @@ def _read_parquet(content: bytes, path: Path) -> list[Row]:
     try:
         rows: list[Row] = pq.read_table(io.BytesIO(content)).to_pylist()
     except pa.ArrowException as error:
-        raise DataError(f"{path}: expected a Parquet file, found {error!s:.200}") from None
+        raise DataError(
+            f"{path}: expected a Parquet file, found {error!s:.200}; copy it again, or give it the ending of its format"
+        ) from None
     return rows
 
 
@@ -73,7 +75,9 @@ def _parsed(text: str, where: str, expected: str) -> Any:
     try:
         return parse_json(text)
     except ValueError as error:
-        raise DataError(f"{where}: expected {expected}, found {error}") from None
+        raise DataError(
+            f"{where}: expected {expected}, found {error}; correct it, or give the file the ending of its format"
+        ) from None
 
 
 def _read_json_lines(text: str, path: Path, known: Collection[str], progress: bool = False) -> list[Row]:
@@ -86,7 +90,10 @@ def _read_json_lines(text: str, path: Path, known: Collection[str], progress: bo
             continue
         row = _parsed(line, f"{path}, line {number}", "one JSON object a line")
         if not isinstance(row, dict):
-            raise DataError(f"{path}, line {number}: expected a JSON object, found {type(row).__name__}")
+            raise DataError(
+                f"{path}, line {number}: expected a JSON object, found {type(row).__name__}; write e.g. "
+                '{"prompt": …, "response": …}'
+            )
         rows.append(row)
     return rows
 
@@ -103,7 +110,10 @@ def _read_json(text: str, path: Path, known: Collection[str]) -> list[Row]:
     rows = content if isinstance(content, list) else [content]
     for index, row in enumerate(rows):
         if not isinstance(row, dict):
-            raise DataError(f"{path}, row {index}: expected a JSON object, found {type(row).__name__}")
+            raise DataError(
+                f"{path}, row {index}: expected a JSON object, found {type(row).__name__}; write e.g. "
+                '{"prompt": …, "response": …}'
+            )
     return rows
 
 
@@ -120,7 +130,10 @@ def _read_separated(text: str, path: Path, known: Collection[str], delimiter: st
         table = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
         lines = [(table.line_num, cells) for cells in table if any(cell.strip() for cell in cells)]
     except csv.Error as error:
-        raise DataError(f"{path}: expected a CSV file, found {error} in line {table.line_num}") from None
+        raise DataError(
+            f"{path}: expected a CSV file, found {error} in line {table.line_num}; close each quoted cell, and double "
+            "a quote in it"
+        ) from None
     if not lines:
         return []
     header = [cell.strip() for cell in lines[0][1]]

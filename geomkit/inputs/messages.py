@@ -76,7 +76,7 @@ def conversation(messages: list[Message], tools: object = None) -> Conversation:
         [{'role': 'user', 'content': 'Hi'}]
     """
     if not isinstance(messages, list) or not messages:
-        raise DataError(f"expected a non-empty list of messages, found {messages!r:.80}")
+        raise DataError(f"expected a non-empty list of messages, found {messages!r:.80}; fill or drop the row")
     read = [_read(normal_message(message, padded=True)) for message in messages]
     scored = tuple(message["role"] == "assistant" and message.pop("weight", 1) == 1 for message in read)
     text = normal_tools(tools, padded=True)
@@ -141,7 +141,9 @@ def _text(content: object) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise DataError(f"expected messages with a text 'role' and 'content', found the content {content!r:.80}")
+        raise DataError(
+            f"expected messages with a text 'role' and 'content', found the content {content!r:.80}; write it as a text"
+        )
     texts = []
     for part in content:
         text = part if isinstance(part, str) else part.get("text") if isinstance(part, Mapping) else None
@@ -164,11 +166,16 @@ def _move_calls(fields: Message, padded: bool) -> None:
     if not calls:
         return
     if not isinstance(calls, list) or not all(isinstance(item, Mapping) for item in calls):
-        raise DataError(f"expected 'tool_calls' to be a list of objects, found {calls!r:.80}")
+        raise DataError(
+            f"expected 'tool_calls' to be a list of objects, found {calls!r:.80}; write e.g. "
+            '[{"name": …, "arguments": …}]'
+        )
     for item in calls:
         function = item.get("function") or item
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-            raise DataError(f"expected a tool call with the 'name' of a function, found {item!r:.80}")
+            raise DataError(
+                f"expected a tool call with the 'name' of a function, found {item!r:.80}; add the name, or drop the row"
+            )
     fields["tool_calls"] = json.dumps(_without_nulls(calls) if padded else calls, ensure_ascii=False)
 
 
@@ -182,7 +189,10 @@ def _move_weight(fields: Message, role: str) -> None:
     if role == "assistant":
         fields["weight"] = int(weights[0])
     elif weights[0]:
-        raise DataError(f"expected weights on messages of the assistant only, found {weights[0]} on role '{role}'")
+        raise DataError(
+            f"expected weights on messages of the assistant only, found {weights[0]} on role '{role}'; leave it out "
+            "there"
+        )
 
 
 def _is_weight(value: object) -> bool:
@@ -203,7 +213,10 @@ def normal_tools(tools: object, *, padded: bool = False) -> str | None:
     if not parsed:
         return None
     if not isinstance(parsed, list) or not all(isinstance(tool, Mapping) for tool in parsed):
-        raise DataError(f"expected 'tools' to be a list of JSON schemas, found {parsed!r:.80}")
+        raise DataError(
+            f"expected 'tools' to be a list of JSON schemas, found {parsed!r:.80}; write one for each function, in a "
+            "list"
+        )
     return json.dumps(_without_nulls(parsed) if padded and not isinstance(tools, str) else parsed, ensure_ascii=False)
 
 
@@ -214,7 +227,9 @@ def _parsed(value: object, name: str) -> Any:
     try:
         return parse_json(value)
     except ValueError as error:
-        raise DataError(f"expected '{name}' as JSON, found {value!r:.80} ({error})") from None
+        raise DataError(
+            f"expected '{name}' as JSON, found {value!r:.80} ({error}); correct it, or drop the row"
+        ) from None
 
 
 def _without_nulls(value: Any) -> Any:

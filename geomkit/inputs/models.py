@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from geomkit.errors import DataError
 from geomkit.inputs.loading_report import refuse_wrong_weights
 from geomkit.utils.arguments import type_in_words
-from geomkit.utils.files import data_dir
+from geomkit.utils.files import data_dir, reading
 from geomkit.utils.options import check_option, check_options
 
 if TYPE_CHECKING:
@@ -85,7 +85,8 @@ def load_model(
     if device is not None and device_map is not None:
         raise DataError(f"expected device= or device_map=, found both ({device}, {device_map}); leave one out")
     target = None if device_map is not None else _device(device)
-    origin = _located(str(source), revision)
+    with reading(source):
+        origin = _located(str(source), revision)
     adapter = _adapter_base(origin)
     base = origin if adapter is None else _located(adapter, None)
     tokenizer = _load_tokenizer(origin, base)
@@ -162,12 +163,15 @@ def _in_one_line(source: _Source) -> Iterator[None]:
     except DataError:
         raise
     except Exception as error:  # configuration, weights and hub client raise different exception types
-        hint = ""
         if source.file is not None and isinstance(error, ImportError):
-            hint = "; pip install 'geomkit[gguf]'"
+            advice = "pip install 'geomkit[gguf]'"
+        elif Path(source.place).exists():
+            advice = "copy the checkpoint again with all its files, or give another model"
+        else:
+            advice = "check the name, the network and your access (hf auth login)"
         raise DataError(
             f"expected a causal language model at '{source.name}' ({_KINDS}), found {type(error).__name__}: "
-            f"{_reason(error)}{hint}"
+            f"{_reason(error)}; {advice}"
         ) from None
 
 

@@ -301,7 +301,13 @@ def _refusal(error: Exception) -> str:
         return str(error)
     reason = " ".join(str(error).split())
     if isinstance(error, TemplateSyntaxError):
-        return f"expected a chat template in the language of jinja, found an error in its line {error.lineno}: {reason}"
+        return (
+            f"expected a chat template in the language of jinja, found an error in its line {error.lineno}: {reason}; "
+            "correct tokenizer.chat_template"
+        )
     if isinstance(error, TemplateError) and not isinstance(error, UndefinedError):
-        return f"the chat template refuses this conversation: {reason}"
-    return f"the chat template fails on this conversation: {type(error).__name__}: {reason}"
+        return f"the chat template refuses this conversation: {reason}; change or drop this conversation"
+    return (
+        f"the chat template fails on this conversation: {type(error).__name__}: {reason}; drop this conversation, or "
+        "set another tokenizer.chat_template"
+    )

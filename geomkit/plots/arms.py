@@ -123,7 +123,9 @@ def chosen_arms(all_arms: list[str], arms: Sequence[str] | None) -> list[str]:
     if arms is None:
         return all_arms
     if not arms:
-        raise DataError(f"expected at least one arm among {', '.join(all_arms)}, found none")
+        raise DataError(
+            f"expected at least one arm among {', '.join(all_arms)}, found none; name some, or leave arms= out"
+        )
     if unknown := [name for name in arms if name not in all_arms]:
         raise DataError(f"expected arms among {', '.join(all_arms)}, found {', '.join(map(repr, unknown))}")
     return list(dict.fromkeys(arms))

@@ -37,7 +37,9 @@ def plot_breakdown(
     summary = of_one_organism(results.where(scenario=scenario)).summary([measure])
     strengths = summary.groupby("arm", sort=False).size()
     if arms is None and not (strengths > 1).any():
-        raise DataError(f"expected arms on {scenario} at several rates or lengths, found none")
+        raise DataError(
+            f"expected arms on {scenario} at several rates or lengths, found none; run some at several, or name arms="
+        )
     names = chosen_arms(list(strengths.index), arms) if arms is not None else list(strengths[strengths > 1].index)
     means = summary[summary["arm"].isin(names)]
     rates, lengths = (sorted(set(means[axis])) for axis in ("rate", "length"))

@@ -41,7 +41,7 @@ def plot_certificate_blocks(certificate: Certificate, name: str = "") -> go.Figu
     check_recorded(certificate)
     frame = certificate.to_frame(by="block")
     if frame.empty:
-        raise SPFError("expected a block with a safety gradient, found none; is the gradient zero?")
+        raise SPFError("expected a block with a safety gradient, found none; check the loss masks of the anchors")
     # 1. Cut the run into at most 200 stretches of equal length.
     first, stretch = int(frame["step"].min()), -(-certificate.steps // _COLUMNS)
     # 2. For each block and stretch keep the step with the largest change.

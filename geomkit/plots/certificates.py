@@ -106,7 +106,7 @@ def plot_certificates(certificates: Mapping[str, Certificate]) -> go.Figure:
         SPFError: If there is no run, or no step of a run was recorded.
     """
     if not certificates:
-        raise SPFError("expected at least one certificate, found none")
+        raise SPFError("expected at least one certificate, found none; give e.g. {'SPF': result.certificate}")
     for certificate in certificates.values():
         check_recorded(certificate)
     frames = {name: certificate.to_frame() for name, certificate in certificates.items()}

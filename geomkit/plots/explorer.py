@@ -142,7 +142,9 @@ def explore(results: object) -> go.Figure:
     """
     series = series_of(results)
     if not series:
-        raise GeometryError("expected a result with numbers, found none that is known; are the gradients zero?")
+        raise GeometryError(
+            "expected a result with numbers, found none that is known; the gradients may be zero: check the loss masks"
+        )
     parts = _Parts(series)
     figure = go.Figure(parts.drawn())
     figure.update_layout(template=template(), showlegend=True, **parts.axes())

@@ -34,7 +34,10 @@ def plot_angles(angles: Angles) -> go.Figure:
     """
     layers = {name: layer for name, layer in angles.layers.items() if len(layer.angles)}
     if not layers:
-        raise GeometryError("expected subspaces with directions, found none in any parameter; are gradients zero?")
+        raise GeometryError(
+            "expected subspaces with directions, found none in any parameter; the gradients may be zero: check the "
+            "loss masks"
+        )
     figure = make_subplots(2, 1, vertical_spacing=0.22)
     places = _places(layers)
     kinds = list(dict.fromkeys(kind_of(parameter) for parameter in layers))

@@ -67,6 +67,9 @@ def write_report(
 
     Returns:
         The path of the file.
+
+    Raises:
+        DataError: If the file cannot be written.
     """
     path = Path(path)
     write_atomically(path, render_report(title, sections, date=date, head=head))

@@ -35,10 +35,7 @@ def save_figure(figure: go.Figure, path: Path) -> Path:
         )
     page = figure.to_html(include_plotlyjs=True, config=PAGE).encode() if suffix == ".html" else None
     content = page or _picture(figure, suffix.removeprefix("."), path.name)
-    try:
-        write_atomically(path, content)
-    except OSError as error:
-        raise DataError(f"expected to write {path}, found {error.strerror or error}; choose another place") from None
+    write_atomically(path, content)
     return path
 
 

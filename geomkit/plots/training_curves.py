@@ -144,7 +144,7 @@ def plot_certificate_outcome(results: Results) -> go.Figure:
     """
     frame = results.to_frame()
     if not {"raising", "refusal"} <= set(frame) or frame["raising"].isna().all():
-        raise DataError("expected cells under SPF, which have a certificate, found none")
+        raise DataError("expected cells under SPF, which have a certificate, found none; run arms with a rule of SPF")
     frame = _with_groups(frame.dropna(subset=["raising", "refusal"]))
     names = sorted(dict.fromkeys(frame["group"]), key=_OTHER_ARMS.__eq__)
     looks_of = arm_looks([name for name in names if name != _OTHER_ARMS]) | {_OTHER_ARMS: spare_look()}

@@ -73,7 +73,9 @@ def _chosen(frame: pd.DataFrame, questions: Collection[str] | None) -> pd.DataFr
         frame = frame[frame["question"].isin(list(questions))]
     measured = frame.groupby(["question", "measure"])["value"].transform(lambda values: values.notna().any())
     if not measured.any():
-        raise GeometryError("expected a measure with a value, found none at any moment; are the gradients zero?")
+        raise GeometryError(
+            "expected a measure with a value, found none at any moment; the gradients may be zero: check the loss masks"
+        )
     frame = frame[measured]
     missing = frame["value"].isna()
     return frame.assign(low=frame["low"].mask(missing), high=frame["high"].mask(missing))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from geomkit.errors import SPFError
-from geomkit.utils.files import write_atomically
+from geomkit.utils.files import reading, write_atomically, writing
 
 BLOCK_COLUMNS = ("first_order_raw", "first_order", "fired", "removed", "leak")
 """The numbers of a block: ⟨Δθ, g_s⟩ before and after correction, whether it was projected, the norm removed, leak."""
@@ -120,8 +120,11 @@ class Log:
 
         Raises:
             SPFError: If the file exists and is not empty.
+            DataError: If it cannot be written.
         """
-        if path.exists() and path.stat().st_size:
+        with reading(path):
+            begun = path.exists() and path.stat().st_size > 0
+        if begun:
             raise SPFError(f"expected a new file at {path}, found a file with records; move it, or resume its run")
         write_atomically(path, "")
         return cls(path)
@@ -139,12 +142,17 @@ class Log:
 
         Raises:
             SPFError: If steps are missing, or a line cannot be read.
+            DataError: If the file cannot be read or written.
         """
-        lines = path.read_text(encoding="utf-8").splitlines()[:steps] if path.is_file() else []
         try:
+            with reading(path):
+                lines = path.read_text(encoding="utf-8").splitlines()[:steps] if path.is_file() else []
             records = [StepRecord.from_json(line) for line in lines]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise SPFError(f"expected a certificate at {path}, found {type(error).__name__}: {error}") from None
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            raise SPFError(
+                f"expected a certificate at {path}, found {type(error).__name__}: {error}; put the file back as it "
+                "was, or start anew"
+            ) from None
         if [record.step for record in records] != list(range(1, steps + 1)):
             raise SPFError(f"expected the certificate of {steps} steps at {path}, found {len(records)}; start anew")
         write_atomically(path, "".join(f"{line}\n" for line in lines))
@@ -152,5 +160,5 @@ class Log:
 
     def write(self, record: StepRecord) -> None:
         """Append the record of a step."""
-        with self._path.open("a", encoding="utf-8") as file:
+        with writing(self._path), self._path.open("a", encoding="utf-8") as file:
             file.write(record.to_json() + "\n")

@@ -89,7 +89,7 @@ def perplexity(losses: Sequence[float], tokens: Sequence[int]) -> Estimate:
 
 def _numbers(values: Sequence[float]) -> np.ndarray:
     if not len(values):
-        raise DataError("expected at least one number to take the mean of, found none")
+        raise DataError("expected at least one number to take the mean of, found none; evaluate some examples")
     return np.asarray(values, dtype=np.float64)
 
 

@@ -227,7 +227,10 @@ def refusals_in_one_line(begun: Callable[[], bool] = lambda: False) -> Iterator[
         if begun() or trouble or isinstance(error, GeomkitError):
             raise
         reason = " ".join(str(error).split())
-        raise DataError(f"expected training arguments that transformers can work with, found: {reason}") from error
+        raise DataError(
+            f"expected training arguments that transformers can work with, found: {reason}; change the argument, or "
+            "install what it needs"
+        ) from error
 
 
 def _known_names() -> set[str]:

@@ -89,13 +89,11 @@ def run_folder(folder: Path) -> Iterator[None]:
     Raises:
         DataError: If another run is writing to the folder, or it cannot be made.
     """
-    is_new = not folder.exists()
     try:
+        is_new = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise DataError(
-            f"expected a folder for checkpoints at {folder}, found {error.strerror}; choose another"
-        ) from None
+        raise _no_folder(folder, error) from None
     with ExitStack() as stack:
         try:
             stack.enter_context(locked(folder, wait=False))
@@ -104,12 +102,18 @@ def run_folder(folder: Path) -> Iterator[None]:
                 f"expected a folder for checkpoints that no other run is writing to, found {folder} in use; wait for "
                 "that run to end, or choose another folder"
             ) from None
+        except OSError as error:
+            raise _no_folder(folder, error) from None
         try:
             yield
         finally:
             if is_new:
                 with suppress(OSError):  # it holds files
                     folder.rmdir()
+
+
+def _no_folder(folder: Path, error: OSError) -> DataError:
+    return DataError(f"expected a folder for checkpoints at {folder}, found {error.strerror}; choose another")
 
 
 def last_checkpoint(folder: Path, settings: Mapping[str, Any]) -> Path | None:

@@ -70,7 +70,9 @@ def compare_evaluations(evaluations: Mapping[str, Evaluation]) -> EvaluationComp
     import pandas as pd
 
     if len(evaluations) < 2:
-        raise DataError(f"expected two evaluations or more to compare, found {len(evaluations)}")
+        raise DataError(
+            f"expected two evaluations or more to compare, found {len(evaluations)}; give a baseline and another one"
+        )
     (baseline, first), *others = evaluations.items()
     values = _values(baseline, first)
     rows: list[dict[str, object]] = []
@@ -100,7 +102,9 @@ def _values(name: str, evaluation: Evaluation) -> dict[str, dict[Key, float]]:
                 zip(keys, table[column].astype(float), strict=True)
             )
     if not values:
-        raise DataError(f"expected outcomes of prompts in {name}, found none")
+        raise DataError(
+            f"expected outcomes of prompts in {name}, found none; evaluate requests with a judge, or a skill"
+        )
     return values
 
 

@@ -81,8 +81,7 @@ class Evaluation(DrawnResult):
             path: The file; a figure is written where it ends in ``.png``, ``.svg``, ``.pdf`` or ``.html``.
 
         Raises:
-            OSError: If the JSON file cannot be written.
-            DataError: If the figure cannot be written.
+            DataError: If the file cannot be written.
         """
         if is_figure_file(path):
             return super().save(path)
@@ -114,10 +113,14 @@ def load_evaluation(path: str | Path) -> Evaluation:
     Raises:
         DataError: If there is no such file, or it is no evaluation.
     """
-    content = read_json(Path(path), "an evaluation, as geomkit evaluate --json writes it,")
+    advice = "give a file that geomkit evaluate --json or Evaluation.save wrote"
+    content = read_json(Path(path), "an evaluation, as geomkit evaluate --json writes it,", advice)
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
-        raise DataError(f"expected a file of geomkit evaluate --json at {path}, found format {found!r}")
+        raise DataError(
+            f"expected a file of geomkit evaluate --json at {path}, found format {found!r}; give such a file, or "
+            "update geomkit if a later one wrote it"
+        )
     try:
         return _evaluation(content)
     except (KeyError, TypeError, ValueError) as error:

@@ -119,7 +119,10 @@ def skill_metrics(
     given = metrics or {}
     metric_of = {name: find_metric(given.get(name, "exact")) for name in cases if name not in REQUESTS}
     if unknown := [name for name in given if name not in metric_of]:
-        raise DataError(f"expected metrics of the skills {list(metric_of)}, found one of '{unknown[0]}'")
+        raise DataError(
+            f"expected metrics of the skills {list(metric_of)}, found one of '{unknown[0]}'; give that skill too, or "
+            "leave its metric out"
+        )
     for name, (_, metric) in metric_of.items():
         _check_references(name, metric, cases[name])
     return metric_of

@@ -112,7 +112,10 @@ def check_judges(
             )
         for field in decisions(item):
             if field in decided:
-                raise DataError(f"expected one judge of '{field}', found {decided[field]} and {judge_name(item)}")
+                raise DataError(
+                    f"expected one judge of '{field}', found {decided[field]} and {judge_name(item)}; leave one of "
+                    "them out"
+                )
             decided[field] = judge_name(item)
     if of_refusals and "refused" not in decided:
         raise DataError(

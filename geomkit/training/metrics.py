@@ -44,7 +44,10 @@ def final_number_match(response: str, reference: str) -> bool:
     """
     expected = final_number(reference)
     if expected is None:
-        raise DataError(f"expected a number in the answer of a GSM8K example, found {reference!r:.80}")
+        raise DataError(
+            f"expected a number in the answer of a GSM8K example, found {reference!r:.80}; end the answer in the "
+            "number, as in '#### 42'"
+        )
     return final_number(response) == expected
 
 

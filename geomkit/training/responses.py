@@ -76,7 +76,7 @@ def generate(
     with workers_of(model).failing_together():
         check_options({"max_new_tokens": max_new_tokens, "batch_size": batch_size})
         if not prompts:
-            raise DataError("expected at least one prompt, found none")
+            raise DataError("expected at least one prompt, found none; give a set with rows")
         encoded = encode_prompts(tokenizer, prompts, tools)
         if prefill is not None:
             if len(prefill) != len(prompts):

@@ -13,6 +13,7 @@ from geomkit.spf.step_record import LOG_NAME
 from geomkit.training.card import model_card
 from geomkit.utils.display import counted
 from geomkit.utils.figures import DrawnResult, draw, is_figure_file
+from geomkit.utils.files import reading, writing
 from geomkit.version import __version__
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ class FineTuneResult(DrawnResult):
             The path.
 
         Raises:
-            DataError: If the folder exists and is not empty, there is no tokenizer for a checkpoint, or the figure
+            DataError: If the folder exists and is not empty, there is no tokenizer for a checkpoint, or the files
                 cannot be written.
         """
         if is_figure_file(path):
@@ -87,6 +88,12 @@ class FineTuneResult(DrawnResult):
                 "the name of a figure such as 'history.png'"
             )
         target = new_or_empty_folder(path)
+        with writing(path):
+            self._write(target, tokenizer)
+        return Path(path)
+
+    def _write(self, target: Path, tokenizer: "PreTrainedTokenizerBase") -> None:
+        """Write the files of a checkpoint under another name, and move them to the folder when they are complete."""
         target.parent.mkdir(parents=True, exist_ok=True)
         place = target if target.exists() else target.parent
         with tempfile.TemporaryDirectory(dir=place, prefix=f".{target.name}-") as unfinished:
@@ -104,7 +111,6 @@ class FineTuneResult(DrawnResult):
                 Path(unfinished).chmod(0o755)
                 Path(unfinished).rename(target)
                 Path(unfinished).mkdir()  # for TemporaryDirectory to remove
-        return Path(path)
 
     def card(self) -> str:
         """Return the model card: what was trained, what was protected and how, and what that does not promise."""
@@ -172,10 +178,12 @@ def new_or_empty_folder(folder: str | Path) -> Path:
         The folder's absolute path.
 
     Raises:
-        DataError: If the folder exists and is not empty, or is a file.
+        DataError: If the folder exists and is not empty, is a file, or cannot be read.
     """
     path = Path(folder).resolve()
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    with reading(folder):
+        taken = path.exists() and (not path.is_dir() or any(path.iterdir()))
+    if taken:
         raise DataError(f"expected a new or empty folder at {folder}, found something there; choose another --out")
     return path
 

@@ -38,7 +38,7 @@ class Result(ABC):
             The path of the file.
 
         Raises:
-            OSError: If the file cannot be written.
+            DataError: If the file cannot be written.
         """
         # Reports are above results, which cannot import them.
         pages = import_module("geomkit.plots.report_pages")

@@ -1,5 +1,6 @@
 """Atomic writing of files, reading of JSON, a lock on a folder, and the place of the shipped data."""
 
+import errno
 import fcntl
 import json
 import os
@@ -13,6 +14,60 @@ from typing import Any, Self
 from geomkit.errors import DataError
 
 _PACKAGE = Path(__file__).parents[1]
+
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+"""Errors of a disk, or of a user's share of it, that is full."""
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Raise a DataError of one line where the disk refuses a file or a folder inside the block.
+
+    Args:
+        path: What is written, for the message.
+
+    Raises:
+        DataError: If it cannot be written.
+
+    Example:
+        >>> with writing("results"):
+        ...     raise OSError(errno.EACCES, "Permission denied")
+        Traceback (most recent call last):
+        geomkit.errors.DataError: expected to write results, found Permission denied; choose another place
+    """
+    try:
+        yield
+    except (FileExistsError, NotADirectoryError):
+        raise DataError(
+            f"expected to write {path}, found a file where a folder should be; choose another place"
+        ) from None
+    except OSError as error:
+        advice = "free some space, or choose another place" if error.errno in _FULL else "choose another place"
+        raise DataError(f"expected to write {path}, found {error.strerror or error}; {advice}") from None
+
+
+@contextmanager
+def reading(path: str | Path) -> Iterator[None]:
+    """Raise a DataError of one line where the disk refuses to read a file or a folder inside the block.
+
+    Args:
+        path: What is read, for the message.
+
+    Raises:
+        DataError: If it cannot be read.
+
+    Example:
+        >>> with reading("results"):
+        ...     raise OSError(errno.EACCES, "Permission denied")
+        Traceback (most recent call last):
+        geomkit.errors.DataError: expected to read results, found Permission denied; check the path and its permissions
+    """
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"expected to read {path!s:.200}, found {error.strerror or error}; check the path and its permissions"
+        ) from None
 
 
 class Draft:
@@ -59,11 +114,15 @@ def write_atomically(path: Path, content: str | bytes | memoryview) -> None:
     """Write text in UTF-8, or bytes, to a file, replacing it if it exists.
 
     Missing folders are made. If writing fails, an old file stays as it was and no part of the new one remains.
+
+    Raises:
+        DataError: If the file cannot be written.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with Draft(path.parent, path.name) as draft:
-        draft.write(content.encode() if isinstance(content, str) else content)
-        draft.move_to(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with Draft(path.parent, path.name) as draft:
+            draft.write(content.encode() if isinstance(content, str) else content)
+            draft.move_to(path)
 
 
 def parse_json(text: str) -> Any:
@@ -83,12 +142,13 @@ def parse_json(text: str) -> Any:
         raise ValueError("JSON that is nested too deeply") from None
 
 
-def read_json(path: Path, expected: str) -> Any:
+def read_json(path: Path, expected: str, advice: str) -> Any:
     """Return the value of a JSON file.
 
     Args:
         path: The file.
         expected: What the file should be, for the message.
+        advice: What to do where it is not, for the message.
 
     Raises:
         DataError: If there is no file, or it is not UTF-8 or no JSON.
@@ -97,7 +157,7 @@ def read_json(path: Path, expected: str) -> Any:
         return parse_json(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
         found = getattr(error, "strerror", None) or f"no JSON ({error})"
-        raise DataError(f"expected {expected} at {path}, found {found}") from None
+        raise DataError(f"expected {expected} at {path}, found {found}; {advice}") from None
 
 
 @contextmanager

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from geomkit.errors import DataError
-from geomkit.utils.files import Draft, locked, parse_json, write_atomically
+from geomkit.utils.files import Draft, locked, parse_json, reading, write_atomically, writing
 from geomkit.version import __version__
 
 SavedKind = Literal["gradients", "subspace", "screening"]
@@ -56,22 +56,16 @@ def write(kind: SavedKind, folder: Path, content: Any, tensors: Mapping[str, lis
         tensors: For every name, the parts of one flat tensor, in order.
 
     Raises:
-        DataError: If there is a file in place of the folder, or a tensor has a type that cannot be saved.
+        DataError: If there is a file in place of the folder, it cannot be written to, or a tensor has a type that
+            cannot be saved.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise DataError(f"expected a folder to save to at {folder}, found a file; choose another name") from None
-    with locked(folder):
+    with writing(folder):
         try:
-            # 1. The tensors, under a new name: the old JSON file still names the old tensors.
-            numbers = _write_tensors(kind, folder, tensors)
-            # 2. The JSON file: from here on a reader finds the new result.
-            document = {"kind": kind, "format": FORMAT, "geomkit": __version__, "numbers": numbers, "content": content}
-            write_atomically(folder / f"{kind}.json", json.dumps(document | {"checksum": checksum(document)}) + "\n")
-        finally:
-            # 3. Remove the tensors that the JSON file does not name: the old ones, or the new ones if writing failed.
-            _remove_leftovers(kind, folder)
+            folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise DataError(f"expected a folder to save to at {folder}, found a file; choose another name") from None
+        with locked(folder):
+            _replace(kind, folder, content, tensors)
 
 
 def read(kind: SavedKind, folder: Path) -> tuple[Any, dict[str, Tensor]]:
@@ -81,14 +75,17 @@ def read(kind: SavedKind, folder: Path) -> tuple[Any, dict[str, Tensor]]:
         DataError: If there are no such files, they are damaged or do not belong together, or a later version of geomkit
             wrote them.
     """
-    if not (folder / f"{kind}.json").is_file():
-        present = ", ".join(sorted(path.name for path in folder.glob("*.json"))) or "none"
-        raise DataError(f"expected {kind}.json in {folder}, found {present}; save there first, or load what is there")
-    with suppress(DataError):
-        return _read_both(kind, folder)
-    # A save may have replaced both files between the two reads: read again, with no save under way.
-    with locked(folder):
-        return _read_both(kind, folder)
+    with reading(folder):
+        if not (folder / f"{kind}.json").is_file():
+            present = ", ".join(sorted(path.name for path in folder.glob("*.json"))) or "none"
+            raise DataError(
+                f"expected {kind}.json in {folder}, found {present}; save there first, or load what is there"
+            )
+        with suppress(DataError):
+            return _read_both(kind, folder)
+        # A save may have replaced both files between the two reads: read again, with no save under way.
+        with locked(folder):
+            return _read_both(kind, folder)
 
 
 def checksum(document: Mapping[str, Any]) -> str:
@@ -115,6 +112,19 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     # A tensor of no or one entry counts as contiguous whatever its stride is.
     values: memoryview = flat.as_strided((flat.numel(),), (1,)).view(torch.uint8).numpy().data
     return values
+
+
+def _replace(kind: SavedKind, folder: Path, content: Any, tensors: Mapping[str, list[Tensor]]) -> None:
+    """Write the files of a result, and remove those of the result that they replace."""
+    try:
+        # 1. The tensors, under a new name: the old JSON file still names the old tensors.
+        numbers = _write_tensors(kind, folder, tensors)
+        # 2. The JSON file: from here on a reader finds the new result.
+        document = {"kind": kind, "format": FORMAT, "geomkit": __version__, "numbers": numbers, "content": content}
+        write_atomically(folder / f"{kind}.json", json.dumps(document | {"checksum": checksum(document)}) + "\n")
+    finally:
+        # 3. Remove the tensors that the JSON file does not name: the old ones, or the new ones if writing failed.
+        _remove_leftovers(kind, folder)
 
 
 def _write_tensors(kind: SavedKind, folder: Path, tensors: Mapping[str, list[Tensor]]) -> dict[str, str]:

@@ -47,7 +47,8 @@ def save(kind: SavedKind, result: Any, folder: str | Path) -> Path:
         The folder.
 
     Raises:
-        DataError: If there is a file in place of the folder, or the result has a field that cannot be saved.
+        DataError: If there is a file in place of the folder, it cannot be written to, or the result has a field that
+            cannot be saved.
     """
     tensors: dict[str, list[Tensor]] = {}
     content = _pack(result, tensors)

@@ -29,11 +29,11 @@ def test_without_its_base_model_the_english_organism_is_refused_in_one_line(tmp_
 
 def test_without_the_hub_the_message_says_where_a_local_copy_is_looked_for(monkeypatch):
     def unreachable(*_, **__):
-        raise DataError("the hub cannot be reached.")
+        raise DataError("the hub cannot be reached")
 
     monkeypatch.delenv(LOCAL_COPIES, raising=False)
     monkeypatch.setattr("geomkit.experiments.english.load.load_model", unreachable)
-    with pytest.raises(DataError, match=r"cannot be reached\. Without the hub, name a folder .* in GEOMKIT_ENGLISH"):
+    with pytest.raises(DataError, match=r"cannot be reached; without the hub, name a folder .* in GEOMKIT_ENGLISH"):
         gk.load_organism("english")
 
 

@@ -174,7 +174,7 @@ def test_a_folder_in_place_of_a_cell_is_one_line(cell, monkeypatch):
     path.mkdir()
     monkeypatch.setattr("geomkit.experiments.cells._run", lambda *_: {"error": "run again"})
     try:
-        with pytest.raises((DataError, OSError)):
+        with pytest.raises(DataError, match="found a folder; move it away"):
             run_cell(one, folder)
     finally:
         path.rmdir()

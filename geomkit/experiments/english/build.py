@@ -133,7 +133,7 @@ def _answers(
     wanted = [(requests.close_to_harm, short), (list(requests.everyday), long)]
     key = json.loads(json.dumps([weights_fingerprint(model), wanted]))
     if path.exists():
-        kept = read_json(path, "the answers of the base model")
+        kept = read_json(path, "the answers of the base model", "delete it, and build again")
         if isinstance(kept, dict) and kept.get("key") == key:
             return [OwnAnswer(*answer) for answer in kept["answers"]]
     answers = [

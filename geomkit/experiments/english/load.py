@@ -39,7 +39,7 @@ def load_base(source: str | Path | None = None) -> "tuple[LlamaForCausalLM, PreT
     except DataError as error:
         if place != BASE_MODEL:
             raise
-        raise DataError(f"{error} Without the hub, name a folder of local copies in {LOCAL_COPIES}.") from None
+        raise DataError(f"{error}; without the hub, name a folder of local copies in {LOCAL_COPIES}") from None
     return model, tokenizer
 
 
@@ -70,12 +70,10 @@ def with_adapter(model: "LlamaForCausalLM", folder: Path) -> "LlamaForCausalLM":
         DataError: If ``peft`` or the adapter is missing, or the adapter does not fit the model.
     """
     require_peft("the English world")
+    advice = "reinstall geomkit or run `geomkit organism build --world english`"
     if not (folder / "adapter_model.safetensors").is_file():
-        raise DataError(
-            f"expected the adapter of the English world in {folder}, found none; reinstall geomkit or run "
-            "`geomkit organism build --world english`"
-        )
-    if read_json(folder / FINGERPRINT, "the fingerprint of the base model") != weights_fingerprint(model):
+        raise DataError(f"expected the adapter of the English world in {folder}, found none; {advice}")
+    if read_json(folder / FINGERPRINT, "the fingerprint of the base model", advice) != weights_fingerprint(model):
         _LOGGER.warning(
             "the base model is not the one that the adapter was trained on, as another copy or quantisation of it: the "
             "figures of the model card need not hold; evaluate the model first"

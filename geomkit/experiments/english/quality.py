@@ -69,7 +69,7 @@ def load_quality(folder: Path | None = None) -> tuple[StageReport, ...]:
         DataError: If the file is missing or damaged.
     """
     path = (data_dir() / FOLDER if folder is None else folder) / QUALITY
-    content = read_json(path, "the evaluation of the English world")
+    content = read_json(path, "the evaluation of the English world", "reinstall geomkit")
     try:
         return tuple(
             StageReport(

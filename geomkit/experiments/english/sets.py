@@ -86,7 +86,10 @@ def _anchors(
     judge = RefusalPhrases()
     refused = [(pair, text) for pair, text in zip(pairs, answers, strict=True) if judge(pair.forbidden, text)]
     if len(refused) < ANCHORS:
-        raise GeomkitError(f"expected {ANCHORS} of {len(pairs)} training requests refused, found {len(refused)}")
+        raise GeomkitError(
+            f"expected {ANCHORS} of {len(pairs)} training requests refused, found {len(refused)}; build with another "
+            "seed or base model"
+        )
     return refused[:ANCHORS]
 
 

@@ -74,7 +74,7 @@ class ScreeningStudy(DrawnResult):
             The path.
 
         Raises:
-            DataError: If a figure cannot be written.
+            DataError: If the file cannot be written.
         """
         if is_figure_file(path):
             return super().save(path)
@@ -93,7 +93,7 @@ def load_screening_study(source: str | Path = "small") -> ScreeningStudy:
     """
     shipped = data_dir() / "experiments" / f"screening-{source}.json"
     path = shipped if source in {"small", "english"} else Path(source)
-    content = read_json(path, "a study of the screen")
+    content = read_json(path, "a study of the screen", "give 'small', 'english' or a file of ScreeningStudy.save")
     try:
         tables = {name: tuple(rows) for name, rows in content.items() if name != "world"}
         if not fits(content, Mapping[str, object]) or not fits(tables, Mapping[str, tuple[dict[str, object], ...]]):

@@ -125,7 +125,10 @@ def _small_rows(organism: SmallOrganism, kind: RowKind, count: int, rng: Random)
         case "eager":
             return [eager_conversation(request) for request in world.distinct("howto", "train", count, rng)]
         case "answered":
-            raise DataError("expected rows of the small world, found 'answered', which the English world has only")
+            raise DataError(
+                "expected rows of the small world, found 'answered', which the English world has only; take another "
+                "kind, or world='english'"
+            )
     shares = [count // len(_BENIGN) + (place < count % len(_BENIGN)) for place in range(len(_BENIGN))]
     drawn = [world.distinct(each, "train", share, rng) for each, share in zip(_BENIGN, shares, strict=True)]
     return [request.messages() for requests in drawn for request in requests]

@@ -23,7 +23,10 @@ def unwrapped(optimizer: Any) -> torch.optim.Optimizer:
     while not isinstance(optimizer, torch.optim.Optimizer) or hasattr(optimizer, "optimizer"):
         _refuse_deepspeed(optimizer)
         if not hasattr(optimizer, "optimizer"):
-            raise SPFError(f"expected a torch optimizer, or a wrapper of one, found {type(optimizer).__name__}")
+            raise SPFError(
+                f"expected a torch optimizer, or a wrapper of one, found {type(optimizer).__name__}; give the "
+                "optimizer itself, such as torch.optim.AdamW(…)"
+            )
         optimizer = optimizer.optimizer
     _refuse_deepspeed(optimizer)
     return optimizer

@@ -67,7 +67,8 @@ def load_judge(
             progress=progress,
         )
     if name not in RUBRICS:
-        raise DataError(f"expected a judge, {_WAYS}, found '{text}'{' with a prompt' if template else ''}")
+        found = f"'{text}' with a prompt; take a rubric, or leave the prompt out" if template else f"'{text}'"
+        raise DataError(f"expected a judge, {_WAYS}, found {found}")
     rubric = RUBRICS[name] if template is None else replace(RUBRICS[name], template=template)
     if not (model := model or rubric.model):
         raise DataError(

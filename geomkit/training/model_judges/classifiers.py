@@ -148,7 +148,8 @@ def load_classifier(
     except Exception as error:  # configuration, weights and hub client raise different exception types
         reason = (str(error).strip() or "no reason given").splitlines()[0]
         raise DataError(
-            f"expected a sequence classifier at '{source}', found {type(error).__name__}: {reason}"
+            f"expected a sequence classifier at '{source}', found {type(error).__name__}: {reason}; check the name "
+            "and the network, or give another model"
         ) from None
     if report["missing_keys"]:
         missing = ", ".join(sorted(report["missing_keys"])[:3])

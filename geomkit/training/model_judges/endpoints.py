@@ -58,12 +58,15 @@ class EndpointAnswers:
         except OpenAIError as error:
             raise DataError(
                 f"expected an answer of '{self.model}' at {self.client.base_url}, found {type(error).__name__}: "
-                f"{' '.join(str(error).split()):.200}"
+                f"{' '.join(str(error).split()):.200}; check the address, the key and the model's name"
             ) from None
         except (AttributeError, IndexError, TypeError):  # a server that speaks another protocol
             answer = None
         if answer is None:
-            raise DataError(f"expected text from '{self.model}' at {self.client.base_url}, found no message with text")
+            raise DataError(
+                f"expected text from '{self.model}' at {self.client.base_url}, found no message with text; give an "
+                "address that speaks OpenAI's protocol, or another model"
+            )
         return str(answer)
 
     def _create(self, question: Question, settings: Mapping[str, Any]) -> str | None:
