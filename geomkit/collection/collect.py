@@ -27,7 +27,7 @@ from geomkit.inputs.parameters import Layers, as_selection, chosen_parameters, u
 from geomkit.inputs.tokens import EncodedExamples, Tokens, tokens_fingerprint
 from geomkit.utils.display import human_bytes
 from geomkit.utils.free_memory import free_bytes
-from geomkit.utils.workers import ALONE, Workers
+from geomkit.utils.workers import ALONE, Workers, first_process
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -120,15 +120,19 @@ def collect_gradients(
 
 def _warn_if_large(model: nn.Module, rows: EncodedExamples, layers: Layers, *, keep_factors: bool) -> None:
     """Log a warning if the gradients of the examples may not fit into memory: no error could tell of that later."""
-    names = set(chosen_parameters(model, as_selection(layers)).values())
-    needed = most_collected_bytes(model, rows, names, keep_factors=keep_factors)
-    free = free_bytes(next(parameter.device for name, parameter in model.named_parameters() if name in names))
-    if needed is not None and free is not None and needed > free:
-        _LOGGER.warning(
-            "the gradients of %d examples take up to %s, and %s of memory are free; give fewer examples or a part of "
-            "the layers (layers=), or take geomkit.measure_samples",
-            len(rows), human_bytes(needed), human_bytes(free),
-        )  # fmt: skip
+    chosen = set(chosen_parameters(model, as_selection(layers)).values())
+    devices: dict[torch.device, set[str]] = defaultdict(set)
+    for name, parameter in model.named_parameters():
+        if name in chosen:
+            devices[parameter.device].add(name)
+    for device, names in devices.items():
+        needed, free = most_collected_bytes(model, rows, names, keep_factors=keep_factors), free_bytes(device)
+        if needed is not None and free is not None and needed > free and first_process():
+            _LOGGER.warning(
+                "the gradients of %d examples take up to %s, and %s of memory are free; give fewer examples or a part "
+                "of the layers (layers=), or take geomkit.measure_samples",
+                len(rows), human_bytes(needed), human_bytes(free),
+            )  # fmt: skip
 
 
 def collect_from_tokens(

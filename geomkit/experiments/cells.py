@@ -22,7 +22,7 @@ from geomkit.experiments.outcomes import greedy_answers, refused_by_keywords
 from geomkit.experiments.records import Record, check_record, flags_to_text
 from geomkit.experiments.task import Task
 from geomkit.spf.certificate import Certificate
-from geomkit.utils.files import parse_json, write_atomically
+from geomkit.utils.files import parse_json, reading, write_atomically
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -76,15 +76,17 @@ def stored_record(cell: Cell, folder: Path) -> Record | None:
     A file that is no record, or the record of another cell, is no result: the cell will be run, and the file replaced.
 
     Raises:
-        DataError: If the place of the record is taken by a folder.
+        DataError: If the place of the record is taken by a folder, or it cannot be read.
     """
     path = _path(cell, folder)
-    if path.is_dir():
-        raise DataError(f"expected a file at {path}, found a folder; move it away")
-    if not path.exists():
-        return None
+    with reading(path):
+        if path.is_dir():
+            raise DataError(f"expected a file at {path}, found a folder; move it away")
+        if not path.exists():
+            return None
+        content = path.read_bytes()
     with suppress(ValueError):  # damaged, or no record
-        stored: Record = parse_json(path.read_text("utf-8"))
+        stored: Record = parse_json(content.decode())
         check_record(stored)
         if stored["cell"] == cell.describe() and {"error", "flags"} & stored.keys():
             return stored

@@ -3,6 +3,7 @@
 import gzip
 import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -65,9 +66,10 @@ def measure_insights(
             cannot be read.
     """
     _check(world, stages)
-    with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
-    with locked(out):
+    with ExitStack() as held:
+        with writing(out):
+            out.mkdir(parents=True, exist_ok=True)
+            held.enter_context(locked(out))
         for path, stage in ((out / _file(world, stage), stage) for stage in stages):
             if not path.exists():
                 frame = insights_frame(_analysis(world, stage, examples, progress))

@@ -135,7 +135,7 @@ def _read(path: Path) -> "pd.DataFrame":
             return _read_json(path)
         if kind == ".parquet":
             return pd.read_parquet(path)
-    except (ValueError, OSError, EOFError, zlib.error) as error:  # those of pandas and Arrow are ValueErrors
+    except (ValueError, gzip.BadGzipFile, EOFError, zlib.error) as error:  # those of pandas and Arrow are ValueErrors
         raise DataError(
             f"{path}: expected a readable {kind[1:]} file, found {' '.join(str(error).split()):.120}; copy it again"
         ) from None

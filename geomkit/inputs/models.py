@@ -87,7 +87,7 @@ def load_model(
     target = None if device_map is not None else _device(device)
     with reading(source):
         origin = _located(str(source), revision)
-    adapter = _adapter_base(origin)
+        adapter = _adapter_base(origin)
     base = origin if adapter is None else _located(adapter, None)
     tokenizer = _load_tokenizer(origin, base)
     if pad_token is not None:
@@ -163,16 +163,18 @@ def _in_one_line(source: _Source) -> Iterator[None]:
     except DataError:
         raise
     except Exception as error:  # configuration, weights and hub client raise different exception types
-        if source.file is not None and isinstance(error, ImportError):
-            advice = "pip install 'geomkit[gguf]'"
-        elif Path(source.place).exists():
-            advice = "copy the checkpoint again with all its files, or give another model"
-        else:
-            advice = "check the name, the network and your access (hf auth login)"
         raise DataError(
             f"expected a causal language model at '{source.name}' ({_KINDS}), found {type(error).__name__}: "
-            f"{_reason(error)}; {advice}"
+            f"{_reason(error)}; {_advice(source, error)}"
         ) from None
+
+
+def _advice(source: _Source, error: Exception) -> str:
+    if isinstance(error, ImportError):
+        return "install what it needs" if source.file is None else "pip install 'geomkit[gguf]'"
+    if not Path(source.place).exists():
+        return "check the name, the network and your access (hf auth login)"
+    return "check that all files of the checkpoint are there and whole, and dtype= and device_map= where given"
 
 
 def _reason(error: Exception) -> str:

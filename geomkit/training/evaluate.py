@@ -70,8 +70,8 @@ def evaluate(
         sets = evaluation_sets(tokenizer, forbidden, benign, skills)
         judges = check_judges(judge, of_refusals="benign" in sets)
         cases = {name: cases_of(name, rows) for name, rows in sets.items()}
-        tell_copies(sets)
         metric_of = skill_metrics(metrics, cases)
+        tell_copies(sets)
         encoded = {
             name: encoded_for(model, tokenizer, sets[name], progress)
             for name, (_, metric) in metric_of.items()
@@ -96,7 +96,8 @@ def evaluate(
     }
     tables = judged_tables(cases, responses, judges)
     measures: dict[str, Measure] = {}
-    for name, (_, metric) in metric_of.items():
+    # Perplexities last: a metric that fails is found before the slow losses.
+    for name, (_, metric) in sorted(metric_of.items(), key=lambda skill: skill[1][1] is None):
         if metric is None:
             tables[name], measures[name] = perplexity_of(model, *encoded[name], name, cases[name], progress)
         else:
@@ -105,7 +106,7 @@ def evaluate(
     return Evaluation(
         refusal=share(tables.get("forbidden"), "refused"),
         over_refusal=share(tables.get("benign"), "refused"),
-        skills=measures,
+        skills={name: measures[name] for name in metric_of},
         responses=joined([tables[name] for name in cases], titles),
         more=measures_of_judges(tables, judges),
         settings={

@@ -39,9 +39,12 @@ def writing(path: str | Path) -> Iterator[None]:
         yield
     except (FileExistsError, NotADirectoryError):
         raise DataError(
-            f"expected to write {path}, found a file where a folder should be; choose another place"
+            f"expected to write {path}, found a file, or a link that leads nowhere, where a folder should be; choose "
+            "another place"
         ) from None
     except OSError as error:
+        if not _is_of_disk(error):
+            raise
         advice = "free some space, or choose another place" if error.errno in _FULL else "choose another place"
         raise DataError(f"expected to write {path}, found {error.strerror or error}; {advice}") from None
 
@@ -65,9 +68,16 @@ def reading(path: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        if not _is_of_disk(error):
+            raise
         raise DataError(
             f"expected to read {path!s:.200}, found {error.strerror or error}; check the path and its permissions"
         ) from None
+
+
+def _is_of_disk(error: OSError) -> bool:
+    """Return whether a disk raised an error: those of the network, of pipes and of alarms are of the same type."""
+    return error.errno is not None and not isinstance(error, TimeoutError | ConnectionError | InterruptedError)
 
 
 class Draft:
@@ -151,13 +161,14 @@ def read_json(path: Path, expected: str, advice: str) -> Any:
         advice: What to do where it is not, for the message.
 
     Raises:
-        DataError: If there is no file, or it is not UTF-8 or no JSON.
+        DataError: If there is no file, it cannot be read, or it is not UTF-8 or no JSON.
     """
-    try:
-        return parse_json(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        found = getattr(error, "strerror", None) or f"no JSON ({error})"
-        raise DataError(f"expected {expected} at {path}, found {found}; {advice}") from None
+    with reading(path):
+        try:
+            return parse_json(path.read_text("utf-8"))
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError, ValueError) as error:
+            found = getattr(error, "strerror", None) or f"no JSON ({error})"
+            raise DataError(f"expected {expected} at {path}, found {found}; {advice}") from None
 
 
 @contextmanager
