@@ -72,7 +72,7 @@ def test_a_place_below_a_file_is_one_line(tmp_path, write):
     (tmp_path / "file").touch()
     place = tmp_path / "file" / "x"
     with pytest.raises(
-        DataError, match=r"^expected to write .*x.*, found a file where a folder should be; choose another"
+        DataError, match=r"^expected to write .*x.*, found a file, or a link .*, where a folder .*; choose another"
     ):
         write(place)
     assert (tmp_path / "file").is_file()
