@@ -76,7 +76,7 @@ def test_the_first_cell_takes_another_model_and_sets_of_any_size(name):
         "forbidden": some(8, "sorry we can not help"),
     }
     exec(imports, own)  # noqa: S102 - a notebook of ours
-    kept = ("examples", "reworded", "settings", "harder", "prompts")
+    kept = ("layers", "examples", "reworded", "settings", "harder", "prompts")
     exec("\n".join(line for line in settings.split("\n") if line.startswith(kept)), own)  # noqa: S102
     taken = {line.split(" =")[0] for line in first.split("\n") if " = gk.load" in line}
     assert {part for names in taken for part in names.split(", ")} - {"_"} <= set(own)

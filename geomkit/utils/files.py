@@ -18,6 +18,9 @@ _PACKAGE = Path(__file__).parents[1]
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 """Errors of a disk, or of a user's share of it, that is full."""
 
+_NOT_OF_DISK = (TimeoutError, ConnectionError, InterruptedError)
+"""Errors of the network, of pipes and of alarms, which are OSErrors too."""
+
 
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
@@ -42,9 +45,9 @@ def writing(path: str | Path) -> Iterator[None]:
             f"expected to write {path}, found a file, or a link that leads nowhere, where a folder should be; choose "
             "another place"
         ) from None
+    except _NOT_OF_DISK:
+        raise
     except OSError as error:
-        if not _is_of_disk(error):
-            raise
         advice = "free some space, or choose another place" if error.errno in _FULL else "choose another place"
         raise DataError(f"expected to write {path}, found {error.strerror or error}; {advice}") from None
 
@@ -67,17 +70,14 @@ def reading(path: str | Path) -> Iterator[None]:
     """
     try:
         yield
+    except _NOT_OF_DISK:
+        raise
     except OSError as error:
-        if not _is_of_disk(error):
+        if error.errno is None:  # a library's own, such as that of a client of the network
             raise
         raise DataError(
             f"expected to read {path!s:.200}, found {error.strerror or error}; check the path and its permissions"
         ) from None
-
-
-def _is_of_disk(error: OSError) -> bool:
-    """Return whether a disk raised an error: those of the network, of pipes and of alarms are of the same type."""
-    return error.errno is not None and not isinstance(error, TimeoutError | ConnectionError | InterruptedError)
 
 
 class Draft:
