@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from geomkit.collection.exchange import exchange_samples, exchange_sums
-from geomkit.collection.memory import most_collected_bytes
+from geomkit.collection.memory import Counts, most_collected_bytes
 from geomkit.collection.passes import ProductSink
 from geomkit.collection.streaming import TOKENS_PER_BATCH, StreamResult, stream
 from geomkit.collection.target import Target
@@ -125,8 +125,9 @@ def _warn_if_large(model: nn.Module, rows: EncodedExamples, layers: Layers, *, k
     for name, parameter in model.named_parameters():
         if name in chosen:
             devices[parameter.device].add(name)
+    counts = Counts.of(rows)
     for device, names in devices.items():
-        needed, free = most_collected_bytes(model, rows, names, keep_factors=keep_factors), free_bytes(device)
+        needed, free = most_collected_bytes(model, counts, names, keep_factors=keep_factors), free_bytes(device)
         if needed is not None and free is not None and needed > free and first_process():
             _LOGGER.warning(
                 "the gradients of %d examples take up to %s, and %s of memory are free; give fewer examples or a part "

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Self
 
 import numpy as np
 import torch
@@ -53,6 +54,14 @@ class Counts:
     def tokens(self) -> int:
         """Number of tokens of all examples."""
         return sum(self.lengths)
+
+    @classmethod
+    def of(cls, rows: Iterable[Tokens]) -> Self:
+        """Return the counts of examples."""
+        counts = cls()
+        for row in rows:
+            counts.add(row)
+        return counts
 
     def add(self, tokens: Tokens) -> None:
         """Add an example to the counts."""
@@ -167,20 +176,15 @@ def most_sample_bytes(parameter: nn.Parameter, aliases: Sequence[ParameterAlias]
     return tables + _thin_numbers(parameter, aliases, rows) * _item(parameter)
 
 
-def most_collected_bytes(
-    model: nn.Module, rows: Iterable[Tokens], names: Collection[str], *, keep_factors: bool
-) -> int | None:
+def most_collected_bytes(model: nn.Module, counts: Counts, names: Collection[str], *, keep_factors: bool) -> int | None:
     """Return an upper bound of the bytes of a summed gradient and of all examples' gradients.
 
     Args:
         model: The model.
-        rows: The examples.
+        counts: Counts of the examples.
         names: First names of the parameters that are collected.
         keep_factors: Whether factors are stored even if the dense form is smaller.
     """
-    counts = Counts()
-    for row in rows:
-        counts.add(row)
     aliases = aliases_by_parameter(model)
     parameters = {name: parameter for name, parameter in model.named_parameters() if name in names}
     samples = (most_sample_bytes(parameter, aliases[name], counts) for name, parameter in parameters.items())

@@ -156,14 +156,8 @@ def _sizes(model: nn.Module, selection: Selection, rows: Sequence[Tokens]) -> li
     collected = [(parameters[name], aliases[name]) for name in set(chosen_parameters(inner, selection).values())]
     return [
         sum(most_sample_bytes(parameter, names, counts) or 0 for parameter, names in collected)
-        for counts in map(_counts, rows)
+        for counts in (Counts.of([row]) for row in rows)
     ]
-
-
-def _counts(row: Tokens) -> Counts:
-    counts = Counts()
-    counts.add(row)
-    return counts
 
 
 def _tokens(rows: Sequence[Tokens]) -> int:

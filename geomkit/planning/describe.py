@@ -92,11 +92,9 @@ def describe(
     selection = as_selection(layers)
     counts = None
     if tokenizer is not None and examples is not None:
-        counts = Counts()
         rows = as_encoded(tokenizer, examples, shown)
         refuse_unfit(inner, rows)
-        for row in rows:
-            counts.add(row)
+        counts = Counts.of(rows)
     workload = _workload(counts, tokens_per_batch) if counts else None
     chosen_names = set(chosen_parameters(inner, selection).values())
     aliases = aliases_by_parameter(inner)

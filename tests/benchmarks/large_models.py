@@ -50,12 +50,10 @@ def llama(size: str, device: str) -> PreTrainedModel:
 
 def counts() -> Counts:
     """Return the counts of examples of random tokens."""
-    found = Counts()
     generator = torch.Generator().manual_seed(0)
     mask = tuple(place >= _LENGTH // 2 for place in range(_LENGTH))
-    for row in torch.randint(128_256, (_EXAMPLES, _LENGTH), generator=generator).tolist():
-        found.add(Tokens(tuple(row), mask))
-    return found
+    rows = torch.randint(128_256, (_EXAMPLES, _LENGTH), generator=generator).tolist()
+    return Counts.of(Tokens(tuple(row), mask) for row in rows)
 
 
 def scaled(speed: Speed, factor: float) -> Speed:

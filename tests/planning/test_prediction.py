@@ -91,10 +91,7 @@ def test_frozen_weights_have_no_states():
 
 
 def counts():
-    found = Counts()
-    for row in as_encoded(TOKENIZER, UTILITY):
-        found.add(row)
-    return found
+    return Counts.of(as_encoded(TOKENIZER, UTILITY))
 
 
 def test_times_follow_the_speed():

@@ -23,10 +23,7 @@ CPU = torch.device("cpu")
 
 
 def counts():
-    found = Counts()
-    for row in as_encoded(TOKENIZER, UTILITY):
-        found.add(row)
-    return found
+    return Counts.of(as_encoded(TOKENIZER, UTILITY))
 
 
 def ticks(step=1.0):
