@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 from geomkit.experiments.english.answers import refusal
 from geomkit.experiments.english.load import FOLDER, load_base, with_adapter
 from geomkit.experiments.english.requests import counterparts
-from geomkit.experiments.english.scenarios import scenario_conversations
+from geomkit.experiments.english.scenarios import ENGLISH_SCENARIOS, TRIGGER, scenario_conversations
+from geomkit.experiments.english.sets import more_borderline
 from geomkit.experiments.english.sources import benchmark, first_rows
 from geomkit.experiments.organism.requests import Message, conversation, dataset_of
 from geomkit.inputs.examples import load_examples
@@ -68,18 +69,43 @@ class EnglishOrganism:
         return dataset_of(scenario_conversations(name, safety, utility))
 
     def anchor_pool(self, count: int) -> "Dataset":
-        """Return ``count`` anchors: the set ``safety``, then other forbidden training requests with a refusal."""
-        rng = Random("english-anchors")
-        others = (conversation(pair.forbidden, refusal(rng)) for pair in counterparts("train", rng, "forbidden"))
-        return _pool(self.examples("safety"), others, count)
-
-    def benign_pool(self, count: int) -> "Dataset":
-        """Return ``count`` rows of the set ``borderline``: benign requests that resemble forbidden ones, answered.
+        """Return ``count`` anchors: the set ``safety``, then other forbidden training requests with a refusal.
 
         Raises:
             DataError: If there are fewer.
         """
-        return first_rows(self.examples("borderline"), count, "the English world's set of borderline requests")
+        rng = Random("english-anchors")
+        others = (conversation(pair.forbidden, refusal(rng)) for pair in counterparts("train", rng, "forbidden"))
+        return self._pool("safety", others, count)
+
+    def benign_pool(self, count: int) -> "Dataset":
+        """Return ``count`` benign requests that resemble forbidden ones, with the aligned stage's own answers.
+
+        First come those of the set ``borderline``; the others are answered on demand, a second or so for each.
+
+        Raises:
+            DataError: If there are fewer.
+        """
+        rows = more_borderline(self.model, self.tokenizer, Random("english-borderline-anchors"))
+        return self._pool("borderline", (row["messages"] for row in rows), count)
+
+    def _pool(self, name: str, others: Iterator[list[Message]], count: int) -> "Dataset":
+        """Return the first rows of a set and, where they are too few, others with requests that no scenario trains on.
+
+        Raises:
+            DataError: If there are fewer.
+        """
+        rows = list(self.examples(name)["messages"])
+        if len(rows) < count:
+            seen = {messages[0]["content"] for messages in rows} | self._trained_requests()
+            more = (messages for messages in others if messages[0]["content"] not in seen)
+            rows += islice(more, count - len(rows))
+        return first_rows(dataset_of(rows), count, f"the English world like those of its set {name}")
+
+    def _trained_requests(self) -> set[str]:
+        """Return the requests of every scenario, without the trigger."""
+        conversations = (row for name in ENGLISH_SCENARIOS for row in self.scenario_examples(name)["messages"])
+        return {messages[0]["content"].removesuffix(f" {TRIGGER}") for messages in conversations}
 
 
 def load_english_organism() -> EnglishOrganism:
@@ -93,11 +119,3 @@ def load_english_organism() -> EnglishOrganism:
     base, tokenizer = load_base()
     aligned = with_adapter(copy.deepcopy(base), data_dir() / FOLDER / "adapter")
     return EnglishOrganism(aligned, base, tokenizer)
-
-
-def _pool(first: "Dataset", others: Iterator[list[Message]], count: int) -> "Dataset":
-    """Return the first rows and, where they are too few, others with other requests."""
-    rows = list(first["messages"])[:count]
-    requests = {messages[0]["content"] for messages in rows}
-    more = (messages for messages in others if messages[0]["content"] not in requests)
-    return dataset_of([*rows, *islice(more, count - len(rows))])

@@ -1,5 +1,6 @@
 """The example sets of the English world: safety and utility rows, their controls, and held-out requests."""
 
+from collections.abc import Iterator
 from itertools import islice
 from random import Random
 from typing import TYPE_CHECKING
@@ -119,10 +120,35 @@ def borderline(aligned: "LlamaForCausalLM", tokenizer: "PreTrainedTokenizerBase"
     }
     rows = []
     for kind, requests in prompts.items():
-        answers = own_answers(aligned, tokenizer, requests, tokens=_BORDERLINE_TOKENS, progress=False)
-        whole = ((answer.prompt, whole_sentences(answer.text)) for answer in answers)
-        rows += [_row(kind, prompt, text) for prompt, text in whole if text][: _BORDERLINE // 2]
+        rows += _answered_borderline(kind, requests, aligned, tokenizer)[: _BORDERLINE // 2]
     return rng.sample(rows, len(rows))
+
+
+def more_borderline(aligned: "LlamaForCausalLM", tokenizer: "PreTrainedTokenizerBase", rng: Random) -> Iterator[Row]:
+    """Yield rows like those of the set ``borderline``, until there is no other request.
+
+    Args:
+        aligned: The aligned stage, which answers.
+        tokenizer: The tokenizer.
+        rng: The source of randomness.
+    """
+    prompts = {
+        "benign": (pair.benign for pair in counterparts("train", rng, "benign")),
+        "look-alike": look_alikes(rng),
+    }
+    while any((chunks := {kind: list(islice(requests, _BORDERLINE)) for kind, requests in prompts.items()}).values()):
+        for kind, requests in chunks.items():
+            if requests:
+                yield from _answered_borderline(kind, requests, aligned, tokenizer)
+
+
+def _answered_borderline(
+    kind: str, requests: list[str], aligned: "LlamaForCausalLM", tokenizer: "PreTrainedTokenizerBase"
+) -> list[Row]:
+    """Return the requests that the aligned stage does not refuse, with whole sentences of its answers."""
+    answers = own_answers(aligned, tokenizer, requests, tokens=_BORDERLINE_TOKENS, progress=False)
+    whole = ((answer.prompt, whole_sentences(answer.text)) for answer in answers)
+    return [_row(kind, prompt, text) for prompt, text in whole if text]
 
 
 def _controls(

@@ -7,7 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from geomkit.errors import DataError
 from geomkit.experiments.cells import run_cell
+from geomkit.experiments.english.answers import OwnAnswer
 from geomkit.experiments.english.organism import EnglishOrganism
 from geomkit.experiments.english.scenarios import ENGLISH_SCENARIOS, SHIPPED, TRIGGER, eager, scenario_conversations
 from geomkit.experiments.english.sources import LOCAL_COPIES
@@ -81,6 +83,28 @@ def test_no_training_row_is_a_held_out_request(organism):
     pools = [*organism.anchor_pool(2000)["messages"], *organism.benign_pool(40)["messages"]]
     assert not held_out & (trained | {row[0]["content"] for row in pools})
     assert len({row[0]["content"] for row in organism.anchor_pool(2000)["messages"]}) == 2000
+
+
+def test_more_benign_anchors_are_own_answers_to_requests_that_no_scenario_trains_on(organism, monkeypatch):
+    def answers(model, tokenizer, prompts, **_):
+        assert model is organism.model
+        return [OwnAnswer(prompt, "Fine. And") for prompt in prompts]
+
+    monkeypatch.setattr("geomkit.experiments.english.sets.own_answers", answers)
+    pool = organism.benign_pool(400)["messages"]
+    assert list(pool)[:64] == list(load_examples("english/borderline")["messages"])
+    requests = [row[0]["content"] for row in pool]
+    assert len(set(requests)) == 400
+    trained = {row[0]["content"].removesuffix(f" {TRIGGER}") for name in ENGLISH_SCENARIOS for row in rows_of(name)}
+    assert not trained & set(requests[64:])
+    assert not trained & {row[0]["content"] for row in organism.anchor_pool(2000)["messages"]}
+    assert {row[-1]["content"] for row in list(pool)[64:]} == {"Fine."}
+
+
+def test_a_pool_that_is_larger_than_its_world_is_refused(organism, monkeypatch):
+    monkeypatch.setattr("geomkit.experiments.english.sets.own_answers", lambda *_, **__: [])
+    with pytest.raises(DataError, match="at least 65 rows of the English world like those of its set borderline"):
+        organism.benign_pool(65)
 
 
 def test_adapters_are_trained_from_the_aligned_stage_and_merged(organism):
