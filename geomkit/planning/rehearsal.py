@@ -236,7 +236,7 @@ class _KnownGradients(ConstraintMeter):
         """Return the gradients of these blocks; ⟨W, g⟩ is known, as it is after a pass."""
         found = {name: (copy.copy(self._gradients[name]),) for name in blocks}
         dots = {name: torch.zeros(1, dtype=torch.float64, device=part[0].device) for name, part in found.items()}
-        return Measured(found, Demands(np.ones(1), np.zeros(1), np.full(1, np.inf)), 0.0, (0,), dots)
+        return Measured(found, Demands(np.ones(1), np.zeros(1), np.full(1, np.inf)), 0.0, 0.0, (0,), dots)
 
 
 # ---------------------------------------------------------------------------------------------------- everything

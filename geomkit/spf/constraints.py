@@ -51,7 +51,7 @@ class ConstraintMeter:
 
     Attributes:
         reference_model: The model before training, for a rule with the KL loss.
-        references: (anchors,) safety loss of each anchor before training, for a rule that corrects drift.
+        references: (anchors,) safety loss of each anchor before training, for a rule that corrects or weighs drift.
         benign_references: (examples,) loss of each benign example before training.
     """
 
@@ -70,9 +70,9 @@ class ConstraintMeter:
         self._fence, self._budget = fence, budget
         kl = rule.loss == "kl"
         self.reference_model = ReferenceModel.of(model, pool.rows, pad, progress=progress) if kl else None
-        drift = rule.drift_correction
+        drifts = rule.drift_correction or rule.largest_weight
         before: list[float] = [0.0] * len(pool.rows) if kl else []
-        if drift and not kl:
+        if drifts and not kl:
             before = losses_of(model, pool.rows, pad, progress=progress, title="anchors before")
         self.references = np.array(before)
         benign = losses_of(model, fence.pool.rows, pad, progress=progress, title="benign before") if fence else []
@@ -117,6 +117,7 @@ class ConstraintMeter:
         # 2. Bounds on Σ ⟨Δθ, g_i⟩: hard, 0 for a rule that constrains; soft, L_ref + margin − L_s where that is
         #    negative: the loss has drifted further than the margin, and this change brings it back to first order.
         references = self.references[list(indices)] if len(self.references) else np.full(len(rows), np.inf)
+        drift = safety.loss - float(references.mean()) if len(self.references) else 0.0
         allowed = references if per_anchor else [references.mean()]
         distances = [
             reference + self._rule.drift_margin - constraint.loss
@@ -137,7 +138,7 @@ class ConstraintMeter:
         if self._rule.loss == "kl" and safety.loss < _LEAST_DIVERGENCE:
             by_block = {name: (zero_gradient(first.shape, first.device),) for name, (first,) in by_block.items()}
             products = {}
-        return Measured(by_block, Demands(weights, hard, soft, self._budget), safety.loss, indices, products)
+        return Measured(by_block, Demands(weights, hard, soft, self._budget), safety.loss, drift, indices, products)
 
     def _benign(self, step: int, fence: BenignFence) -> tuple[GradientSet, float]:
         """Return the gradient of the benign examples and its bound: ∞ while their loss is within the margin."""

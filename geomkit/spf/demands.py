@@ -49,6 +49,7 @@ class Measured:
         gradients: For each block the gradients of the m constraints.
         demands: Bounds on the update.
         loss: Safety loss on the anchors, nats per token.
+        drift: Excess of ``loss`` over its value before training, nats per token; 0 where the rule does not need it.
         anchor_indices: Indices of the anchors in the pool.
         products: (m,) ⟨W, g_i⟩ in fp64, for the parameters W whose products the pass over the anchors has computed:
             ``dots`` of a :class:`~geomkit.spf.projection.reading.Reading` that need not be read.
@@ -57,6 +58,7 @@ class Measured:
     gradients: Mapping[str, tuple[LayerGradient, ...]]
     demands: Demands
     loss: float
+    drift: float
     anchor_indices: Sequence[int]
     products: Mapping[str, Tensor] = field(default_factory=dict)
 

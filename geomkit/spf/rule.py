@@ -20,6 +20,9 @@ _SUBSPACES = ("left", "two-sided", "random")
 PROSE = ("badge", "source", "formula", "promise_text", "test", "when")
 """The fields of a rule that describe it and change nothing of what it computes."""
 
+_WEIGHT_UNIT = 0.003
+"""Drift of the safety loss, nats per token, above which a weight that may grow does."""
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -45,7 +48,9 @@ class Rule:
         rank: Rank k of the subspaces; 0 for a rule without a subspace.
         each_anchor: Whether the gradient of every anchor is a constraint, rather than the gradient of the mean loss.
         closed_subspace: Whether the subspace is removed from every step, conflicting or not, and never recomputed.
-        safety_gradient_weight: Multiple of g_s that is added to the utility gradient.
+        safety_gradient_weight: Multiple w of g_s that is added to the utility gradient.
+        largest_weight: Largest multiple of g_s: where this is above w, the multiple grows with the drift of the safety
+            loss, see :meth:`weight_at`; 0 for a multiple that is always w.
         loss: ``"refusal"``: cross-entropy on the anchors' refusals; ``"kl"``: KL divergence from the model before
             training, on the same tokens.
         drift_correction: Whether to undo, to first order, the increase of the safety loss that earlier steps caused
@@ -69,6 +74,7 @@ class Rule:
     each_anchor: bool = False
     closed_subspace: bool = False
     safety_gradient_weight: float = 0.0
+    largest_weight: float = 0.0
     loss: SafetyLoss = "refusal"
     drift_correction: bool = False
     drift_margin: float = 0.0
@@ -91,9 +97,30 @@ class Rule:
                 "scope 'global', removal 'rank1' and the loss 'refusal' where each anchor is a constraint",
             ),
         ]
+        if self.largest_weight:
+            enough = 0 < self.safety_gradient_weight <= self.largest_weight
+            conditions.append((not enough, "a largest multiple (largest_mix) of at least the multiple (mix), above 0"))
         for is_violated, expected in conditions:
             if is_violated:
                 raise SPFError(f"rule '{self.name}': expected {expected}, found {self}")
+
+    def weight_at(self, drift: float) -> float:
+        """Return the multiple of g_s that is added to the utility gradient where the safety loss has drifted.
+
+        The multiple is w up to a drift of u = 0.003 nats per token, and beyond that w · drift / u, up to the largest
+        weight W. So what is minimised besides the task's loss is w · drift up to u, a quadratic penalty from there
+        (Nocedal and Wright 2006, chapter 17), and linear again from u · W / w on.
+
+        Args:
+            drift: Excess of the safety loss L_s over its value L_ref before training, nats per token.
+
+        Example:
+            >>> rule = Rule("mine", "gradient", "block", "none", safety_gradient_weight=1.0, largest_weight=10.0)
+            >>> [rule.weight_at(drift) for drift in (0.0, 0.003, 0.006, 1.0)]
+            [1.0, 1.0, 2.0, 10.0]
+        """
+        grown = self.safety_gradient_weight * max(1.0, drift / _WEIGHT_UNIT)
+        return min(grown, max(self.safety_gradient_weight, self.largest_weight))
 
     @property
     def has_subspace(self) -> bool:

@@ -244,6 +244,7 @@ def get_rule(
     drift_correction: bool | None = None,
     drift_margin: float | None = None,
     mix: float | None = None,
+    largest_mix: float | None = None,
     loss: SafetyLoss | None = None,
 ) -> Rule:
     """Return a rule by name, with some of its settings changed.
@@ -254,6 +255,7 @@ def get_rule(
         drift_correction: Whether drift is corrected.
         drift_margin: Tolerated drift, nats per token.
         mix: Multiple of the safety gradient that is added to the utility gradient.
+        largest_mix: Largest multiple, to which it grows with the drift of the safety loss.
         loss: The safety loss.
 
     Raises:
@@ -264,7 +266,8 @@ def get_rule(
         >>> get_rule("left", rank=5).rank
         5
     """
-    check_options({"rank": rank, "drift_margin": drift_margin, "mix": mix}, error=SPFError)
+    numbers = {"rank": rank, "drift_margin": drift_margin, "mix": mix, "largest_mix": largest_mix}
+    check_options(numbers, error=SPFError)
     if isinstance(rule, str):
         name = _OLD_NAMES.get(rule, rule)
         if name not in RULES:
@@ -278,6 +281,8 @@ def get_rule(
         rule = replace(rule, drift_margin=float(drift_margin))
     if mix is not None:
         rule = replace(rule, safety_gradient_weight=float(mix))
+    if largest_mix is not None:
+        rule = replace(rule, largest_weight=float(largest_mix))
     if loss is not None:
         if loss not in get_args(SafetyLoss):
             raise SPFError(f"expected loss to be one of {', '.join(get_args(SafetyLoss))}, found {loss!r:.40}")

@@ -54,6 +54,9 @@ class SPF:
         mix: Multiple of the safety gradient that is added to the task's gradient before the optimizer's step, in
             addition to the rule, so that the model learns the task and the anchors; ``None`` for the rule's own
             multiple, which is 0 for most rules.
+        largest_mix: Largest multiple of the safety gradient: where the anchors' loss has risen by more than 0.003 nats
+            per token, the multiple grows with the rise up to this one (:meth:`~geomkit.spf.rule.Rule.weight_at`), so
+            that harmful data meet a large multiple and a harmless task a small one. ``None`` for a fixed multiple.
         drift_margin: Excess of the anchors' loss over its value before training above which drift is corrected, nats
             per token; ``None`` for the rule's own margin.
         anchors_per_step: Number of anchors that each step draws from the pool.
@@ -97,6 +100,7 @@ class SPF:
     drift_correction: bool | None = None
     loss: SafetyLoss | None = None
     mix: float | None = None
+    largest_mix: float | None = None
     drift_margin: float | None = None
     anchors_per_step: int = 8
     benign: "Dataset | EncodedExamples | str | Path | None" = None
@@ -239,7 +243,7 @@ class SPF:
         return settings | hashes | {"rule": rule}
 
     def checked_rule(self) -> Rule:
-        """Return the rule with this object's overrides (rank, drift correction, drift margin, mix, loss) applied.
+        """Return the rule with this object's overrides (rank, drift correction, drift margin, mixes, loss) applied.
 
         Raises:
             SPFError: If the rule is unknown, does not fit the settings, or a number is out of its range.
@@ -252,6 +256,7 @@ class SPF:
             drift_correction=self.drift_correction,
             drift_margin=self.drift_margin,
             mix=self.mix,
+            largest_mix=self.largest_mix,
             loss=self.loss,
         )
         if self.refresh_energy is not None and not rule.has_subspace:

@@ -67,7 +67,7 @@ def refuse_closure(rule: Rule) -> None:
 
 
 def add_safety_gradient(rule: Rule, guarded: Guarded, measured: Measured) -> None:
-    """Add the mean safety gradient Σ w_i g_i, times the rule's weight, to the utility gradients.
+    """Add the mean safety gradient Σ w_i g_i, times the rule's weight at the present drift, to the utility gradients.
 
     Args:
         rule: A rule with a ``safety_gradient_weight``.
@@ -76,7 +76,7 @@ def add_safety_gradient(rule: Rule, guarded: Guarded, measured: Measured) -> Non
     """
     # A fused optimizer divides all gradients by its ``grad_scale``.
     weights, scale = measured.demands.safety_weights, getattr(guarded.optimizer, "grad_scale", None)
-    factor = rule.safety_gradient_weight * (1.0 if scale is None else float(scale))
+    factor = rule.weight_at(measured.drift) * (1.0 if scale is None else float(scale))
     for name, gradients in measured.gradients.items():
         pairs = zip(gradients, weights, strict=True)
         guarded.add_to_gradients(name, [(gradient, factor * float(weight)) for gradient, weight in pairs if weight])

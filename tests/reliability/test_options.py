@@ -174,7 +174,7 @@ def calls():
         ]),
         "SPF": (guarded, [
             "rank", "anchors_per_step", "benign_per_step", "benign_margin", "drift_margin", "correction_limit",
-            "refresh_every", "refresh_energy", "mix", "seed",
+            "refresh_every", "refresh_energy", "mix", "largest_mix", "seed",
         ]),
         "evaluate": (ask, ["batch_size", "max_new_tokens"]),
         "generate": (

@@ -16,7 +16,7 @@ from geomkit.spf.kl import ReferenceModel
 from geomkit.spf.settings import SPF
 from geomkit.training.finetune import finetune
 from geomkit.training.losses import mean_loss
-from tests.helpers.spf_training import TOKENIZER, run, task_loss
+from tests.helpers.spf_training import TOKENIZER, anchors_loss, run, safety_gradients, task_loss
 from tests.helpers.tiny import CONTROL, SAFETY, conversations, tiny_llama
 
 
@@ -207,3 +207,29 @@ def test_the_fence_asks_for_nothing_inside_and_brings_benign_loss_back_outside()
     assert any(record.corrected > 0 for record in certificate.records)
     assert losses["free"] > losses["before"] + 0.2
     assert losses["fenced"] < losses["before"] + 0.5 * (losses["free"] - losses["before"])
+
+
+@pytest.mark.parametrize("loss", ["refusal", "kl"])
+@pytest.mark.parametrize("largest", [4.0, 1e6])
+def test_the_weight_of_the_safety_gradient_grows_with_the_drift(loss, largest):
+    """From moved weights SGD takes the step −lr (g_u + w g_s), w = 2 · drift / 0.003 or the largest; autograd."""
+    model = tiny_llama()
+    before, optimizer = copy.deepcopy(model), torch.optim.SGD(model.parameters(), lr=0.1)
+    spf = SPF(SAFETY, rule="mixing", loss=loss, mix=2, largest_mix=largest, tokenizer=TOKENIZER)
+    with spf.attach(model, optimizer) as guard:
+        for name, gradient in safety_gradients(model).items():
+            model.get_parameter(name).data.add_(0.1 * gradient)
+        guard.accept_weights()
+        moved = copy.deepcopy(model)
+        task_loss(model).backward()
+        optimizer.step()
+    if loss == "kl":
+        safety = divergence(before, moved, encode(TOKENIZER, SAFETY))
+    else:
+        safety = anchors_loss(moved) - anchors_loss(before).detach()
+    drift = float(safety.detach())
+    assert drift > 0.006
+    (task_loss(moved) + min(2 * drift / 0.003, largest) * safety).backward()
+    for found, parameter in zip(model.parameters(), moved.parameters(), strict=True):
+        error = found - (parameter - 0.1 * parameter.grad)
+        assert error.norm() <= 2e-3 * (0.1 * parameter.grad).norm()  # KL's reference is stored in fp16

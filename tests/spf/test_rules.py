@@ -128,6 +128,19 @@ def test_mix_leaves_all_else_of_a_rule():
             get_rule("rank1", mix=wrong)
 
 
+@given(weight=st.floats(0.01, 100), factor=st.floats(1, 100), drift=st.floats(-1, 10), more=st.floats(0, 10))
+def test_a_weight_grows_with_the_drift_between_its_ends(weight, factor, drift, more):
+    rule = get_rule("mixing", mix=weight, largest_mix=weight * factor)
+    assert weight <= rule.weight_at(drift) <= rule.weight_at(drift + more) <= weight * factor
+    assert get_rule("mixing", mix=weight).weight_at(drift) == weight
+
+
+@pytest.mark.parametrize("mix", [0, 3])
+def test_a_largest_weight_below_the_weight_is_refused(mix):
+    with pytest.raises(SPFError, match=r"at least the multiple \(mix\), above 0"):
+        get_rule("mixing", mix=mix, largest_mix=2)
+
+
 def test_rank1_with_drift_is_the_nearest_step_of_all():
     """Blocks (x), (y) with gradient 1 each: x, y ≤ 0 and x + y ≤ −1, from (1, −.2): nearest is (0, −1)."""
     one = {"a": dense([[1.0]]), "b": dense([[1.0]])}
