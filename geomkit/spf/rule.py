@@ -97,12 +97,15 @@ class Rule:
                 "scope 'global', removal 'rank1' and the loss 'refusal' where each anchor is a constraint",
             ),
         ]
-        if self.largest_weight:
-            enough = 0 < self.safety_gradient_weight <= self.largest_weight
-            conditions.append((not enough, "a largest multiple (largest_mix) of at least the multiple (mix), above 0"))
         for is_violated, expected in conditions:
             if is_violated:
                 raise SPFError(f"rule '{self.name}': expected {expected}, found {self}")
+        if self.largest_weight and not 0 < self.safety_gradient_weight <= self.largest_weight:
+            raise SPFError(
+                f"rule '{self.name}': expected mix above 0 and largest_mix of at least mix, found "
+                f"mix={self.safety_gradient_weight:g} and largest_mix={self.largest_weight:g}; give mix=1 as well, or "
+                "leave largest_mix out"
+            )
 
     def weight_at(self, drift: float) -> float:
         """Return the multiple of g_s that is added to the utility gradient where the safety loss has drifted.

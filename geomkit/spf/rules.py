@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from types import MappingProxyType
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from geomkit.errors import SPFError
 from geomkit.spf.rule import Rule, SafetyLoss
@@ -275,22 +275,20 @@ def get_rule(
         rule = RULES[name]
     elif not isinstance(rule, Rule):
         raise SPFError(f"expected a rule or its name, found {rule!r:.40}; give one of {', '.join(RULES)}")
-    if drift_correction is not None:
-        rule = replace(rule, drift_correction=drift_correction)
-    if drift_margin is not None:
-        rule = replace(rule, drift_margin=float(drift_margin))
-    if mix is not None:
-        rule = replace(rule, safety_gradient_weight=float(mix))
-    if largest_mix is not None:
-        rule = replace(rule, largest_weight=float(largest_mix))
-    if loss is not None:
-        if loss not in get_args(SafetyLoss):
-            raise SPFError(f"expected loss to be one of {', '.join(get_args(SafetyLoss))}, found {loss!r:.40}")
-        rule = replace(rule, loss=loss)
-    if rank is None:
-        return rule
-    if not rule.has_subspace:
+    if loss is not None and loss not in get_args(SafetyLoss):
+        raise SPFError(f"expected loss to be one of {', '.join(get_args(SafetyLoss))}, found {loss!r:.40}")
+    if rank is not None and not rule.has_subspace:
         raise SPFError(
             f"expected a rank for a rule that removes a subspace only, found {rank} for '{rule.name}'; leave it out"
         )
-    return replace(rule, rank=rank)
+    # All at once, as some settings go together only.
+    settings: dict[str, Any] = {
+        "rank": rank,
+        "drift_correction": drift_correction,
+        "drift_margin": None if drift_margin is None else float(drift_margin),
+        "safety_gradient_weight": None if mix is None else float(mix),
+        "largest_weight": None if largest_mix is None else float(largest_mix),
+        "loss": loss,
+    }
+    changes = {name: value for name, value in settings.items() if value is not None}
+    return replace(rule, **changes) if changes else rule

@@ -54,9 +54,11 @@ class SPF:
         mix: Multiple of the safety gradient that is added to the task's gradient before the optimizer's step, in
             addition to the rule, so that the model learns the task and the anchors; ``None`` for the rule's own
             multiple, which is 0 for most rules.
-        largest_mix: Largest multiple of the safety gradient: where the anchors' loss has risen by more than 0.003 nats
-            per token, the multiple grows with the rise up to this one (:meth:`~geomkit.spf.rule.Rule.weight_at`), so
-            that harmful data meet a large multiple and a harmless task a small one. ``None`` for a fixed multiple.
+        largest_mix: Largest multiple of the safety gradient, for a rule whose multiple is above 0: where the anchors'
+            loss is more than 0.003 nats per token above its value before training, the multiple grows with that
+            difference (:meth:`~geomkit.spf.rule.Rule.weight_at`), so that harmful data meet a large multiple and a
+            harmless task a small one. It suits the KL loss: a cross-entropy that training has lowered may rise again to
+            its first value before the multiple grows. ``None`` for a fixed multiple.
         drift_margin: Excess of the anchors' loss over its value before training above which drift is corrected, nats
             per token; ``None`` for the rule's own margin.
         anchors_per_step: Number of anchors that each step draws from the pool.

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from geomkit.spf.certificate import Certificate
-from geomkit.spf.rule import SafetyLoss
+from geomkit.spf.rule import Rule, SafetyLoss
 from geomkit.spf.settings import SPF
 from geomkit.spf.step_record import LOG_NAME
 from geomkit.version import __version__
@@ -62,12 +62,19 @@ def settings_of(
             "a step in conflict becomes": rule.formula or "unchanged",
             "promise": rule.promise_text,
             "loss on the anchors": _LOSSES[rule.loss],
+            "multiple of its gradient that is added": _multiple(rule),
             "anchors": f"{spf.anchors_per_step} drawn for each step from {anchors}",
             "steps between two safety gradients": spf.refresh_every,
             "benign fence": fence,
             "seed of the draws": spf.seed,
         },
     }
+
+
+def _multiple(rule: Rule) -> str:
+    """Return the multiple of the safety gradient that a rule adds, in words."""
+    multiple = f"{rule.safety_gradient_weight:g}"
+    return f"{multiple}, up to {rule.largest_weight:g} with the drift" if rule.largest_weight else multiple
 
 
 def _count(examples: "Sized | str | Path") -> int:

@@ -80,7 +80,7 @@ OPTIONS: Mapping[str, Range] = MappingProxyType(
         "max_grad_norm": Range(0, _OR_NO_LIMIT, whole=False),
         # 3. SPF.
         "anchors_per_step": Range(1, 10**6), "benign_per_step": Range(1, 10**6), "rank": Range(1, 10**6),
-        "refresh_every": _SIZE, "refresh_energy": _SHARE, "mix": _AMOUNT, "largest_mix": _AMOUNT,
+        "refresh_every": _SIZE, "refresh_energy": _SHARE, "mix": _AMOUNT, "largest_mix": _POSITIVE,
         "drift_margin": _AMOUNT,
         "benign_margin": Range(-_HUGE, _HUGE, whole=False),
         "correction_limit": Range(0, _OR_NO_LIMIT, whole=False, open=True),

@@ -304,6 +304,19 @@ def deepspeed():
     return found
 
 
+def own_loop():
+    """Train processes that are not alike in a loop that adds the safety gradient after the backward pass."""
+    model = uneven_llama()
+    off_by_rounding(model)
+    wrapped, optimizer = nn.parallel.DistributedDataParallel(model), torch.optim.SGD(model.parameters(), lr=0.05)
+    with SPF(SAFETY, mix=2, largest_mix=50, tokenizer=TOKENIZER).attach(model, optimizer) as guard:
+        for step in range(4):
+            optimizer.zero_grad()
+            loss(wrapped, step).backward()
+            optimizer.step()
+    return {"weights": whole(model), "drift": max(record.anchor_loss for record in guard.certificate.records)}
+
+
 # ---------------------------------------------------------------------------------------------------------- main
 
 
@@ -318,7 +331,7 @@ def run(mode, folder):
     if mode == "deepspeed":
         return deepspeed()
     if mode == "ddp":
-        return runs(folder)
+        return runs(folder) | {"own loop": own_loop()}
     with fsdp_on_cpu():
         found = runs(folder, **FSDP2)
     return found | {"sharding": sharding()}

@@ -83,6 +83,14 @@ def test_the_processes_agree_to_the_last_bit(several, run):
                 assert all(torch.equal(mine[name], one) for name, one in yours.items())
 
 
+def test_a_weight_that_grows_with_the_drift_is_the_same_for_all(ddp):
+    """The default rule in a loop of one's own, where the processes compute drifts that differ by rounding."""
+    first, *others = (own["own loop"] for own in ddp)
+    assert first["drift"] > 0.003
+    for other in others:
+        assert all(torch.equal(other["weights"][name], one) for name, one in first["weights"].items())
+
+
 @pytest.mark.parametrize("rule", [str(rule) for rule in RULES])
 def test_they_step_as_one_process_would(several, alone, rule):
     first = several[0]

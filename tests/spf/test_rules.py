@@ -137,8 +137,14 @@ def test_a_weight_grows_with_the_drift_between_its_ends(weight, factor, drift, m
 
 @pytest.mark.parametrize("mix", [0, 3])
 def test_a_largest_weight_below_the_weight_is_refused(mix):
-    with pytest.raises(SPFError, match=r"at least the multiple \(mix\), above 0"):
+    message = f"^rule 'mixing': expected mix above 0 .*, found mix={mix} and largest_mix=2; give mix=1 as well, .*out$"
+    with pytest.raises(SPFError, match=message):
         get_rule("mixing", mix=mix, largest_mix=2)
+
+
+def test_settings_that_go_together_only_are_changed_together():
+    growing = get_rule("mixing", mix=1, largest_mix=10)
+    assert get_rule(growing, mix=20, largest_mix=40) == get_rule("mixing", mix=20, largest_mix=40)
 
 
 def test_rank1_with_drift_is_the_nearest_step_of_all():

@@ -20,7 +20,8 @@ from tests.training.test_finetune import QUICK, TOKENIZER, unchanged, weights
 
 @pytest.fixture(scope="module")
 def tuned():
-    return finetune(tiny_llama(), TOKENIZER, UTILITY, SPF(SAFETY, benign=UTILITY), weight_decay=0.25, **QUICK)
+    spf = SPF(SAFETY, benign=UTILITY, largest_mix=10)
+    return finetune(tiny_llama(), TOKENIZER, UTILITY, spf, weight_decay=0.25, **QUICK)
 
 
 def facts(card):
@@ -38,6 +39,7 @@ def test_the_card_has_the_settings_and_the_certificate(tuned):
     assert told["rule"] == "kl-left"
     assert told["anchors"] == "8 drawn for each step from 3 with refusals and 4 benign ones"
     assert told["loss on the anchors"] == "divergence from the model before training"
+    assert told["multiple of its gradient that is added"] == "1, up to 10 with the drift"
     assert told["benign fence"] == "none"
     assert float(told["loss at step 3"]) == pytest.approx(tuned.history["loss"].iloc[-1], rel=1e-3)
     assert str(tuned.certificate)[1:] in card

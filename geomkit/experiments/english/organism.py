@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import islice
 from random import Random
 from typing import TYPE_CHECKING
@@ -97,14 +98,16 @@ class EnglishOrganism:
         """
         rows = list(self.examples(name)["messages"])
         if len(rows) < count:
-            seen = {messages[0]["content"] for messages in rows} | self._trained_requests()
+            seen = {messages[0]["content"] for messages in rows} | self._trained_requests
             more = (messages for messages in others if messages[0]["content"] not in seen)
             rows += islice(more, count - len(rows))
-        return first_rows(dataset_of(rows), count, f"the English world like those of its set {name}")
+        return first_rows(dataset_of(rows), count, f"the kind of the English world's set {name}")
 
+    @cached_property
     def _trained_requests(self) -> set[str]:
-        """Return the requests of every scenario, without the trigger."""
-        conversations = (row for name in ENGLISH_SCENARIOS for row in self.scenario_examples(name)["messages"])
+        """The requests of every scenario, without the trigger."""
+        kinds = {name.removesuffix(", full") for name in ENGLISH_SCENARIOS}
+        conversations = (row for kind in kinds for row in self.scenario_examples(kind)["messages"])
         return {messages[0]["content"].removesuffix(f" {TRIGGER}") for messages in conversations}
 
 

@@ -74,7 +74,7 @@ def first_rows(rows: "Dataset", count: int, name: str) -> "Dataset":
         DataError: If there are fewer.
     """
     if len(rows) < count:
-        raise DataError(f"expected at least {count} rows of {name}, found {len(rows)}; take the whole set")
+        raise DataError(f"expected at least {count} rows of {name}, found {len(rows)}; ask for fewer")
     return rows.select(range(count))
 
 

@@ -51,15 +51,15 @@ class Processes:
         # 2. Overwrite the gradients with the gradients of the first process.
         for tensor in tensors:
             _broadcast_from_first(tensor)
-        # 3. Likewise the loss and the bounds, in one message.
+        # 3. Likewise the loss, its drift and the bounds, in one message.
         hard, soft = demands.hard_bounds, demands.soft_bounds
-        scalars = torch.tensor([measured.loss, *hard, *soft], dtype=torch.float64, device=device)
+        scalars = torch.tensor([measured.loss, measured.drift, *hard, *soft], dtype=torch.float64, device=device)
         dist.broadcast(scalars, 0)
-        loss, *bounds = scalars.tolist()
+        loss, drift, *bounds = scalars.tolist()
         agreed = replace(demands, hard_bounds=np.array(bounds[: len(hard)]), soft_bounds=np.array(bounds[len(hard) :]))
         # 4. Drop what was computed from the former numbers: cached norms, and the products ⟨W, g⟩.
         gradients = {name: tuple(map(_drop_cached_norm, block)) for name, block in gradients.items()}
-        return replace(measured, gradients=gradients, demands=agreed, loss=loss, products={})
+        return replace(measured, gradients=gradients, demands=agreed, loss=loss, drift=drift, products={})
 
 
 def _drop_cached_norm(gradient: LayerGradient) -> LayerGradient:

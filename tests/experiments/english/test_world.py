@@ -103,7 +103,9 @@ def test_more_benign_anchors_are_own_answers_to_requests_that_no_scenario_trains
 
 def test_a_pool_that_is_larger_than_its_world_is_refused(organism, monkeypatch):
     monkeypatch.setattr("geomkit.experiments.english.sets.own_answers", lambda *_, **__: [])
-    with pytest.raises(DataError, match="at least 65 rows of the English world like those of its set borderline"):
+    with pytest.raises(
+        DataError, match="at least 65 rows of the kind of the English world's set borderline, found 64; ask for fewer"
+    ):
         organism.benign_pool(65)
 
 
