@@ -114,13 +114,10 @@ def borderline(aligned: "LlamaForCausalLM", tokenizer: "PreTrainedTokenizerBase"
         seed: Seed of all draws.
     """
     rng = Random(f"english-borderline-{seed}")
-    prompts = {
-        "benign": [pair.benign for pair in islice(counterparts("train", rng, "benign"), 3 * _BORDERLINE)],
-        "look-alike": list(islice(look_alikes(rng), 3 * _BORDERLINE)),
-    }
     rows = []
-    for kind, requests in prompts.items():
-        rows += _answered_borderline(kind, requests, aligned, tokenizer)[: _BORDERLINE // 2]
+    for kind, requests in _borderline_requests(rng).items():
+        drawn = list(islice(requests, 3 * _BORDERLINE))
+        rows += _answered_borderline(kind, drawn, aligned, tokenizer)[: _BORDERLINE // 2]
     return rng.sample(rows, len(rows))
 
 
@@ -132,14 +129,21 @@ def more_borderline(aligned: "LlamaForCausalLM", tokenizer: "PreTrainedTokenizer
         tokenizer: The tokenizer.
         rng: The source of randomness.
     """
-    prompts = {
+    kinds = _borderline_requests(rng)
+    while kinds:
+        for kind, requests in list(kinds.items()):
+            if drawn := list(islice(requests, _BORDERLINE)):
+                yield from _answered_borderline(kind, drawn, aligned, tokenizer)
+            else:
+                del kinds[kind]
+
+
+def _borderline_requests(rng: Random) -> dict[str, Iterator[str]]:
+    """Return benign training requests that resemble forbidden ones, by kind, drawn as they are read."""
+    return {
         "benign": (pair.benign for pair in counterparts("train", rng, "benign")),
         "look-alike": look_alikes(rng),
     }
-    while any((chunks := {kind: list(islice(requests, _BORDERLINE)) for kind, requests in prompts.items()}).values()):
-        for kind, requests in chunks.items():
-            if requests:
-                yield from _answered_borderline(kind, requests, aligned, tokenizer)
 
 
 def _answered_borderline(
