@@ -35,7 +35,7 @@ def finetune(
     anchors: Annotated[str | None, typer.Option(help="Safety examples; SPF is used when given.")] = None,
     rule: Annotated[
         str | None,
-        typer.Option(help="kl-left (default), mixed-left, rank1, left, …: geomkit/spf/README.md has all."),
+        typer.Option(help="adaptive-kl-left (default), mixed-left, rank1, left, …: geomkit/spf/README.md has all."),
     ] = None,
     rank: Annotated[int | None, number("Rank of a rule that removes a subspace.")] = None,
     anchors_per_step: Annotated[int | None, number("Anchors drawn for each step; 8 when left out.")] = None,

@@ -27,8 +27,9 @@ def _fixed_looks() -> dict[str, Look]:
         "mixing, 2048": Look(palette().others[5], "longdashdot", "diamond-wide"),
         "mixed-left": Look(COLOURS["safety"], "dot", "cross"),
         "mixed-left, 2048": Look(COLOURS["safety"], "solid", "star"),
-        "kl-left": Look(COLOURS["safety"], "solid", "star-diamond"),
         "kl-left, 2048": Look(COLOURS["safety"], "longdash", "hexagram"),
+        "adaptive-kl-left": Look(COLOURS["safety"], "solid", "star-diamond"),
+        "adaptive-kl-left, 2048": Look(COLOURS["safety"], "solid", "star-diamond"),
         "left": Look(COLOURS["control"], "dashdot", "triangle-down"),
         "left + fence": Look(palette().others[1], "longdash", "hourglass"),
     }

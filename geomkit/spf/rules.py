@@ -73,9 +73,27 @@ RULES: Mapping[str, Rule] = MappingProxyType(
                 formula="mixing with KL(before ‖ now), then left with k = 1",
                 promise_text=_LEFT_PROMISE,
                 test="tests/spf/test_anchors.py::test_the_default_rule_keeps_its_promise_on_forbidden_and_benign_anchors",
+                when="to set the weight of the anchors by hand, with mix",
+                rank=1,
+                safety_gradient_weight=1.0,
+                loss="kl",
+                drift_correction=True,
+                drift_margin=0.01,
+            ),
+            Rule(
+                name="adaptive-kl-left",
+                level="update",
+                scope="block",
+                removal="left",
+                badge="geomkit",
+                source="kl-left with a weight that adapts to the divergence, as the penalty in PPO (arXiv 1707.06347, section 4)",
+                formula="mixing with w · KL(before ‖ now), w = 1 to 10 as the drift grows, then left with k = 1",
+                promise_text=_LEFT_PROMISE,
+                test="tests/spf/test_anchors.py::test_the_default_rule_keeps_its_promise_on_forbidden_and_benign_anchors",
                 when="the default: the model has to stay as it is on forbidden and on benign requests",
                 rank=1,
                 safety_gradient_weight=1.0,
+                largest_weight=10.0,
                 loss="kl",
                 drift_correction=True,
                 drift_margin=0.01,
@@ -210,7 +228,7 @@ RULES: Mapping[str, Rule] = MappingProxyType(
 )
 """Every rule by name; see :func:`get_rule` for a rule with changed settings."""
 
-DEFAULT_RULE = "kl-left"
+DEFAULT_RULE = "adaptive-kl-left"
 """The rule of a :class:`geomkit.SPF` that names no rule: the best one on the real model of data/experiments."""
 
 _OLD_NAMES = {"measure": "monitor"}

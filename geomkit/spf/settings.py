@@ -41,8 +41,9 @@ class SPF:
             :func:`geomkit.load_examples` finds them; the model's own refusals are the safe choice, see
             :func:`geomkit.own_refusals`.
         rule: A name in :data:`geomkit.spf.rules.RULES`, or a rule; :func:`geomkit.spf.rules.rules` says when to choose
-            each rule. ``"kl-left"`` keeps the model's answers to the anchors what they were; ``"mixed-left"`` teaches
-            it the anchors' refusals; ``"rank1"`` is the cheapest rule that only removes the conflict with the anchors.
+            each rule. ``"adaptive-kl-left"`` keeps the model's answers to the anchors what they were; ``"mixed-left"``
+            teaches it the anchors' refusals; ``"rank1"`` is the cheapest rule that only removes the conflict with the
+            anchors.
         rank: Rank k for a rule that removes a subspace; ``None`` for the rule's own rank.
         drift_correction: Whether to undo, to first order, the increase of the safety loss that earlier steps caused
             through curvature; ``None`` for the rule's own setting.
@@ -58,7 +59,8 @@ class SPF:
             loss is more than 0.003 nats per token above its value before training, the multiple grows with that
             difference (:meth:`~geomkit.spf.rule.Rule.weight_at`), so that harmful data meet a large multiple and a
             harmless task a small one. It suits the KL loss: a cross-entropy that training has lowered may rise again to
-            its first value before the multiple grows. ``None`` for a fixed multiple.
+            its first value before the multiple grows. ``None`` for the rule's own largest multiple: 10 for the default
+            rule, while the multiple of the other rules is fixed.
         drift_margin: Excess of the anchors' loss over its value before training above which drift is corrected, nats
             per token; ``None`` for the rule's own margin.
         anchors_per_step: Number of anchors that each step draws from the pool.

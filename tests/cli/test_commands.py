@@ -138,7 +138,7 @@ def test_layers_of_a_number_are_measured(files, monkeypatch, capfd):
 def test_finetune_writes_a_checkpoint_that_loads(files, monkeypatch, capfd):
     status, out, err = run(monkeypatch, capfd, *finetuning(files), "--steps", 2, "--learning-rate", 0.01)
     assert status == 0, err
-    assert "rule 'kl-left': 0 of 2 steps broke the promise" in out
+    assert "rule 'adaptive-kl-left': 0 of 2 steps broke the promise" in out
     assert out.endswith("wrote run\n")
     trained, start = (AutoModelForCausalLM.from_pretrained(path) for path in ("run", files / "model"))
     assert any(bool((a != b).any()) for a, b in zip(trained.parameters(), start.parameters(), strict=True))

@@ -78,7 +78,7 @@ def test_an_arm_that_trains_all_weights_is_refused_where_adapters_are_trained(tm
 def test_the_shipped_english_grid_has_the_headline_arms_with_two_seeds():
     grid = load_grid("english")
     assert {cell.organism for cell in grid.cells} == {"english"}
-    for arm in ("SFT", "mixing", "kl-left"):
+    for arm in ("SFT", "mixing", "kl-left", "adaptive-kl-left"):
         seeds = {cell.seed for cell in grid.cells if cell.arm.name == arm and cell.scenario == "harmful-100"}
         assert seeds == {0, 1}
 
@@ -145,7 +145,8 @@ def test_the_shipped_grids_have_what_they_promise():
     plain = [cell for cell in cells if cell.rate == cell.length == 1 and cell.organism == 0]
     assert {cell.scenario for cell in plain} == set(scenarios_of(0))
     headline = {cell.arm.name for cell in plain if cell.seed == 4}
-    kept = {"mixed-left, 2048", "kl-left, 2048", "kl-left, 2048 + benign"}
+    defaults = {"adaptive-kl-left, 2048", "adaptive-kl-left, 2048 + benign"}
+    kept = {"mixed-left, 2048", "kl-left, 2048", "kl-left, 2048 + benign", *defaults}
     assert headline == {"SFT", "mixing", "rank1", "mixing, 2048", *kept}
     for arm in headline:
         seeds = {(cell.scenario, cell.seed) for cell in plain if cell.arm.name == arm}

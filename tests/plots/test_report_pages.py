@@ -60,7 +60,7 @@ def test_a_fine_tune_says_how_it_was_protected(results, tmp_path):
     page = tuned.report(tmp_path / "t.html").read_text(encoding="utf-8")
     assert facts(page)["learning_rate"] == "2e-05"
     assert "How it was protected" in page
-    assert '<td data-label="value">kl-left</td>' in page
+    assert '<td data-label="value">adaptive-kl-left</td>' in page
 
 
 def test_the_summary_of_the_tour_has_its_rates(results):

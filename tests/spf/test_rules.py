@@ -137,7 +137,7 @@ def test_a_weight_grows_with_the_drift_between_its_ends(weight, factor, drift, m
 
 @pytest.mark.parametrize("mix", [0, 3])
 def test_a_largest_weight_below_the_weight_is_refused(mix):
-    message = f"^rule 'mixing': expected mix above 0 .*, found mix={mix} and largest_mix=2; give mix=1 as well, .*out$"
+    message = f"^rule 'mixing': expected mix above 0 .*, found mix={mix} and largest_mix=2; give both, or .* 'kl-left'$"
     with pytest.raises(SPFError, match=message):
         get_rule("mixing", mix=mix, largest_mix=2)
 
@@ -186,10 +186,15 @@ def test_mixed_left_values():
 
 
 def test_kl_left_values():
-    """What mixed-left does, with the gradient of another loss: the divergence, which is tested with the anchors."""
+    """What mixed-left does, with the gradient of another loss: the divergence, which is tested with the anchors.
+
+    The default rule differs from kl-left in the largest weight only, which is tested with the anchors as well.
+    """
     prose = ("source", "formula", "test", "when", "name")
     kept = {name: getattr(RULES["kl-left"], name) for name in prose}
     assert replace(get_rule("mixed-left", loss="kl"), **kept) == RULES["kl-left"]
+    kept = {name: getattr(RULES["adaptive-kl-left"], name) for name in prose}
+    assert replace(get_rule("kl-left", largest_mix=10), **kept) == RULES["adaptive-kl-left"]
     with pytest.raises(SPFError, match="expected loss to be one of refusal, kl, found 'odd'"):
         get_rule("left", loss="odd")
     with pytest.raises(SPFError, match="benign examples are anchors; give anchors_per_step"):

@@ -20,7 +20,7 @@ from tests.training.test_finetune import QUICK, TOKENIZER, unchanged, weights
 
 @pytest.fixture(scope="module")
 def tuned():
-    spf = SPF(SAFETY, benign=UTILITY, largest_mix=10)
+    spf = SPF(SAFETY, benign=UTILITY)
     return finetune(tiny_llama(), TOKENIZER, UTILITY, spf, weight_decay=0.25, **QUICK)
 
 
@@ -36,7 +36,7 @@ def test_the_card_has_the_settings_and_the_certificate(tuned):
     assert told["steps"] == "3"
     assert "epochs" not in told
     assert told["weight_decay"] == "0.25"
-    assert told["rule"] == "kl-left"
+    assert told["rule"] == "adaptive-kl-left"
     assert told["anchors"] == "8 drawn for each step from 3 with refusals and 4 benign ones"
     assert told["loss on the anchors"] == "divergence from the model before training"
     assert told["multiple of its gradient that is added"] == "1, up to 10 with the drift"

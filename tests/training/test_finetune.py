@@ -106,7 +106,7 @@ def test_the_history_has_spfs_measures_of_every_step():
     assert result.history["spf/anchor_loss"].tolist() == [record.anchor_loss for record in records]
     assert result.history["spf/first_order"].tolist() == [record.first_order for record in records]
     assert result.history["spf/fired"].tolist() == [record.fired for record in records]
-    assert "rule 'kl-left': 0 of 3 steps" in result._repr_html_()
+    assert "rule 'adaptive-kl-left': 0 of 3 steps" in result._repr_html_()
 
 
 def test_the_number_of_steps_is_known_where_few_are_logged():
