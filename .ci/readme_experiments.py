@@ -15,7 +15,7 @@ from geomkit.experiments.screening.results import ScreeningStudy, load_screening
 
 ROOT = Path(__file__).parents[1]
 MARKS = ("<!-- {}: written by .ci/readme_experiments.py -->", "<!-- {}: end -->")
-HEADLINE = ("SFT", "mixing", "rank1", "mixing, 2048", "mixed-left, 2048", "kl-left, 2048")
+HEADLINE = ("SFT", "mixing", "rank1", "mixing, 2048", "mixed-left, 2048", "adaptive-kl-left, 2048")
 BOTH = "raw, with obeyed requests"
 SCREENS = (
     ("small", "cosine"), ("small", "adam"), ("small", BOTH), ("english", "cosine"), ("english", "adam"),
@@ -209,7 +209,7 @@ def main() -> None:
         figure = plot_frontier(shown, arms=["untouched", "paper", "left", *HEADLINE])
         figure.write_image(ROOT / "notebooks" / "figures" / "experiments.png", width=900, scale=2)
         shown = load_results("english").where(scenario=list(ENGLISH_PANELS))
-        figure = plot_refusals(shown, arms=["untouched", "SFT", "mixing", "kl-left"])
+        figure = plot_refusals(shown, arms=["untouched", "SFT", "mixing", "adaptive-kl-left"])
         figure.write_image(ROOT / "notebooks" / "figures" / "english.png", width=900, scale=2)
 
 

@@ -26,7 +26,7 @@ def _fixed_looks() -> dict[str, Look]:
         "rank1": Look(COLOURS["SPF"], "solid", "triangle-up"),
         "mixing, 2048": Look(palette().others[5], "longdashdot", "diamond-wide"),
         "mixed-left": Look(COLOURS["safety"], "dot", "cross"),
-        "mixed-left, 2048": Look(COLOURS["safety"], "solid", "star"),
+        "mixed-left, 2048": Look(COLOURS["safety"], "dashdot", "star"),
         "kl-left, 2048": Look(COLOURS["safety"], "longdash", "hexagram"),
         "adaptive-kl-left": Look(COLOURS["safety"], "solid", "star-diamond"),
         "adaptive-kl-left, 2048": Look(COLOURS["safety"], "solid", "star-diamond"),

@@ -103,8 +103,8 @@ class Rule:
         if self.largest_weight and not 0 < self.safety_gradient_weight <= self.largest_weight:
             raise SPFError(
                 f"rule '{self.name}': expected mix above 0 and largest_mix of at least mix, found "
-                f"mix={self.safety_gradient_weight:g} and largest_mix={self.largest_weight:g}; give both, or choose a "
-                "rule whose multiple is fixed, such as 'kl-left'"
+                f"mix={self.safety_gradient_weight:g} and largest_mix={self.largest_weight:g}; give both, or a rule "
+                "whose multiple is fixed ('kl-left', 'mixing') and mix alone"
             )
 
     def weight_at(self, drift: float) -> float:

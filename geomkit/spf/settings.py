@@ -51,10 +51,12 @@ class SPF:
             lower further and further, so that the model may come to refuse benign requests too. ``"kl"``: the
             divergence from the model before training, KL(before ‖ now), on the tokens of their answers, so that anchors
             may be *any* examples on which the model has to stay what it is: forbidden requests with the model's own
-            refusals, and benign requests with its own answers. ``None`` for the rule's own loss.
+            refusals, and benign requests with its own answers. ``None`` for the rule's own loss. The default rule
+            is made for ``"kl"``; ``rule="mixed-left"`` is its counterpart for ``"refusal"``.
         mix: Multiple of the safety gradient that is added to the task's gradient before the optimizer's step, in
             addition to the rule, so that the model learns the task and the anchors; ``None`` for the rule's own
-            multiple, which is 0 for most rules.
+            multiple, which is 0 for most rules. Where the multiple grows, as under the default rule, it is the
+            smallest, and at most the largest; a fixed multiple is that of ``rule="kl-left"``.
         largest_mix: Largest multiple of the safety gradient, for a rule whose multiple is above 0: where the anchors'
             loss is more than 0.003 nats per token above its value before training, the multiple grows with that
             difference (:meth:`~geomkit.spf.rule.Rule.weight_at`), so that harmful data meet a large multiple and a

@@ -74,7 +74,8 @@ def settings_of(
 def _multiple(rule: Rule) -> str:
     """Return the multiple of the safety gradient that a rule adds, in words."""
     multiple = f"{rule.safety_gradient_weight:g}"
-    return f"{multiple}, up to {rule.largest_weight:g} with the drift" if rule.largest_weight else multiple
+    grows = rule.largest_weight > rule.safety_gradient_weight
+    return f"{multiple}, up to {rule.largest_weight:g} with the drift" if grows else multiple
 
 
 def _count(examples: "Sized | str | Path") -> int:

@@ -1,4 +1,4 @@
-"""What the default rule's step costs by width and number of anchors, as ratios to mixing with the same anchors.
+"""What a step of mixed-left costs by width and number of anchors, as ratios to mixing with the same anchors.
 
     python -m tests.benchmarks.default_rule                                  # an hour on one CPU thread
     python -m tests.benchmarks.default_rule --sizes d576 --anchors 8          # one cell, minutes
@@ -8,7 +8,7 @@
 
 A step is forward, backward, AdamW and zero_grad on 1,024 tokens, with anchors of 50 tokens, 17 of them scored. Mixing
 adds the same anchors' gradient and reads the same certificate, so that the difference is the price of the projection.
-On random tokens mixing leaves no conflict: ``left``, with the default's rank and without its mixing, projects half of
+On random tokens mixing leaves no conflict: ``left``, with rank 1 and without mixing, projects half of
 the blocks. The opponents get the directions from an exact SVD of every gradient, and from ``torch.svd_lowrank`` of
 copies of the gradients (which promises nothing under AdamW).
 """

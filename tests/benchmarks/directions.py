@@ -1,4 +1,4 @@
-"""What the directions of one matrix cost under the default rule, and what an exact SVD of the matrix costs.
+"""What the directions of one matrix cost under mixed-left and kl-left, and what an exact SVD of the matrix costs.
 
     python -m tests.benchmarks.directions                      # widths 128, 576 and 2,048; minutes on one CPU thread
     python -m tests.benchmarks.directions --widths 128 576

@@ -36,7 +36,7 @@ CONTENDERS: dict[str, tuple[Maker, float | None]] = {
     "two-sided-20, 1 anchor": (lambda own: GuardedStep(own, "two-sided", rank=20), None),
     "rank1, 8 anchors": (lambda own: GuardedStep(own, "rank1", anchors=8), None),
     "mixing, 8 anchors": (lambda own: GuardedStep(own, "mixing", anchors=8), None),
-    "mixed-left, 8 anchors (the default)": (lambda own: GuardedStep(own, "mixed-left", anchors=8), None),
+    "mixed-left, 8 anchors": (lambda own: GuardedStep(own, "mixed-left", anchors=8), None),
     "gradient copies, rank 1": (lambda own: CopiedStep(own, demo), None),
     "gradient copies, left-20 by svd_lowrank": (lambda own: CopiedStep(own, partial(project_left, 20)), None),
 }

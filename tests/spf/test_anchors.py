@@ -139,12 +139,13 @@ def test_safegrad_adds_the_gradient_of_the_divergence_after_the_projection():
         torch.testing.assert_close(new, one - 0.3 * (u - share * s + s), atol=1e-5, rtol=1e-5)
 
 
-def test_the_default_rule_keeps_its_promise_on_forbidden_and_benign_anchors():
+@pytest.mark.parametrize("rule", ["kl-left", "adaptive-kl-left"])
+def test_rules_with_the_divergence_keep_their_promise_on_forbidden_and_benign_anchors(rule):
     """⟨Δθ, ∇KL⟩ of every step by autograd, over both sets."""
     model = tiny_llama()
     start, rows = copy.deepcopy(model), [*encode(TOKENIZER, SAFETY), *encode(TOKENIZER, CONTROL)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    spf = SPF(SAFETY, benign=CONTROL, anchors_per_step=len(rows), tokenizer=TOKENIZER)
+    spf = SPF(SAFETY, rule=rule, benign=CONTROL, anchors_per_step=len(rows), tokenizer=TOKENIZER)
     with spf.attach(model, optimizer) as guard:
         for _ in range(4):
             before = copy.deepcopy(model)

@@ -137,7 +137,7 @@ def test_a_weight_grows_with_the_drift_between_its_ends(weight, factor, drift, m
 
 @pytest.mark.parametrize("mix", [0, 3])
 def test_a_largest_weight_below_the_weight_is_refused(mix):
-    message = f"^rule 'mixing': expected mix above 0 .*, found mix={mix} and largest_mix=2; give both, or .* 'kl-left'$"
+    message = f"^rule 'mixing': expected mix above 0 .*, found mix={mix} and largest_mix=2; give both, or .* mix alone$"
     with pytest.raises(SPFError, match=message):
         get_rule("mixing", mix=mix, largest_mix=2)
 

@@ -23,6 +23,7 @@ from geomkit.experiments.screening.row_sources import RowSource
 from geomkit.experiments.task import Task
 from geomkit.inputs.copies import row_digests
 from geomkit.screening.screening import LEVEL
+from geomkit.spf.rules import DEFAULT_RULE
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -102,7 +103,7 @@ def _outcomes_by_rows(
 
     @cache
     def outcomes(kept: tuple[int, ...], protected: bool) -> Flags:
-        arm = "kl-left" if protected else "SFT"
+        arm = DEFAULT_RULE if protected else "SFT"
         if len(kept) == len(train) and (stored := _stored_flags(organism, name, arm, seed, prompts)):
             return stored
         scenario = scenarios_of(organism.name)[name]
