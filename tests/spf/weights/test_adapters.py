@@ -99,7 +99,7 @@ def test_factor_by_factor_the_promise_would_hold_to_first_order_only():
 
 def test_dora_holds_to_first_order_in_its_own_parameters():
     model = adapted(use_dora=True)
-    certificate = run(model, SPF(SAFETY, tokenizer=TOKENIZER), OPTIMIZERS["adamw"], steps=3)
+    certificate = run(model, SPF(SAFETY, rule="kl-left", tokenizer=TOKENIZER), OPTIMIZERS["adamw"], steps=3)
     assert certificate.violations == 0
     assert {name.split(".")[-2] for name in certificate.records[0].blocks} >= {"default"}
     assert any("lora_magnitude_vector" in name for name in certificate.records[0].blocks)
