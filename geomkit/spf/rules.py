@@ -272,7 +272,7 @@ def get_rule(
         rank: Rank of the protected subspace.
         drift_correction: Whether drift is corrected.
         drift_margin: Tolerated drift, nats per token.
-        mix: Multiple of the safety gradient that is added to the utility gradient.
+        mix: Multiple of the safety gradient that is added to the utility gradient; the smallest, where it grows.
         largest_mix: Largest multiple, to which it grows with the drift of the safety loss.
         loss: The safety loss.
 
