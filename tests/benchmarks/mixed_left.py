@@ -1,10 +1,10 @@
 """What a step of mixed-left costs by width and number of anchors, as ratios to mixing with the same anchors.
 
-    python -m tests.benchmarks.default_rule                                  # an hour on one CPU thread
-    python -m tests.benchmarks.default_rule --sizes d576 --anchors 8          # one cell, minutes
-    python -m tests.benchmarks.default_rule --contenders plain default        # without the opponents
-    python -m tests.benchmarks.default_rule --out cells.jsonl                 # goes on where an earlier run was stopped
-    python -m tests.benchmarks.default_rule --device cuda --dtype bfloat16 --sizes 1b
+    python -m tests.benchmarks.mixed_left                                    # an hour on one CPU thread
+    python -m tests.benchmarks.mixed_left --sizes d576 --anchors 8           # one cell, minutes
+    python -m tests.benchmarks.mixed_left --contenders plain mixed-left      # without the opponents
+    python -m tests.benchmarks.mixed_left --out cells.jsonl                  # goes on where an earlier run was stopped
+    python -m tests.benchmarks.mixed_left --device cuda --dtype bfloat16 --sizes 1b
 
 A step is forward, backward, AdamW and zero_grad on 1,024 tokens, with anchors of 50 tokens, 17 of them scored. Mixing
 adds the same anchors' gradient and reads the same certificate, so that the difference is the price of the projection.
@@ -61,9 +61,9 @@ def _exact_vectors(gradient: LayerGradient, rank: int, generator: torch.Generato
 
 CONTENDERS: dict[str, Callable[[Training, int], Step]] = {
     "plain": lambda training, _: PlainStep(training),
-    "default": lambda training, anchors: GuardedStep(training, "mixed-left", anchors),
+    "mixed-left": lambda training, anchors: GuardedStep(training, "mixed-left", anchors),
     "left, k = 1": lambda training, anchors: GuardedStep(training, "left", anchors, rank=1),
-    "default, exact SVD": lambda training, anchors: ExactStep(training, "mixed-left", anchors),
+    "mixed-left, exact SVD": lambda training, anchors: ExactStep(training, "mixed-left", anchors),
     "copies, svd_lowrank": lambda training, anchors: CopiedStep(training, partial(project_left, 1), anchors),
 }
 
@@ -104,7 +104,7 @@ def _measured(cell: Cell, rounds: int) -> Cell:
     mixing.check()
     ratios, units = {}, []
     for name in cell["contenders"]:
-        if name == "default, exact SVD" and SHAPES[cell["size"]].hidden >= _TOO_SLOW:
+        if name == "mixed-left, exact SVD" and SHAPES[cell["size"]].hidden >= _TOO_SLOW:
             continue
         Console(stderr=True).print(f"{cell['size']}, {cell['anchors']} anchors: {name}")
         step = CONTENDERS[name](Training(setting), cell["anchors"])
