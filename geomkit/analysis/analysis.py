@@ -48,6 +48,7 @@ class Analysis(DrawnResult):
         spectra: Spectra of the mean gradient of every linear layer, at equal token counts.
         spans: Spectra of the matrix whose columns are the gradients of the examples as vectors; their effective rank is
             the number of dimensions that the examples span.
+        layer_spans: The spans of the gradients of each decoder layer, and of each kind of parameter outside the layers.
         angles: Principal angles between the leading left subspaces of the mean safety and the mean utility gradient.
         conflict: Cosine of safety and utility gradients, and its difference to the cosine of control and utility.
         one_sample: Overlap of single safety examples, and of single controls, with the subspace of the mean safety
@@ -63,6 +64,7 @@ class Analysis(DrawnResult):
 
     spectra: Mapping[str, Spectrum]
     spans: Mapping[str, Spectrum]
+    layer_spans: Mapping[str, Spectrum]
     angles: Angles
     conflict: Conflict
     one_sample: OneSample
@@ -88,9 +90,10 @@ class Analysis(DrawnResult):
         """Return the difference of the safety spectra to the spectra of ``"control"`` or ``"utility"``."""
         return compare_spectra(self.safety, self.spectra[other], names=("safety", other))
 
-    def span_contrast(self, other: str) -> SpectrumContrast:
+    def span_contrast(self, other: str, by: Literal["model", "layer"] = "model") -> SpectrumContrast:
         """Return the difference of the span of the safety examples to the span of the ``other`` examples."""
-        return compare_spectra(self.spans["safety"], self.spans[other], names=("safety", other))
+        spans = self.spans if by == "model" else self.layer_spans
+        return compare_spectra(spans["safety"], spans[other], names=("safety", other))
 
     @property
     def caution(self) -> str:
@@ -274,9 +277,11 @@ def analysis_of(
     # More examples span more dimensions, so spans are compared at equal numbers of examples.
     count = min(len(gradients.samples) for gradients in sets.values())
     grams = {name: measures.between(name, name) for name in sets}
+    equal = {name: _subset(gram, count, seed) for name, gram in grams.items()}
     return Analysis(
         spectra=spectra,
-        spans={name: span(_subset(gram, count, seed), together=True, seed=seed) for name, gram in grams.items()},
+        spans={name: span(gram, by="model", seed=seed) for name, gram in equal.items()},
+        layer_spans={name: span(gram, by="layer", seed=seed) for name, gram in equal.items()},
         angles=principal_angles(*subspaces),
         conflict=conflict(
             grams["safety"],

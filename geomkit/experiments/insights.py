@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from geomkit.analysis.headlines import SPAN
 from geomkit.analysis.probe import Probe
 from geomkit.errors import DataError
 from geomkit.experiments.english.course import measure_course
@@ -91,8 +92,9 @@ def load_insights(world: str = "small", folder: Path | None = None, stages: Sequ
 
     Returns:
         One row per stage, parameter, measure and set of examples: ``stage``, ``parameter`` (``"all parameters"`` for
-        the whole model), ``kind``, ``layer``, ``measure``, ``of``, ``value`` with its interval ``low`` to ``high`` over
-        examples, ``null`` with ``null_low`` to ``null_high``, and ``examples``, the number of examples of each set.
+        the whole model, ``"layers.0"`` for a decoder layer), ``kind``, ``layer``, ``measure``, ``of``, ``value`` with
+        its interval ``low`` to ``high`` over examples, ``null`` with ``null_low`` to ``null_high``, and ``examples``,
+        the number of examples of each set.
 
     Raises:
         DataError: If there is no such world or stage, or a file is missing.
@@ -163,7 +165,7 @@ def load_alignment(folder: Path | None = None) -> "pd.DataFrame":
 
 
 def insights_frame(analysis: "Analysis") -> "pd.DataFrame":
-    """Return an analysis as one frame: its headline numbers, then ranks, cosines and overlaps of each matrix."""
+    """Return an analysis as one frame: headline numbers, ranks, cosines and overlaps by matrix, spans by layer."""
     import pandas as pd
 
     headlines = analysis.to_frame().assign(parameter=ALL_PARAMETERS, kind="all")
@@ -174,6 +176,13 @@ def _per_layer(analysis: "Analysis") -> Iterator["pd.DataFrame"]:
     for name, spectrum in analysis.spectra.items():
         frame = spectrum.to_frame().rename(columns={"statistic": "measure"})
         yield frame[frame["measure"].isin(_PER_LAYER)].assign(of=name)
+    for name, spectrum in analysis.layer_spans.items():
+        yield _ranks_of(spectrum.to_frame()).assign(measure=SPAN, of=name)
+    for other in ("control", "utility"):
+        differences = _ranks_of(analysis.span_contrast(other, by="layer").to_frame())
+        yield differences.assign(
+            measure=f"{SPAN}, difference", of=f"safety − {other}", value=differences["difference"], null=0.0
+        )
     cosines = analysis.conflict.to_frame().assign(measure="cosine with utility")
     yield cosines.assign(of="safety", value=cosines["corrected"])
     yield cosines.assign(of="control", value=cosines["control"])[
@@ -181,6 +190,10 @@ def _per_layer(analysis: "Analysis") -> Iterator["pd.DataFrame"]:
     ]
     overlaps = analysis.one_sample.to_frame().rename(columns={"statistic": "measure", "group": "of"})
     yield overlaps[overlaps["parameter"] != ALL_PARAMETERS].assign(measure="one example's " + overlaps["measure"])
+
+
+def _ranks_of(frame: "pd.DataFrame") -> "pd.DataFrame":
+    return frame[frame["statistic"] == "effective_rank"]
 
 
 def _analysis(world: str, stage: str, examples: int, progress: bool) -> "Analysis":

@@ -27,7 +27,7 @@ _KINDS: tuple[tuple[Kind, re.Pattern[str]], ...] = (
     ("norm", re.compile(r"norm|(?:^|\.)ln_|layernorm|layer_norm")),
     ("attention", re.compile(r"attn|attention")),
     ("mlp", re.compile(r"mlp|feed_forward|ffn|experts|fc1|fc2")),
-    ("head", re.compile(r"lm_head|embed_out|output_projection")),
+    ("head", re.compile(r"lm_head|embed_out|output_projection|^head$")),
     ("embedding", re.compile(r"embed|(?:^|\.)w[tp]e\b")),
 )
 
@@ -41,6 +41,17 @@ def layer_index(parameter: str) -> int | None:
     """
     match = _LAYER.search(parameter)
     return int(match[1]) if match else None
+
+
+def layer_name(parameter: str) -> str:
+    """Return the name of the decoder layer that a parameter belongs to; outside the decoder layers, its kind.
+
+    Example:
+        >>> layer_name("model.layers.11.mlp.up_proj.weight"), layer_name("lm_head.weight")
+        ('layers.11', 'head')
+    """
+    index = layer_index(parameter)
+    return kind_of(parameter) if index is None else f"layers.{index}"
 
 
 def kind_of(parameter: str) -> Kind:

@@ -10,8 +10,14 @@ OUTSIDE = "–"
 """The column label of parameters that belong to no decoder layer."""
 
 
+WHOLE_LAYER = "whole layer"
+"""The place of a whole decoder layer."""
+
+
 def place_of(parameter: str) -> str:
     """Return a parameter's place within its decoder layer, the same in all layers; outside the layers, its name.
+
+    A name that ends with the index is of the whole layer, see :func:`geomkit.inputs.parameters.layer_name`.
 
     Example:
         >>> place_of("model.layers.11.self_attn.q_proj.weight"), place_of("lm_head.weight")
@@ -21,7 +27,7 @@ def place_of(parameter: str) -> str:
     index = layer_index(parameter)
     if index is None:
         return name.removeprefix("model.")
-    return name.partition(f".{index}.")[2]
+    return name.partition(f".{index}.")[2] or WHOLE_LAYER
 
 
 def column_of(parameter: str) -> str:

@@ -7,7 +7,7 @@ import plotly.graph_objects as go
 
 from geomkit.errors import GeometryError
 from geomkit.plots.axes import whole_ticks
-from geomkit.plots.labels import per_cent, place_labels, place_of, short, statistic_words
+from geomkit.plots.labels import WHOLE_LAYER, per_cent, place_labels, place_of, short, statistic_words
 from geomkit.plots.panels import Panels, panels
 from geomkit.plots.spectra import named
 from geomkit.plots.style import Look, looks, title, translucent
@@ -81,9 +81,11 @@ def plot_spectrum_contrast(contrast: SpectrumContrast, statistic: str = "effecti
     for number, place in enumerate(drawn.names):
         _add(drawn, number, _contrast_traces(contrast, frame[frame["place"] == place]))
     difference, (low, high) = contrast.mean(statistic)
+    of = " of the examples' span" if contrast.a.unit == "examples" else ""
+    by = "layer" if WHOLE_LAYER in drawn.names else "layer and matrix"
     heading = title(
-        _capitalised(f"{statistic_words(statistic)}: {' − '.join(map(short, contrast.names))}"),
-        f"by layer and matrix; mean {difference:+.3g} [{low:+.3g}, {high:+.3g}]; lines: "
+        _capitalised(f"{statistic_words(statistic)}{of}: {' − '.join(map(short, contrast.names))}"),
+        f"by {by}; mean {difference:+.3g} [{low:+.3g}, {high:+.3g}]; lines: "
         f"{per_cent(contrast.confidence)} intervals over examples",
     )
     drawn.figure.add_hline(y=0, line={"color": COLOURS["null"], "width": 1}, row="all", col="all")

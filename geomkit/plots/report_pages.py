@@ -13,7 +13,7 @@ from geomkit.plots.certificates import plot_certificate
 from geomkit.plots.conflict import plot_conflict, plot_conflict_examples
 from geomkit.plots.one_sample import plot_one_sample
 from geomkit.plots.principal_angles import plot_angles
-from geomkit.plots.ranks import plot_effective_rank
+from geomkit.plots.ranks import plot_effective_rank, plot_spectrum_contrast
 from geomkit.plots.report import Head, Section, write_report
 from geomkit.plots.runs import plot_evaluation, plot_history
 from geomkit.plots.spectra import plot_spectrum
@@ -136,9 +136,17 @@ def _spectra(analysis: Analysis) -> Section:
         "keeps each gradient's tokens, inputs and token weights and randomises the output directions.\n\n"
         f"{sentences} What a gradient shows below its own null may still come from words that its examples repeat, as "
         "it does in a model that has learnt nothing; what is about safety is the difference to the control.\n\n"
-        f"{analysis.rank_contrast('control')}. {analysis.rank_contrast('utility')}."
+        f"{analysis.rank_contrast('control')}. {analysis.rank_contrast('utility')}.\n\n"
+        "The last figure is of the span: how many dimensions the gradients of a layer's parameters have, each "
+        "example's as one vector. In the span of the whole model the parameters with the largest gradients decide, "
+        "often the head."
     )
-    figures = (plot_spectrum(*spectra, names=names), plot_effective_rank(*spectra, names=names))
+    spans = analysis.span_contrast("control", by="layer")
+    figures = (
+        plot_spectrum(*spectra, names=names),
+        plot_effective_rank(*spectra, names=names),
+        plot_spectrum_contrast(spans),
+    )
     return Section("Are safety gradients of low rank?", text, figures, (analysis.numbers("low rank?"),))
 
 

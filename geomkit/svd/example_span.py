@@ -5,7 +5,8 @@ examples, and whether these vectors lie in a space of few dimensions. Both are c
 from the other: examples that are all alike span one dimension, whatever the rank of their gradient matrix.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Literal
 
 import numpy as np
 import torch
@@ -15,12 +16,19 @@ from geomkit.errors import GeometryError
 from geomkit.gradients.checks import check_sets
 from geomkit.gradients.copies import check_different_grams, check_different_samples
 from geomkit.gradients.gradient_set import GradientSet, layer_grams
-from geomkit.inputs.parameters import ALL_PARAMETERS
+from geomkit.inputs.parameters import ALL_PARAMETERS, layer_name
 from geomkit.stats.jackknife import jackknife_groups
 from geomkit.svd.layer_spectrum import LayerSpectrum
 from geomkit.svd.singular_values import singular_values_of_gram
 from geomkit.svd.spectrum import Spectrum
 from geomkit.utils.arguments import check_confidence, check_finite, check_groups, check_seed
+
+_PARTS: Mapping[str, Callable[[str], str]] = {
+    "parameter": lambda parameter: parameter,
+    "layer": layer_name,
+    "model": lambda _: ALL_PARAMETERS,
+}
+"""The name of the part of the model that a parameter is counted to, by ``by``."""
 
 _ASYMMETRY = 1e-6
 """Relative asymmetry of inner products that were accumulated in fp64 from fp32 gradients."""
@@ -29,7 +37,7 @@ _ASYMMETRY = 1e-6
 def span(
     gradients: GradientSet | Mapping[str, Tensor],
     *,
-    together: bool = False,
+    by: Literal["parameter", "layer", "model"] = "parameter",
     unit: bool = True,
     groups: int = 16,
     seed: int = 0,
@@ -49,8 +57,10 @@ def span(
     Args:
         gradients: A set collected with ``per_sample=True``, or by parameter the (N, N) inner products of one set of
             examples, from :func:`geomkit.collection.sample_grams.sample_grams`.
-        together: Take the gradient of all parameters as one vector; the result has one layer,
-            :data:`~geomkit.inputs.parameters.ALL_PARAMETERS`.
+        by: What is measured: the gradients of every parameter; of every decoder layer as one vector (``"layers.0"``,
+            …; outside the decoder layers, of every kind of parameter: ``"embedding"``, ``"head"``, ``"norm"``); or of
+            the whole model as one vector (:data:`~geomkit.inputs.parameters.ALL_PARAMETERS`). In a long vector, the
+            parameters with the largest gradients decide, often the head.
         unit: Scale the gradient of every example to norm 1, so that directions are counted. Otherwise examples with a
             large gradient count for more, as in the mean gradient.
         groups: Largest number of groups of examples, of which one is left out at a time; 0 for no intervals.
@@ -58,13 +68,13 @@ def span(
         confidence: Nominal coverage of the intervals, between 0 and 1.
 
     Returns:
-        The spectrum of every parameter, or of all parameters together. Singular values are exact to 1e-7 of the
+        The spectrum of every parameter, decoder layer, or of the model. Singular values are exact to 1e-7 of the
         largest.
 
     Raises:
         GeometryError: If there are no per-sample gradients, fewer than two examples, the inner products are not finite
-            or not of one set with itself, all examples are copies of one row, ``groups`` is 1 or negative, or the
-            confidence is not between 0 and 1.
+            or not of one set with itself, all examples are copies of one row, ``by`` is none of the three, ``groups``
+            is 1 or negative, or the confidence is not between 0 and 1.
 
     Example:
         >>> apart, alike = torch.eye(4), torch.ones(4, 4)
@@ -75,15 +85,16 @@ def span(
     check_groups(groups)
     check_confidence(confidence)
     check_seed(seed)
+    if by not in tuple(_PARTS):  # a tuple also takes what cannot be hashed
+        raise GeometryError(f"expected by to be one of {', '.join(_PARTS)}, found {by!r:.40}; choose one of these")
     grams = _grams(gradients)
     count = _examples(grams)
     if groups and isinstance(gradients, GradientSet):
         check_different_samples({"given": gradients}, 2)
     elif groups:
         check_different_grams("given", np.sum([gram.double().cpu().numpy() for gram in grams.values()], axis=0), 2)
-    if together:
-        grams = {ALL_PARAMETERS: torch.stack([gram.double().cpu() for gram in grams.values()]).sum(0)}
-    tables = {name: _cosines(gram.double().cpu()) if unit else gram.double().cpu() for name, gram in grams.items()}
+    sums = _sums(grams, _PARTS[by])
+    tables = {name: _cosines(gram) if unit else gram for name, gram in sums.items()}
     left_out = jackknife_groups(count, groups, np.random.default_rng(seed)) if groups else []
     remaining = [torch.from_numpy(np.setdiff1d(np.arange(count), group)) for group in left_out]
     return Spectrum(
@@ -105,6 +116,14 @@ def _grams(gradients: GradientSet | Mapping[str, Tensor]) -> Mapping[str, Tensor
     if not isinstance(gradients, Mapping) or not all(isinstance(gram, Tensor) for gram in gradients.values()):
         check_sets({"given": gradients})
     return grams
+
+
+def _sums(grams: Mapping[str, Tensor], part: Callable[[str], str]) -> dict[str, Tensor]:
+    """Return the inner products of the gradients of every part, the sums over its parameters, in fp64 on the CPU."""
+    sums: dict[str, Tensor] = {}
+    for name, gram in grams.items():
+        sums[part(name)] = sums.get(part(name), 0.0) + gram.double().cpu()
+    return sums
 
 
 def _examples(grams: Mapping[str, Tensor]) -> int:

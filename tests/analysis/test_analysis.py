@@ -46,6 +46,20 @@ def test_headline_numbers(found):
     assert numbers["conflict"]["cosine"] == pytest.approx(cosine_by_hand(), rel=1e-4)
 
 
+def test_spans_are_those_of_the_gradients():
+    """Of the model and of its layers, from gradients that are collected apart, of three examples each."""
+    probe = gk.Probe(*(side.select(range(3)) for side in (SAFETY, UTILITY, CONTROL)), null_draws=3)
+    found = probe.analyze(tiny_llama(), TOKENIZER, progress=False)
+    collected = probe.collect(tiny_llama(), TOKENIZER)
+    for side, gradients in zip(("safety", "utility", "control"), collected, strict=True):
+        for by, spans in (("model", found.spans), ("layer", found.layer_spans)):
+            expected = gk.span(gradients, by=by).to_frame()["value"]
+            assert spans[side].to_frame()["value"].to_numpy() == pytest.approx(expected.to_numpy(), rel=1e-4)
+    layers = found.span_contrast("control", by="layer")
+    assert list(layers.a.layers) == ["embedding", "layers.0", "layers.1", "norm", "head"]
+    assert layers.plot().layout.title.text == "Effective rank of the examples' span:<br>safety − control"
+
+
 def cosine_by_hand():
     sides = [gk.collect_gradients(tiny_llama(), TOKENIZER, side, progress=False) for side in (SAFETY, UTILITY)]
     a, b = (np.concatenate([gradient.dense().flatten().numpy() for gradient in side.values()]) for side in sides)
@@ -61,7 +75,7 @@ def test_seeds_decide_and_nothing_else_does(found):
 
 def test_it_shows_itself(found):
     sections = analysis_sections(found)
-    assert [len(section.figures) for section in sections] == [0, 0, 2, 3, 1]
+    assert [len(section.figures) for section in sections] == [0, 0, 3, 3, 1]
     assert "What survives" in found._repr_html_()
     assert "100.0% of the chosen parameters" in found._repr_html_()
     frame = found.to_frame()

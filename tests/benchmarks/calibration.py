@@ -133,7 +133,7 @@ def _one_sample(a: Drawing, b: Drawing) -> Experiment:
 
 def _spans(a: Drawing, b: Drawing) -> Experiment:
     def experiment(generator: np.random.Generator, examples: int) -> Found:
-        sides = [span(drawn_set(draw, generator, [_TOKENS] * examples), together=True) for draw in (a, b)]
+        sides = [span(drawn_set(draw, generator, [_TOKENS] * examples), by="model") for draw in (a, b)]
         value, interval = compare_spectra(*sides).mean("effective_rank")
         return Found(value, interval, _excludes(interval))
 

@@ -51,6 +51,13 @@ def test_the_numbers_are_those_of_the_analysis(frame):
         f"stage == 'untrained' and measure == 'cosine with utility' and parameter != '{ALL_PARAMETERS}'"
     )
     assert set(cosines["of"]) == {"safety", "control"}
+    spans = frame.query("stage == 'untrained' and measure == 'effective rank of the span' and of == 'control'")
+    of_layers = analysis.layer_spans["control"].to_frame().query("statistic == 'effective_rank'")
+    assert list(spans["parameter"]) == [ALL_PARAMETERS, *of_layers["parameter"]]
+    assert spans["value"].to_numpy()[1:] == pytest.approx(of_layers["value"].to_numpy(), rel=6e-5)
+    contrasts = frame.query("measure == 'effective rank of the span, difference' and parameter == 'layers.2'")
+    assert list(contrasts["of"]) == ["safety − control", "safety − utility"] * 2
+    assert (contrasts["low"] < contrasts["value"]).all()
     overlaps = frame.query("measure == \"one example's overlap\" and of == 'safety'")
     assert overlaps["layer"].notna().any()
 

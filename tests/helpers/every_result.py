@@ -57,7 +57,7 @@ def every_result() -> dict[str, Result]:
         safety, analysis, *bases[:1], *analysis.spans.values(), tuned, tuned.certificate, evaluated,
         gk.conflict(safety, utility, control, draws=9),
         gk.one_sample_study(safety, control, rank=1),
-        gk.compare_spectra(gk.spectrum(safety, null_draws=2), gk.spectrum(control, null_draws=2)),
+        gk.compare_spectra(*(gk.spectrum(side, null_draws=2) for side in gk.match_tokens(safety, control))),
         gk.principal_angles(*bases),
         track({"start": model, "end": model}, tokenizer, probe, progress=False),
         gk.check_collection(model, tokenizer, SAFETY),

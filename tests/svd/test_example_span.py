@@ -9,7 +9,7 @@ from geomkit.collection.collect import collect_gradients
 from geomkit.collection.sample_grams import sample_grams
 from geomkit.errors import GeometryError
 from geomkit.gradients.gradient_set import GradientSet, layer_grams
-from geomkit.inputs.parameters import ALL_PARAMETERS
+from geomkit.inputs.parameters import ALL_PARAMETERS, layer_name
 from geomkit.stats.jackknife import jackknife_groups
 from geomkit.svd.example_span import span
 from geomkit.svd.layer_spectrum import SMOOTH_STATISTICS
@@ -44,9 +44,23 @@ def test_singular_values_are_those_of_the_stacked_gradients(collected: GradientS
         np.testing.assert_allclose(layer.singular_values, expected, atol=1e-6 * expected[0])
         assert (layer.tokens, layer.rank_bound) == (len(UTILITY), len(UTILITY))
     whole = np.hstack([stacked(collected, name) for name in collected])
-    (layer,) = span(collected, together=True, unit=unit).layers.values()
+    (layer,) = span(collected, by="model", unit=unit).layers.values()
     assert layer.parameter == ALL_PARAMETERS
     np.testing.assert_allclose(layer.singular_values, values_of(whole, unit), rtol=1e-5)
+
+
+@pytest.mark.parametrize("unit", [True, False])
+def test_a_layer_is_one_vector_of_all_its_parameters(collected: GradientSet, unit: bool) -> None:
+    result = span(collected, by="layer", unit=unit)
+    assert list(result.layers) == ["embedding", "layers.0", "layers.1", "norm", "head"]
+    for name, layer in result.layers.items():
+        whole = np.hstack([stacked(collected, parameter) for parameter in collected if layer_name(parameter) == name])
+        expected = values_of(whole, unit)
+        np.testing.assert_allclose(layer.singular_values, expected, atol=1e-6 * expected[0])
+    assert list(result.to_frame()["layer"].dropna().unique()) == [0, 1]
+    assert {"whole layer", "outside the layers"} == {
+        note.text for note in plots.plot_effective_rank(result).layout.annotations
+    }
 
 
 def test_left_out_are_the_spans_of_the_others(collected: GradientSet) -> None:
@@ -131,7 +145,7 @@ def test_the_figures_of_spectra_draw_spans(collected: GradientSet) -> None:
     np.testing.assert_allclose(trace(plots.plot_spectrum(result, names=["safety"]), "safety").y, expected, rtol=1e-6)
     assert trace(plots.plot_cer(result), "gradient").y[-1] == pytest.approx(1)
     assert "outside the layers" in {note.text for note in plots.plot_effective_rank(result).layout.annotations}
-    whole = span(collected, together=True)
+    whole = span(collected, by="model")
     assert plots.plot_effective_rank(whole).data[1].y[0] == pytest.approx(whole.mean("effective_rank"))
     assert compare_spectra(result, result).plot().data
 
@@ -143,9 +157,11 @@ def test_the_figures_of_spectra_draw_spans(collected: GradientSet) -> None:
         ({"confidence": 1.0}, "found 1.0"),
         ({"groups": 1}, "0 for no intervals, found groups=1"),
         ({"groups": -1}, "found groups=-1"),
+        ({"by": "layers"}, "one of parameter, layer, model, found 'layers'"),
+        ({"by": ["layer"]}, r"found \['layer'\]"),
     ],
 )
-def test_numbers_out_of_range_are_refused(options: dict[str, object], said: str) -> None:
+def test_options_out_of_range_are_refused(options: dict[str, object], said: str) -> None:
     with pytest.raises(GeometryError, match=said):
         span({"w": torch.eye(4)}, **options)
 
