@@ -16,6 +16,7 @@ from geomkit.analysis.headlines import Headline, Headlines, headlines, paper_cla
 from geomkit.analysis.parameter_measures import measure_parameters
 from geomkit.analysis.summary import QUESTIONS, numbers_table, summary_of
 from geomkit.correlation.conflict import Conflict, conflict
+from geomkit.errors import GeometryError
 from geomkit.gradients.gradient_set import Coverage, GradientSet
 from geomkit.inputs.parameters import Kind, Layers
 from geomkit.stats.proportions import Rate
@@ -91,7 +92,17 @@ class Analysis(DrawnResult):
         return compare_spectra(self.safety, self.spectra[other], names=("safety", other))
 
     def span_contrast(self, other: str, by: Literal["model", "layer"] = "model") -> SpectrumContrast:
-        """Return the difference of the span of the safety examples to the span of the ``other`` examples."""
+        """Return the difference of the span of the safety examples to the span of the ``other`` examples.
+
+        Args:
+            other: ``"control"`` or ``"utility"``.
+            by: ``"model"`` for :attr:`spans`, ``"layer"`` for :attr:`layer_spans`.
+
+        Raises:
+            GeometryError: If ``by`` is neither.
+        """
+        if by not in ("model", "layer"):
+            raise GeometryError(f"expected by to be model or layer, found {by!r:.40}; choose one of these")
         spans = self.spans if by == "model" else self.layer_spans
         return compare_spectra(spans["safety"], spans[other], names=("safety", other))
 

@@ -92,9 +92,10 @@ def load_insights(world: str = "small", folder: Path | None = None, stages: Sequ
 
     Returns:
         One row per stage, parameter, measure and set of examples: ``stage``, ``parameter`` (``"all parameters"`` for
-        the whole model, ``"layers.0"`` for a decoder layer), ``kind``, ``layer``, ``measure``, ``of``, ``value`` with
-        its interval ``low`` to ``high`` over examples, ``null`` with ``null_low`` to ``null_high``, and ``examples``,
-        the number of examples of each set.
+        the whole model, ``"layers.0"`` for a decoder layer of kind ``"layer"``, and ``"embedding"``, ``"norm"`` and
+        ``"head"`` outside them), ``kind``, ``layer``, ``measure``, ``of``, ``value`` with its interval ``low`` to
+        ``high`` over examples, ``null`` with ``null_low`` to ``null_high``, and ``examples``, the number of examples of
+        each set.
 
     Raises:
         DataError: If there is no such world or stage, or a file is missing.
@@ -193,7 +194,10 @@ def _per_layer(analysis: "Analysis") -> Iterator["pd.DataFrame"]:
 
 
 def _ranks_of(frame: "pd.DataFrame") -> "pd.DataFrame":
-    return frame[frame["statistic"] == "effective_rank"]
+    """Return the rows of the effective rank, of kind ``"layer"`` in the decoder layers, with the null's mean only."""
+    ranks = frame[frame["statistic"] == "effective_rank"]
+    kinds = ranks["kind"].mask(ranks["layer"].notna(), "layer")
+    return ranks.assign(kind=kinds).drop(columns=["null_low", "null_high"], errors="ignore")
 
 
 def _analysis(world: str, stage: str, examples: int, progress: bool) -> "Analysis":

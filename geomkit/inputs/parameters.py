@@ -27,7 +27,7 @@ _KINDS: tuple[tuple[Kind, re.Pattern[str]], ...] = (
     ("norm", re.compile(r"norm|(?:^|\.)ln_|layernorm|layer_norm")),
     ("attention", re.compile(r"attn|attention")),
     ("mlp", re.compile(r"mlp|feed_forward|ffn|experts|fc1|fc2")),
-    ("head", re.compile(r"lm_head|embed_out|output_projection|^head$")),
+    ("head", re.compile(r"lm_head|embed_out|output_projection|(?:^|\.)head(?:\.|$)")),
     ("embedding", re.compile(r"embed|(?:^|\.)w[tp]e\b")),
 )
 
@@ -45,6 +45,8 @@ def layer_index(parameter: str) -> int | None:
 
 def layer_name(parameter: str) -> str:
     """Return the name of the decoder layer that a parameter belongs to; outside the decoder layers, its kind.
+
+    Two stacks of layers in one model, such as those of a text and an image part, have the same names.
 
     Example:
         >>> layer_name("model.layers.11.mlp.up_proj.weight"), layer_name("lm_head.weight")

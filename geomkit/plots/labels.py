@@ -11,7 +11,7 @@ OUTSIDE = "–"
 
 
 WHOLE_LAYER = "whole layer"
-"""The place of a whole decoder layer."""
+"""The place, as in :func:`place_of`, of the name of a decoder layer."""
 
 
 def place_of(parameter: str) -> str:

@@ -52,12 +52,16 @@ def plot_effective_rank(
         for number, place in enumerate(drawn.names):
             rows = frame[frame["place"] == place]
             _add(drawn, number, _rank_traces(rows, name, spectrum.unit, look, float(shift)))
-    words = statistic_words(statistic)
+    words = _words_of(statistic, spectra[0])
+    null = (
+        "examples in orthogonal directions" if spectra[0].unit == "examples" else "random gradients, range of the draws"
+    )
+    by = "layer" if WHOLE_LAYER in drawn.names else "layer and matrix"
     intervals = any(frame["low"].notna().any() for frame in frames)
     lines = f"lines: {per_cent(spectra[0].confidence)} intervals over examples; " if intervals else ""
     if any(frame["null"].notna().any() for frame in frames):
         drawn.figure.add_trace(_null_in_legend())
-    heading = title(_capitalised(f"{words} by layer and matrix"), f"{lines}null: random gradients, range of the draws")
+    heading = title(_capitalised(f"{words} by {by}"), f"{lines}null: {null}")
     drawn.figure.update_yaxes(minallowed=0)
     return _laid_out(drawn, frames[0], heading, words)
 
@@ -80,13 +84,13 @@ def plot_spectrum_contrast(contrast: SpectrumContrast, statistic: str = "effecti
     drawn = _panels([frame])
     for number, place in enumerate(drawn.names):
         _add(drawn, number, _contrast_traces(contrast, frame[frame["place"] == place]))
+    # Layers and the few parameters outside them are no sample of the same kind, so their mean is not said.
     difference, (low, high) = contrast.mean(statistic)
-    of = " of the examples' span" if contrast.a.unit == "examples" else ""
-    by = "layer" if WHOLE_LAYER in drawn.names else "layer and matrix"
+    layers = WHOLE_LAYER in drawn.names
+    by = "by layer" if layers else f"by layer and matrix; mean {difference:+.3g} [{low:+.3g}, {high:+.3g}]"
     heading = title(
-        _capitalised(f"{statistic_words(statistic)}{of}: {' − '.join(map(short, contrast.names))}"),
-        f"by {by}; mean {difference:+.3g} [{low:+.3g}, {high:+.3g}]; lines: "
-        f"{per_cent(contrast.confidence)} intervals over examples",
+        _capitalised(f"{_words_of(statistic, contrast.a)}: {' − '.join(map(short, contrast.names))}"),
+        f"{by}; lines: {per_cent(contrast.confidence)} intervals over examples",
     )
     drawn.figure.add_hline(y=0, line={"color": COLOURS["null"], "width": 1}, row="all", col="all")
     return _laid_out(drawn, frame, heading, "difference")
@@ -164,6 +168,11 @@ def _contrast_traces(contrast: SpectrumContrast, frame: pd.DataFrame) -> Iterato
                 f"%{{customdata[7]}} {contrast.a.unit}<extra></extra>"
             ),
         )
+
+
+def _words_of(statistic: str, spectrum: Spectrum) -> str:
+    """Return a statistic in words, with the span if it is one of spans."""
+    return f"{statistic_words(statistic)}{' of the span' if spectrum.unit == 'examples' else ''}"
 
 
 def _marker_size(frame: pd.DataFrame) -> int:

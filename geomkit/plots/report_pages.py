@@ -137,9 +137,9 @@ def _spectra(analysis: Analysis) -> Section:
         f"{sentences} What a gradient shows below its own null may still come from words that its examples repeat, as "
         "it does in a model that has learnt nothing; what is about safety is the difference to the control.\n\n"
         f"{analysis.rank_contrast('control')}. {analysis.rank_contrast('utility')}.\n\n"
-        "The last figure is of the span: how many dimensions the gradients of a layer's parameters have, each "
-        "example's as one vector. In the span of the whole model the parameters with the largest gradients decide, "
-        "often the head."
+        "The last figure shows how many dimensions more or fewer the gradients of the safety examples span than those "
+        "of the control, in each decoder layer and outside the layers. The parameters with the largest gradients "
+        "decide over the span of the whole model, and they can be other ones in each set."
     )
     spans = analysis.span_contrast("control", by="layer")
     figures = (

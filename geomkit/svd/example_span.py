@@ -28,7 +28,7 @@ _PARTS: Mapping[str, Callable[[str], str]] = {
     "layer": layer_name,
     "model": lambda _: ALL_PARAMETERS,
 }
-"""The name of the part of the model that a parameter is counted to, by ``by``."""
+"""For each value of ``by``, the name of the part of the model that a parameter belongs to."""
 
 _ASYMMETRY = 1e-6
 """Relative asymmetry of inner products that were accumulated in fp64 from fp32 gradients."""
@@ -57,10 +57,11 @@ def span(
     Args:
         gradients: A set collected with ``per_sample=True``, or by parameter the (N, N) inner products of one set of
             examples, from :func:`geomkit.collection.sample_grams.sample_grams`.
-        by: What is measured: the gradients of every parameter; of every decoder layer as one vector (``"layers.0"``,
-            …; outside the decoder layers, of every kind of parameter: ``"embedding"``, ``"head"``, ``"norm"``); or of
-            the whole model as one vector (:data:`~geomkit.inputs.parameters.ALL_PARAMETERS`). In a long vector, the
-            parameters with the largest gradients decide, often the head.
+        by: Which gradients are one vector of an example: those of each parameter; of each decoder layer
+            (``"layers.0"``, …; parameters outside the decoder layers by kind, such as ``"embedding"``, with a head that
+            is tied to it, ``"norm"`` and ``"head"``); or of all parameters
+            (:data:`~geomkit.inputs.parameters.ALL_PARAMETERS`). The parameters with the largest gradients decide over
+            a vector of many, and they can be other ones in each set of examples.
         unit: Scale the gradient of every example to norm 1, so that directions are counted. Otherwise examples with a
             large gradient count for more, as in the mean gradient.
         groups: Largest number of groups of examples, of which one is left out at a time; 0 for no intervals.
@@ -68,7 +69,7 @@ def span(
         confidence: Nominal coverage of the intervals, between 0 and 1.
 
     Returns:
-        The spectrum of every parameter, decoder layer, or of the model. Singular values are exact to 1e-7 of the
+        The spectrum of every parameter, of every layer, or of the whole model. Singular values are exact to 1e-7 of the
         largest.
 
     Raises:
@@ -85,7 +86,7 @@ def span(
     check_groups(groups)
     check_confidence(confidence)
     check_seed(seed)
-    if by not in tuple(_PARTS):  # a tuple also takes what cannot be hashed
+    if not isinstance(by, str) or by not in _PARTS:
         raise GeometryError(f"expected by to be one of {', '.join(_PARTS)}, found {by!r:.40}; choose one of these")
     grams = _grams(gradients)
     count = _examples(grams)

@@ -35,7 +35,7 @@ class LayerSpectrum:
     A zero gradient has rank 0 by every measure, and a CER of NaN.
 
     Attributes:
-        parameter: Name of the parameter.
+        parameter: Name of the parameter; of a span, also of the decoder layer, or of all parameters.
         shape: Rows and columns.
         tokens: T, the number of token positions in the gradient.
         rank_bound: min(rows, columns, T), the upper bound of every measure of rank.

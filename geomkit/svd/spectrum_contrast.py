@@ -205,7 +205,7 @@ def compare_spectra(
     if difference := sorted(set(a.layers).symmetric_difference(b.layers)):
         raise GeometryError(
             f"expected spectra of the same parameters, found {len(difference)} on one side only "
-            f"({', '.join(difference[:4])}); measure what match_tokens returns"
+            f"({', '.join(difference[:4])}); measure what match_tokens returns, or spans with the same by="
         )
     if not a.layers:
         raise GeometryError("expected spectra of one parameter or more, found none; choose others with layers=")

@@ -57,7 +57,17 @@ def test_spans_are_those_of_the_gradients():
             assert spans[side].to_frame()["value"].to_numpy() == pytest.approx(expected.to_numpy(), rel=1e-4)
     layers = found.span_contrast("control", by="layer")
     assert list(layers.a.layers) == ["embedding", "layers.0", "layers.1", "norm", "head"]
-    assert layers.plot().layout.title.text == "Effective rank of the examples' span:<br>safety − control"
+    assert layers.plot().layout.title.text.replace("<br>", " ") == "Effective rank of the span: safety − control"
+    assert "mean" not in layers.plot().layout.title.subtitle.text
+    with pytest.raises(GeometryError, match="expected by to be model or layer, found 'parameter'"):
+        found.span_contrast("control", by="parameter")
+
+
+def test_spans_are_of_as_many_examples_of_each_set(found):
+    fewest = min(map(len, (SAFETY, UTILITY, CONTROL)))
+    assert fewest < max(map(len, (SAFETY, UTILITY, CONTROL)))
+    for spans in (*found.spans.values(), *found.layer_spans.values()):
+        assert {layer.tokens for layer in spans.layers.values()} == {fewest}
 
 
 def cosine_by_hand():

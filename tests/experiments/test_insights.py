@@ -55,9 +55,13 @@ def test_the_numbers_are_those_of_the_analysis(frame):
     of_layers = analysis.layer_spans["control"].to_frame().query("statistic == 'effective_rank'")
     assert list(spans["parameter"]) == [ALL_PARAMETERS, *of_layers["parameter"]]
     assert spans["value"].to_numpy()[1:] == pytest.approx(of_layers["value"].to_numpy(), rel=6e-5)
-    contrasts = frame.query("measure == 'effective rank of the span, difference' and parameter == 'layers.2'")
-    assert list(contrasts["of"]) == ["safety − control", "safety − utility"] * 2
-    assert (contrasts["low"] < contrasts["value"]).all()
+    assert list(spans["kind"]) == ["all", "embedding", *["layer"] * 4, "norm", "head"]
+    contrasts = frame.query(
+        "stage == 'untrained' and measure == 'effective rank of the span, difference' and of == 'safety − utility'"
+    )
+    layers = analysis.span_contrast("utility", by="layer").to_frame().query("statistic == 'effective_rank'")
+    for column, expected in (("value", "difference"), ("low", "low"), ("high", "high")):
+        assert contrasts[column].to_numpy()[1:] == pytest.approx(layers[expected].to_numpy(), rel=6e-5, abs=1e-6)
     overlaps = frame.query("measure == \"one example's overlap\" and of == 'safety'")
     assert overlaps["layer"].notna().any()
 

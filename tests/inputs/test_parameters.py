@@ -12,6 +12,7 @@ from geomkit.inputs.parameters import (
     chosen_parameters,
     kind_of,
     layer_index,
+    layer_name,
     refuse_unseen_values,
     select,
     unwrapped_model,
@@ -25,6 +26,7 @@ TOKENIZER = tiny_tokenizer()
 @pytest.mark.parametrize(
     ("parameter", "layer", "kind"),
     [
+        ("head.weight", None, "head"),
         ("model.layers.11.self_attn.q_proj.weight", 11, "attention"),
         ("model.layers.3.mlp.experts.7.down_proj.weight", 3, "mlp"),
         ("model.layers.0.input_layernorm.weight", 0, "norm"),
@@ -48,6 +50,10 @@ TOKENIZER = tiny_tokenizer()
 )
 def test_places_in_the_architectures_of_the_field(parameter, layer, kind):
     assert (layer_index(parameter), kind_of(parameter)) == (layer, kind)
+    name = layer_name(parameter)
+    assert name == (kind if layer is None else f"layers.{layer}")
+    assert layer_index(name) == layer
+    assert kind_of(name) == (kind if layer is None else "other")
 
 
 def test_every_parameter_of_a_llama_has_a_kind():

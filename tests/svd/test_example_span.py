@@ -145,6 +145,9 @@ def test_the_figures_of_spectra_draw_spans(collected: GradientSet) -> None:
     np.testing.assert_allclose(trace(plots.plot_spectrum(result, names=["safety"]), "safety").y, expected, rtol=1e-6)
     assert trace(plots.plot_cer(result), "gradient").y[-1] == pytest.approx(1)
     assert "outside the layers" in {note.text for note in plots.plot_effective_rank(result).layout.annotations}
+    layers = plots.plot_effective_rank(span(collected, by="layer")).layout.title
+    assert layers.text.replace("<br>", " ") == "Effective rank of the span by layer"
+    assert "orthogonal" in layers.subtitle.text
     whole = span(collected, by="model")
     assert plots.plot_effective_rank(whole).data[1].y[0] == pytest.approx(whole.mean("effective_rank"))
     assert compare_spectra(result, result).plot().data
@@ -159,6 +162,7 @@ def test_the_figures_of_spectra_draw_spans(collected: GradientSet) -> None:
         ({"groups": -1}, "found groups=-1"),
         ({"by": "layers"}, "one of parameter, layer, model, found 'layers'"),
         ({"by": ["layer"]}, r"found \['layer'\]"),
+        ({"by": None}, "found None"),
     ],
 )
 def test_options_out_of_range_are_refused(options: dict[str, object], said: str) -> None:
