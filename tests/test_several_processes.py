@@ -23,6 +23,8 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="to
 
 SAME = 1e-6
 """How far numbers of an fp32 model may be from the numbers of one process: batches and sums of other order."""
+INNER_PRODUCTS = 5e-6
+"""The same for inner products of gradients that are nearly orthogonal, whose terms cancel."""
 MODELS = ("fp32", "llama", "tied", "mixtral", "gpt-2")
 SETTINGS = ("dense", "small batches", "factors", "tokens", "batches of one", "one example")
 
@@ -75,7 +77,7 @@ def test_gradients(several, alone, model, setting):
 def live_rows(gradient):
     """The rows of both factors, without tokens whose part in the gradient is rounding."""
     parts = gradient.left.norm(dim=1) * gradient.right.norm(dim=1)
-    live = parts > 1e-12 * parts.max()
+    live = parts > 1e-5 * parts.max()  # rounding in fp32 is below 1e-7, the first token that counts above 1e-3
     return gradient.left[live], gradient.right[live]
 
 
@@ -126,7 +128,7 @@ def test_grams(several, alone, case):
     for own in several:
         assert list(own["grams"][case]) == list(alone["grams"][case])
         for name, table in alone["grams"][case].items():
-            assert_close(own["grams"][case][name], table)
+            assert_close(own["grams"][case][name], table, INNER_PRODUCTS)
 
 
 @pytest.mark.parametrize("method", ["cosine", "adam"])
