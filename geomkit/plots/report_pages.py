@@ -139,7 +139,7 @@ def _spectra(analysis: Analysis) -> Section:
         f"{analysis.rank_contrast('control')}. {analysis.rank_contrast('utility')}.\n\n"
         "The last figure shows how many dimensions more or fewer the gradients of the safety examples span than those "
         "of the control, in each decoder layer and outside the layers. The parameters with the largest gradients "
-        "decide over the span of the whole model, and they can be other ones in each set."
+        "decide over the span of the whole model, and these can differ from set to set."
     )
     spans = analysis.span_contrast("control", by="layer")
     figures = (

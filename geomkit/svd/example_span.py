@@ -61,7 +61,7 @@ def span(
             (``"layers.0"``, …; parameters outside the decoder layers by kind, such as ``"embedding"``, with a head that
             is tied to it, ``"norm"`` and ``"head"``); or of all parameters
             (:data:`~geomkit.inputs.parameters.ALL_PARAMETERS`). The parameters with the largest gradients decide over
-            a vector of many, and they can be other ones in each set of examples.
+            a vector of many, and these can differ from set to set.
         unit: Scale the gradient of every example to norm 1, so that directions are counted. Otherwise examples with a
             large gradient count for more, as in the mean gradient.
         groups: Largest number of groups of examples, of which one is left out at a time; 0 for no intervals.
